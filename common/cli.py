@@ -1,0 +1,127 @@
+"""What the command lines of the stages share: argument groups with the paper's defaults, and errors as one line."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.errors import UserError
+
+# The paper's settings (section 5 and appendix): (small images, ImageNet).
+PAPER: dict[str, dict[str, tuple[Any, Any]]] = {
+    "dense": {
+        "epochs": (200, 80), "lr": (0.08, 0.4), "schedule": ("cosine", "step"), "warmup": (0, 5),
+        "weight_decay": (5e-4, 1e-4), "batch_size": (128, 1024), "momentum": (0.9, 0.9),
+    },
+    "imp": {
+        "epochs": (50, 20), "lr": (0.01, 0.04), "schedule": ("cosine", "step"), "warmup": (0, 0),
+        "weight_decay": (5e-4, 1e-4), "batch_size": (128, 1024), "momentum": (0.9, 0.9),
+    },
+    "sparse": {
+        "lr": (0.02, 0.4), "schedule": ("cosine", "step"), "warmup": (0, 5),
+        "weight_decay": (5e-4, 1e-4), "batch_size": (128, 1024), "momentum": (0.9, 0.9),
+    },
+}  # fmt: skip
+REWIND_EPOCHS = ((0, 5, 10, 15, 20, 25, 50, 75, 100), (10, 25, 50))
+MATCH_IMAGES = (None, 12_800)
+HELP = {
+    "epochs": "epochs", "lr": "peak learning rate", "schedule": "learning rate by epoch: cosine to 0, or a tenth every 30 epochs",
+    "warmup": "epochs of linear warm-up", "weight_decay": "L2 penalty", "batch_size": "images a step", "momentum": "of SGD",
+}  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors on one line."""
+
+    def __init__(self, doc: str):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's main; what the user can mend ends in one line and exit code 2, a bug in its traceback."""
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_complain(name, " ".join(str(error).split())))
+    except torch.OutOfMemoryError as error:
+        sys.exit(_complain(name, f"out of GPU memory: use a smaller --batch-size ({str(error).split('.')[0]})"))
+    except KeyboardInterrupt:
+        print(f"{name}: stopped; the same command goes on from the last epoch", file=sys.stderr)
+        sys.exit(130)
+
+
+def _complain(name: str, message: str) -> int:
+    print(f"{name}: error: {message}", file=sys.stderr)
+    return 2
+
+
+# ---------------------------------------------------------------- types
+
+
+def number(kind: type, low: float, high: float = float("inf"), open_low: bool = False, open_high: bool = False) -> Callable[[str], Any]:
+    """An argparse type for an int or float within a range."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number") from None
+        if not low <= value <= high or (open_low and value == low) or (open_high and value == high):
+            bounds = f"{'above' if open_low else 'at least'} {low:g}"
+            bounds += "" if high == float("inf") else f" and {'below' if open_high else 'at most'} {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bounds}")
+        return value
+
+    return parse
+
+
+natural = number(int, 0)
+positive = number(int, 1)
+share = number(float, 0, 1, open_low=True, open_high=True)
+
+
+# ---------------------------------------------------------------- argument groups
+
+
+def add_training(parser: argparse.ArgumentParser, stage: str) -> None:
+    """The hyper-parameters of a stage; an unset one is None until `paper_defaults` knows the data set."""
+    group = parser.add_argument_group("training (defaults are the paper's)")
+    kinds = {
+        "epochs": positive, "lr": number(float, 0, open_low=True), "warmup": natural, "weight_decay": number(float, 0),
+        "batch_size": positive, "momentum": number(float, 0, 1, open_high=True), "schedule": str,
+    }  # fmt: skip
+    for name, (small, imagenet) in PAPER[stage].items():
+        default = f"{small}" if small == imagenet else f"{small}; imagenet: {imagenet}"
+        choices = ("cosine", "step") if name == "schedule" else None
+        group.add_argument(f"--{name.replace('_', '-')}", type=kinds[name], choices=choices, help=f"{HELP[name]} (default: {default})")
+    group.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 where the hardware is fast at it, else fp32")
+
+
+def paper_defaults(args: argparse.Namespace, stage: str, dataset: str) -> None:
+    """Set every unset hyper-parameter to the paper's value for this data set."""
+    for name, choices in PAPER[stage].items():
+        if getattr(args, name) is None:
+            setattr(args, name, paper_value(choices, dataset))
+
+
+def paper_value(choices: tuple[Any, Any], dataset: str) -> Any:
+    return choices[dataset == "imagenet"]
+
+
+def add_device(parser: argparse.ArgumentParser, data: bool = True) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    if data:
+        parser.add_argument("--data-dir", help="where the data set lies, if not where stage 1 found it")
+    parser.add_argument("--workers", type=natural, default=8, help="processes that read imagenet (default: %(default)s)")
+
+
+def hyper(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The named arguments as a dict, for a run's record of itself."""
+    return {name: getattr(args, name) for name in names}

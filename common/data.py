@@ -1,0 +1,391 @@
+"""Data sets: small images resident on the training device, ImageNet streamed.
+
+Both kinds offer the same two methods, `train_batches` and `eval_batches`, and a `description` for checkpoints.
+The order and augmentation of an epoch depend on (seed, epoch) alone.
+"""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from common import checkpoint
+from common.errors import UserError
+
+DATASETS = ("glyphs", "cifar10", "cifar100", "svhn", "imagenet", "folder")
+NO_FLIP = ("glyphs", "svhn")  # a mirrored digit is another sign
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+EVAL_BATCH = 500
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+
+
+def load_data(
+    name: str,
+    data_dir: str | None = None,
+    image_size: int | None = None,
+    limit_train: int | None = None,
+    device: torch.device | str = "cpu",
+    expected: dict[str, Any] | None = None,
+    workers: int = 8,
+) -> "Resident | Streamed":
+    """Load a data set onto `device`; image_size in px, limit_train in images.
+
+    `expected` is the description in a checkpoint: its normalisation is taken over.
+    Raises UserError when the data are missing, malformed, or not those of `expected`.
+    """
+    device = torch.device(device)
+    data_dir = data_dir or "data"
+    if name == "imagenet":
+        if limit_train or image_size:
+            raise UserError("--limit-train and --image-size are for the small-image sets, not for imagenet")
+        data = Streamed(Path(data_dir), device, workers)
+    elif name == "folder":
+        data = _resident(name, data_dir, *_read_folder(Path(data_dir), image_size), limit_train, device, expected)
+    elif name == "glyphs":
+        data = _resident(name, None, *_read_glyphs(image_size or 32), limit_train, device, expected)
+    else:
+        data = _resident(name, data_dir, *_read_torchvision(name, data_dir, image_size), limit_train, device, expected)
+    if expected:
+        for key in ("classes", "class_names", "checksum"):
+            if data.description.get(key) != expected.get(key):
+                drawn = " (other versions of Pillow or matplotlib draw other glyphs)" if name == "glyphs" else ""
+                raise UserError(f"{name} in {data_dir} is not the data of the checkpoint: its {key} differs{drawn}")
+    return data
+
+
+def load_described(
+    description: dict[str, Any], data_dir: str | None = None, device: torch.device | str = "cpu", workers: int = 8
+) -> "Resident | Streamed":
+    """Load the data set that a checkpoint describes; only its place may differ."""
+    return load_data(
+        description["name"],
+        data_dir or description["data_dir"],
+        description["image_size"] if description["name"] != "imagenet" else None,
+        description["limit_train"],
+        device,
+        expected=description,
+        workers=workers,
+    )
+
+
+# ---------------------------------------------------------------- small images
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A small-image set as uint8 tensors on the device; augmentation is a few tensor operations there."""
+
+    train: Tensor  # (N, 3, S + 2 pad, S + 2 pad) uint8, padded with black for the random crop
+    train_labels: Tensor
+    test: Tensor  # (M, 3, S, S) uint8
+    test_labels: Tensor
+    pad: int
+    flip: bool
+    description: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        return self.train.device
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        return tuple(self.test.shape[1:])
+
+    def steps(self, batch_size: int) -> int:
+        """Batches an epoch; the last short one is dropped."""
+        if len(self.train) < batch_size:
+            raise UserError(f"--batch-size {batch_size} is larger than the {len(self.train)} training images")
+        return len(self.train) // batch_size
+
+    def train_batches(self, batch_size: int, seed: int, epoch: int) -> Batches:
+        """Shuffled, cropped, flipped and normalised batches (images fp32 channels-last, labels)."""
+        # Drawn on the CPU, so that every device sees the same epoch.
+        generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
+        count, size = len(self.train), self.input_shape[-1]
+        order = torch.randperm(count, generator=generator).to(self.device)
+        place = torch.randint(2 * self.pad + 1, (2, count), generator=generator).to(self.device)
+        mirror = (torch.rand(count, generator=generator) < 0.5).to(self.device) if self.flip else None
+        windows = self.train.unfold(2, size, 1).unfold(3, size, 1)  # a view: every crop of every image
+        for start in range(0, self.steps(batch_size) * batch_size, batch_size):
+            chosen = order[start : start + batch_size]
+            images = windows[chosen, :, place[0, chosen], place[1, chosen]]
+            if mirror is not None:
+                images = torch.where(mirror[chosen, None, None, None], images.flip(3), images)
+            yield self._normalise(images), self.train_labels[chosen]
+
+    def eval_batches(self, split: str = "test", batch_size: int = EVAL_BATCH, limit: int | None = None) -> Batches:
+        """All images of `split` (or a class-balanced choice of `limit`), in order, not augmented, normalised."""
+        images, labels = (self.test, self.test_labels) if split == "test" else (self.train, self.train_labels)
+        if split == "train" and self.pad:
+            images = images[:, :, self.pad : -self.pad, self.pad : -self.pad]
+        if limit is not None and limit < len(labels):
+            chosen = balanced(labels.cpu(), limit).to(self.device)
+            images, labels = images[chosen], labels[chosen]
+        for start in range(0, len(labels), batch_size):
+            yield self._normalise(images[start : start + batch_size]), labels[start : start + batch_size]
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        images = images.to(torch.float32, memory_format=torch.channels_last)
+        mean, std = (
+            torch.tensor(self.description[key], device=self.device).view(1, 3, 1, 1) * 255 for key in ("mean", "std")
+        )
+        return images.sub_(mean).div_(std)
+
+
+def epoch_seed(seed: int, epoch: int, item: int = 0) -> int:
+    """A 64-bit generator seed that depends on seed, epoch and item alone."""
+    return int(np.random.SeedSequence([seed, epoch, item]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def balanced(labels: Tensor, limit: int) -> Tensor:
+    """Sorted indices of `limit` images, the same number of every class (to one); always the same choice."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    shuffled = labels[order]
+    # Rank of every image within its class, in shuffled order: take all of rank 0, then of rank 1, ...
+    by_class = torch.argsort(shuffled, stable=True)
+    counts = torch.bincount(shuffled)
+    rank = torch.empty_like(order)
+    rank[by_class] = torch.cat([torch.arange(int(count)) for count in counts])
+    return order[torch.argsort(rank * len(counts) + shuffled)[:limit]].sort().values
+
+
+def _resident(
+    name: str, data_dir: str | None, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor,
+    class_names: list[str], limit: int | None, device: torch.device, expected: dict[str, Any] | None,
+) -> Resident:  # fmt: skip
+    if expected:
+        mean, std = expected["mean"], expected["std"]
+    else:
+        moments = torch.stack([torch.stack([t.double().mean(), (t.double() ** 2).mean()]) for t in train.transpose(0, 1)]) / 255
+        mean = moments[:, 0].tolist()
+        std = (moments[:, 1] / 255 - moments[:, 0] ** 2).sqrt().clamp_min(1e-3).tolist()
+    description = {
+        "name": name,
+        "data_dir": data_dir,
+        "image_size": test.shape[-1],
+        "limit_train": limit,
+        "classes": len(class_names),
+        "class_names": class_names,
+        "mean": mean,
+        "std": std,
+        # Generated images depend on library versions: later stages must see the very same ones.
+        "checksum": _checksum(train, test) if name == "glyphs" else None,
+    }
+    if limit is not None:
+        if limit > len(train):
+            raise UserError(f"--limit-train {limit} is more than the {len(train)} training images of {name}")
+        chosen = balanced(train_labels, limit)
+        train, train_labels = train[chosen], train_labels[chosen]
+    pad = test.shape[-1] // 8  # 4 px at 32 px, as in the paper
+    train = F.pad(train, (pad, pad, pad, pad))
+    tensors = [tensor.to(device) for tensor in (train, train_labels, test, test_labels)]
+    return Resident(*tensors, pad, name not in NO_FLIP, description)
+
+
+def _checksum(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _read_glyphs(size: int) -> tuple:
+    from common.glyphs import glyphs
+
+    return *(torch.from_numpy(part) for part in glyphs(size)), list("0123456789")
+
+
+def _read_torchvision(name: str, data_dir: str, size: int | None) -> tuple:
+    from common.vision import torchvision
+
+    def read(train: bool, download: bool):
+        if name == "svhn":
+            return torchvision.datasets.SVHN(data_dir, "train" if train else "test", download=download)
+        kind = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
+        return kind(data_dir, train, download=download)
+
+    parts, names = [], None
+    for train in (True, False):
+        try:
+            try:
+                split = read(train, download=False)
+            except RuntimeError:  # torchvision's word for "not there"
+                split = read(train, download=True)
+        except (OSError, RuntimeError) as error:  # no network, no space, a broken archive
+            raise UserError(f"{name} is not in {data_dir} and could not be downloaded ({error}): put torchvision's files there") from error
+        images = torch.from_numpy(np.ascontiguousarray(split.data))
+        if name != "svhn":
+            images = images.permute(0, 3, 1, 2).contiguous()
+        names = getattr(split, "classes", None) or list("0123456789")
+        labels = split.labels if name == "svhn" else split.targets
+        parts += [_resize(images, size), torch.as_tensor(np.asarray(labels), dtype=torch.int64)]
+    return *parts, list(names)
+
+
+def _resize(images: Tensor, size: int | None) -> Tensor:
+    if size in (None, images.shape[-1]):
+        return images
+    pieces = [F.interpolate(piece.float(), (size, size), mode="bilinear", antialias=True) for piece in images.split(1000)]
+    return torch.cat([piece.round_().clamp_(0, 255).to(torch.uint8) for piece in pieces])
+
+
+def _read_folder(folder: Path, size: int | None) -> tuple:
+    """Read train/<class>/* and test/<class>/* (or val/), and keep the decoded form beside them for the next start."""
+    train, test, classes = folder_splits(folder)
+    files = [_images(split, classes) for split in (train, test)]
+    stamp = hashlib.sha256(str(size).encode())
+    for path, label in files[0] + files[1]:
+        status = path.stat()
+        stamp.update(f"{path.relative_to(folder)} {label} {status.st_size} {status.st_mtime_ns}\n".encode())
+    cache = folder / f".decoded-{size or 'native'}.pt"
+    if cache.is_file():
+        with contextlib.suppress(UserError):  # a cache that cannot be read is made again
+            stored = checkpoint.load(cache, ("stamp", "parts"))
+            if stored["stamp"] == stamp.hexdigest():
+                return *stored["parts"], classes
+    parts: list[Tensor] = []
+    for pairs in files:
+        size = size or _common_size(pairs[0][0])
+        images = np.empty((len(pairs), 3, size, size), np.uint8)
+        for row, (path, _) in enumerate(tqdm(pairs, f"decoding {folder}", unit="img", disable=None, leave=False)):
+            images[row] = _decode(path, size, given="native" not in cache.name)
+        parts += [torch.from_numpy(images), torch.tensor([label for _, label in pairs])]
+    with contextlib.suppress(UserError):  # a read-only data folder only costs time
+        checkpoint.save({"stamp": stamp.hexdigest(), "parts": parts}, cache)
+    return *parts, classes
+
+
+def folder_splits(folder: Path) -> tuple[Path, Path, list[str]]:
+    """Find train/ and test/ (or val/) with equal class folders; raises UserError when they are not so."""
+    if not folder.is_dir():
+        raise UserError(f"no such data folder: {folder} (set --data-dir)")
+    test = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
+    if not (folder / "train").is_dir() or test is None:
+        raise UserError(f"{folder} needs train/ and test/ (or val/), each with one folder of images a class")
+    train_classes, test_classes = (
+        sorted(entry.name for entry in split.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        for split in (folder / "train", test)
+    )
+    if train_classes != test_classes:
+        odd = sorted(set(train_classes) ^ set(test_classes))
+        raise UserError(f"the classes of {folder}/train and {test} differ: {', '.join(odd[:5])} only in one of them")
+    if len(train_classes) < 2:
+        raise UserError(f"{folder}/train has {len(train_classes)} class folders; at least two are needed")
+    return folder / "train", test, train_classes
+
+
+def _images(split: Path, classes: list[str]) -> list[tuple[Path, int]]:
+    pairs = []
+    for label, name in enumerate(classes):
+        found = sorted(path for path in (split / name).rglob("*") if path.suffix.lower() in SUFFIXES)
+        if not found:
+            raise UserError(f"no images in {split / name} (looked for {' '.join(SUFFIXES)})")
+        pairs += [(path, label) for path in found]
+    return pairs
+
+
+def _common_size(path: Path) -> int:
+    with Image.open(path) as image:
+        if image.width != image.height:
+            raise UserError(f"{path} is {image.width}x{image.height}: set --image-size to crop and resize all images to squares")
+        return image.width
+
+
+def _decode(path: Path, size: int, given: bool) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            if image.size != (size, size):
+                if not given:
+                    raise UserError(f"{path} is {image.width}x{image.height} and others {size}x{size}: set --image-size")
+                image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode no larger than needed
+                image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
+            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"{path} is no image that can be read: {error}") from error
+
+
+# ---------------------------------------------------------------- ImageNet
+
+
+class Streamed:
+    """ImageNet read from class folders by DataLoader workers, with torchvision's transforms (paper's augmentation)."""
+
+    input_shape = (3, 224, 224)
+
+    def __init__(self, folder: Path, device: torch.device, workers: int):
+        from common.vision import torchvision  # here, because it takes seconds that small images need not pay
+        from torchvision.transforms import v2
+
+        train, test, classes = folder_splits(folder)
+        finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+        read = torchvision.datasets.ImageFolder
+        try:
+            self.augmented = read(train, v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), *finish]))
+            plain = v2.Compose([v2.Resize(256), v2.CenterCrop(224), *finish])
+            self.plain = {"train": read(train, plain), "test": read(test, plain)}
+        except FileNotFoundError as error:
+            raise UserError(str(error).splitlines()[0]) from error
+        self.device, self.workers = device, min(workers, os.cpu_count() or 1)
+        self.description = {
+            "name": "imagenet",
+            "data_dir": str(folder),
+            "image_size": 224,
+            "limit_train": None,
+            "classes": len(classes),
+            "class_names": classes,
+            "mean": list(IMAGENET_MEAN),
+            "std": list(IMAGENET_STD),
+            "checksum": None,
+        }
+
+    def steps(self, batch_size: int) -> int:
+        if len(self.augmented) < batch_size:
+            raise UserError(f"--batch-size {batch_size} is larger than the {len(self.augmented)} training images")
+        return len(self.augmented) // batch_size
+
+    def train_batches(self, batch_size: int, seed: int, epoch: int) -> Batches:
+        generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
+        order = torch.randperm(len(self.augmented), generator=generator).tolist()
+        items = _Seeded(self.augmented, order, seed, epoch)
+        yield from self._load(items, batch_size, drop_last=True)
+
+    def eval_batches(self, split: str = "test", batch_size: int = EVAL_BATCH, limit: int | None = None) -> Batches:
+        images = self.plain[split]
+        if limit is not None and limit < len(images):
+            images = torch.utils.data.Subset(images, balanced(torch.tensor(images.targets), limit).tolist())
+        yield from self._load(images, min(batch_size, 256), drop_last=False)
+
+    def _load(self, items: Any, batch_size: int, drop_last: bool) -> Batches:
+        loader = torch.utils.data.DataLoader(
+            items, batch_size, drop_last=drop_last, num_workers=self.workers, pin_memory=self.device.type == "cuda"
+        )
+        for images, labels in loader:
+            images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+            yield images, labels.to(self.device, non_blocking=True)
+
+
+class _Seeded(torch.utils.data.Dataset):
+    """Items in a given order, each augmented from its own seed, so that the number of workers changes nothing."""
+
+    def __init__(self, items: Any, order: list[int], seed: int, epoch: int):
+        self.items, self.order, self.seed, self.epoch = items, order, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, position: int) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(epoch_seed(self.seed, self.epoch, position + 1))
+            return self.items[self.order[position]]

@@ -1,0 +1,93 @@
+"""Glyphs: a generated ten-class image set of coloured digits, drawn in the fonts that matplotlib ships.
+
+Font, size, place, rotation, shear, colours, clutter and noise vary. All arithmetic is Pillow's and integer
+NumPy's, so the same versions of Pillow and matplotlib draw the same images from the same seed.
+"""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+FONTS = (
+    "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif",
+    "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "cmr10", "cmss10", "cmtt10",
+)  # fmt: skip
+TRAIN, TEST = 10_000, 2_000
+CANVAS = 64  # px of the templates, several times the size at which they are drawn
+NOISE = 30  # largest absolute noise, of 255
+CONTRAST = (20, 126)  # of ink above paper in each colour
+
+
+def glyphs(size: int, seed: int = 0, counts: tuple[int, int] = (TRAIN, TEST)) -> tuple[np.ndarray, ...]:
+    """Draw (train images, train labels, test images, test labels): uint8 (N, 3, size, size) and int64 (N,)."""
+    templates = _templates()
+    parts: list[np.ndarray] = []
+    for part, count in enumerate(counts):
+        labels = np.arange(count) % 10
+        parts += [_draw(templates, labels, size, np.random.default_rng([seed, part, size])), labels]
+    return tuple(parts)
+
+
+def _templates() -> list[list[Image.Image]]:
+    """A grey picture of every digit in every font, centred."""
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    templates = []
+    for name in FONTS:
+        font = ImageFont.truetype(str(folder / f"{name}.ttf"), 48)
+        templates.append([])
+        for digit in "0123456789":
+            picture = Image.new("L", (CANVAS, CANVAS))
+            ImageDraw.Draw(picture).text((CANVAS // 2, CANVAS // 2), digit, 255, font, anchor="mm")
+            templates[-1].append(picture)
+    return templates
+
+
+def _draw(templates: list[list[Image.Image]], labels: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    n = len(labels)
+    fonts = rng.integers(len(FONTS), size=(3, n))
+    digits = np.stack([labels, *rng.integers(10, size=(2, n))])
+    angle = rng.uniform(-0.45, 0.45, (3, n))
+    shear = rng.uniform(-0.3, 0.3, (3, n))
+    height = rng.uniform(0.9, 1.5, (3, n)) * size
+    shift = rng.uniform(-0.15, 0.15, (3, 2, n)) * size
+    # Two more digits stand half outside the picture, as clutter: place them near the corners.
+    corner = rng.integers(0, 2, (2, 2, n)) * 2 - 1
+    shift[1:] += corner * 0.62 * size
+    ink = np.empty((n, size, size), np.uint8)
+    clutter = np.empty((n, size, size), np.uint8)
+    for i in range(n):
+        layers = [
+            templates[fonts[k, i]][digits[k, i]].transform(
+                (size, size), Image.Transform.AFFINE,
+                _inverse_affine(angle[k, i], shear[k, i], height[k, i] / CANVAS, *shift[k, :, i], size), Image.Resampling.BILINEAR,
+            )
+            for k in range(3)
+        ]  # fmt: skip
+        ink[i] = layers[0]
+        clutter[i] = np.maximum(layers[1], layers[2])
+    paper, colour, other, slope = _colours(rng, n)
+    ramp = (np.arange(size, dtype=np.int32) * 2 - size + 1)[None, None]
+    picture = paper[:, :, None, None] + slope[:, 0, None, None, None] * ramp[..., None] // size
+    picture = picture + slope[:, 1, None, None, None] * ramp[..., None, :] // size
+    for layer, hue in ((clutter, other), (ink, colour)):
+        weight = layer[:, None].astype(np.int32)
+        picture = (picture * (255 - weight) + hue[:, :, None, None] * weight) // 255
+    picture += rng.integers(-NOISE, NOISE + 1, picture.shape, dtype=np.int32)
+    return picture.clip(0, 255).astype(np.uint8)
+
+
+def _inverse_affine(angle: float, shear: float, scale: float, dx: float, dy: float, size: int) -> tuple[float, ...]:
+    """Pillow maps output to input: undo the shift, then the rotation and shear, then the scale."""
+    cos, sin = np.cos(angle) / scale, np.sin(angle) / scale
+    a, b, d, e = cos + shear * sin, sin - shear * cos, -sin, cos
+    x, y = size / 2 + dx, size / 2 + dy
+    return a, b, CANVAS / 2 - a * x - b * y, d, e, CANVAS / 2 - d * x - e * y
+
+
+def _colours(rng: np.random.Generator, n: int) -> tuple[np.ndarray, ...]:
+    """Colours of background, digit and clutter, and the slope of the background, as int32; ink is lighter than paper."""
+    paper = rng.integers(0, 130, (n, 3), dtype=np.int32)
+    colour, other = paper + rng.integers(*CONTRAST, (2, n, 3), dtype=np.int32)
+    return paper, colour, other, rng.integers(-50, 51, (n, 2), dtype=np.int32)

@@ -1,0 +1,100 @@
+"""Masks: a dict from parameter name to a bool tensor of the parameter's shape, True where a weight is kept.
+
+A mask is data with the shape of the weights, so `common.permutation.permute` moves it as it moves weights.
+"""
+
+import torch
+from torch import Tensor, nn
+
+Mask = dict[str, Tensor]
+
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+SHORTCUTS = {"shortcut", "downsample"}
+
+
+def layer_weights(model: nn.Module) -> list[str]:
+    """Names of the weights of all convolution and linear layers."""
+    return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, LAYERS)]
+
+
+def prunable(model: nn.Module) -> list[str]:
+    """Names of the weights that are pruned: all but the convolutions of residual shortcuts (paper, section 4)."""
+    return [name for name in layer_weights(model) if not SHORTCUTS & set(name.split("."))]
+
+
+def dense_mask(weights: dict[str, Tensor], names: list[str]) -> Mask:
+    """The mask that keeps everything."""
+    return {name: torch.ones_like(weights[name], dtype=torch.bool) for name in names}
+
+
+def kept(mask: Mask) -> int:
+    """How many weights the mask keeps."""
+    return sum(int(entry.sum()) for entry in mask.values())
+
+
+def size(mask: Mask) -> int:
+    """How many weights the mask covers."""
+    return sum(entry.numel() for entry in mask.values())
+
+
+def sparsity(mask: Mask) -> float:
+    """Pruned share of the weights that the mask covers, in [0, 1]."""
+    return 1 - kept(mask) / size(mask)
+
+
+def sparsity_total(mask: Mask, model: nn.Module) -> float:
+    """Pruned share of all convolution and linear weights of `model`, in [0, 1]."""
+    weights = model.state_dict()
+    return (size(mask) - kept(mask)) / sum(weights[name].numel() for name in layer_weights(model))
+
+
+def keep_count(total: int, sparsity: float) -> int:
+    """How many of `total` weights stay at a sparsity in [0, 1), to the nearest weight."""
+    return round(total * (1 - sparsity))
+
+
+def prune_by_magnitude(weights: dict[str, Tensor], mask: Mask, keep: int) -> Mask:
+    """Keep the `keep` weights of largest magnitude among those that `mask` keeps, over all layers at once.
+
+    Equals `torch.nn.utils.prune.global_unstructured` with L1 for the same weights and count (Han et al. 2015).
+    Raises ValueError when the mask keeps fewer than `keep`.
+    """
+    if not 0 <= keep <= kept(mask):
+        raise ValueError(f"cannot keep {keep} of {kept(mask)} weights")
+    magnitude = torch.cat([weights[name].detach().abs().flatten() for name in mask])
+    flat = torch.cat([entry.flatten() for entry in mask.values()])
+    magnitude[~flat] = -1  # what is pruned already goes first
+    flat[torch.topk(magnitude, flat.numel() - keep, largest=False).indices] = False
+    pieces = flat.split([entry.numel() for entry in mask.values()])
+    return {name: piece.view(entry.shape) for (name, entry), piece in zip(mask.items(), pieces)}
+
+
+def apply(weights: dict[str, Tensor], mask: Mask) -> dict[str, Tensor]:
+    """A copy of `weights` with the masked ones set to zero."""
+    return {name: value * mask[name].to(value.device) if name in mask else value.clone() for name, value in weights.items()}
+
+
+def signs(weights: dict[str, Tensor], names: list[str]) -> Mask:
+    """True where a weight is positive."""
+    return {name: weights[name] > 0 for name in names}
+
+
+class Masker:
+    """Holds a network at its mask: one fused multiply after each optimiser step, one check after each epoch."""
+
+    def __init__(self, model: nn.Module, mask: Mask):
+        parameters = dict(model.named_parameters())
+        self.parameters = [parameters[name] for name in mask]
+        # In the dtype and memory layout of the weights, so that the multiply stays a single fused pass.
+        self.factors = [torch.empty_like(p).copy_(entry) for p, entry in zip(self.parameters, mask.values())]
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        torch._foreach_mul_(self.parameters, self.factors)
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Raise RuntimeError if a pruned weight is not zero; a weight that diverged to NaN is no leak."""
+        leaks = sum(int(((p != 0) & (factor == 0) & ~p.isnan()).sum()) for p, factor in zip(self.parameters, self.factors))
+        if leaks:
+            raise RuntimeError(f"{leaks} pruned weights are not zero")

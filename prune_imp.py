@@ -1,0 +1,122 @@
+"""Stage 2: iterative magnitude pruning of a dense network; one chain gives a mask for every sparsity.
+
+    python prune_imp.py --dense runs/dense/seed0 --sparsity 0.8 0.9 0.95 0.97 --out runs/imp/seed0
+
+Each round removes 20% of the remaining weights, over all pruned layers at once, then fine-tunes (IMP-FT). A
+round that would pass an asked sparsity stops exactly at it, and the chain goes on from there. Writes
+mask_0.80.pt (the mask, and the signs of the dense weights) and sparse_0.80.pt (the pruned network) for each
+sparsity, log.csv (a row a round) and result.json. Called again with more sparsities it goes on from the
+sparsest network that still has enough weights; a run that was cut off goes on from its last epoch.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from common import checkpoint, cli, masking
+from common.data import load_described
+from common.errors import UserError
+from common.models import build_model
+from common.training import cpu_state, learning_rates, pick_device, pick_precision, train
+
+PRUNED_A_ROUND = 0.2
+
+
+def parse_args() -> argparse.Namespace:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--dense", type=Path, required=True, help="folder of a finished dense run")
+    parser.add_argument("--sparsity", type=cli.share, nargs="+", required=True, metavar="S", help="sparsities of the pruned layers")
+    parser.add_argument("--rewind", type=cli.natural, metavar="K", help="before training, set the kept weights back to epoch K; train on the dense schedule from there")
+    parser.add_argument("--one-shot", action="store_true", help="prune to each sparsity in a single round")
+    parser.add_argument("--keep-rounds", action="store_true", help="keep round_NN.pt, the network after every round")
+    parser.add_argument("--out", type=Path, required=True, help="folder for masks and networks")
+    cli.add_training(parser, "imp")
+    cli.add_device(parser)
+    args = parser.parse_args()
+    if args.rewind is not None and any(value is not None for value in (args.epochs, args.lr, args.schedule, args.warmup)):
+        parser.error("--rewind trains on the dense run's schedule: leave out --epochs, --lr, --schedule and --warmup")
+    args.sparsity = sorted(set(args.sparsity))
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    dense = checkpoint.load_dense(args.dense)
+    recipe = dense["result"]["arguments"]
+    cli.paper_defaults(args, "imp", dense["dataset"]["name"])
+    rewound = None
+    if args.rewind is not None:
+        vars(args).update({name: recipe[name] for name in ("epochs", "lr", "schedule", "warmup")})
+        if args.rewind >= args.epochs:
+            raise UserError(f"--rewind {args.rewind} is not below the {args.epochs} epochs of {args.dense}")
+        rewound = checkpoint.load_dense(args.dense, args.rewind)["state_dict"]
+
+    arguments = {"dense": dense["sha256"]} | cli.hyper(
+        args, "rewind", "one_shot", "keep_rounds", "epochs", "lr", "schedule", "warmup", "weight_decay", "batch_size", "momentum", "precision"
+    )  # fmt: skip
+    finished = checkpoint.is_finished(args.out, arguments)
+    missing = [s for s in args.sparsity if not checkpoint.mask_file(args.out, s).is_file()]
+    if finished and not missing:
+        print(f"{args.out} is finished: nothing to do")
+        return
+
+    device = pick_device(args.device)
+    precision = pick_precision(args.precision, device)
+    data = load_described(dense["dataset"], args.data_dir, device, args.workers)
+    data.steps(args.batch_size)
+    model = build_model(**dense["model"], seed=dense["seed"])
+    names = masking.prunable(model)
+    rates = learning_rates(args.schedule, args.lr, args.epochs, args.warmup)[args.rewind or 0 :]
+    checkpoint.claim(args.out, arguments)
+
+    def prune_round(network: dict[str, Any], keep: int) -> dict[str, Any]:
+        """Prune `network` to `keep` weights and train it; return the new network."""
+        number = network["round"] + 1
+        mask = masking.prune_by_magnitude(network["state_dict"], network["mask"], keep)
+        model.load_state_dict(masking.apply(rewound or network["state_dict"], mask))
+        # Fine-tuning goes on counting epochs where the dense run ended, so that no round repeats a data order.
+        first_epoch = recipe["epochs"] + (number - 1) * args.epochs if args.rewind is None else args.rewind
+        rows = train(
+            model, data, rates, name=f"IMP seed {dense['seed']} round {number:2d} to {masking.sparsity(mask):.2%}", folder=args.out,
+            seed=dense["seed"], batch_size=args.batch_size, momentum=args.momentum, weight_decay=args.weight_decay,
+            precision=precision, first_epoch=first_epoch, mask=mask,
+        )  # fmt: skip
+        row = {"round": number, "sparsity": masking.sparsity(mask), "sparsity_total": masking.sparsity_total(mask, model), "kept": keep}
+        row |= {key: rows[-1][key] for key in ("train_loss", "train_acc", "test_loss", "test_acc")}
+        row |= {"seconds": sum(row["seconds"] for row in rows)}
+        return about | {"state_dict": cpu_state(model), "mask": mask, "round": number, "rows": [*network["rows"], row]}
+
+    about = {key: dense[key] for key in ("model", "dataset", "seed", "epoch")}
+    start = about | {"state_dict": dense["state_dict"], "mask": masking.dense_mask(dense["state_dict"], names), "round": 0, "rows": []}
+    for sparsity in missing:
+        goal = masking.keep_count(masking.size(start["mask"]), sparsity)
+        network = start if args.one_shot else sparsest(args.out, goal) or start
+        while (left := masking.kept(network["mask"])) > goal:
+            network = prune_round(network, goal if args.one_shot else max(goal, left - round(PRUNED_A_ROUND * left)))
+            checkpoint.save_csv(network["rows"], args.out / "log.csv")
+            checkpoint.save(network, args.out / f"round_{network['round']:02d}.pt")
+        checkpoint.save(network, args.out / f"sparse_{checkpoint.label(sparsity)}.pt")
+        masks = {
+            "mask": network["mask"], "signs": masking.signs(dense["state_dict"], names), "sparsity": masking.sparsity(network["mask"]),
+            "sparsity_total": masking.sparsity_total(network["mask"], model), "model": dense["model"], "dataset": dense["dataset"],
+            "source_seed": dense["seed"], "target_seed": None, "method": None, "match_epoch": None,
+        }  # fmt: skip
+        checkpoint.save(masks, checkpoint.mask_file(args.out, sparsity))
+
+    networks = [checkpoint.load(path) for path in sorted(args.out.glob("sparse_*.pt"))]
+    rows = {(row["round"], row["kept"]): row for network in networks for row in network["rows"]}
+    checkpoint.finish(args.out, "prune_imp", arguments, sorted(rows.values(), key=lambda row: -row["kept"]), device, precision)
+    if not args.keep_rounds:
+        for path in args.out.glob("round_*.pt"):
+            path.unlink()
+
+
+def sparsest(folder: Path, least: int) -> dict[str, Any] | None:
+    """The sparsest network in `folder` that has at least `least` weights, or None."""
+    networks = [checkpoint.load(path, ("mask", "round", "rows")) for kind in ("sparse", "round") for path in folder.glob(f"{kind}_*.pt")]
+    enough = [network for network in networks if masking.kept(network["mask"]) >= least]
+    return min(enough, key=lambda network: masking.kept(network["mask"]), default=None)
+
+
+if __name__ == "__main__":
+    cli.run(main)
