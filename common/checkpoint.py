@@ -38,7 +38,7 @@ def label(sparsity: float) -> str:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[io.BufferedWriter]:
+def replacing(path: Path) -> Iterator[io.BufferedWriter]:
     """Open a temporary file beside `path` that takes its place when the block ends well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -57,12 +57,12 @@ def save(content: Any, path: Path) -> None:
     """Write tensors and plain values; raises UserError when the disk does not take them."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    with _replacing(Path(path)) as file:
+    with replacing(Path(path)) as file:
         file.write(buffer.getbuffer())
 
 
 def save_text(text: str, path: Path) -> None:
-    with _replacing(Path(path)) as file:
+    with replacing(Path(path)) as file:
         file.write(text.encode())
 
 

@@ -1,0 +1,202 @@
+"""How fast this code is against the plain way, measured side by side in one run.
+
+    python -m analyze.benchmark
+
+Every row runs both ways in turn, several times, and prints the medians and the median of the paired ratios:
+training (data included) of dense and masked networks against an fp32 NCHW loop with PIL transforms in a
+DataLoader and torch.nn.utils.prune hooks; what a mask costs; one-pass matching against layer by layer.
+"""
+
+import contextlib
+import copy
+import io
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.utils import prune
+
+from common import cli, masking
+from common.data import Resident
+from common.matching import Moments, assign, channels_last, match_activations
+from common.models import build_model
+from common.permutation import Axes, find_axes, permute, trace
+from common.training import pick_device, pick_precision, train
+
+BATCH, SPARSITY = 128, 0.9
+
+
+def random_images(count: int, size: int, device: torch.device) -> Resident:
+    """Noise in the shape of a small-image set, with a test set too small to matter."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (count + 8, 3, size, size), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(10, (count + 8,), generator=generator)
+    pad = size // 8
+    description = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    parts = (F.pad(images[8:], (pad,) * 4), labels[8:], images[:8], labels[:8])
+    return Resident(*(part.to(device) for part in parts), pad, True, description)
+
+
+# ---------------------------------------------------------------- the plain way
+
+
+class PilImages(torch.utils.data.Dataset):
+    """The same images as PIL images with torchvision's transforms, one at a time."""
+
+    def __init__(self, data: Resident):
+        from PIL import Image
+
+        from common.vision import torchvision
+
+        transforms, pad = torchvision.transforms, data.pad
+        size = data.input_shape[-1]
+        images = data.train[:, :, pad:-pad, pad:-pad].permute(0, 2, 3, 1).cpu().numpy()
+        self.images, self.labels = [Image.fromarray(image) for image in images], data.train_labels.tolist()
+        self.transform = transforms.Compose(
+            [transforms.RandomCrop(size, pad), transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.25,) * 3)]
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(self.images[index]), self.labels[index]
+
+
+def plain_epoch(model: nn.Module, images: PilImages, device: torch.device) -> None:
+    """One epoch as research code often writes it: fp32, NCHW, two loader workers, `.item()` at every step."""
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4)
+    loader = torch.utils.data.DataLoader(images, BATCH, shuffle=True, drop_last=True, num_workers=2)
+    model.train()
+    total = 0.0
+    for x, y in loader:
+        x, y = x.to(device), y.to(device)
+        loss = F.cross_entropy(model(x), y)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        total += loss.item()
+
+
+def match_layer_by_layer(source: nn.Module, target: nn.Module, axes: Axes, batches: Callable[[], Any]) -> dict[str, Tensor]:
+    """Match one axis after the other through ever longer sub-networks, each time over all batches.
+
+    After each axis the source is permuted by what is known so far, as published re-basin codes do.
+    """
+    source = copy.deepcopy(source)
+    original = {name: value.clone() for name, value in source.state_dict().items()}
+    position = {node.name: i for i, node in enumerate(trace(source).graph.nodes)}
+    permutation: dict[str, Tensor] = {}
+    for axis in sorted(axes.sizes, key=lambda axis: position[axes.carriers[axis].node]):
+        heads = [cut(model, axes.carriers[axis].node) for model in (target, source)]
+        moments = Moments()
+        with torch.no_grad():
+            for images in batches():
+                moments.add(*(channels_last(head(images), axes, axis) for head in heads))
+        permutation[axis] = assign(moments.correlation())
+        source.load_state_dict(permute(original, axes.dims, permutation))
+    return permutation
+
+
+def cut(model: nn.Module, last: str) -> fx.GraphModule:
+    """The sub-network from the input to the graph node called `last`."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    traced = trace(model)
+    for node in traced.graph.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        if node.name == last:
+            graph.output(copies[node])
+            break
+    return fx.GraphModule(traced, graph)
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def compare(name: str, ours: Callable[[], None], other: Callable[[], None], work: int, unit: str, repeats: int) -> dict[str, Any]:
+    """Run both in turn after one warm-up each; medians of the rates and of the paired ratio ours / other."""
+    times: list[tuple[float, float]] = []
+    for repeat in range(repeats + 1):
+        pair = []
+        for run in (ours, other):
+            start = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            pair.append(time.perf_counter() - start)
+        if repeat:
+            times.append(tuple(pair))
+    ratios = sorted(b / a for a, b in times)
+    rates = [work / statistics.median(column) for column in zip(*times)]
+    return {"measure": name, "ours": rates[0], "other": rates[1], "unit": unit, "ratio": statistics.median(ratios), "min": ratios[0], "max": ratios[-1]}
+
+
+def training_rows(size: int, steps: int, repeats: int, device: torch.device) -> list[dict[str, Any]]:
+    """Dense and masked training against the plain way, and masked against dense."""
+    data = random_images(steps * BATCH, size, device)
+    pil = PilImages(data)
+    precision = pick_precision(None, device)
+    model = build_model("resnet20", 1, 10, data.input_shape)
+    mask = masking.dense_mask(model.state_dict(), masking.prunable(model))
+    mask = masking.prune_by_magnitude(model.state_dict(), mask, masking.keep_count(masking.size(mask), SPARSITY))
+
+    def ours(with_mask: bool) -> None:
+        network = copy.deepcopy(model)
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            train(
+                network, data, [0.02], name="benchmark", folder=Path(folder), seed=0, batch_size=BATCH, momentum=0.9,
+                weight_decay=5e-4, precision=precision, mask=mask if with_mask else None,
+            )  # fmt: skip
+
+    plain, hooked = copy.deepcopy(model).to(device), copy.deepcopy(model).to(device)
+    for name, entry in mask.items():
+        module, _, parameter = name.rpartition(".")
+        prune.custom_from_mask(hooked.get_submodule(module), parameter, entry.to(device))
+    images = steps * BATCH
+    about = f"resnet20 x1, {size} px, {precision}"
+    return [
+        compare(f"dense training, {about}", lambda: ours(False), lambda: plain_epoch(plain, pil, device), images, "images/s", repeats),
+        compare(f"masked training, {about}", lambda: ours(True), lambda: plain_epoch(hooked, pil, device), images, "images/s", repeats),
+        compare(f"masked over dense, {about}", lambda: ours(True), lambda: ours(False), images, "images/s", 2 * repeats),
+    ]
+
+
+def matching_row(size: int, images: int, repeats: int, device: torch.device) -> dict[str, Any]:
+    """One pass against layer by layer, on the same images."""
+    data = random_images(images, size, device)
+    source, target = (build_model("resnet20", 1, 10, data.input_shape, seed).to(device, memory_format=torch.channels_last) for seed in (0, 1))
+    axes = find_axes(source, data.input_shape)
+
+    def batches() -> Any:
+        return (x for x, _ in data.eval_batches("train"))
+
+    return compare(
+        f"matching in one pass, resnet20 x1, {size} px", lambda: match_activations(source, target, axes, batches()),
+        lambda: match_layer_by_layer(source, target, axes, batches), images, "images/s", repeats,
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--size", type=cli.number(int, 8), default=32, help="image size in px (default: %(default)s)")
+    parser.add_argument("--steps", type=cli.positive, default=15, help="training steps a repeat (default: %(default)s)")
+    parser.add_argument("--repeats", type=cli.positive, default=5, help="default: %(default)s")
+    cli.add_device(parser, data=False)
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    rows = training_rows(args.size, args.steps, args.repeats, device)
+    rows.append(matching_row(args.size, 2000, max(1, args.repeats // 2), device))
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.repeats} repeats; ratio: median, min and max of the pairs")
+    print(pd.DataFrame(rows).to_string(index=False, formatters={"ours": "{:,.0f}".format, "other": "{:,.0f}".format}, float_format="{:.2f}".format))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,146 @@
+"""Loss and accuracy along the line from A to B, before and after A is permuted (Figure 3).
+
+    python -m analyze.interpolation runs/quick
+
+For every alignment below the folder: the test loss and accuracy of (1 - alpha) A + alpha B, and of
+(1 - alpha) π(A) + alpha B, each with and without REPAIR. The barrier is the largest excess of the loss over the
+line between the endpoints' losses (paper, equation 3); it stands in the legend, as a mean over pairs. Writes
+figures/interpolation_* and, so that a second call is quick, interpolation.csv beside each permutation.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from analyze import repair, style
+from analyze.results import dense_runs, find_results, parse_root
+from common import checkpoint, cli
+from common.data import load_described
+from common.errors import UserError
+from common.models import build_model
+from common.permutation import find_axes, permute
+from common.training import evaluate, pick_device
+
+CURVES = {
+    ("naive", False): {"label": "A to B", "color": "#D55E00", "linestyle": ":"},
+    ("naive", True): {"label": "A to B, REPAIR", "color": "#D55E00", "linestyle": "-", "marker": "s"},
+    ("aligned", False): {"label": "π(A) to B", "color": "#009E73", "linestyle": ":"},
+    ("aligned", True): {"label": "π(A) to B, REPAIR", "color": "#009E73", "linestyle": "-", "marker": "^"},
+}
+
+
+def barrier(losses: np.ndarray, alphas: np.ndarray) -> float:
+    """The largest excess of `losses` over the line between the first and the last (paper, equation 3)."""
+    return float((losses - ((1 - alphas) * losses[0] + alphas * losses[-1])).max())
+
+
+def line(source: dict[str, Tensor], target: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """The state dict (1 - alpha) source + alpha target; integer buffers are the target's."""
+    return {name: torch.lerp(source[name], value, alpha) if value.is_floating_point() else value for name, value in target.items()}
+
+
+def along(
+    model: nn.Module, source: dict[str, Tensor], target: dict[str, Tensor], alphas: np.ndarray, test: list, calibration: list[Tensor]
+) -> list[dict]:
+    """Test loss in nats and accuracy in percent at every alpha, with and without REPAIR on the `calibration` images."""
+    rows = []
+    batch_norm = repair.has_batch_norm(model)
+    if not batch_norm:
+        ends = []
+        for state in (source, target):
+            model.load_state_dict(state)
+            ends.append(repair.statistics(model, calibration))
+    for alpha in tqdm(alphas, "interpolating", unit="point", disable=None, leave=False):
+        model.load_state_dict(line(source, target, float(alpha)))
+        for repaired in (False, True):
+            if repaired and batch_norm:
+                repair.recompute_batch_norm(model, calibration)
+            elif repaired:
+                repair.rescale(model, calibration, repair.interpolate(*ends, float(alpha)))
+            loss, accuracy = evaluate(model, test)
+            rows.append({"alpha": alpha, "repair": repaired, "test_loss": loss, "test_acc": accuracy})
+    return rows
+
+
+def measure(run: dict, dense: dict[str, Path], points: int, images: int, device: torch.device, data_dir: str | None) -> pd.DataFrame:
+    """All curves of one alignment, from the file beside it when that holds them already."""
+    permutation = checkpoint.load(run["folder"] / "permutation.pt", ("permutation",))["permutation"]
+    arguments = run["arguments"]
+    cache = run["folder"] / f"interpolation_{points}_{images}_{arguments['source'][:6]}{arguments['target'][:6]}.csv"
+    if cache.is_file():
+        return pd.read_csv(cache)
+    ends = []
+    for role in ("source", "target"):
+        if arguments[role] not in dense:
+            raise UserError(f"the dense {role} of {run['folder']} is not below this folder")
+        ends.append(checkpoint.load(dense[arguments[role]], checkpoint.WEIGHTS))
+    source, target = ends
+    model = build_model(**target["model"], seed=0).to(device, memory_format=torch.channels_last)
+    data = load_described(target["dataset"], data_dir, device)
+    test = list(data.eval_batches("test"))
+    calibration = [x for x, _ in data.eval_batches("train", limit=images)]
+    permuted = permute(source["state_dict"], find_axes(model, data.input_shape).dims, permutation)
+    alphas = np.linspace(0, 1, points)
+    rows = []
+    for kind, state in (("naive", source["state_dict"]), ("aligned", permuted)):
+        rows += [{"curve": kind} | row for row in along(model, state, target["state_dict"], alphas, test, calibration)]
+    about = {"model": target["model"]["name"], "width": target["model"]["width"], "dataset": target["dataset"]["name"], "method": arguments["method"]}
+    about |= {key: arguments[key] for key in ("source_seed", "target_seed", "match_epoch")}
+    table = pd.DataFrame([about | row for row in rows])
+    checkpoint.save_text(table.to_csv(index=False), cache)
+    return table
+
+
+def plot(table: pd.DataFrame, title: str) -> tuple[style.Figure, pd.DataFrame]:
+    """A column of panels a width: test loss above, accuracy below; the legend gives the barriers."""
+    widths = sorted(table["width"].unique())
+    figure, axes = style.plt.subplots(2, len(widths), figsize=(0.6 + 3.6 * len(widths), 5.6), squeeze=False, sharex=True)
+    barriers = []
+    for column, width in zip(axes.T, widths):
+        here = table[table["width"] == width]
+        for (kind, repaired), look in CURVES.items():
+            curve = here[(here["curve"] == kind) & (here["repair"] == repaired)]
+            losses = curve.pivot_table(index="alpha", columns=["source_seed", "target_seed"], values="test_loss")
+            found = [barrier(losses[pair].to_numpy(), losses.index.to_numpy()) for pair in losses]
+            barriers += [{"width": width, "curve": kind, "repair": repaired, "source_seed": a, "target_seed": b, "barrier": value} for (a, b), value in zip(losses, found)]
+            for axis, metric in zip(column, ("test_loss", "test_acc")):
+                mean = curve.groupby("alpha")[metric].agg(["mean", "std"])
+                label = f"{look['label']}: barrier {np.mean(found):.3f}" if metric == "test_loss" else None
+                axis.plot(mean.index, mean["mean"], **look | {"label": label, "markersize": 3.5})
+                spread = mean["std"].fillna(0)
+                axis.fill_between(mean.index, mean["mean"] - spread, mean["mean"] + spread, color=look["color"], alpha=0.12, linewidth=0)
+        column[0].set_title(f"width {width:g}")
+        column[0].legend()
+        column[1].set_xlabel("α (0: A, 1: B)")
+    axes[0, 0].set_ylabel("test loss (nats)")
+    axes[1, 0].set_ylabel("test accuracy (%)")
+    figure.suptitle(title, fontsize=10)
+    return figure, pd.DataFrame(barriers)
+
+
+def main() -> None:
+    parser = parse_root(__doc__)
+    parser.add_argument("--points", type=cli.number(int, 3), default=21, help="values of alpha (default: %(default)s)")
+    parser.add_argument("--images", type=cli.positive, default=10_000, help="training images for REPAIR (default: %(default)s)")
+    cli.add_device(parser)
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    runs = [run for run in find_results(args.root, "align_mask")]
+    if not runs:
+        raise UserError(f"no finished alignment below {args.root}: run align_mask.py first")
+    dense = {checkpoint.digest(path): path for folder in dense_runs(args.root)["folder"] for path in folder.glob("epoch_*.pt")}
+    tables = [measure(run, dense, args.points, args.images, device, args.data_dir) for run in tqdm(runs, "pairs", unit="pair", disable=None)]
+    table = pd.concat(tables, ignore_index=True)
+    for (model, dataset, method), group in table.groupby(["model", "dataset", "method"]):
+        figure, barriers = plot(group, f"{model} on {dataset}, matched by {method}, {group['source_seed'].nunique()} seed pairs")
+        style.save(figure, group, args.root / "figures", f"interpolation_{method}_{model}_{dataset}")
+        mean = barriers.groupby(["width", "curve", "repair"])["barrier"].agg(["mean", "std", "count"]).round(3)
+        print(f"barriers in test loss (nats), {model} on {dataset}, {method}\n{mean.to_string()}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,39 @@
+"""One look for all figures: a fixed, colour-blind-safe colour and a marker for each arm."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from common import checkpoint
+
+# Okabe and Ito's palette; markers and line styles keep the arms apart in grey.
+ARMS = {
+    "lth": {"label": "LTH", "color": "#0072B2", "marker": "o"},
+    "naive": {"label": "naive", "color": "#D55E00", "marker": "s"},
+    "permuted": {"label": "permuted", "color": "#009E73", "marker": "^"},
+}
+DENSE = {"label": "dense", "color": "black", "linestyle": "--", "linewidth": 1}
+
+plt.rcParams.update(
+    {
+        "font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+        "grid.color": "0.9", "grid.linewidth": 0.6, "axes.axisbelow": True, "lines.linewidth": 1.4, "lines.markersize": 4.5,
+        "legend.frameon": False, "legend.fontsize": 8, "figure.constrained_layout.use": True, "savefig.dpi": 200, "pdf.fonttype": 42,
+    }
+)  # fmt: skip
+
+
+def save(figure: Figure, table: pd.DataFrame, folder: Path, name: str) -> None:
+    """Write a figure as PNG and PDF, and its data as CSV beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix in ("png", "pdf"):
+        with checkpoint.replacing(folder / f"{name}.{suffix}") as file:
+            figure.savefig(file, format=suffix)
+    checkpoint.save_text(table.to_csv(index=False), folder / f"{name}.csv")
+    plt.close(figure)
+    print(f"wrote {folder / name}.png, .pdf and .csv")

@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# The whole experiment with one command: dense networks, pruning, alignment, sparse training, tables and figures.
+#
+#   bash run_all.sh [quick|cifar10|cifar100|vgg11|svhn|imagenet|test]
+#
+# quick (the default) needs no download, no GPU and a few minutes. All else are the paper's settings.
+# Each setting below can be overridden by the environment:
+#   PAIRS="0 1 2" WIDTHS="1 4" OUT=runs/mine DATA_DIR=/data bash run_all.sh cifar10
+#   DRY_RUN=1 prints the commands, in order, so that they can be fed to a job queue.
+# Called again, it does what is missing; a run that was cut off goes on from its last epoch.
+set -euo pipefail
+cd "$(dirname "$0")"
+preset=${1:-quick}
+
+# ---------------------------------------------------------------- settings
+# Pair p has source seed 2p and target seed 2p+1, so that pairs are independent.
+dense_flags="" imp_flags="" sparse_flags="" interpolation_flags="" jobs=1
+pairs="0 1 2" widths="1" sparsity="0.8 0.9 0.95 0.97" rewind="0 5 10 15 20 25 50 75 100" model=resnet20
+case $preset in
+  quick)
+    dataset=glyphs sparsity="0.95" rewind="2"
+    dense_flags="--image-size 16 --limit-train 5000 --epochs 10 --save-epochs 2"
+    imp_flags="--epochs 1" interpolation_flags="--points 11 --images 1000"
+    jobs=$(getconf _NPROCESSORS_ONLN) jobs=$((jobs < 4 ? jobs : 4)) ;;
+  cifar10)  dataset=cifar10 widths="1 4 8 16" ;;
+  cifar100) dataset=cifar100 widths="1 4 8 16" ;;
+  vgg11)    dataset=cifar10 model=vgg11 ;;
+  svhn)     dataset=svhn ;;
+  imagenet) dataset=imagenet model=resnet50 pairs="0" sparsity="0.8 0.9 0.95" rewind="10 25 50" ;;
+  test)     ;;
+  *) echo "run_all.sh: error: unknown preset '$preset': choose from quick, cifar10, cifar100, vgg11, svhn, imagenet, test" >&2; exit 2 ;;
+esac
+PAIRS=${PAIRS-$pairs} WIDTHS=${WIDTHS-$widths} SPARSITY=${SPARSITY-$sparsity} REWIND=${REWIND-$rewind}
+MODEL=${MODEL-$model} OUT=${OUT-runs/$preset} DATA_DIR=${DATA_DIR-data}
+DENSE_FLAGS=${DENSE_FLAGS-$dense_flags} IMP_FLAGS=${IMP_FLAGS-$imp_flags} SPARSE_FLAGS=${SPARSE_FLAGS-$sparse_flags}
+INTERPOLATION_FLAGS=${INTERPOLATION_FLAGS-$interpolation_flags}
+JOBS=${JOBS-$jobs}  # processes side by side; on a CPU each then gets its share of the cores
+DRY_RUN=${DRY_RUN-}
+
+# ---------------------------------------------------------------- set-up
+python=python3
+packages="import torch, torchvision, numpy, scipy, tqdm, pandas, matplotlib, pytest"
+import_check="from common.vision import torchvision; $packages"
+if [ -z "$DRY_RUN" ] && ! "$python" -c "$import_check" 2>/dev/null; then
+  if ! .venv/bin/python -c "$import_check" 2>/dev/null; then
+    echo "setting up .venv from requirements.txt (once)"
+    "$python" -m venv .venv && .venv/bin/python -m pip install --quiet --requirement requirements.txt
+  fi
+  python=.venv/bin/python
+fi
+if [ "$preset" = test ]; then exec "$python" -m pytest -q tests; fi
+if [ "$JOBS" -gt 1 ]; then
+  cores=$(getconf _NPROCESSORS_ONLN)
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS-$((cores > JOBS ? cores / JOBS : 1))}
+fi
+
+# ---------------------------------------------------------------- the experiment
+run() { # run the commands on standard input, one a line, JOBS at a time
+  if [ -n "$DRY_RUN" ]; then cat; else tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" sh -c 'eval "$0" || exit 255'; fi
+}
+roots() { # width and folder of each width
+  for w in $WIDTHS; do [ "$WIDTHS" = "$w" ] && echo "$w $OUT" || echo "$w $OUT/w$w"; done
+}
+start=$(date +%s)
+
+roots | while read -r w R; do
+  for p in $PAIRS; do for seed in $((2 * p)) $((2 * p + 1)); do
+    echo "$python train_dense.py --dataset $dataset --data-dir '$DATA_DIR' --model $MODEL --width $w --seed $seed --out '$R/dense' $DENSE_FLAGS"
+  done; done
+done | run
+
+roots | while read -r w R; do
+  for p in $PAIRS; do a=$((2 * p))
+    echo "$python prune_imp.py --dense '$R/dense/seed$a' --sparsity $SPARSITY --out '$R/imp/seed$a' $IMP_FLAGS"
+  done
+done | run
+
+roots | while read -r w R; do
+  for p in $PAIRS; do a=$((2 * p)) b=$((2 * p + 1))
+    echo "$python align_mask.py --source '$R/dense/seed$a' --target '$R/dense/seed$b' --masks '$R/imp/seed$a' --out '$R/align/activation/seed$a-seed$b'"
+  done
+done | run
+
+roots | while read -r w R; do
+  for p in $PAIRS; do a=$((2 * p)) b=$((2 * p + 1))
+    grid="--sparsity $SPARSITY --rewind $REWIND $SPARSE_FLAGS"
+    echo "$python train_sparse.py --arm lth --weights '$R/dense/seed$a' --masks '$R/imp/seed$a' --out '$R/sparse/lth/seed$a-seed$a' $grid"
+    echo "$python train_sparse.py --arm naive --weights '$R/dense/seed$b' --masks '$R/imp/seed$a' --out '$R/sparse/naive/seed$a-seed$b' $grid"
+    echo "$python train_sparse.py --arm permuted --weights '$R/dense/seed$b' --masks '$R/align/activation/seed$a-seed$b' --out '$R/sparse/permuted/activation/seed$a-seed$b' $grid"
+  done
+done | run
+
+unset OMP_NUM_THREADS
+JOBS=1
+run <<COMMANDS
+$python -m analyze.interpolation '$OUT' $INTERPOLATION_FLAGS
+$python -m analyze.accuracy '$OUT'
+$python -m analyze.results '$OUT'
+COMMANDS
+[ -n "$DRY_RUN" ] || echo "done in $(($(date +%s) - start)) s: tables and figures in $OUT"

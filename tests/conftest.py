@@ -1,0 +1,72 @@
+"""Shared by the tests: the stages called through their real entry points, at a tiny budget."""
+
+import contextlib
+import importlib
+import io
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from common import cli
+
+TINY = "--model mlp --width 0.03125 --image-size 8 --limit-train 256 --batch-size 64 --precision fp32 --device cpu".split()
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def call(script: str, *arguments: object) -> Outcome:
+    """Run a script's main as its command line does, in this process."""
+    module = importlib.import_module(script)
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv, code = [f"{script}.py", *map(str, arguments)], 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            cli.run(module.main)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    finally:
+        sys.argv = argv
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def succeed(script: str, *arguments: object) -> str:
+    outcome = call(script, *arguments)
+    assert outcome.code == 0, outcome.err
+    return outcome.out
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tiny networks are fastest on one thread, and results then do not depend on the machine's cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> Path:
+    """A finished pipeline: two pairs of tiny networks, every stage. Tests must not write into it."""
+    root = tmp_path_factory.mktemp("runs")
+    succeed("train_dense", *TINY, "--epochs", 3, "--save-epochs", 1, "--seed", 0, 1, 2, 3, "--out", root / "dense")
+    for a, b in ((0, 1), (2, 3)):
+        succeed("prune_imp", "--dense", root / f"dense/seed{a}", "--sparsity", 0.5, 0.7, "--epochs", 1, "--batch-size", 64,
+                "--keep-rounds", "--device", "cpu", "--precision", "fp32", "--out", root / f"imp/seed{a}")  # fmt: skip
+        succeed("align_mask", "--source", root / f"dense/seed{a}", "--target", root / f"dense/seed{b}", "--masks", root / f"imp/seed{a}",
+                "--device", "cpu", "--out", root / f"align/activation/seed{a}-seed{b}")  # fmt: skip
+        for arm, seed, masks in (("lth", a, f"imp/seed{a}"), ("naive", b, f"imp/seed{a}"), ("permuted", b, f"align/activation/seed{a}-seed{b}")):
+            sparse(arm, root / f"dense/seed{seed}", root / masks, root / f"sparse/{arm}/seed{a}-seed{seed}")
+    return root
+
+
+def sparse(arm: str, weights: Path, masks: Path, out: Path, *more: object) -> Outcome:
+    """Stage 4 at the tiny budget."""
+    tiny = ("--batch-size", 64, "--device", "cpu", "--precision", "fp32")
+    return call("train_sparse", "--arm", arm, "--weights", weights, "--masks", masks, "--out", out, *tiny, *(more or ("--sparsity", 0.5, 0.7, "--rewind", 0, 1)))
