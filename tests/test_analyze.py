@@ -1,0 +1,168 @@
+import copy
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from analyze import repair, results
+from analyze.interpolation import along, barrier, line
+from common.models import build_model
+from tests.conftest import call, succeed
+
+
+def test_barrier_by_hand():
+    alphas = np.array([0, 0.25, 0.5, 0.75, 1.0])
+    # The line from 1 to 3 is 1, 1.5, 2, 2.5, 3: the excesses are 0, 0.5, 2, 0.5, 0.
+    assert barrier(np.array([1, 2, 4, 3, 3.0]), alphas) == pytest.approx(2)
+    assert barrier(np.array([1, 1, 1, 1, 3.0]), alphas) == 0  # below the line there is no barrier
+
+
+def test_line_by_hand():
+    source = {"w": torch.tensor([0.0, 4.0]), "n": torch.tensor(3)}
+    target = {"w": torch.tensor([1.0, 0.0]), "n": torch.tensor(5)}
+    assert line(source, target, 0.25)["w"].tolist() == [0.25, 3.0] and line(source, target, 0.25)["n"] == 5
+    assert line(source, target, 0.0)["w"].tolist() == [0, 4] and line(source, target, 1.0)["w"].tolist() == [1, 0]
+
+
+def test_recomputed_batch_norm_is_the_cumulative_average():
+    model = nn.Sequential(nn.BatchNorm2d(1)).eval()
+    batches = [torch.tensor([1.0, 3.0]).view(2, 1, 1, 1), torch.tensor([10.0, 20.0]).view(2, 1, 1, 1)]
+    repair.recompute_batch_norm(model, batches)
+    # Means 2 and 15; unbiased variances 2 and 50.
+    assert model[0].running_mean.item() == pytest.approx(8.5) and model[0].running_var.item() == pytest.approx(26)
+    assert model[0].momentum == 0.1 and not model.training
+
+
+@pytest.mark.parametrize("name, size", [("mlp", 8), ("vgg11", 32)])
+def test_rescaling_brings_every_hidden_layer_to_the_goal(name, size):
+    models = [build_model(name, 0.125, 10, (3, size, size), seed).eval() for seed in (0, 1, 2)]
+    batches = [torch.randn(20, 3, size, size) for _ in range(2)]
+    ends = [repair.statistics(model, batches) for model in models[:2]]
+    goal = repair.interpolate(*ends, 0.25)
+    layer = list(goal)[1]
+    assert torch.allclose(goal[layer][0], 0.75 * ends[0][layer][0] + 0.25 * ends[1][layer][0], atol=1e-6)
+    repair.rescale(models[2], batches, goal)
+    found = repair.statistics(models[2], batches)
+    assert len(found) == len([m for m in models[2].modules() if isinstance(m, (nn.Conv2d, nn.Linear))]) - 1  # not the output
+    for key in goal:
+        assert torch.allclose(found[key][0], goal[key][0], atol=1e-4) and torch.allclose(found[key][1], goal[key][1], atol=1e-4), key
+    by_hand = models[0][1 if name == "mlp" else 0](batches[0].flatten(1) if name == "mlp" else batches[0])
+    first = repair.statistics(models[0], batches[:1])[list(goal)[0]]
+    dims = [dim for dim in range(by_hand.dim()) if dim != 1]
+    assert torch.allclose(first[0], by_hand.mean(dims), atol=1e-5) and torch.allclose(first[1], by_hand.std(dims, correction=0), atol=1e-5)
+
+
+@pytest.mark.parametrize("name, size", [("mlp", 8), ("resnet20", 8)])
+def test_repair_at_the_endpoints_changes_nothing_and_interpolation_meets_them(name, size):
+    model = build_model(name, 0.125 if name == "mlp" else 0.25, 10, (3, size, size))
+    images = torch.randn(40, 3, size, size)
+    if name == "resnet20":
+        repair.recompute_batch_norm(model, [images])
+    source = copy.deepcopy(model.state_dict())
+    test = [(images, torch.randint(10, (40,)))]
+    target = {key: value + 0.3 * torch.randn_like(value) if value.dim() > 1 else value for key, value in source.items()}
+    table = pd.DataFrame(along(model, source, target, np.array([0, 0.5, 1.0]), test, [images]))
+    pairs = table.pivot(index="alpha", columns="repair", values="test_loss")
+    assert pairs.loc[0.0, True] == pytest.approx(pairs.loc[0.0, False], rel=1e-4)
+    assert pairs.loc[0.5, True] != pytest.approx(pairs.loc[0.5, False], rel=1e-4)
+
+
+def frame(rows):
+    keys = {"model": "m", "width": 1.0, "dataset": "d", "sparsity": 0.9, "rewind": 0}
+    return pd.DataFrame([keys | row for row in rows])
+
+
+def test_summary_by_hand():
+    runs = frame([
+        {"arm": arm, "source_seed": seed, "test_acc": value}
+        for seed, values in ((0, (90, 80, 83)), (2, (92, 78, 83))) for arm, value in zip(("lth", "naive", "permuted"), values)
+    ])  # fmt: skip
+    (row,) = results.table(runs).to_dict("records")
+    assert row["lth"] == 91 and row["lth_std"] == pytest.approx(2**0.5) and row["naive"] == 79
+    assert row["difference"] == 4  # of 3 and 5
+    assert row["difference_se"] == pytest.approx(1)  # sample std sqrt(2) over sqrt(2)
+    assert row["gap_closed"] == pytest.approx(100 * 4 / 12)
+    text = results.render(runs)
+    assert "91.00 ± 1.41" in text and "+4.00 ± 1.00" in text and "33%" in text
+
+
+def test_one_seed_has_no_spread_and_a_missing_arm_no_difference():
+    one = results.render(frame([{"arm": arm, "source_seed": 0, "test_acc": value} for arm, value in (("lth", 90.0), ("naive", 80.0))]))
+    assert "90.00" in one and "nan" not in one and "90.00 ±" not in one
+
+
+def test_overall_averages_each_pair_over_the_cells_that_have_every_arm():
+    rows = [{"arm": arm, "source_seed": seed, "rewind": k, "test_acc": base + 10 * k + seed}
+            for seed in (0, 2) for k in (0, 1) for arm, base in (("lth", 90), ("naive", 70), ("permuted", 75))]  # fmt: skip
+    rows.append({"arm": "naive", "source_seed": 0, "rewind": 2, "test_acc": 5})
+    (total,) = results.overall(frame(rows)).to_dict("records")
+    assert total["naive"] == pytest.approx(70 + 5 + 1) and total["difference"] == 5 and total["difference_se"] == 0
+
+
+def test_results_lists_every_finished_run_once(runs, tmp_path):
+    root = tmp_path / "runs"
+    shutil.copytree(runs / "sparse", root / "somewhere/else")  # found by result.json, whatever the folders are called
+    (root / "foreign").mkdir()
+    (root / "foreign/result.json").write_text("{ half")
+    unfinished = root / "somewhere/else/lth/seed0-seed0/s0.50_k000/result.json"
+    unfinished.unlink()
+    outcome = call("analyze.results", root)
+    assert outcome.code == 0 and outcome.err.count("skipped") == 1 and "foreign" in outcome.err
+    table = pd.read_csv(root / "results.csv")
+    assert list(table.columns) == list(results.COLUMNS) and len(table) == 2 * 3 * 4 - 1
+    assert set(table["arm"]) == {"lth", "naive", "permuted"}
+    assert table.loc[table["arm"] != "permuted", "method"].isna().all() and (table.loc[table["arm"] == "permuted", "method"] == "activation").all()
+    lth = table[table["arm"] == "lth"]
+    assert (lth["source_seed"] == lth["target_seed"]).all()
+    row = table.iloc[0]
+    result = json.loads((root / row["path"] / "result.json").read_text()) if row["path"].startswith("/") else None
+    assert result and row["test_acc"] == pytest.approx(result["test_acc"]) and 0 <= row["test_acc"] <= 100
+    assert "50%" in outcome.out and "permuted-naive" in outcome.out
+
+
+def test_figures_and_their_data_are_written(runs, tmp_path):
+    root = tmp_path / "runs"
+    shutil.copytree(runs, root)
+    succeed("analyze.accuracy", root)
+    out = succeed("analyze.interpolation", root, "--points", 3, "--images", 100, "--device", "cpu")
+    for name in ("accuracy_rewind_mlp_glyphs", "accuracy_sparsity_mlp_glyphs", "interpolation_activation_mlp_glyphs"):
+        for suffix in ("png", "pdf", "csv"):
+            assert (root / "figures" / f"{name}.{suffix}").stat().st_size > 500
+        pixels = results_image(root / "figures" / f"{name}.png")
+        assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 20  # not an empty page
+    points = pd.read_csv(root / "figures/accuracy_rewind_mlp_glyphs.csv")
+    one = points[(points["arm"] == "naive") & (points["sparsity"] == 0.7) & (points["rewind"] == 1)].iloc[0]
+    by_hand = [json.loads((runs / f"sparse/naive/{pair}/s0.70_k001/result.json").read_text())["test_acc"] for pair in ("seed0-seed1", "seed2-seed3")]
+    assert one["mean"] == pytest.approx(np.mean(by_hand)) and one["std"] == pytest.approx(np.std(by_hand, ddof=1)) and one["count"] == 2
+    table = pd.read_csv(root / "figures/interpolation_activation_mlp_glyphs.csv")
+    ends = table[table["alpha"].isin([0, 1]) & ~table["repair"]]
+    dense = {seed: json.loads((runs / f"dense/seed{seed}/result.json").read_text())["test_acc"] for seed in range(4)}
+    for row in ends.to_dict("records"):  # α = 0 is the source, permuted or not, and α = 1 the target
+        assert row["test_acc"] == pytest.approx(dense[row["source_seed"] if row["alpha"] == 0 else row["target_seed"]])
+    assert "barrier" in out
+    stamp = next((root / "align").rglob("interpolation_*.csv")).stat().st_mtime_ns
+    succeed("analyze.interpolation", root, "--points", 3, "--images", 100, "--device", "cpu")
+    assert next((root / "align").rglob("interpolation_*.csv")).stat().st_mtime_ns == stamp
+
+
+def results_image(path):
+    from PIL import Image
+
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+@pytest.mark.parametrize("module", ["results", "accuracy", "interpolation"])
+def test_an_empty_folder_is_one_line(tmp_path, module):
+    for root, words in ((tmp_path, "no finished"), (tmp_path / "nowhere", "no such folder")):
+        outcome = call(f"analyze.{module}", root)
+        assert outcome.code == 2 and words in outcome.err and outcome.err.count("\n") == 1
+
+
+def test_benchmark_prints_ratios():
+    out = succeed("analyze.benchmark", "--size", 8, "--steps", 1, "--repeats", 1, "--device", "cpu")
+    for row in ("dense training", "masked training", "masked over dense", "matching in one pass"):
+        assert row in out

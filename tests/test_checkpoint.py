@@ -1,0 +1,83 @@
+import errno
+import json
+
+import pytest
+import torch
+
+from common import checkpoint
+from common.errors import UserError
+
+
+def test_labels_and_file_names(tmp_path):
+    assert [checkpoint.label(s) for s in (0.8, 0.95, 0.995)] == ["0.80", "0.95", "0.995"]
+    assert checkpoint.epoch_file(tmp_path, 7).name == "epoch_0007.pt" and checkpoint.mask_file(tmp_path, 0.9).name == "mask_0.90.pt"
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    content = {"x": torch.arange(3), "plain": [1, "two", None]}
+    checkpoint.save(content, tmp_path / "deep" / "file.pt")
+    loaded = checkpoint.load(tmp_path / "deep" / "file.pt", ("x", "plain"))
+    assert torch.equal(loaded["x"], content["x"]) and loaded["plain"] == content["plain"]
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "file.pt"
+    checkpoint.save({"old": 1}, path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "replace", full)
+    with pytest.raises(UserError, match=r"cannot write .*file\.pt: No space left"):
+        checkpoint.save({"new": 2}, path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file.pt"] and checkpoint.load(path) == {"old": 1}
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda path: path.unlink(), "no such file"),
+    (lambda path: path.write_bytes(path.read_bytes()[:200]), "cut off or no checkpoint"),
+    (lambda path: path.write_bytes(b""), "cut off or no checkpoint"),
+    (lambda path: path.write_text("hello"), "cut off or no checkpoint"),
+    (lambda path: torch.save([1], path), "lacks x"),
+    (lambda path: torch.save({"y": 1}, path), "lacks x"),
+    (lambda path: torch.save({"x": pytest.raises}, path), "cut off or no checkpoint"),  # arbitrary objects are never loaded
+])  # fmt: skip
+def test_bad_files_are_named(tmp_path, spoil, words):
+    path = tmp_path / "file.pt"
+    checkpoint.save({"x": 1}, path)
+    spoil(path)
+    with pytest.raises(UserError, match=words) as caught:
+        checkpoint.load(path, ("x",))
+    assert str(path) in str(caught.value)
+
+
+def test_run_folders_know_their_experiment(tmp_path):
+    folder, arguments = tmp_path / "run", {"lr": 0.1, "epochs": (1, 2)}
+    assert not checkpoint.is_finished(folder, arguments) and not folder.exists()
+    checkpoint.claim(folder, arguments)
+    (folder / ".log.csv.123.tmp").touch()
+    checkpoint.claim(folder, arguments)
+    assert not checkpoint.is_finished(folder, arguments) and not list(folder.glob(".*.tmp"))
+    with pytest.raises(UserError, match="lr is 0.1 there and 0.2 here"):
+        checkpoint.is_finished(folder, arguments | {"lr": 0.2})
+    checkpoint.save_json({}, folder / "result.json")
+    assert checkpoint.is_finished(folder, arguments)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    assert not checkpoint.is_finished(foreign, arguments)  # an empty folder may be used
+    (foreign / "thesis.txt").touch()
+    with pytest.raises(UserError, match="no run of this project"):
+        checkpoint.is_finished(foreign, arguments)
+
+
+def test_result_json_is_written_last(tmp_path, monkeypatch):
+    rows = [{"epoch": 1, "train_loss": 1.0, "train_acc": 2.0, "test_loss": 3.0, "test_acc": 4.0, "seconds": 5.0}] * 2
+    (tmp_path / "resume.pt").touch()
+    order = []
+    real = checkpoint.replacing
+    monkeypatch.setattr(checkpoint, "replacing", lambda path: order.append(path.name) or real(path))
+    checkpoint.finish(tmp_path, "train_dense", {"a": 1}, rows, torch.device("cpu"), "fp32")
+    assert order == ["log.csv", "result.json"] and not (tmp_path / "resume.pt").exists()
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["test_acc"] == 4 and result["seconds"] == 10 and result["arguments"] == {"a": 1} and result["threads"] >= 1
+    assert (tmp_path / "log.csv").read_text().splitlines()[0] == "epoch,train_loss,train_acc,test_loss,test_acc,seconds"

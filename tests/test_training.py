@@ -1,0 +1,101 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from common import masking
+from common.models import build_model
+from common.training import evaluate, learning_rates, pick_device, pick_precision, train
+from common.errors import UserError
+from tests.test_data import resident
+
+SETTINGS = {"name": "test", "seed": 0, "batch_size": 4, "momentum": 0.9, "weight_decay": 0.01, "precision": "fp32"}
+
+
+def tiny(seed=0):
+    return build_model("mlp", 1 / 64, 2, (3, 8, 8), seed)
+
+
+def test_schedules_by_hand():
+    assert learning_rates("cosine", 0.8, 4) == pytest.approx([0.8, 0.4 * (1 + math.sqrt(0.5)), 0.4, 0.4 * (1 - math.sqrt(0.5))])
+    step = learning_rates("step", 0.4, 80, warmup=5)
+    assert step[:6] == pytest.approx([0.08, 0.16, 0.24, 0.32, 0.4, 0.4])
+    assert step[29:31] == pytest.approx([0.4, 0.04]) and step[60] == pytest.approx(0.004) and len(step) == 80
+
+
+def test_evaluation_by_hand():
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return torch.tensor([[math.log(3.0), 0.0]]).repeat(len(x), 1)  # probabilities 3/4 and 1/4
+
+    batches = [(torch.zeros(3, 1), torch.tensor([0, 0, 1])), (torch.zeros(1, 1), torch.tensor([0]))]
+    loss, accuracy = evaluate(Fixed(), iter(batches))
+    assert loss == pytest.approx((3 * math.log(4 / 3) + math.log(4)) / 4) and accuracy == 75
+
+
+def test_one_masked_step_by_hand(tmp_path):
+    """SGD with momentum 0.9 and weight decay: after two steps the kept weights are those of the formula, the rest 0."""
+    data, model = resident(count=4, pad=0, mean=0.1), nn.Sequential(nn.Flatten(), nn.Linear(192, 2, bias=False))
+    mask = {"1.weight": torch.rand(2, 192) < 0.5}
+    with torch.no_grad():
+        model[1].weight.mul_(mask["1.weight"])
+    weight, momentum = model[1].weight.detach().clone(), torch.zeros(2, 192)
+    train(model, data, [0.1, 0.05], folder=tmp_path, mask=mask, **SETTINGS)
+    for epoch, rate in enumerate([0.1, 0.05]):
+        ((images, labels),) = list(data.train_batches(4, 0, epoch))
+        free = weight.clone().requires_grad_()
+        nn.functional.cross_entropy(images.flatten(1) @ free.T, labels).backward()
+        momentum = 0.9 * momentum + free.grad + 0.01 * weight
+        weight = (weight - rate * momentum) * mask["1.weight"]
+    assert torch.allclose(model[1].weight, weight, rtol=1e-4, atol=1e-6)
+    assert (model[1].weight[~mask["1.weight"]] == 0).all()
+
+
+def test_a_leaking_mask_stops_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(masking.Masker, "apply", lambda self: None)
+    model = tiny()
+    mask = {name: torch.zeros_like(model.state_dict()[name], dtype=torch.bool) for name in masking.prunable(model)}
+    with pytest.raises(RuntimeError, match="pruned weights"):
+        train(model, resident(), [0.1], folder=tmp_path, mask=mask, **SETTINGS)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_run_that_was_cut_off_ends_with_the_same_numbers(tmp_path, masked):
+    data, rates = resident(count=32), [0.1, 0.08, 0.05, 0.02]
+    mask = None
+    if masked:
+        mask = masking.prune_by_magnitude(tiny().state_dict(), masking.dense_mask(tiny().state_dict(), masking.prunable(tiny())), 300)
+    whole = tiny()
+    expected = train(whole, data, rates, folder=tmp_path / "whole", mask=mask, first_epoch=3, **SETTINGS)
+    assert [row["epoch"] for row in expected] == [4, 5, 6, 7]
+
+    class Killed(Exception):
+        pass
+
+    def kill(epoch):
+        if epoch == 6:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(tiny(), data, rates, folder=tmp_path / "cut", mask=mask, first_epoch=3, at_epoch=kill, **SETTINGS)
+    rest, calls = tiny(seed=9), []  # whatever the network holds, the resume file replaces it
+    rows = train(rest, data, rates, folder=tmp_path / "cut", mask=mask, first_epoch=3, at_epoch=calls.append, **SETTINGS)
+    assert calls == [6, 7]
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), rest.state_dict().values()))
+    without_time = [[{k: v for k, v in row.items() if k != "seconds"} for row in r] for r in (rows, expected)]
+    assert without_time[0] == without_time[1]
+    other = SETTINGS | {"name": "another"}  # the resume file of another run is not taken
+    assert len(train(tiny(), data, rates[:1], folder=tmp_path / "cut", **other)) == 1
+
+
+def test_training_learns(tmp_path):
+    rows = train(tiny(), resident(count=40, mean=0.1), [0.01] * 6, folder=tmp_path, **SETTINGS)
+    assert rows[-1]["train_loss"] < 0.8 * rows[0]["train_loss"]
+
+
+def test_a_device_that_is_not_there_is_one_line():
+    for name in ("cuda:99", "abacus"):
+        with pytest.raises(UserError, match="--device cpu"):
+            pick_device(name)
+    assert pick_precision("fp32", torch.device("cpu")) == "fp32"
