@@ -27,11 +27,11 @@ case $preset in
   vgg11)    dataset=cifar10 model=vgg11 ;;
   svhn)     dataset=svhn ;;
   imagenet) dataset=imagenet model=resnet50 pairs="0" sparsity="0.8 0.9 0.95" rewind="10 25 50" ;;
-  test)     ;;
+  test)     dataset= ;;
   *) echo "run_all.sh: error: unknown preset '$preset': choose from quick, cifar10, cifar100, vgg11, svhn, imagenet, test" >&2; exit 2 ;;
 esac
 PAIRS=${PAIRS-$pairs} WIDTHS=${WIDTHS-$widths} SPARSITY=${SPARSITY-$sparsity} REWIND=${REWIND-$rewind}
-MODEL=${MODEL-$model} OUT=${OUT-runs/$preset} DATA_DIR=${DATA_DIR-data}
+DATASET=${DATASET-$dataset} MODEL=${MODEL-$model} OUT=${OUT-runs/$preset} DATA_DIR=${DATA_DIR-data}
 DENSE_FLAGS=${DENSE_FLAGS-$dense_flags} IMP_FLAGS=${IMP_FLAGS-$imp_flags} SPARSE_FLAGS=${SPARSE_FLAGS-$sparse_flags}
 INTERPOLATION_FLAGS=${INTERPOLATION_FLAGS-$interpolation_flags}
 JOBS=${JOBS-$jobs}  # processes side by side; on a CPU each then gets its share of the cores
@@ -65,7 +65,7 @@ start=$(date +%s)
 
 roots | while read -r w R; do
   for p in $PAIRS; do for seed in $((2 * p)) $((2 * p + 1)); do
-    echo "$python train_dense.py --dataset $dataset --data-dir '$DATA_DIR' --model $MODEL --width $w --seed $seed --out '$R/dense' $DENSE_FLAGS"
+    echo "$python train_dense.py --dataset $DATASET --data-dir '$DATA_DIR' --model $MODEL --width $w --seed $seed --out '$R/dense' $DENSE_FLAGS"
   done; done
 done | run
 

@@ -247,8 +247,8 @@ def _read_folder(folder: Path, size: int | None) -> tuple:
     files = [_images(split, classes) for split in (train, test)]
     stamp = hashlib.sha256(str(size).encode())
     for path, label in files[0] + files[1]:
-        status = path.stat()
-        stamp.update(f"{path.relative_to(folder)} {label} {status.st_size} {status.st_mtime_ns}\n".encode())
+        status = os.stat(path)
+        stamp.update(f"{path.removeprefix(str(folder))} {label} {status.st_size} {status.st_mtime_ns}\n".encode())
     cache = folder / f".decoded-{size or 'native'}.pt"
     if cache.is_file():
         with contextlib.suppress(UserError):  # a cache that cannot be read is made again
@@ -286,24 +286,26 @@ def folder_splits(folder: Path) -> tuple[Path, Path, list[str]]:
     return folder / "train", test, train_classes
 
 
-def _images(split: Path, classes: list[str]) -> list[tuple[Path, int]]:
+def _images(split: Path, classes: list[str]) -> list[tuple[str, int]]:
+    """Every image below the class folders with its label; plain strings, as there may be very many."""
     pairs = []
     for label, name in enumerate(classes):
-        found = sorted(path for path in (split / name).rglob("*") if path.suffix.lower() in SUFFIXES)
+        inside = (os.path.join(folder, file) for folder, _, files in os.walk(split / name) for file in files)
+        found = sorted(path for path in inside if path.lower().endswith(SUFFIXES))
         if not found:
             raise UserError(f"no images in {split / name} (looked for {' '.join(SUFFIXES)})")
         pairs += [(path, label) for path in found]
     return pairs
 
 
-def _common_size(path: Path) -> int:
+def _common_size(path: str) -> int:
     with Image.open(path) as image:
         if image.width != image.height:
             raise UserError(f"{path} is {image.width}x{image.height}: set --image-size to crop and resize all images to squares")
         return image.width
 
 
-def _decode(path: Path, size: int, given: bool) -> np.ndarray:
+def _decode(path: str, size: int, given: bool) -> np.ndarray:
     try:
         with Image.open(path) as image:
             if image.size != (size, size):

@@ -60,21 +60,22 @@ def correlations(source: nn.Module, target: nn.Module, axes: Axes, batches) -> d
         wanted.setdefault(carrier.node, []).append(axis)
     moments = {axis: Moments() for axis in axes.sizes}
     last = max(position for position, node in enumerate(pair[0].module.graph.nodes) if node.name in wanted)
-    for images in batches:
-        for interpreter in pair:
-            interpreter.env, interpreter.args_iter = {}, iter([images])
-        # Both networks advance node by node, so that no more activations are alive than a forward pass needs.
-        for position, nodes in enumerate(zip(*(interpreter.module.graph.nodes for interpreter in pair))):
-            for interpreter, node in zip(pair, nodes):
-                interpreter.env[node] = interpreter.run_node(node)
-            for axis in wanted.get(nodes[0].name, ()):
-                views = [channels_last(i.env[n], axes, axis) for i, n in zip(pair, nodes)]
-                moments[axis].add(*views)
-            for interpreter, node in zip(pair, nodes):
-                for dead in interpreter.user_to_last_uses.get(node, ()):
-                    del interpreter.env[dead]
-            if position == last:
-                break
+    with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
+        for images in batches:
+            for interpreter in pair:
+                interpreter.env, interpreter.args_iter = {}, iter([images])
+            # Both networks advance node by node, so that no more activations are alive than a forward pass needs.
+            for position, nodes in enumerate(zip(*(interpreter.module.graph.nodes for interpreter in pair))):
+                for interpreter, node in zip(pair, nodes):
+                    interpreter.env[node] = interpreter.run_node(node)
+                for axis in wanted.get(nodes[0].name, ()):
+                    views = [channels_last(i.env[n], axes, axis) for i, n in zip(pair, nodes)]
+                    moments[axis].add(*views)
+                for interpreter, node in zip(pair, nodes):
+                    for dead in interpreter.user_to_last_uses.get(node, ()):
+                        del interpreter.env[dead]
+                if position == last:
+                    break
     return {axis: moment.correlation() for axis, moment in moments.items()}
 
 
