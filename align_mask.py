@@ -31,9 +31,21 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--target", type=Path, required=True, help="dense run onto which the source is permuted")
     parser.add_argument("--masks", type=Path, required=True, help="masks folder of the source, from prune_imp.py")
     parser.add_argument("--method", choices=("activation",), default="activation", help="default: %(default)s")
-    parser.add_argument("--target-epoch", type=cli.natural, metavar="K", help="match against the target after K epochs (default: its last)")
-    parser.add_argument("--match-images", type=cli.positive, metavar="N", help="training images to match on (default: all; imagenet: 12800)")
-    parser.add_argument("--batch-size", type=cli.positive, default=500, help="images a forward pass (default: %(default)s)")
+    parser.add_argument(
+        "--target-epoch",
+        type=cli.natural,
+        metavar="K",
+        help="match against the target after K epochs (default: its last)",
+    )
+    parser.add_argument(
+        "--match-images",
+        type=cli.positive,
+        metavar="N",
+        help="training images to match on (default: all; imagenet: 12800)",
+    )
+    parser.add_argument(
+        "--batch-size", type=cli.positive, default=500, help="images a forward pass (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the permutation and the permuted masks")
     cli.add_device(parser)
     return parser.parse_args()
@@ -52,7 +64,9 @@ def main() -> None:
         if entry["model"] != source["model"]:
             raise UserError(f"{args.masks / name} is for {entry['model']}, and the source is {source['model']}")
         if (entry["source_seed"], entry["target_seed"]) != (source["seed"], None):
-            raise UserError(f"{args.masks / name} is no mask of the source: made from seed {entry['source_seed']}, target {entry['target_seed']}")
+            raise UserError(
+                f"{args.masks / name} is no mask of the source: made from seed {entry['source_seed']}, target {entry['target_seed']}"
+            )
 
     arguments = cli.hyper(args, "method", "match_images") | {"source": source["sha256"], "target": target["sha256"]}
     arguments |= {"source_seed": source["seed"], "target_seed": target["seed"], "match_epoch": target["epoch"]}
@@ -76,14 +90,25 @@ def main() -> None:
     if finished:
         permutation = checkpoint.load(args.out / "permutation.pt", ("permutation",))["permutation"]
     else:
-        batches = tqdm((x for x, _ in data.eval_batches("train", args.batch_size, images)), "matching", unit="batch", disable=None, leave=False)
+        batches = tqdm(
+            (x for x, _ in data.eval_batches("train", args.batch_size, images)),
+            "matching",
+            unit="batch",
+            disable=None,
+            leave=False,
+        )
         permutation, rows = match_activations(networks["source"], networks["target"], axes, batches)
     sample = next(iter(data.eval_batches("test", 16)))[0]
     permuted = permute(source["state_dict"], axes.dims, permutation)
     difference = check_same_function(networks["source"], source["state_dict"], permuted, sample)
 
     checkpoint.claim(args.out, arguments)
-    about = {"source_seed": source["seed"], "target_seed": target["seed"], "method": args.method, "match_epoch": target["epoch"]}
+    about = {
+        "source_seed": source["seed"],
+        "target_seed": target["seed"],
+        "method": args.method,
+        "match_epoch": target["epoch"],
+    }
     for name, entry in masks.items():
         moved = {part: permute(entry[part], axes.dims, permutation) for part in ("mask", "signs")}
         checkpoint.save(entry | {"dataset": target["dataset"]} | about | moved, args.out / name)
@@ -95,7 +120,13 @@ def main() -> None:
     table = pd.DataFrame(rows).rename(columns={"before": "correlation before", "after": "correlation after"})
     print(table.to_string(index=False, float_format="{:.3f}".format))
     print(f"the permuted source computes the same function: outputs differ by {difference:.0e} of the largest")
-    result = {"stage": "align_mask", "arguments": arguments, "axes": rows, "difference": difference, "seconds": time.perf_counter() - start}
+    result = {
+        "stage": "align_mask",
+        "arguments": arguments,
+        "axes": rows,
+        "difference": difference,
+        "seconds": time.perf_counter() - start,
+    }
     checkpoint.save_json(result | checkpoint.environment(device), args.out / "result.json")
 
 

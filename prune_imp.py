@@ -25,15 +25,24 @@ PRUNED_A_ROUND = 0.2
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     parser.add_argument("--dense", type=Path, required=True, help="folder of a finished dense run")
-    parser.add_argument("--sparsity", type=cli.share, nargs="+", required=True, metavar="S", help="sparsities of the pruned layers")
-    parser.add_argument("--rewind", type=cli.natural, metavar="K", help="before training, set the kept weights back to epoch K; train on the dense schedule from there")
+    parser.add_argument(
+        "--sparsity", type=cli.share, nargs="+", required=True, metavar="S", help="sparsities of the pruned layers"
+    )
+    parser.add_argument(
+        "--rewind",
+        type=cli.natural,
+        metavar="K",
+        help="before training, set the kept weights back to epoch K; train on the dense schedule from there",
+    )
     parser.add_argument("--one-shot", action="store_true", help="prune to each sparsity in a single round")
     parser.add_argument("--keep-rounds", action="store_true", help="keep round_NN.pt, the network after every round")
     parser.add_argument("--out", type=Path, required=True, help="folder for masks and networks")
     cli.add_training(parser, "imp")
     cli.add_device(parser)
     args = parser.parse_args()
-    if args.rewind is not None and any(value is not None for value in (args.epochs, args.lr, args.schedule, args.warmup)):
+    if args.rewind is not None and any(
+        value is not None for value in (args.epochs, args.lr, args.schedule, args.warmup)
+    ):
         parser.error("--rewind trains on the dense run's schedule: leave out --epochs, --lr, --schedule and --warmup")
     args.sparsity = sorted(set(args.sparsity))
     return args
@@ -81,13 +90,23 @@ def main() -> None:
             seed=dense["seed"], batch_size=args.batch_size, momentum=args.momentum, weight_decay=args.weight_decay,
             precision=precision, first_epoch=first_epoch, mask=mask,
         )  # fmt: skip
-        row = {"round": number, "sparsity": masking.sparsity(mask), "sparsity_total": masking.sparsity_total(mask, model), "kept": keep}
+        row = {
+            "round": number,
+            "sparsity": masking.sparsity(mask),
+            "sparsity_total": masking.sparsity_total(mask, model),
+            "kept": keep,
+        }
         row |= {key: rows[-1][key] for key in ("train_loss", "train_acc", "test_loss", "test_acc")}
         row |= {"seconds": sum(row["seconds"] for row in rows)}
         return about | {"state_dict": cpu_state(model), "mask": mask, "round": number, "rows": [*network["rows"], row]}
 
     about = {key: dense[key] for key in ("model", "dataset", "seed", "epoch")}
-    start = about | {"state_dict": dense["state_dict"], "mask": masking.dense_mask(dense["state_dict"], names), "round": 0, "rows": []}
+    start = about | {
+        "state_dict": dense["state_dict"],
+        "mask": masking.dense_mask(dense["state_dict"], names),
+        "round": 0,
+        "rows": [],
+    }
     for sparsity in missing:
         goal = masking.keep_count(masking.size(start["mask"]), sparsity)
         network = start if args.one_shot else sparsest(args.out, goal) or start
@@ -105,7 +124,9 @@ def main() -> None:
 
     networks = [checkpoint.load(path) for path in sorted(args.out.glob("sparse_*.pt"))]
     rows = {(row["round"], row["kept"]): row for network in networks for row in network["rows"]}
-    checkpoint.finish(args.out, "prune_imp", arguments, sorted(rows.values(), key=lambda row: -row["kept"]), device, precision)
+    checkpoint.finish(
+        args.out, "prune_imp", arguments, sorted(rows.values(), key=lambda row: -row["kept"]), device, precision
+    )
     if not args.keep_rounds:
         for path in args.out.glob("round_*.pt"):
             path.unlink()
@@ -113,7 +134,11 @@ def main() -> None:
 
 def sparsest(folder: Path, least: int) -> dict[str, Any] | None:
     """The sparsest network in `folder` that has at least `least` weights, or None."""
-    networks = [checkpoint.load(path, ("mask", "round", "rows")) for kind in ("sparse", "round") for path in folder.glob(f"{kind}_*.pt")]
+    networks = [
+        checkpoint.load(path, ("mask", "round", "rows"))
+        for kind in ("sparse", "round")
+        for path in folder.glob(f"{kind}_*.pt")
+    ]
     enough = [network for network in networks if masking.kept(network["mask"]) >= least]
     return min(enough, key=lambda network: masking.kept(network["mask"]), default=None)
 

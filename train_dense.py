@@ -18,14 +18,27 @@ from common.training import cpu_state, learning_rates, pick_device, pick_precisi
 
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--dataset", choices=DATASETS, default="glyphs", help="default: %(default)s (generated, no download)")
+    parser.add_argument(
+        "--dataset", choices=DATASETS, default="glyphs", help="default: %(default)s (generated, no download)"
+    )
     parser.add_argument("--data-dir", help="where the data set lies or is downloaded to (default: data)")
     parser.add_argument("--image-size", type=cli.number(int, 8), help="resize small-image sets to this many px")
     parser.add_argument("--limit-train", type=cli.positive, metavar="N", help="use N training images, class-balanced")
     parser.add_argument("--model", choices=MODELS, default="resnet20", help="default: %(default)s")
-    parser.add_argument("--width", type=cli.number(float, 0, open_low=True), default=1, help="multiplies all channel counts (default: 1)")
+    parser.add_argument(
+        "--width",
+        type=cli.number(float, 0, open_low=True),
+        default=1,
+        help="multiplies all channel counts (default: 1)",
+    )
     parser.add_argument("--seed", type=cli.natural, nargs="+", default=[0], help="one network a seed (default: 0)")
-    parser.add_argument("--save-epochs", type=cli.natural, nargs="+", metavar="K", help="keep the weights after K epochs (default: the paper's)")
+    parser.add_argument(
+        "--save-epochs",
+        type=cli.natural,
+        nargs="+",
+        metavar="K",
+        help="keep the weights after K epochs (default: the paper's)",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs; each goes to its own seed<N>/")
     cli.add_training(parser, "dense")
     cli.add_device(parser, data=False)
@@ -59,27 +72,32 @@ def main() -> None:
     rates = learning_rates(args.schedule, args.lr, args.epochs, args.warmup)
     classes = data.description["classes"]
 
-    for seed, folder in runs.items():
-        if folder in finished:
-            continue
+    def run(seed: int, folder: Path) -> None:
         model = build_model(args.model, args.width, classes, data.input_shape, seed)
         checkpoint.claim(folder, arguments | {"seed": seed})
+        shape = list(data.input_shape)
         about = {
-            "model": {"name": args.model, "width": args.width, "classes": classes, "input_shape": list(data.input_shape)},
+            "model": {"name": args.model, "width": args.width, "classes": classes, "input_shape": shape},
             "dataset": data.description,
             "seed": seed,
         }
 
         def keep(epoch: int) -> None:
             if epoch in args.save_epochs:
-                checkpoint.save(about | {"epoch": epoch, "state_dict": cpu_state(model)}, checkpoint.epoch_file(folder, epoch))
+                weights = about | {"epoch": epoch, "state_dict": cpu_state(model)}
+                checkpoint.save(weights, checkpoint.epoch_file(folder, epoch))
 
         keep(0)
         rows = train(
-            model, data, rates, name=f"{args.model}x{args.width:g} seed {seed}", folder=folder, seed=seed, batch_size=args.batch_size,
-            momentum=args.momentum, weight_decay=args.weight_decay, precision=precision, at_epoch=keep,
+            model, data, rates, name=f"{args.model}x{args.width:g} seed {seed}", folder=folder, seed=seed,
+            batch_size=args.batch_size, momentum=args.momentum, weight_decay=args.weight_decay, precision=precision,
+            at_epoch=keep,
         )  # fmt: skip
         checkpoint.finish(folder, "train_dense", arguments | {"seed": seed}, rows, device, precision)
+
+    for seed, folder in runs.items():
+        if folder not in finished:
+            run(seed, folder)
 
 
 if __name__ == "__main__":

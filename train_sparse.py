@@ -27,13 +27,35 @@ ARMS = ("lth", "naive", "permuted")
 
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--arm", choices=ARMS, required=True, help="what the run is to show; must agree with weights and masks")
-    parser.add_argument("--weights", type=Path, required=True, help="dense run whose weights at the rewind epoch are trained")
+    parser.add_argument(
+        "--arm", choices=ARMS, required=True, help="what the run is to show; must agree with weights and masks"
+    )
+    parser.add_argument(
+        "--weights", type=Path, required=True, help="dense run whose weights at the rewind epoch are trained"
+    )
     parser.add_argument("--masks", type=Path, required=True, help="masks folder, from prune_imp.py or align_mask.py")
-    parser.add_argument("--sparsity", type=cli.share, nargs="+", required=True, metavar="S", help="sparsities, each with a mask in --masks")
-    parser.add_argument("--rewind", type=cli.natural, nargs="+", required=True, metavar="K", help="rewind epochs, each kept by the dense run")
-    parser.add_argument("--epochs", type=cli.positive, metavar="T", help="train T - K epochs (default: T of the dense run)")
-    parser.add_argument("--seed", type=cli.natural, help="of data order and augmentation (default: the seed of the weights)")
+    parser.add_argument(
+        "--sparsity",
+        type=cli.share,
+        nargs="+",
+        required=True,
+        metavar="S",
+        help="sparsities, each with a mask in --masks",
+    )
+    parser.add_argument(
+        "--rewind",
+        type=cli.natural,
+        nargs="+",
+        required=True,
+        metavar="K",
+        help="rewind epochs, each kept by the dense run",
+    )
+    parser.add_argument(
+        "--epochs", type=cli.positive, metavar="T", help="train T - K epochs (default: T of the dense run)"
+    )
+    parser.add_argument(
+        "--seed", type=cli.natural, help="of data order and augmentation (default: the seed of the weights)"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs; each goes to its own s<S>_k<K>/")
     cli.add_training(parser, "sparse")
     cli.add_device(parser)
@@ -84,8 +106,12 @@ def main() -> None:
             first_epoch=rewind, mask=mask["mask"],
         )  # fmt: skip
         about = {key: dense[key] for key in ("model", "dataset", "seed")}
-        checkpoint.save(about | {"epoch": total, "state_dict": cpu_state(model), "mask": mask["mask"]}, folder / "final.pt")
-        checkpoint.finish(folder, "train_sparse", arguments, rows, device, precision, sparsity_total=mask["sparsity_total"])
+        checkpoint.save(
+            about | {"epoch": total, "state_dict": cpu_state(model), "mask": mask["mask"]}, folder / "final.pt"
+        )
+        checkpoint.finish(
+            folder, "train_sparse", arguments, rows, device, precision, sparsity_total=mask["sparsity_total"]
+        )
 
 
 def load_mask(folder: Path, sparsity: float, arm: str, dense: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
@@ -94,12 +120,20 @@ def load_mask(folder: Path, sparsity: float, arm: str, dense: dict[str, Any], mo
     mask = checkpoint.load(path, checkpoint.MASKS)
     weights = model.state_dict()
     shapes = {name: tuple(entry.shape) for name, entry in mask["mask"].items()}
-    if mask["model"] != dense["model"] or any(name not in weights or tuple(weights[name].shape) != shape for name, shape in shapes.items()):
+    if mask["model"] != dense["model"] or any(
+        name not in weights or tuple(weights[name].shape) != shape for name, shape in shapes.items()
+    ):
         raise UserError(f"{path} is a mask for {mask['model']}, and the weights are {dense['model']}")
     if abs(masking.sparsity(mask["mask"]) - sparsity) > 1 / masking.size(mask["mask"]):
-        raise UserError(f"{path} prunes {masking.sparsity(mask['mask']):.4%}, not {sparsity:.2%}: it was changed after stage 2")
+        raise UserError(
+            f"{path} prunes {masking.sparsity(mask['mask']):.4%}, not {sparsity:.2%}: it was changed after stage 2"
+        )
     source, target, seed = mask["source_seed"], mask["target_seed"], dense["seed"]
-    fits = {"lth": target is None and source == seed, "naive": target is None and source != seed, "permuted": target == seed}
+    fits = {
+        "lth": target is None and source == seed,
+        "naive": target is None and source != seed,
+        "permuted": target == seed,
+    }
     if not fits[arm]:
         made = f"seed {source}, unpermuted" if target is None else f"seed {source}, permuted onto seed {target}"
         raise UserError(f"--arm {arm} contradicts the files: {path} is of {made}, and the weights are of seed {seed}")

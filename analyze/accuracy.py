@@ -20,7 +20,12 @@ def plot(runs: pd.DataFrame, dense: pd.DataFrame, x: str, panel: str, title: str
     points = runs.groupby(["width", panel, "arm", x])["test_acc"].agg(["mean", "std", "count"]).reset_index()
     widths, panels = sorted(points["width"].unique()), sorted(points[panel].unique())
     figure, axes = style.plt.subplots(
-        len(widths), len(panels), figsize=(0.9 + 2.4 * len(panels), 0.9 + 2.1 * len(widths)), squeeze=False, sharex=True, sharey="row"
+        len(widths),
+        len(panels),
+        figsize=(0.9 + 2.4 * len(panels), 0.9 + 2.1 * len(widths)),
+        squeeze=False,
+        sharex=True,
+        sharey="row",
     )
     for row, width in zip(axes, widths):
         level = dense.loc[dense["width"] == width, "test_acc"].mean()
@@ -31,7 +36,14 @@ def plot(runs: pd.DataFrame, dense: pd.DataFrame, x: str, panel: str, title: str
                 if len(curve):
                     axis.plot(curve[x], curve["mean"], **look)
                     spread = curve["std"].fillna(0)
-                    axis.fill_between(curve[x], curve["mean"] - spread, curve["mean"] + spread, color=look["color"], alpha=0.18, linewidth=0)
+                    axis.fill_between(
+                        curve[x],
+                        curve["mean"] - spread,
+                        curve["mean"] + spread,
+                        color=look["color"],
+                        alpha=0.18,
+                        linewidth=0,
+                    )
             if not pd.isna(level):
                 axis.axhline(level, **style.DENSE)
             shown = f"sparsity {100 * value:.4g}%" if panel == "sparsity" else f"rewind epoch {value}"

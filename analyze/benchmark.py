@@ -60,7 +60,12 @@ class PilImages(torch.utils.data.Dataset):
         images = data.train[:, :, pad:-pad, pad:-pad].permute(0, 2, 3, 1).cpu().numpy()
         self.images, self.labels = [Image.fromarray(image) for image in images], data.train_labels.tolist()
         self.transform = transforms.Compose(
-            [transforms.RandomCrop(size, pad), transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.25,) * 3)]
+            [
+                transforms.RandomCrop(size, pad),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize((0.5,) * 3, (0.25,) * 3),
+            ]
         )
 
     def __len__(self) -> int:
@@ -85,7 +90,9 @@ def plain_epoch(model: nn.Module, images: PilImages, device: torch.device) -> No
         total += loss.item()
 
 
-def match_layer_by_layer(source: nn.Module, target: nn.Module, axes: Axes, batches: Callable[[], Any]) -> dict[str, Tensor]:
+def match_layer_by_layer(
+    source: nn.Module, target: nn.Module, axes: Axes, batches: Callable[[], Any]
+) -> dict[str, Tensor]:
     """Match one axis after the other through ever longer sub-networks, each time over all batches.
 
     After each axis the source is permuted by what is known so far, as published re-basin codes do.
@@ -121,7 +128,9 @@ def cut(model: nn.Module, last: str) -> fx.GraphModule:
 # ---------------------------------------------------------------- measuring
 
 
-def compare(name: str, ours: Callable[[], None], other: Callable[[], None], work: int, unit: str, repeats: int) -> dict[str, Any]:
+def compare(
+    name: str, ours: Callable[[], None], other: Callable[[], None], work: int, unit: str, repeats: int
+) -> dict[str, Any]:
     """Run both in turn after one warm-up each; medians of the rates and of the paired ratio ours / other."""
     times: list[tuple[float, float]] = []
     for repeat in range(repeats + 1):
@@ -136,7 +145,15 @@ def compare(name: str, ours: Callable[[], None], other: Callable[[], None], work
             times.append(tuple(pair))
     ratios = sorted(b / a for a, b in times)
     rates = [work / statistics.median(column) for column in zip(*times)]
-    return {"measure": name, "ours": rates[0], "other": rates[1], "unit": unit, "ratio": statistics.median(ratios), "min": ratios[0], "max": ratios[-1]}
+    return {
+        "measure": name,
+        "ours": rates[0],
+        "other": rates[1],
+        "unit": unit,
+        "ratio": statistics.median(ratios),
+        "min": ratios[0],
+        "max": ratios[-1],
+    }
 
 
 def training_rows(size: int, steps: int, repeats: int, device: torch.device) -> list[dict[str, Any]]:
@@ -163,16 +180,35 @@ def training_rows(size: int, steps: int, repeats: int, device: torch.device) -> 
     images = steps * BATCH
     about = f"resnet20 x1, {size} px, {precision}"
     return [
-        compare(f"dense training, {about}", lambda: ours(False), lambda: plain_epoch(plain, pil, device), images, "images/s", repeats),
-        compare(f"masked training, {about}", lambda: ours(True), lambda: plain_epoch(hooked, pil, device), images, "images/s", repeats),
-        compare(f"masked over dense, {about}", lambda: ours(True), lambda: ours(False), images, "images/s", 2 * repeats),
+        compare(
+            f"dense training, {about}",
+            lambda: ours(False),
+            lambda: plain_epoch(plain, pil, device),
+            images,
+            "images/s",
+            repeats,
+        ),
+        compare(
+            f"masked training, {about}",
+            lambda: ours(True),
+            lambda: plain_epoch(hooked, pil, device),
+            images,
+            "images/s",
+            repeats,
+        ),
+        compare(
+            f"masked over dense, {about}", lambda: ours(True), lambda: ours(False), images, "images/s", 2 * repeats
+        ),
     ]
 
 
 def matching_row(size: int, images: int, repeats: int, device: torch.device) -> dict[str, Any]:
     """One pass against layer by layer, on the same images."""
     data = random_images(images, size, device)
-    source, target = (build_model("resnet20", 1, 10, data.input_shape, seed).to(device, memory_format=torch.channels_last) for seed in (0, 1))
+    source, target = (
+        build_model("resnet20", 1, 10, data.input_shape, seed).to(device, memory_format=torch.channels_last)
+        for seed in (0, 1)
+    )
     axes = find_axes(source, data.input_shape)
 
     def batches() -> Any:
@@ -194,8 +230,14 @@ def main() -> None:
     device = pick_device(args.device)
     rows = training_rows(args.size, args.steps, args.repeats, device)
     rows.append(matching_row(args.size, 2000, max(1, args.repeats // 2), device))
-    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.repeats} repeats; ratio: median, min and max of the pairs")
-    print(pd.DataFrame(rows).to_string(index=False, formatters={"ours": "{:,.0f}".format, "other": "{:,.0f}".format}, float_format="{:.2f}".format))
+    print(
+        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.repeats} repeats; ratio: median, min and max of the pairs"
+    )
+    print(
+        pd.DataFrame(rows).to_string(
+            index=False, formatters={"ours": "{:,.0f}".format, "other": "{:,.0f}".format}, float_format="{:.2f}".format
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -40,11 +40,19 @@ def barrier(losses: np.ndarray, alphas: np.ndarray) -> float:
 
 def line(source: dict[str, Tensor], target: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
     """The state dict (1 - alpha) source + alpha target; integer buffers are the target's."""
-    return {name: torch.lerp(source[name], value, alpha) if value.is_floating_point() else value for name, value in target.items()}
+    return {
+        name: torch.lerp(source[name], value, alpha) if value.is_floating_point() else value
+        for name, value in target.items()
+    }
 
 
 def along(
-    model: nn.Module, source: dict[str, Tensor], target: dict[str, Tensor], alphas: np.ndarray, test: list, calibration: list[Tensor]
+    model: nn.Module,
+    source: dict[str, Tensor],
+    target: dict[str, Tensor],
+    alphas: np.ndarray,
+    test: list,
+    calibration: list[Tensor],
 ) -> list[dict]:
     """Test loss in nats and accuracy in percent at every alpha, with and without REPAIR on the `calibration` images."""
     rows = []
@@ -66,7 +74,9 @@ def along(
     return rows
 
 
-def measure(run: dict, dense: dict[str, Path], points: int, images: int, device: torch.device, data_dir: str | None) -> pd.DataFrame:
+def measure(
+    run: dict, dense: dict[str, Path], points: int, images: int, device: torch.device, data_dir: str | None
+) -> pd.DataFrame:
     """All curves of one alignment, from the file beside it when that holds them already."""
     permutation = checkpoint.load(run["folder"] / "permutation.pt", ("permutation",))["permutation"]
     arguments = run["arguments"]
@@ -88,7 +98,12 @@ def measure(run: dict, dense: dict[str, Path], points: int, images: int, device:
     rows = []
     for kind, state in (("naive", source["state_dict"]), ("aligned", permuted)):
         rows += [{"curve": kind} | row for row in along(model, state, target["state_dict"], alphas, test, calibration)]
-    about = {"model": target["model"]["name"], "width": target["model"]["width"], "dataset": target["dataset"]["name"], "method": arguments["method"]}
+    about = {
+        "model": target["model"]["name"],
+        "width": target["model"]["width"],
+        "dataset": target["dataset"]["name"],
+        "method": arguments["method"],
+    }
     about |= {key: arguments[key] for key in ("source_seed", "target_seed", "match_epoch")}
     table = pd.DataFrame([about | row for row in rows])
     checkpoint.save_text(table.to_csv(index=False), cache)
@@ -98,7 +113,9 @@ def measure(run: dict, dense: dict[str, Path], points: int, images: int, device:
 def plot(table: pd.DataFrame, title: str) -> tuple[style.Figure, pd.DataFrame]:
     """A column of panels a width: test loss above, accuracy below; the legend gives the barriers."""
     widths = sorted(table["width"].unique())
-    figure, axes = style.plt.subplots(2, len(widths), figsize=(0.6 + 3.6 * len(widths), 5.6), squeeze=False, sharex=True)
+    figure, axes = style.plt.subplots(
+        2, len(widths), figsize=(0.6 + 3.6 * len(widths), 5.6), squeeze=False, sharex=True
+    )
     barriers = []
     for column, width in zip(axes.T, widths):
         here = table[table["width"] == width]
@@ -106,13 +123,30 @@ def plot(table: pd.DataFrame, title: str) -> tuple[style.Figure, pd.DataFrame]:
             curve = here[(here["curve"] == kind) & (here["repair"] == repaired)]
             losses = curve.pivot_table(index="alpha", columns=["source_seed", "target_seed"], values="test_loss")
             found = [barrier(losses[pair].to_numpy(), losses.index.to_numpy()) for pair in losses]
-            barriers += [{"width": width, "curve": kind, "repair": repaired, "source_seed": a, "target_seed": b, "barrier": value} for (a, b), value in zip(losses, found)]
+            barriers += [
+                {
+                    "width": width,
+                    "curve": kind,
+                    "repair": repaired,
+                    "source_seed": a,
+                    "target_seed": b,
+                    "barrier": value,
+                }
+                for (a, b), value in zip(losses, found)
+            ]
             for axis, metric in zip(column, ("test_loss", "test_acc")):
                 mean = curve.groupby("alpha")[metric].agg(["mean", "std"])
                 label = f"{look['label']}: barrier {np.mean(found):.3f}" if metric == "test_loss" else None
                 axis.plot(mean.index, mean["mean"], **look | {"label": label, "markersize": 3.5})
                 spread = mean["std"].fillna(0)
-                axis.fill_between(mean.index, mean["mean"] - spread, mean["mean"] + spread, color=look["color"], alpha=0.12, linewidth=0)
+                axis.fill_between(
+                    mean.index,
+                    mean["mean"] - spread,
+                    mean["mean"] + spread,
+                    color=look["color"],
+                    alpha=0.12,
+                    linewidth=0,
+                )
         column[0].set_title(f"width {width:g}")
         column[0].legend()
         column[1].set_xlabel("α (0: A, 1: B)")
@@ -125,18 +159,29 @@ def plot(table: pd.DataFrame, title: str) -> tuple[style.Figure, pd.DataFrame]:
 def main() -> None:
     parser = parse_root(__doc__)
     parser.add_argument("--points", type=cli.number(int, 3), default=21, help="values of alpha (default: %(default)s)")
-    parser.add_argument("--images", type=cli.positive, default=10_000, help="training images for REPAIR (default: %(default)s)")
+    parser.add_argument(
+        "--images", type=cli.positive, default=10_000, help="training images for REPAIR (default: %(default)s)"
+    )
     cli.add_device(parser)
     args = parser.parse_args()
     device = pick_device(args.device)
     runs = [run for run in find_results(args.root, "align_mask")]
     if not runs:
         raise UserError(f"no finished alignment below {args.root}: run align_mask.py first")
-    dense = {checkpoint.digest(path): path for folder in dense_runs(args.root)["folder"] for path in folder.glob("epoch_*.pt")}
-    tables = [measure(run, dense, args.points, args.images, device, args.data_dir) for run in tqdm(runs, "pairs", unit="pair", disable=None)]
+    dense = {
+        checkpoint.digest(path): path
+        for folder in dense_runs(args.root)["folder"]
+        for path in folder.glob("epoch_*.pt")
+    }
+    tables = [
+        measure(run, dense, args.points, args.images, device, args.data_dir)
+        for run in tqdm(runs, "pairs", unit="pair", disable=None)
+    ]
     table = pd.concat(tables, ignore_index=True)
     for (model, dataset, method), group in table.groupby(["model", "dataset", "method"]):
-        figure, barriers = plot(group, f"{model} on {dataset}, matched by {method}, {group['source_seed'].nunique()} seed pairs")
+        figure, barriers = plot(
+            group, f"{model} on {dataset}, matched by {method}, {group['source_seed'].nunique()} seed pairs"
+        )
         style.save(figure, group, args.root / "figures", f"interpolation_{method}_{model}_{dataset}")
         mean = barriers.groupby(["width", "curve", "repair"])["barrier"].agg(["mean", "std", "count"]).round(3)
         print(f"barriers in test loss (nats), {model} on {dataset}, {method}\n{mean.to_string()}")

@@ -59,7 +59,9 @@ def _walk(model: nn.Module, batches: list[Tensor], goal: Statistics | None) -> S
     walkers = [fx.Interpreter(graph) for _ in batches]
     for walker, images in zip(walkers, batches):
         walker.args_iter = iter([images])
-    layers = [node for node in graph.graph.nodes if node.op == "call_module" and isinstance(modules[node.target], LAYERS)]
+    layers = [
+        node for node in graph.graph.nodes if node.op == "call_module" and isinstance(modules[node.target], LAYERS)
+    ]
     measured: Statistics = {}
     for node in graph.graph.nodes:
         for walker in walkers:

@@ -46,18 +46,32 @@ def sparse_runs(root: Path) -> pd.DataFrame:
     """All finished sparse runs below `root`, a row a run; accuracy in percent. Raises UserError when there is none."""
     rows = []
     for result in find_results(root, "train_sparse"):
-        row = {key: result["arguments"].get(key) for key in COLUMNS} | {key: result[key] for key in ("test_acc", "test_loss", "seconds", "sparsity_total")}
+        row = {key: result["arguments"].get(key) for key in COLUMNS} | {
+            key: result[key] for key in ("test_acc", "test_loss", "seconds", "sparsity_total")
+        }
         unpermuted = row["arm"] in ("lth", "naive")
-        rows.append(row | {"signs": bool(row["signs"]), "method": None if unpermuted else row["method"], "path": str(result["folder"])})
+        rows.append(
+            row
+            | {
+                "signs": bool(row["signs"]),
+                "method": None if unpermuted else row["method"],
+                "path": str(result["folder"]),
+            }
+        )
     if not rows:
         raise UserError(f"no finished sparse run below {root}: run train_sparse.py first")
-    return pd.DataFrame(rows, columns=COLUMNS).sort_values([*CELL, "arm", "source_seed", "target_seed", "seed"], ignore_index=True)
+    return pd.DataFrame(rows, columns=COLUMNS).sort_values(
+        [*CELL, "arm", "source_seed", "target_seed", "seed"], ignore_index=True
+    )
 
 
 def dense_runs(root: Path) -> pd.DataFrame:
     """All finished dense runs below `root`: model, width, dataset, seed, test_acc in percent, folder."""
     keys = ("model", "width", "dataset", "seed")
-    rows = [{key: run["arguments"][key] for key in keys} | {key: run[key] for key in ("test_acc", "folder")} for run in find_results(root, "train_dense")]
+    rows = [
+        {key: run["arguments"][key] for key in keys} | {key: run[key] for key in ("test_acc", "folder")}
+        for run in find_results(root, "train_dense")
+    ]
     return pd.DataFrame(rows, columns=[*keys, "test_acc", "folder"])
 
 

@@ -18,7 +18,18 @@ import torch
 from common.errors import UserError
 
 WEIGHTS = ("model", "dataset", "seed", "epoch", "state_dict")
-MASKS = ("mask", "signs", "sparsity", "sparsity_total", "model", "dataset", "source_seed", "target_seed", "method", "match_epoch")
+MASKS = (
+    "mask",
+    "signs",
+    "sparsity",
+    "sparsity_total",
+    "model",
+    "dataset",
+    "source_seed",
+    "target_seed",
+    "method",
+    "match_epoch",
+)
 
 
 def epoch_file(folder: Path, epoch: int) -> Path:
@@ -90,7 +101,9 @@ def load(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read: it is cut off or no checkpoint ({type(error).__name__}); make it again") from error
+        raise UserError(
+            f"{path} cannot be read: it is cut off or no checkpoint ({type(error).__name__}); make it again"
+        ) from error
     missing = [key for key in keys if not isinstance(content, dict) or key not in content]
     if missing:
         raise UserError(f"{path} is not the file that is needed here: it lacks {', '.join(missing)}")
@@ -122,7 +135,9 @@ def load_dense(folder: Path, epoch: int | None = None) -> dict[str, Any]:
     """
     folder = Path(folder)
     if not (folder / "result.json").is_file():
-        state = "is not finished: run train_dense.py again" if (folder / "arguments.json").is_file() else "is no dense run"
+        state = (
+            "is not finished: run train_dense.py again" if (folder / "arguments.json").is_file() else "is no dense run"
+        )
         raise UserError(f"{folder} {state} (no result.json)")
     result = load_json(folder / "result.json")
     if result.get("stage") != "train_dense":
@@ -130,7 +145,9 @@ def load_dense(folder: Path, epoch: int | None = None) -> dict[str, Any]:
     path = epoch_file(folder, result["arguments"]["epochs"] if epoch is None else epoch)
     if not path.is_file():
         kept = ", ".join(str(int(other.stem.split("_")[1])) for other in sorted(folder.glob("epoch_*.pt")))
-        raise UserError(f"{folder} kept no weights after epoch {epoch}: it has {kept or 'none'} (see train_dense.py --save-epochs)")
+        raise UserError(
+            f"{folder} kept no weights after epoch {epoch}: it has {kept or 'none'} (see train_dense.py --save-epochs)"
+        )
     return load(path, WEIGHTS) | {"result": result, "sha256": digest(path)}
 
 
@@ -160,7 +177,9 @@ def is_finished(folder: Path, arguments: dict[str, Any]) -> bool:
         if changed:
             differences = ", ".join(f"{key} is {before.get(key)} there and {now.get(key)} here" for key in changed)
             raise UserError(f"{folder} holds another experiment ({differences}): choose another --out or remove it")
-    elif folder.exists() and (not folder.is_dir() or any(not entry.name.endswith(".tmp") for entry in folder.iterdir())):
+    elif folder.exists() and (
+        not folder.is_dir() or any(not entry.name.endswith(".tmp") for entry in folder.iterdir())
+    ):
         raise UserError(f"{folder} exists and holds no run of this project: choose another --out")
     return (folder / "result.json").is_file()
 
@@ -175,7 +194,13 @@ def claim(folder: Path, arguments: dict[str, Any]) -> None:
 
 
 def finish(
-    folder: Path, stage: str, arguments: dict[str, Any], rows: list[dict[str, Any]], device: torch.device, precision: str, **more: Any
+    folder: Path,
+    stage: str,
+    arguments: dict[str, Any],
+    rows: list[dict[str, Any]],
+    device: torch.device,
+    precision: str,
+    **more: Any,
 ) -> None:
     """Write log.csv and then, last of all, result.json of a run: arguments, final metrics, seconds, environment."""
     folder = Path(folder)
@@ -191,7 +216,11 @@ def environment(device: torch.device) -> dict[str, Any]:
     """What a result depends on beside its arguments: device, threads and versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     versions = {package: metadata.version(package) for package in ("torch", "torchvision", "numpy", "scipy")}
-    return {"device": f"{device.type}: {name}", "threads": torch.get_num_threads(), "versions": {"python": platform.python_version()} | versions}
+    return {
+        "device": f"{device.type}: {name}",
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()} | versions,
+    }
 
 
 def _processor() -> str:

@@ -65,7 +65,9 @@ def _complain(name: str, message: str) -> int:
 # ---------------------------------------------------------------- types
 
 
-def number(kind: type, low: float, high: float = float("inf"), open_low: bool = False, open_high: bool = False) -> Callable[[str], Any]:
+def number(
+    kind: type, low: float, high: float = float("inf"), open_low: bool = False, open_high: bool = False
+) -> Callable[[str], Any]:
     """An argparse type for an int or float within a range."""
 
     def parse(text: str) -> Any:
@@ -100,8 +102,12 @@ def add_training(parser: argparse.ArgumentParser, stage: str) -> None:
     for name, (small, imagenet) in PAPER[stage].items():
         default = f"{small}" if small == imagenet else f"{small}; imagenet: {imagenet}"
         choices = ("cosine", "step") if name == "schedule" else None
-        group.add_argument(f"--{name.replace('_', '-')}", type=kinds[name], choices=choices, help=f"{HELP[name]} (default: {default})")
-    group.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 where the hardware is fast at it, else fp32")
+        group.add_argument(
+            f"--{name.replace('_', '-')}", type=kinds[name], choices=choices, help=f"{HELP[name]} (default: {default})"
+        )
+    group.add_argument(
+        "--precision", choices=("fp32", "bf16"), help="default: bf16 where the hardware is fast at it, else fp32"
+    )
 
 
 def paper_defaults(args: argparse.Namespace, stage: str, dataset: str) -> None:
@@ -119,7 +125,9 @@ def add_device(parser: argparse.ArgumentParser, data: bool = True) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     if data:
         parser.add_argument("--data-dir", help="where the data set lies, if not where stage 1 found it")
-    parser.add_argument("--workers", type=natural, default=8, help="processes that read imagenet (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=natural, default=8, help="processes that read imagenet (default: %(default)s)"
+    )
 
 
 def hyper(args: argparse.Namespace, *names: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Both kinds offer the same two methods, `train_batches` and `eval_batches`, and a
 The order and augmentation of an epoch depend on (seed, epoch) alone.
 """
 
-import contextlib
+import functools
 import hashlib
 import os
 from collections.abc import Iterator
@@ -14,17 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from common import checkpoint
 from common.errors import UserError
+from common.folder import folder_splits, read_folder
 
 DATASETS = ("glyphs", "cifar10", "cifar100", "svhn", "imagenet", "folder")
 NO_FLIP = ("glyphs", "svhn")  # a mirrored digit is another sign
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EVAL_BATCH = 500
 
@@ -52,7 +49,7 @@ def load_data(
             raise UserError("--limit-train and --image-size are for the small-image sets, not for imagenet")
         data = Streamed(Path(data_dir), device, workers)
     elif name == "folder":
-        data = _resident(name, data_dir, *_read_folder(Path(data_dir), image_size), limit_train, device, expected)
+        data = _resident(name, data_dir, *read_folder(Path(data_dir), image_size), limit_train, device, expected)
     elif name == "glyphs":
         data = _resident(name, None, *_read_glyphs(image_size or 32), limit_train, device, expected)
     else:
@@ -137,11 +134,14 @@ class Resident:
             yield self._normalise(images[start : start + batch_size]), labels[start : start + batch_size]
 
     def _normalise(self, images: Tensor) -> Tensor:
-        images = images.to(torch.float32, memory_format=torch.channels_last)
-        mean, std = (
-            torch.tensor(self.description[key], device=self.device).view(1, 3, 1, 1) * 255 for key in ("mean", "std")
-        )
-        return images.sub_(mean).div_(std)
+        mean, std = self._pixel_scale
+        return images.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
+
+    @functools.cached_property
+    def _pixel_scale(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of pixel values; kept, because copying them over would stall every step."""
+        pair = [torch.tensor(self.description[key], device=self.device).view(1, 3, 1, 1) for key in ("mean", "std")]
+        return pair[0] * 255, pair[1] * 255
 
 
 def epoch_seed(seed: int, epoch: int, item: int = 0) -> int:
@@ -168,7 +168,10 @@ def _resident(
     if expected:
         mean, std = expected["mean"], expected["std"]
     else:
-        moments = torch.stack([torch.stack([t.double().mean(), (t.double() ** 2).mean()]) for t in train.transpose(0, 1)]) / 255
+        moments = (
+            torch.stack([torch.stack([t.double().mean(), (t.double() ** 2).mean()]) for t in train.transpose(0, 1)])
+            / 255
+        )
         mean = moments[:, 0].tolist()
         std = (moments[:, 1] / 255 - moments[:, 0] ** 2).sqrt().clamp_min(1e-3).tolist()
     description = {
@@ -224,7 +227,9 @@ def _read_torchvision(name: str, data_dir: str, size: int | None) -> tuple:
             except RuntimeError:  # torchvision's word for "not there"
                 split = read(train, download=True)
         except (OSError, RuntimeError) as error:  # no network, no space, a broken archive
-            raise UserError(f"{name} is not in {data_dir} and could not be downloaded ({error}): put torchvision's files there") from error
+            raise UserError(
+                f"{name} is not in {data_dir} and could not be downloaded ({error}): put torchvision's files there"
+            ) from error
         images = torch.from_numpy(np.ascontiguousarray(split.data))
         if name != "svhn":
             images = images.permute(0, 3, 1, 2).contiguous()
@@ -237,85 +242,10 @@ def _read_torchvision(name: str, data_dir: str, size: int | None) -> tuple:
 def _resize(images: Tensor, size: int | None) -> Tensor:
     if size in (None, images.shape[-1]):
         return images
-    pieces = [F.interpolate(piece.float(), (size, size), mode="bilinear", antialias=True) for piece in images.split(1000)]
+    pieces = [
+        F.interpolate(piece.float(), (size, size), mode="bilinear", antialias=True) for piece in images.split(1000)
+    ]
     return torch.cat([piece.round_().clamp_(0, 255).to(torch.uint8) for piece in pieces])
-
-
-def _read_folder(folder: Path, size: int | None) -> tuple:
-    """Read train/<class>/* and test/<class>/* (or val/), and keep the decoded form beside them for the next start."""
-    train, test, classes = folder_splits(folder)
-    files = [_images(split, classes) for split in (train, test)]
-    stamp = hashlib.sha256(str(size).encode())
-    for path, label in files[0] + files[1]:
-        status = os.stat(path)
-        stamp.update(f"{path.removeprefix(str(folder))} {label} {status.st_size} {status.st_mtime_ns}\n".encode())
-    cache = folder / f".decoded-{size or 'native'}.pt"
-    if cache.is_file():
-        with contextlib.suppress(UserError):  # a cache that cannot be read is made again
-            stored = checkpoint.load(cache, ("stamp", "parts"))
-            if stored["stamp"] == stamp.hexdigest():
-                return *stored["parts"], classes
-    parts: list[Tensor] = []
-    for pairs in files:
-        size = size or _common_size(pairs[0][0])
-        images = np.empty((len(pairs), 3, size, size), np.uint8)
-        for row, (path, _) in enumerate(tqdm(pairs, f"decoding {folder}", unit="img", disable=None, leave=False)):
-            images[row] = _decode(path, size, given="native" not in cache.name)
-        parts += [torch.from_numpy(images), torch.tensor([label for _, label in pairs])]
-    with contextlib.suppress(UserError):  # a read-only data folder only costs time
-        checkpoint.save({"stamp": stamp.hexdigest(), "parts": parts}, cache)
-    return *parts, classes
-
-
-def folder_splits(folder: Path) -> tuple[Path, Path, list[str]]:
-    """Find train/ and test/ (or val/) with equal class folders; raises UserError when they are not so."""
-    if not folder.is_dir():
-        raise UserError(f"no such data folder: {folder} (set --data-dir)")
-    test = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
-    if not (folder / "train").is_dir() or test is None:
-        raise UserError(f"{folder} needs train/ and test/ (or val/), each with one folder of images a class")
-    train_classes, test_classes = (
-        sorted(entry.name for entry in split.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        for split in (folder / "train", test)
-    )
-    if train_classes != test_classes:
-        odd = sorted(set(train_classes) ^ set(test_classes))
-        raise UserError(f"the classes of {folder}/train and {test} differ: {', '.join(odd[:5])} only in one of them")
-    if len(train_classes) < 2:
-        raise UserError(f"{folder}/train has {len(train_classes)} class folders; at least two are needed")
-    return folder / "train", test, train_classes
-
-
-def _images(split: Path, classes: list[str]) -> list[tuple[str, int]]:
-    """Every image below the class folders with its label; plain strings, as there may be very many."""
-    pairs = []
-    for label, name in enumerate(classes):
-        inside = (os.path.join(folder, file) for folder, _, files in os.walk(split / name) for file in files)
-        found = sorted(path for path in inside if path.lower().endswith(SUFFIXES))
-        if not found:
-            raise UserError(f"no images in {split / name} (looked for {' '.join(SUFFIXES)})")
-        pairs += [(path, label) for path in found]
-    return pairs
-
-
-def _common_size(path: str) -> int:
-    with Image.open(path) as image:
-        if image.width != image.height:
-            raise UserError(f"{path} is {image.width}x{image.height}: set --image-size to crop and resize all images to squares")
-        return image.width
-
-
-def _decode(path: str, size: int, given: bool) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            if image.size != (size, size):
-                if not given:
-                    raise UserError(f"{path} is {image.width}x{image.height} and others {size}x{size}: set --image-size")
-                image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode no larger than needed
-                image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
-            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{path} is no image that can be read: {error}") from error
 
 
 # ---------------------------------------------------------------- ImageNet
@@ -327,8 +257,9 @@ class Streamed:
     input_shape = (3, 224, 224)
 
     def __init__(self, folder: Path, device: torch.device, workers: int):
-        from common.vision import torchvision  # here, because it takes seconds that small images need not pay
         from torchvision.transforms import v2
+
+        from common.vision import torchvision  # here, because it takes seconds that small images need not pay
 
         train, test, classes = folder_splits(folder)
         finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]

@@ -71,7 +71,9 @@ def prune_by_magnitude(weights: dict[str, Tensor], mask: Mask, keep: int) -> Mas
 
 def apply(weights: dict[str, Tensor], mask: Mask) -> dict[str, Tensor]:
     """A copy of `weights` with the masked ones set to zero."""
-    return {name: value * mask[name].to(value.device) if name in mask else value.clone() for name, value in weights.items()}
+    return {
+        name: value * mask[name].to(value.device) if name in mask else value.clone() for name, value in weights.items()
+    }
 
 
 def signs(weights: dict[str, Tensor], names: list[str]) -> Mask:
@@ -95,6 +97,8 @@ class Masker:
     @torch.no_grad()
     def check(self) -> None:
         """Raise RuntimeError if a pruned weight is not zero; a weight that diverged to NaN is no leak."""
-        leaks = sum(int(((p != 0) & (factor == 0) & ~p.isnan()).sum()) for p, factor in zip(self.parameters, self.factors))
+        leaks = sum(
+            int(((p != 0) & (factor == 0) & ~p.isnan()).sum()) for p, factor in zip(self.parameters, self.factors)
+        )
         if leaks:
             raise RuntimeError(f"{leaks} pruned weights are not zero")

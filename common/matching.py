@@ -94,7 +94,9 @@ def assign(similarity: Tensor) -> Tensor:
     return torch.from_numpy(linear_sum_assignment(similarity.numpy(), maximize=True)[1])
 
 
-def match_activations(source: nn.Module, target: nn.Module, axes: Axes, batches) -> tuple[dict[str, Tensor], list[dict]]:
+def match_activations(
+    source: nn.Module, target: nn.Module, axes: Axes, batches
+) -> tuple[dict[str, Tensor], list[dict]]:
     """Activation matching: for every axis the permutation of the source that correlates best with the target.
 
     Returns the permutation and a row an axis: channels, how many moved, mean matched correlation before and after.

@@ -43,7 +43,9 @@ def vgg11(width: float, classes: int, input_shape: tuple[int, int, int]) -> nn.M
     """VGG11 for small images: eight 3x3 convolutions with bias, no BatchNorm, one linear layer."""
     _, height, side = input_shape
     if min(height, side) < 32:
-        raise UserError(f"vgg11 halves the image five times and needs 32 px or more, not {height}x{side}: use a larger --image-size")
+        raise UserError(
+            f"vgg11 halves the image five times and needs 32 px or more, not {height}x{side}: use a larger --image-size"
+        )
     layers: list[nn.Module] = []
     fan_in = input_shape[0]
     for entry in (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool"):
@@ -111,7 +113,12 @@ def resnet50(width: float, classes: int, input_shape: tuple[int, int, int]) -> n
         if isinstance(module, nn.Conv2d):
             fan_in = 3 if name == "conv1" else channels(module.in_channels, width)
             wide = nn.Conv2d(
-                fan_in, channels(module.out_channels, width), module.kernel_size, module.stride, module.padding, bias=False
+                fan_in,
+                channels(module.out_channels, width),
+                module.kernel_size,
+                module.stride,
+                module.padding,
+                bias=False,
             )
             nn.init.kaiming_normal_(wide.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
         elif isinstance(module, nn.BatchNorm2d):

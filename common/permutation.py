@@ -123,7 +123,9 @@ def check_same_function(model: nn.Module, before: dict[str, Tensor], after: dict
         outputs.append(network(inputs.cpu().double()))
     difference = float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max().clamp_min(1e-30))
     if not difference < 1e-6:
-        raise RuntimeError(f"the permuted network computes another function: outputs differ by {difference:.1e} of the largest")
+        raise RuntimeError(
+            f"the permuted network computes another function: outputs differ by {difference:.1e} of the largest"
+        )
     return difference
 
 
@@ -150,7 +152,22 @@ POOL_FUNCTIONS = {
     "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d", "interpolate",
 }  # fmt: skip
 KEEP_FUNCTIONS = {"dropout", "dropout2d", "contiguous", "clone", "detach", "float", "to"}
-ELEMENTWISE = {"add", "iadd", "add_", "sub", "isub", "sub_", "mul", "imul", "mul_", "truediv", "div", "div_", "maximum", "minimum"}
+ELEMENTWISE = {
+    "add",
+    "iadd",
+    "add_",
+    "sub",
+    "isub",
+    "sub_",
+    "mul",
+    "imul",
+    "mul_",
+    "truediv",
+    "div",
+    "div_",
+    "maximum",
+    "minimum",
+}
 
 
 class _Finder(fx.Interpreter):
@@ -265,10 +282,14 @@ class _Finder(fx.Interpreter):
         elif isinstance(module, nn.Flatten):
             layouts = self._flatten(node, module.start_dim, module.end_dim)
         elif not isinstance(module, POOLS + KEEPS):
-            raise UserError(f"the axes of layer {name} ({type(module).__name__}) are not known: teach common/permutation.py its rule")
+            raise UserError(
+                f"the axes of layer {name} ({type(module).__name__}) are not known: teach common/permutation.py its rule"
+            )
         self.layouts[node] = layouts
 
-    def _weights(self, name: str, module: nn.Module, fan_in: Layout, size_in: int, size_out: int, groups: int) -> Layout:
+    def _weights(
+        self, name: str, module: nn.Module, fan_in: Layout, size_in: int, size_out: int, groups: int
+    ) -> Layout:
         """Lay out the weights of a convolution or linear layer; return the layout of its output channels."""
         if groups == size_in == size_out:  # depthwise: every channel stays itself
             fan_out, fan_in = fan_in, None
@@ -278,7 +299,9 @@ class _Finder(fx.Interpreter):
                 self._pin(fan_in, f"the grouped convolution {name} reads it")
                 self._pin(fan_out, f"the grouped convolution {name} makes it")
                 fan_in = None
-        self._record(name, module, {"weight": (fan_out, fan_in) + (None,) * (module.weight.dim() - 2), "bias": (fan_out,)})
+        self._record(
+            name, module, {"weight": (fan_out, fan_in) + (None,) * (module.weight.dim() - 2), "bias": (fan_out,)}
+        )
         return fan_out
 
     def _per_channel(self, name: str, module: nn.Module, layout: Layout) -> None:
@@ -351,7 +374,9 @@ class _Finder(fx.Interpreter):
 
     def _mean(self, node: fx.Node, dim: Any, keep: bool) -> list[Layout]:
         layouts = self._input(node)
-        reduced = {d % len(layouts) for d in (range(len(layouts)) if dim is None else [dim] if isinstance(dim, int) else dim)}
+        reduced = {
+            d % len(layouts) for d in (range(len(layouts)) if dim is None else [dim] if isinstance(dim, int) else dim)
+        }
         return [None if d in reduced else layout for d, layout in enumerate(layouts) if keep or d not in reduced]
 
     def _concatenate(self, node: fx.Node, tensors: list[fx.Node], dim: int, where: str) -> list[Layout]:

@@ -26,7 +26,9 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} is not available here ({str(error).splitlines()[0]}): try --device cpu") from error
+        raise UserError(
+            f"device {name!r} is not available here ({str(error).splitlines()[0]}): try --device cpu"
+        ) from error
     torch.backends.cudnn.deterministic = True  # the same numbers on every run
     return device
 
@@ -103,7 +105,12 @@ def train(
     device, last = data.device, first_epoch + len(rates)
     model.to(device, memory_format=torch.channels_last)
     optimiser = torch.optim.SGD(
-        model.parameters(), lr=0.0, momentum=momentum, weight_decay=weight_decay, nesterov=False, fused=device.type in ("cuda", "cpu")
+        model.parameters(),
+        lr=0.0,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        nesterov=False,
+        fused=device.type in ("cuda", "cpu"),
     )
     masker = Masker(model, mask) if mask is not None else None
     rows = _resume(folder, name, model, optimiser)

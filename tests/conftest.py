@@ -15,7 +15,22 @@ sys.path.insert(0, str(ROOT))
 
 from common import cli
 
-TINY = "--model mlp --width 0.03125 --image-size 8 --limit-train 256 --batch-size 64 --precision fp32 --device cpu".split()
+TINY = [
+    "--model",
+    "mlp",
+    "--width",
+    "0.03125",
+    "--image-size",
+    "8",
+    "--limit-train",
+    "256",
+    "--batch-size",
+    "64",
+    "--precision",
+    "fp32",
+    "--device",
+    "cpu",
+]
 
 
 class Outcome(NamedTuple):
@@ -61,7 +76,11 @@ def runs(tmp_path_factory) -> Path:
                 "--keep-rounds", "--device", "cpu", "--precision", "fp32", "--out", root / f"imp/seed{a}")  # fmt: skip
         succeed("align_mask", "--source", root / f"dense/seed{a}", "--target", root / f"dense/seed{b}", "--masks", root / f"imp/seed{a}",
                 "--device", "cpu", "--out", root / f"align/activation/seed{a}-seed{b}")  # fmt: skip
-        for arm, seed, masks in (("lth", a, f"imp/seed{a}"), ("naive", b, f"imp/seed{a}"), ("permuted", b, f"align/activation/seed{a}-seed{b}")):
+        for arm, seed, masks in (
+            ("lth", a, f"imp/seed{a}"),
+            ("naive", b, f"imp/seed{a}"),
+            ("permuted", b, f"align/activation/seed{a}-seed{b}"),
+        ):
             sparse(arm, root / f"dense/seed{seed}", root / masks, root / f"sparse/{arm}/seed{a}-seed{seed}")
     return root
 
@@ -69,4 +88,16 @@ def runs(tmp_path_factory) -> Path:
 def sparse(arm: str, weights: Path, masks: Path, out: Path, *more: object) -> Outcome:
     """Stage 4 at the tiny budget."""
     tiny = ("--batch-size", 64, "--device", "cpu", "--precision", "fp32")
-    return call("train_sparse", "--arm", arm, "--weights", weights, "--masks", masks, "--out", out, *tiny, *(more or ("--sparsity", 0.5, 0.7, "--rewind", 0, 1)))
+    return call(
+        "train_sparse",
+        "--arm",
+        arm,
+        "--weights",
+        weights,
+        "--masks",
+        masks,
+        "--out",
+        out,
+        *tiny,
+        *(more or ("--sparsity", 0.5, 0.7, "--rewind", 0, 1)),
+    )

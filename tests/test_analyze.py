@@ -47,13 +47,19 @@ def test_rescaling_brings_every_hidden_layer_to_the_goal(name, size):
     assert torch.allclose(goal[layer][0], 0.75 * ends[0][layer][0] + 0.25 * ends[1][layer][0], atol=1e-6)
     repair.rescale(models[2], batches, goal)
     found = repair.statistics(models[2], batches)
-    assert len(found) == len([m for m in models[2].modules() if isinstance(m, (nn.Conv2d, nn.Linear))]) - 1  # not the output
+    assert (
+        len(found) == len([m for m in models[2].modules() if isinstance(m, (nn.Conv2d, nn.Linear))]) - 1
+    )  # not the output
     for key in goal:
-        assert torch.allclose(found[key][0], goal[key][0], atol=1e-4) and torch.allclose(found[key][1], goal[key][1], atol=1e-4), key
+        assert torch.allclose(found[key][0], goal[key][0], atol=1e-4) and torch.allclose(
+            found[key][1], goal[key][1], atol=1e-4
+        ), key
     by_hand = models[0][1 if name == "mlp" else 0](batches[0].flatten(1) if name == "mlp" else batches[0])
     first = repair.statistics(models[0], batches[:1])[list(goal)[0]]
     dims = [dim for dim in range(by_hand.dim()) if dim != 1]
-    assert torch.allclose(first[0], by_hand.mean(dims), atol=1e-5) and torch.allclose(first[1], by_hand.std(dims, correction=0), atol=1e-5)
+    assert torch.allclose(first[0], by_hand.mean(dims), atol=1e-5) and torch.allclose(
+        first[1], by_hand.std(dims, correction=0), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name, size", [("mlp", 8), ("resnet20", 8)])
@@ -91,7 +97,9 @@ def test_summary_by_hand():
 
 
 def test_one_seed_has_no_spread_and_a_missing_arm_no_difference():
-    one = results.render(frame([{"arm": arm, "source_seed": 0, "test_acc": value} for arm, value in (("lth", 90.0), ("naive", 80.0))]))
+    one = results.render(
+        frame([{"arm": arm, "source_seed": 0, "test_acc": value} for arm, value in (("lth", 90.0), ("naive", 80.0))])
+    )
     assert "90.00" in one and "nan" not in one and "90.00 ±" not in one
 
 
@@ -115,7 +123,10 @@ def test_results_lists_every_finished_run_once(runs, tmp_path):
     table = pd.read_csv(root / "results.csv")
     assert list(table.columns) == list(results.COLUMNS) and len(table) == 2 * 3 * 4 - 1
     assert set(table["arm"]) == {"lth", "naive", "permuted"}
-    assert table.loc[table["arm"] != "permuted", "method"].isna().all() and (table.loc[table["arm"] == "permuted", "method"] == "activation").all()
+    assert (
+        table.loc[table["arm"] != "permuted", "method"].isna().all()
+        and (table.loc[table["arm"] == "permuted", "method"] == "activation").all()
+    )
     lth = table[table["arm"] == "lth"]
     assert (lth["source_seed"] == lth["target_seed"]).all()
     row = table.iloc[0]
@@ -136,8 +147,15 @@ def test_figures_and_their_data_are_written(runs, tmp_path):
         assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 20  # not an empty page
     points = pd.read_csv(root / "figures/accuracy_rewind_mlp_glyphs.csv")
     one = points[(points["arm"] == "naive") & (points["sparsity"] == 0.7) & (points["rewind"] == 1)].iloc[0]
-    by_hand = [json.loads((runs / f"sparse/naive/{pair}/s0.70_k001/result.json").read_text())["test_acc"] for pair in ("seed0-seed1", "seed2-seed3")]
-    assert one["mean"] == pytest.approx(np.mean(by_hand)) and one["std"] == pytest.approx(np.std(by_hand, ddof=1)) and one["count"] == 2
+    by_hand = [
+        json.loads((runs / f"sparse/naive/{pair}/s0.70_k001/result.json").read_text())["test_acc"]
+        for pair in ("seed0-seed1", "seed2-seed3")
+    ]
+    assert (
+        one["mean"] == pytest.approx(np.mean(by_hand))
+        and one["std"] == pytest.approx(np.std(by_hand, ddof=1))
+        and one["count"] == 2
+    )
     table = pd.read_csv(root / "figures/interpolation_activation_mlp_glyphs.csv")
     ends = table[table["alpha"].isin([0, 1]) & ~table["repair"]]
     dense = {seed: json.loads((runs / f"dense/seed{seed}/result.json").read_text())["test_acc"] for seed in range(4)}

@@ -10,7 +10,10 @@ from common.errors import UserError
 
 def test_labels_and_file_names(tmp_path):
     assert [checkpoint.label(s) for s in (0.8, 0.95, 0.995)] == ["0.80", "0.95", "0.995"]
-    assert checkpoint.epoch_file(tmp_path, 7).name == "epoch_0007.pt" and checkpoint.mask_file(tmp_path, 0.9).name == "mask_0.90.pt"
+    assert (
+        checkpoint.epoch_file(tmp_path, 7).name == "epoch_0007.pt"
+        and checkpoint.mask_file(tmp_path, 0.9).name == "mask_0.90.pt"
+    )
 
 
 def test_what_is_saved_comes_back(tmp_path):
@@ -79,5 +82,10 @@ def test_result_json_is_written_last(tmp_path, monkeypatch):
     checkpoint.finish(tmp_path, "train_dense", {"a": 1}, rows, torch.device("cpu"), "fp32")
     assert order == ["log.csv", "result.json"] and not (tmp_path / "resume.pt").exists()
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result["test_acc"] == 4 and result["seconds"] == 10 and result["arguments"] == {"a": 1} and result["threads"] >= 1
+    assert (
+        result["test_acc"] == 4
+        and result["seconds"] == 10
+        and result["arguments"] == {"a": 1}
+        and result["threads"] >= 1
+    )
     assert (tmp_path / "log.csv").read_text().splitlines()[0] == "epoch,train_loss,train_acc,test_loss,test_acc,seconds"

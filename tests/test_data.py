@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import data as data_module
+from common import folder
 from common.data import Resident, Streamed, balanced, epoch_seed, load_data
 from common.errors import UserError
 from common.glyphs import glyphs
@@ -28,7 +28,9 @@ def test_training_drops_the_last_short_batch_and_evaluation_never_does():
     data = resident(count=10)
     assert [len(x) for x, _ in epoch(data, 0, 0)] == [4, 4] and data.steps(4) == 2
     assert [len(x) for x, _ in data.eval_batches("test", 4)] == [4, 4, 2]
-    assert torch.cat([x for x, _ in data.eval_batches("train", 4)])[:, 0, 4, 4].tolist() == [float(10 + i) for i in range(10)]
+    assert torch.cat([x for x, _ in data.eval_batches("train", 4)])[:, 0, 4, 4].tolist() == [
+        float(10 + i) for i in range(10)
+    ]
     with pytest.raises(UserError, match="batch-size 11"):
         data.steps(11)
 
@@ -81,7 +83,11 @@ def test_balanced_takes_equally_of_every_class_and_always_the_same():
     labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 20)
     chosen = balanced(labels, 30)
     assert torch.bincount(labels[chosen]).tolist() == [10, 10, 10]
-    assert torch.equal(chosen, balanced(labels, 30)) and torch.equal(chosen, chosen.sort().values) and len(set(chosen.tolist())) == 30
+    assert (
+        torch.equal(chosen, balanced(labels, 30))
+        and torch.equal(chosen, chosen.sort().values)
+        and len(set(chosen.tolist())) == 30
+    )
     assert torch.bincount(labels[balanced(labels, 31)]).sum() == 31
     assert torch.bincount(labels[balanced(labels, 90)]).tolist() == [40, 30, 20]  # small classes give what they have
 
@@ -89,10 +95,17 @@ def test_balanced_takes_equally_of_every_class_and_always_the_same():
 def test_glyphs_are_the_same_from_the_same_seed_and_not_flipped():
     first, again, other = (glyphs(8, seed, (40, 20)) for seed in (0, 0, 1))
     assert all(np.array_equal(a, b) for a, b in zip(first, again)) and not np.array_equal(first[0], other[0])
-    assert first[0].shape == (40, 3, 8, 8) and first[0].dtype == np.uint8 and not np.array_equal(first[0][:20], first[2])
+    assert (
+        first[0].shape == (40, 3, 8, 8) and first[0].dtype == np.uint8 and not np.array_equal(first[0][:20], first[2])
+    )
     assert np.bincount(first[1]).tolist() == [4] * 10
     loaded = load_data("glyphs", image_size=8, limit_train=100)
-    assert not loaded.flip and loaded.description["checksum"] and len(loaded.train) == 100 and loaded.input_shape == (3, 8, 8)
+    assert (
+        not loaded.flip
+        and loaded.description["checksum"]
+        and len(loaded.train) == 100
+        and loaded.input_shape == (3, 8, 8)
+    )
     with pytest.raises(UserError, match="checksum"):
         load_data("glyphs", image_size=8, expected=loaded.description | {"checksum": "0"})
 
@@ -105,7 +118,9 @@ def pictures(tmp_path):
         for name in ("cat", "dog"):
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(count):
-                Image.fromarray(rng.integers(256, size=(12, 12, 3), dtype=np.uint8)).save(tmp_path / split / name / f"{i}.png")
+                Image.fromarray(rng.integers(256, size=(12, 12, 3), dtype=np.uint8)).save(
+                    tmp_path / split / name / f"{i}.png"
+                )
     return tmp_path
 
 
@@ -125,7 +140,7 @@ def test_folder_reads_pixels_labels_and_statistics(pictures):
 def test_folder_keeps_the_decoded_images_and_notices_a_change(pictures, monkeypatch):
     first = load_data("folder", str(pictures), image_size=8)
     with monkeypatch.context() as patched:
-        patched.setattr(data_module, "_decode", lambda *_, **__: pytest.fail("decoded again"))
+        patched.setattr(folder, "_decode", lambda *_, **__: pytest.fail("decoded again"))
         again = load_data("folder", str(pictures), image_size=8)
     assert torch.equal(first.train, again.train) and torch.equal(first.test, again.test)
     Image.new("RGB", (12, 12), "red").save(pictures / "train/cat/0.png")

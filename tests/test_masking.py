@@ -15,7 +15,10 @@ def test_magnitude_pruning_by_hand():
     assert mask["a"].tolist() == [[False, False], [True, True]] and mask["b"].tolist() == [False, True]
     assert masking.sparsity(mask) == 0.5 and masking.kept(mask) == 3 and masking.size(mask) == 6
     again = masking.prune_by_magnitude(WEIGHTS | {"b": torch.tensor([9.0, -5.0])}, mask, 2)
-    assert masking.kept(again) == 2 and again["b"].tolist() == [False, True]  # what is pruned stays so, however large it is
+    assert masking.kept(again) == 2 and again["b"].tolist() == [
+        False,
+        True,
+    ]  # what is pruned stays so, however large it is
     assert masking.kept(full) == 6  # the input is left alone
     with pytest.raises(ValueError):
         masking.prune_by_magnitude(WEIGHTS, mask, 4)

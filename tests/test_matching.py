@@ -66,7 +66,9 @@ def test_a_planted_permutation_is_recovered_exactly(name, width, size):
         source.load_state_dict(wrong)
         assert not torch.allclose(source(images), target(images), rtol=1e-3, atol=1e-4)
     for row in rows:
-        assert row["after"] >= row["before"] and row["moved"] == int((found[row["axis"]] != torch.arange(row["channels"])).sum())
+        assert row["after"] >= row["before"] and row["moved"] == int(
+            (found[row["axis"]] != torch.arange(row["channels"])).sum()
+        )
 
 
 @pytest.mark.parametrize("name, width, size", [("resnet20", 0.5, 16), ("vgg11", 0.125, 32), ("mlp", 0.125, 8)])

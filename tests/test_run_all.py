@@ -7,7 +7,9 @@ from tests.conftest import ROOT, call
 
 def run_all(*arguments, **environment):
     keep = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
-    return subprocess.run(["bash", str(ROOT / "run_all.sh"), *arguments], env=keep | environment, capture_output=True, text=True)
+    return subprocess.run(
+        ["bash", str(ROOT / "run_all.sh"), *arguments], env=keep | environment, capture_output=True, text=True
+    )
 
 
 def test_dry_run_prints_the_whole_experiment_in_order():
@@ -16,11 +18,18 @@ def test_dry_run_prints_the_whole_experiment_in_order():
     lines = done.stdout.splitlines()
     scripts = [line.split()[1].removesuffix(".py") for line in lines]
     expected = ["train_dense"] * 8 + ["prune_imp"] * 4 + ["align_mask"] * 4 + ["train_sparse"] * 12
-    assert scripts[:28] == expected and [line.split()[2] for line in lines[28:]] == ["analyze.interpolation", "analyze.accuracy", "analyze.results"]
+    assert scripts[:28] == expected and [line.split()[2] for line in lines[28:]] == [
+        "analyze.interpolation",
+        "analyze.accuracy",
+        "analyze.results",
+    ]
     words = shlex.split(lines[3])
     assert words[words.index("--seed") + 1] == "5" and words[words.index("--out") + 1] == "some where/w1/dense"
     assert "--sparsity 0.8 0.9 0.95 0.97 --rewind 0 5 10 15 20 25 50 75 100" in lines[27]
-    assert "'some where/w4/align/activation/seed4-seed5' --out 'some where/w4/sparse/permuted/activation/seed4-seed5'" in lines[27]
+    assert (
+        "'some where/w4/align/activation/seed4-seed5' --out 'some where/w4/sparse/permuted/activation/seed4-seed5'"
+        in lines[27]
+    )
 
 
 def test_every_preset_prints_commands_that_the_stages_accept():
@@ -28,7 +37,11 @@ def test_every_preset_prints_commands_that_the_stages_accept():
                                    ("svhn", "svhn", "resnet20"), ("imagenet", "imagenet", "resnet50")):  # fmt: skip
         done = run_all(preset, DRY_RUN="1")
         assert done.returncode == 0, done.stderr
-        assert f"--dataset {dataset} " in done.stdout and f"--model {model} " in done.stdout and f"runs/{preset}" in done.stdout
+        assert (
+            f"--dataset {dataset} " in done.stdout
+            and f"--model {model} " in done.stdout
+            and f"runs/{preset}" in done.stdout
+        )
         for line in done.stdout.splitlines():
             words = shlex.split(line)
             if words[1].endswith(".py"):  # every flag is known: the stages get as far as the missing files
@@ -43,4 +56,9 @@ def test_unknown_presets_are_refused():
 
 def test_a_stage_that_fails_stops_the_experiment(tmp_path):
     done = run_all("quick", PAIRS="0", OUT=str(tmp_path), DENSE_FLAGS="--epochs 0", PATH=os.environ["PATH"])
-    assert done.returncode != 0 and "--epochs" in done.stderr and "prune_imp" not in done.stderr and "done in" not in done.stdout
+    assert (
+        done.returncode != 0
+        and "--epochs" in done.stderr
+        and "prune_imp" not in done.stderr
+        and "done in" not in done.stdout
+    )

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from common import masking
+from common.errors import UserError
 from common.models import build_model
 from common.training import evaluate, learning_rates, pick_device, pick_precision, train
-from common.errors import UserError
 from tests.test_data import resident
 
 SETTINGS = {"name": "test", "seed": 0, "batch_size": 4, "momentum": 0.9, "weight_decay": 0.01, "precision": "fp32"}
@@ -18,7 +18,9 @@ def tiny(seed=0):
 
 
 def test_schedules_by_hand():
-    assert learning_rates("cosine", 0.8, 4) == pytest.approx([0.8, 0.4 * (1 + math.sqrt(0.5)), 0.4, 0.4 * (1 - math.sqrt(0.5))])
+    assert learning_rates("cosine", 0.8, 4) == pytest.approx(
+        [0.8, 0.4 * (1 + math.sqrt(0.5)), 0.4, 0.4 * (1 - math.sqrt(0.5))]
+    )
     step = learning_rates("step", 0.4, 80, warmup=5)
     assert step[:6] == pytest.approx([0.08, 0.16, 0.24, 0.32, 0.4, 0.4])
     assert step[29:31] == pytest.approx([0.4, 0.04]) and step[60] == pytest.approx(0.004) and len(step) == 80
@@ -65,7 +67,9 @@ def test_a_run_that_was_cut_off_ends_with_the_same_numbers(tmp_path, masked):
     data, rates = resident(count=32), [0.1, 0.08, 0.05, 0.02]
     mask = None
     if masked:
-        mask = masking.prune_by_magnitude(tiny().state_dict(), masking.dense_mask(tiny().state_dict(), masking.prunable(tiny())), 300)
+        mask = masking.prune_by_magnitude(
+            tiny().state_dict(), masking.dense_mask(tiny().state_dict(), masking.prunable(tiny())), 300
+        )
     whole = tiny()
     expected = train(whole, data, rates, folder=tmp_path / "whole", mask=mask, first_epoch=3, **SETTINGS)
     assert [row["epoch"] for row in expected] == [4, 5, 6, 7]
@@ -80,7 +84,9 @@ def test_a_run_that_was_cut_off_ends_with_the_same_numbers(tmp_path, masked):
     with pytest.raises(Killed):
         train(tiny(), data, rates, folder=tmp_path / "cut", mask=mask, first_epoch=3, at_epoch=kill, **SETTINGS)
     rest, calls = tiny(seed=9), []  # whatever the network holds, the resume file replaces it
-    rows = train(rest, data, rates, folder=tmp_path / "cut", mask=mask, first_epoch=3, at_epoch=calls.append, **SETTINGS)
+    rows = train(
+        rest, data, rates, folder=tmp_path / "cut", mask=mask, first_epoch=3, at_epoch=calls.append, **SETTINGS
+    )
     assert calls == [6, 7]
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), rest.state_dict().values()))
     without_time = [[{k: v for k, v in row.items() if k != "seconds"} for row in r] for r in (rows, expected)]
