@@ -21,6 +21,7 @@ COLUMNS = (
     "arm", "signs", "model", "width", "dataset", "sparsity", "sparsity_total", "rewind", "source_seed", "target_seed", "seed",
     "method", "match_epoch", "test_acc", "test_loss", "seconds", "path",
 )  # fmt: skip
+RUN = ["arm", "signs", "method", "match_epoch", "source_seed", "target_seed", "seed"]
 CELL = ["model", "width", "dataset", "sparsity", "rewind"]
 
 
@@ -60,9 +61,13 @@ def sparse_runs(root: Path) -> pd.DataFrame:
         )
     if not rows:
         raise UserError(f"no finished sparse run below {root}: run train_sparse.py first")
-    return pd.DataFrame(rows, columns=COLUMNS).sort_values(
-        [*CELL, "arm", "source_seed", "target_seed", "seed"], ignore_index=True
-    )
+    runs = pd.DataFrame(rows, columns=COLUMNS).sort_values([*CELL, *RUN], ignore_index=True)
+    twice = int(runs.duplicated([*CELL, *RUN]).sum())
+    if twice:  # other hyper-parameters: their mean would be of no experiment
+        raise UserError(
+            f"{twice} runs below {root} repeat arm, cell and seeds of others: keep experiments in folders of their own"
+        )
+    return runs
 
 
 def dense_runs(root: Path) -> pd.DataFrame:

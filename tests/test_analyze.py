@@ -135,6 +135,13 @@ def test_results_lists_every_finished_run_once(runs, tmp_path):
     assert "50%" in outcome.out and "permuted-naive" in outcome.out
 
 
+def test_runs_of_two_experiments_are_not_averaged(runs, tmp_path):
+    shutil.copytree(runs / "sparse", tmp_path / "one")
+    shutil.copytree(runs / "sparse/lth", tmp_path / "two")
+    outcome = call("analyze.results", tmp_path)
+    assert outcome.code == 2 and "8 runs" in outcome.err and outcome.err.count("\n") == 1
+
+
 def test_figures_and_their_data_are_written(runs, tmp_path):
     root = tmp_path / "runs"
     shutil.copytree(runs, root)
