@@ -18,19 +18,20 @@ dense_flags="" imp_flags="" sparse_flags="" interpolation_flags="" jobs=1
 pairs="0 1 2" widths="1" sparsity="0.8 0.9 0.95 0.97" rewind="0 5 10 15 20 25 50 75 100" model=resnet20
 case $preset in
   quick)
-    dataset=glyphs sparsity="0.95" rewind="2"
-    dense_flags="--image-size 16 --limit-train 5000 --epochs 10 --save-epochs 2"
-    imp_flags="--epochs 1" interpolation_flags="--points 11 --images 1000"
+    dataset=glyphs sparsity="0.95 0.98" rewind="8"
+    dense_flags="--image-size 16 --limit-train 5000 --epochs 12 --batch-size 64 --lr 0.05 --warmup 2 --save-epochs 8"
+    imp_flags="--epochs 1 --batch-size 64 --lr 0.02" sparse_flags="--batch-size 64"
+    interpolation_flags="--points 7 --images 500"
     jobs=$(getconf _NPROCESSORS_ONLN) jobs=$((jobs < 4 ? jobs : 4)) ;;
   cifar10)  dataset=cifar10 widths="1 4 8 16" ;;
-  cifar100) dataset=cifar100 widths="1 4 8 16" ;;
-  vgg11)    dataset=cifar10 model=vgg11 ;;
-  svhn)     dataset=svhn ;;
+  cifar100) dataset=cifar100 widths="1 4 8 16" rewind="0 10 25 50 100" ;;
+  vgg11)    dataset=cifar10 model=vgg11 sparsity="0.8 0.9" rewind="0 5 10 15 20 25 50" ;;
+  svhn)     dataset=svhn rewind="10 20" ;;
   imagenet) dataset=imagenet model=resnet50 pairs="0" sparsity="0.8 0.9 0.95" rewind="10 25 50" ;;
   test)     dataset= ;;
   *) echo "run_all.sh: error: unknown preset '$preset': choose from quick, cifar10, cifar100, vgg11, svhn, imagenet, test" >&2; exit 2 ;;
 esac
-PAIRS=${PAIRS-$pairs} WIDTHS=${WIDTHS-$widths} SPARSITY=${SPARSITY-$sparsity} REWIND=${REWIND-$rewind}
+PAIRS=${PAIRS-$pairs} WIDTHS=${WIDTHS-$widths} SPARSITY=${SPARSITY-$sparsity}
 DATASET=${DATASET-$dataset} MODEL=${MODEL-$model} OUT=${OUT-runs/$preset} DATA_DIR=${DATA_DIR-data}
 DENSE_FLAGS=${DENSE_FLAGS-$dense_flags} IMP_FLAGS=${IMP_FLAGS-$imp_flags} SPARSE_FLAGS=${SPARSE_FLAGS-$sparse_flags}
 INTERPOLATION_FLAGS=${INTERPOLATION_FLAGS-$interpolation_flags}
@@ -61,6 +62,12 @@ run() { # run the commands on standard input, one a line, JOBS at a time
 roots() { # width and folder of each width
   for w in $WIDTHS; do [ "$WIDTHS" = "$w" ] && echo "$w $OUT" || echo "$w $OUT/w$w"; done
 }
+rewinds() { # of a width: the paper's grid is coarser for the widest networks
+  case "$preset $1" in
+    "cifar10 8" | "cifar10 16") echo "${REWIND-0 10 25 50 100}" ;;
+    *) echo "${REWIND-$rewind}" ;;
+  esac
+}
 start=$(date +%s)
 
 roots | while read -r w R; do
@@ -83,7 +90,7 @@ done | run
 
 roots | while read -r w R; do
   for p in $PAIRS; do a=$((2 * p)) b=$((2 * p + 1))
-    grid="--sparsity $SPARSITY --rewind $REWIND $SPARSE_FLAGS"
+    grid="--sparsity $SPARSITY --rewind $(rewinds "$w") $SPARSE_FLAGS"
     echo "$python train_sparse.py --arm lth --weights '$R/dense/seed$a' --masks '$R/imp/seed$a' --out '$R/sparse/lth/seed$a-seed$a' $grid"
     echo "$python train_sparse.py --arm naive --weights '$R/dense/seed$b' --masks '$R/imp/seed$a' --out '$R/sparse/naive/seed$a-seed$b' $grid"
     echo "$python train_sparse.py --arm permuted --weights '$R/dense/seed$b' --masks '$R/align/activation/seed$a-seed$b' --out '$R/sparse/permuted/activation/seed$a-seed$b' $grid"

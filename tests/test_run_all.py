@@ -13,7 +13,7 @@ def run_all(*arguments, **environment):
 
 
 def test_dry_run_prints_the_whole_experiment_in_order():
-    done = run_all("cifar10", DRY_RUN="1", PAIRS="0 2", WIDTHS="1 4", OUT="some where")
+    done = run_all("cifar10", DRY_RUN="1", PAIRS="0 2", WIDTHS="1 8", OUT="some where")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     scripts = [line.split()[1].removesuffix(".py") for line in lines]
@@ -25,9 +25,11 @@ def test_dry_run_prints_the_whole_experiment_in_order():
     ]
     words = shlex.split(lines[3])
     assert words[words.index("--seed") + 1] == "5" and words[words.index("--out") + 1] == "some where/w1/dense"
-    assert "--sparsity 0.8 0.9 0.95 0.97 --rewind 0 5 10 15 20 25 50 75 100" in lines[27]
+    assert lines[21].rstrip().endswith("--sparsity 0.8 0.9 0.95 0.97 --rewind 0 5 10 15 20 25 50 75 100")
+    assert lines[27].rstrip().endswith("--sparsity 0.8 0.9 0.95 0.97 --rewind 0 10 25 50 100")
+    assert "--rewind 7 " in run_all("cifar10", DRY_RUN="1", REWIND="7", SPARSE_FLAGS="--lr 1").stdout
     assert (
-        "'some where/w4/align/activation/seed4-seed5' --out 'some where/w4/sparse/permuted/activation/seed4-seed5'"
+        "'some where/w8/align/activation/seed4-seed5' --out 'some where/w8/sparse/permuted/activation/seed4-seed5'"
         in lines[27]
     )
 
