@@ -26,19 +26,17 @@ def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     parser.add_argument("--dense", type=Path, required=True, help="folder of a finished dense run")
     parser.add_argument(
-        "--sparsity", type=cli.share, nargs="+", required=True, metavar="S", help="sparsities of the pruned layers"
+        "--sparsity", type=cli.share, nargs="+", required=True, metavar="S", help="of the pruned layers"
     )
     parser.add_argument(
-        "--rewind",
-        type=cli.natural,
-        metavar="K",
-        help="before training, set the kept weights back to epoch K; train on the dense schedule from there",
+        "--rewind", type=cli.natural, metavar="K", help="rewind weights to epoch K before each training"
     )
     parser.add_argument("--one-shot", action="store_true", help="prune to each sparsity in a single round")
     parser.add_argument("--keep-rounds", action="store_true", help="keep round_NN.pt, the network after every round")
     parser.add_argument("--out", type=Path, required=True, help="folder for masks and networks")
     cli.add_training(parser, "imp")
     cli.add_device(parser)
+    cli.add_data(parser)
     args = parser.parse_args()
     if args.rewind is not None and any(
         value is not None for value in (args.epochs, args.lr, args.schedule, args.warmup)
@@ -52,13 +50,13 @@ def main() -> None:
     args = parse_args()
     dense = checkpoint.load_dense(args.dense)
     recipe = dense["result"]["arguments"]
-    cli.paper_defaults(args, "imp", dense["dataset"]["name"])
     rewound = None
-    if args.rewind is not None:
-        vars(args).update({name: recipe[name] for name in ("epochs", "lr", "schedule", "warmup")})
+    if args.rewind is not None:  # what is not given is the dense run's
+        rewound = checkpoint.load_dense(args.dense, args.rewind)["state_dict"]
+        vars(args).update({name: recipe[name] for name in cli.PAPER["imp"] if getattr(args, name) is None})
         if args.rewind >= args.epochs:
             raise UserError(f"--rewind {args.rewind} is not below the {args.epochs} epochs of {args.dense}")
-        rewound = checkpoint.load_dense(args.dense, args.rewind)["state_dict"]
+    cli.paper_defaults(args, "imp", dense["dataset"]["name"])
 
     arguments = {"dense": dense["sha256"]} | cli.hyper(
         args, "rewind", "one_shot", "keep_rounds", "epochs", "lr", "schedule", "warmup", "weight_decay", "batch_size", "momentum", "precision"
@@ -69,12 +67,23 @@ def main() -> None:
         print(f"{args.out} is finished: nothing to do")
         return
 
+    model = build_model(**dense["model"], seed=dense["seed"])
+    names = masking.prunable(model)
+    everything = masking.dense_mask(dense["state_dict"], names)
+    total = masking.size(everything)
+    goals = {sparsity: masking.keep_count(total, sparsity) for sparsity in args.sparsity}
+    if not 0 < min(goals.values()) <= max(goals.values()) < total:
+        raise UserError(f"--sparsity {args.sparsity}: one of them keeps all or none of the {total} weights")
+    reached = max((float(path.stem.split("_")[1]) for path in args.out.glob("mask_*.pt")), default=0)
+    if args.keep_rounds and min(missing, default=1) < reached:
+        raise UserError(
+            f"the chain in {args.out} has passed {min(missing)} and its rounds are kept: choose another --out"
+        )
+
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     data = load_described(dense["dataset"], args.data_dir, device, args.workers)
     data.steps(args.batch_size)
-    model = build_model(**dense["model"], seed=dense["seed"])
-    names = masking.prunable(model)
     rates = learning_rates(args.schedule, args.lr, args.epochs, args.warmup)[args.rewind or 0 :]
     checkpoint.claim(args.out, arguments)
 
@@ -101,46 +110,45 @@ def main() -> None:
         return about | {"state_dict": cpu_state(model), "mask": mask, "round": number, "rows": [*network["rows"], row]}
 
     about = {key: dense[key] for key in ("model", "dataset", "seed", "epoch")}
-    start = about | {
-        "state_dict": dense["state_dict"],
-        "mask": masking.dense_mask(dense["state_dict"], names),
-        "round": 0,
-        "rows": [],
-    }
+    start = about | {"state_dict": dense["state_dict"], "mask": everything, "round": 0, "rows": []}
     for sparsity in missing:
-        goal = masking.keep_count(masking.size(start["mask"]), sparsity)
-        network = start if args.one_shot else sparsest(args.out, goal) or start
+        goal, stops = goals[sparsity], [other for other in goals.values() if other > goals[sparsity]]
+        network = start if args.one_shot else sparsest(args.out, goal, stops) or start
         while (left := masking.kept(network["mask"])) > goal:
-            network = prune_round(network, goal if args.one_shot else max(goal, left - round(PRUNED_A_ROUND * left)))
+            step = max(1, round(PRUNED_A_ROUND * left))
+            network = prune_round(network, goal if args.one_shot else max(goal, left - step))
             checkpoint.save_csv(network["rows"], args.out / "log.csv")
-            checkpoint.save(network, args.out / f"round_{network['round']:02d}.pt")
+            if not args.one_shot:
+                checkpoint.save(network, args.out / f"round_{network['round']:02d}.pt")
         checkpoint.save(network, args.out / f"sparse_{checkpoint.label(sparsity)}.pt")
         masks = {
             "mask": network["mask"], "signs": masking.signs(dense["state_dict"], names), "sparsity": masking.sparsity(network["mask"]),
             "sparsity_total": masking.sparsity_total(network["mask"], model), "model": dense["model"], "dataset": dense["dataset"],
-            "source_seed": dense["seed"], "target_seed": None, "method": None, "match_epoch": None,
+            "mask_dataset": dense["dataset"]["name"], "source_seed": dense["seed"], "target_seed": None, "method": None, "match_epoch": None,
         }  # fmt: skip
         checkpoint.save(masks, checkpoint.mask_file(args.out, sparsity))
 
-    networks = [checkpoint.load(path) for path in sorted(args.out.glob("sparse_*.pt"))]
-    rows = {(row["round"], row["kept"]): row for network in networks for row in network["rows"]}
-    checkpoint.finish(
-        args.out, "prune_imp", arguments, sorted(rows.values(), key=lambda row: -row["kept"]), device, precision
-    )
-    if not args.keep_rounds:
-        for path in args.out.glob("round_*.pt"):
+    chains = [checkpoint.load(path)["rows"] for path in args.out.glob("sparse_*.pt")]
+    rows = sorted({row["kept"]: row for chain in chains for row in chain}.values(), key=lambda row: -row["kept"])
+    checkpoint.finish(args.out, "prune_imp", arguments, rows, device, precision)
+    for path in args.out.glob("round_*.pt"):
+        if not args.keep_rounds or int(path.stem.split("_")[1]) > rows[-1]["round"]:  # of a chain that was given up
             path.unlink()
 
 
-def sparsest(folder: Path, least: int) -> dict[str, Any] | None:
-    """The sparsest network in `folder` that has at least `least` weights, or None."""
-    networks = [
-        checkpoint.load(path, ("mask", "round", "rows"))
-        for kind in ("sparse", "round")
-        for path in folder.glob(f"{kind}_*.pt")
-    ]
-    enough = [network for network in networks if masking.kept(network["mask"]) >= least]
-    return min(enough, key=lambda network: masking.kept(network["mask"]), default=None)
+def sparsest(folder: Path, goal: int, stops: list[int]) -> dict[str, Any] | None:
+    """The sparsest network in `folder` from which the chain can go on to `goal` weights, or None.
+
+    A round that an unfinished chain left does only if that chain stopped at each count in `stops` that it passed.
+    """
+    best, fewest = None, float("inf")
+    for path in [*folder.glob("sparse_*.pt"), *folder.glob("round_*.pt")]:
+        network = checkpoint.load(path, ("mask", "round", "rows"))
+        left, passed = masking.kept(network["mask"]), {row["kept"] for row in network["rows"]}
+        whole = path.name.startswith("sparse") or all(stop in passed for stop in stops if stop >= left)
+        if whole and goal <= left < fewest:
+            best, fewest = network, left
+    return best
 
 
 if __name__ == "__main__":

@@ -18,30 +18,17 @@ from common.training import cpu_state, learning_rates, pick_device, pick_precisi
 
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
-    parser.add_argument(
-        "--dataset", choices=DATASETS, default="glyphs", help="default: %(default)s (generated, no download)"
-    )
-    parser.add_argument("--data-dir", help="where the data set lies or is downloaded to (default: data)")
-    parser.add_argument("--image-size", type=cli.number(int, 8), help="resize small-image sets to this many px")
+    parser.add_argument("--dataset", choices=DATASETS, default="glyphs", help="default: %(default)s (generated)")
+    parser.add_argument("--image-size", type=cli.number(int, 8), metavar="PX", help="resize small-image sets")
     parser.add_argument("--limit-train", type=cli.positive, metavar="N", help="use N training images, class-balanced")
     parser.add_argument("--model", choices=MODELS, default="resnet20", help="default: %(default)s")
-    parser.add_argument(
-        "--width",
-        type=cli.number(float, 0, open_low=True),
-        default=1,
-        help="multiplies all channel counts (default: 1)",
-    )
+    parser.add_argument("--width", type=cli.number(float, 0, open_low=True), default=1, help="times all channel counts")
     parser.add_argument("--seed", type=cli.natural, nargs="+", default=[0], help="one network a seed (default: 0)")
-    parser.add_argument(
-        "--save-epochs",
-        type=cli.natural,
-        nargs="+",
-        metavar="K",
-        help="keep the weights after K epochs (default: the paper's)",
-    )
+    parser.add_argument("--save-epochs", type=cli.natural, nargs="+", metavar="K", help="default: the paper's")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs; each goes to its own seed<N>/")
     cli.add_training(parser, "dense")
-    cli.add_device(parser, data=False)
+    cli.add_device(parser)
+    cli.add_data(parser, "where the data set lies or is downloaded to (default: data)")
     args = parser.parse_args()
     cli.paper_defaults(args, "dense", args.dataset)
     if args.save_epochs is None:
@@ -58,6 +45,7 @@ def main() -> None:
         args, "dataset", "image_size", "limit_train", "model", "width", "epochs", "lr", "schedule", "warmup",
         "weight_decay", "batch_size", "momentum", "precision", "save_epochs",
     )  # fmt: skip
+    arguments["data_dir"] = args.data_dir if args.dataset == "folder" else None  # elsewhere the name says which data
     runs = {seed: args.out / f"seed{seed}" for seed in args.seed}
     finished = [folder for seed, folder in runs.items() if checkpoint.is_finished(folder, arguments | {"seed": seed})]
     for folder in finished:

@@ -5,6 +5,10 @@
     python train_sparse.py --arm naive    --weights runs/dense/seed1 --masks runs/imp/seed0                    ...
     python train_sparse.py --arm permuted --weights runs/dense/seed1 --masks runs/align/activation/seed0-seed1 ...
 
+Controls: `shuffled` (naive, the mask shuffled within each layer), `random-permutation` (masks from align_mask.py
+--method random) and `imp-target` (the target under its own IMP mask); --signs gives the kept weights the signs
+of the source at its last epoch, in any arm.
+
 Trains one network for every (sparsity, rewind epoch k), for T - k epochs on a fresh schedule, the mask applied
 after every step. Writes s0.90_k010/final.pt, log.csv and, last of all, result.json. Called again it does what
 is missing; a run that was cut off goes on from its last epoch.
@@ -15,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from common import checkpoint, cli, masking
 from common.data import load_described
@@ -22,43 +27,26 @@ from common.errors import UserError
 from common.models import build_model
 from common.training import cpu_state, learning_rates, pick_device, pick_precision, train
 
-ARMS = ("lth", "naive", "permuted")
+ARMS = ("lth", "naive", "permuted", "shuffled", "random-permutation", "imp-target")
 
 
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
+    parser.add_argument("--arm", choices=ARMS, required=True, help="what the run shows; must agree with the files")
+    parser.add_argument("--weights", type=Path, required=True, help="dense run whose weights are trained")
+    parser.add_argument("--masks", type=Path, required=True, help="folder from prune_imp.py or align_mask.py")
+    parser.add_argument("--sparsity", type=cli.share, nargs="+", required=True, metavar="S", help="each has a mask")
+    parser.add_argument("--rewind", type=cli.natural, nargs="+", required=True, metavar="K", help="epochs of --weights")
     parser.add_argument(
-        "--arm", choices=ARMS, required=True, help="what the run is to show; must agree with weights and masks"
+        "--epochs", type=cli.positive, metavar="T", help="train T - K epochs (default: the dense run's)"
     )
-    parser.add_argument(
-        "--weights", type=Path, required=True, help="dense run whose weights at the rewind epoch are trained"
-    )
-    parser.add_argument("--masks", type=Path, required=True, help="masks folder, from prune_imp.py or align_mask.py")
-    parser.add_argument(
-        "--sparsity",
-        type=cli.share,
-        nargs="+",
-        required=True,
-        metavar="S",
-        help="sparsities, each with a mask in --masks",
-    )
-    parser.add_argument(
-        "--rewind",
-        type=cli.natural,
-        nargs="+",
-        required=True,
-        metavar="K",
-        help="rewind epochs, each kept by the dense run",
-    )
-    parser.add_argument(
-        "--epochs", type=cli.positive, metavar="T", help="train T - K epochs (default: T of the dense run)"
-    )
-    parser.add_argument(
-        "--seed", type=cli.natural, help="of data order and augmentation (default: the seed of the weights)"
-    )
+    parser.add_argument("--seed", type=cli.natural, help="of order and augmentation (default: of the weights)")
+    parser.add_argument("--signs", action="store_true", help="give kept weights the signs in the masks folder")
+    parser.add_argument("--fan-in", action="store_true", help="scale kept weights by sqrt(fan-in / kept fan-in) a unit")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs; each goes to its own s<S>_k<K>/")
     cli.add_training(parser, "sparse")
     cli.add_device(parser)
+    cli.add_data(parser)
     return parser.parse_args()
 
 
@@ -83,7 +71,8 @@ def main() -> None:
                 "arm": args.arm, "model": dense["model"]["name"], "width": dense["model"]["width"], "dataset": dense["dataset"]["name"],
                 "sparsity": sparsity, "rewind": rewind, "epochs": total, "source_seed": mask["source_seed"], "target_seed": dense["seed"],
                 "seed": seed, "method": mask["method"], "match_epoch": mask["match_epoch"], "weights": weights["sha256"], "mask": mask["sha256"],
-            } | cli.hyper(args, "lr", "schedule", "warmup", "weight_decay", "batch_size", "momentum", "precision")  # fmt: skip
+                "mask_dataset": mask["mask_dataset"],
+            } | cli.hyper(args, "signs", "fan_in", "lr", "schedule", "warmup", "weight_decay", "batch_size", "momentum", "precision")  # fmt: skip
             if checkpoint.is_finished(folder, arguments):
                 print(f"{folder} is finished: nothing to do")
             else:
@@ -97,7 +86,7 @@ def main() -> None:
     data.steps(args.batch_size)
     for folder, arguments, weights, mask in todo:
         rewind = arguments["rewind"]
-        model.load_state_dict(masking.apply(weights["state_dict"], mask["mask"]))
+        model.load_state_dict(start_weights(weights["state_dict"], mask, args.signs, args.fan_in))
         checkpoint.claim(folder, arguments)
         rows = train(
             model, data, learning_rates(args.schedule, args.lr, total - rewind, args.warmup), folder=folder,
@@ -114,29 +103,46 @@ def main() -> None:
         )
 
 
+def start_weights(weights: dict[str, Tensor], mask: dict[str, Any], signs: bool, fan_in: bool) -> dict[str, Tensor]:
+    """The weights at the rewind epoch under the mask, with transferred signs and fan-in rescaling as asked."""
+    start = masking.apply(weights, mask["mask"])
+    if signs:
+        start |= masking.with_signs({name: start[name] for name in mask["mask"]}, mask["signs"])
+    if fan_in:
+        start |= masking.rescale_fan_in({name: start[name] for name in mask["mask"]}, mask["mask"])
+    return start
+
+
 def load_mask(folder: Path, sparsity: float, arm: str, dense: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
     """Read the mask of a sparsity; raises UserError when it does not fit the network or contradicts the arm."""
     path = checkpoint.mask_file(folder, sparsity)
     mask = checkpoint.load(path, checkpoint.MASKS)
-    weights = model.state_dict()
-    shapes = {name: tuple(entry.shape) for name, entry in mask["mask"].items()}
-    if mask["model"] != dense["model"] or any(
-        name not in weights or tuple(weights[name].shape) != shape for name, shape in shapes.items()
-    ):
+    if mask["model"] != dense["model"]:
         raise UserError(f"{path} is a mask for {mask['model']}, and the weights are {dense['model']}")
+    for part in ("mask", "signs"):
+        masking.check_fits(mask[part], model.state_dict(), path)
     if abs(masking.sparsity(mask["mask"]) - sparsity) > 1 / masking.size(mask["mask"]):
         raise UserError(
             f"{path} prunes {masking.sparsity(mask['mask']):.4%}, not {sparsity:.2%}: it was changed after stage 2"
         )
     source, target, seed = mask["source_seed"], mask["target_seed"], dense["seed"]
-    fits = {
-        "lth": target is None and source == seed,
-        "naive": target is None and source != seed,
-        "permuted": target == seed,
-    }
+    here = dense["dataset"]["name"]
+    mask.setdefault("mask_dataset", mask["dataset"]["name"])
+    itself = (source, mask["mask_dataset"]) == (seed, here)
+    own, foreign = target is None and itself, target is None and not itself
+    onto = (target, mask["dataset"]["name"]) == (seed, here)
+    random = mask["method"] == "random"
+    fits = {"lth": own, "imp-target": own, "naive": foreign, "shuffled": foreign}
+    fits |= {"permuted": onto and not random, "random-permutation": onto and random}
     if not fits[arm]:
-        made = f"seed {source}, unpermuted" if target is None else f"seed {source}, permuted onto seed {target}"
+        made = f"seed {source}, " + (
+            "unpermuted" if target is None else f"permuted onto seed {target} by {mask['method']}"
+        )
         raise UserError(f"--arm {arm} contradicts the files: {path} is of {made}, and the weights are of seed {seed}")
+    if own and any(not torch.equal(entry, dense["state_dict"][name] > 0) for name, entry in mask["signs"].items()):
+        raise UserError(f"{path} was pruned from another network than the one in --weights, though of the same seed")
+    if arm == "shuffled":
+        mask["mask"] = masking.shuffle(mask["mask"], seed)
     return mask | {"sha256": checkpoint.digest(path)}
 
 

@@ -11,13 +11,18 @@ from pathlib import Path
 import pandas as pd
 
 from analyze import style
-from analyze.results import dense_runs, parse_root, sparse_runs
+from analyze.results import dense_runs, parse_root, sparse_runs, variants
 from common import cli
 
 
 def plot(runs: pd.DataFrame, dense: pd.DataFrame, x: str, panel: str, title: str) -> tuple[style.Figure, pd.DataFrame]:
     """Draw accuracy against column `x`, a row of panels a width and a column of panels a value of `panel`."""
-    points = runs.groupby(["width", panel, "arm", x])["test_acc"].agg(["mean", "std", "count"]).reset_index()
+    points = (
+        runs.assign(variant=variants(runs))
+        .groupby(["width", panel, "variant", x])["test_acc"]
+        .agg(["mean", "std", "count"])
+        .reset_index()
+    )
     widths, panels = sorted(points["width"].unique()), sorted(points[panel].unique())
     figure, axes = style.plt.subplots(
         len(widths),
@@ -31,8 +36,8 @@ def plot(runs: pd.DataFrame, dense: pd.DataFrame, x: str, panel: str, title: str
         level = dense.loc[dense["width"] == width, "test_acc"].mean()
         for axis, value in zip(row, panels):
             here = points[(points["width"] == width) & (points[panel] == value)]
-            for arm, look in style.ARMS.items():
-                curve = here[here["arm"] == arm]
+            for variant in sorted(points["variant"].unique(), key=style.rank):
+                curve, look = here[here["variant"] == variant], style.look(variant)
                 if len(curve):
                     axis.plot(curve[x], curve["mean"], **look)
                     spread = curve["std"].fillna(0)

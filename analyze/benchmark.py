@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--size", type=cli.number(int, 8), default=32, help="image size in px (default: %(default)s)")
     parser.add_argument("--steps", type=cli.positive, default=15, help="training steps a repeat (default: %(default)s)")
     parser.add_argument("--repeats", type=cli.positive, default=5, help="default: %(default)s")
-    cli.add_device(parser, data=False)
+    cli.add_device(parser)
     args = parser.parse_args()
     device = pick_device(args.device)
     rows = training_rows(args.size, args.steps, args.repeats, device)

@@ -114,7 +114,7 @@ def plot(table: pd.DataFrame, title: str) -> tuple[style.Figure, pd.DataFrame]:
     """A column of panels a width: test loss above, accuracy below; the legend gives the barriers."""
     widths = sorted(table["width"].unique())
     figure, axes = style.plt.subplots(
-        2, len(widths), figsize=(0.6 + 3.6 * len(widths), 5.6), squeeze=False, sharex=True
+        2, len(widths), figsize=(0.6 + 3.4 * len(widths), 6.2), squeeze=False, sharex=True
     )
     barriers = []
     for column, width in zip(axes.T, widths):
@@ -148,8 +148,8 @@ def plot(table: pd.DataFrame, title: str) -> tuple[style.Figure, pd.DataFrame]:
                     linewidth=0,
                 )
         column[0].set_title(f"width {width:g}")
-        column[0].legend()
         column[1].set_xlabel("α (0: A, 1: B)")
+        column[1].legend(*column[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, -0.22))
     axes[0, 0].set_ylabel("test loss (nats)")
     axes[1, 0].set_ylabel("test accuracy (%)")
     figure.suptitle(title, fontsize=10)
@@ -163,6 +163,7 @@ def main() -> None:
         "--images", type=cli.positive, default=10_000, help="training images for REPAIR (default: %(default)s)"
     )
     cli.add_device(parser)
+    cli.add_data(parser)
     args = parser.parse_args()
     device = pick_device(args.device)
     runs = [run for run in find_results(args.root, "align_mask")]

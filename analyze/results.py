@@ -2,27 +2,31 @@
 
     python -m analyze.results runs/quick
 
-Writes results.csv, a row a run, and prints mean ± sample standard deviation of the test accuracy by arm, the
-paired difference permuted - naive with its standard error, and the share of the LTH-naive gap that it closes.
+Writes results.csv, a row a run, and table.txt: the test accuracy of each arm, mean ± sample standard deviation, and
+its difference to naive, paired by seeds, mean ± standard error, with the share of the LTH-naive gap that it closes.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from analyze import style
 from common import checkpoint, cli
 from common.errors import UserError
 
 COLUMNS = (
-    "arm", "signs", "model", "width", "dataset", "sparsity", "sparsity_total", "rewind", "source_seed", "target_seed", "seed",
-    "method", "match_epoch", "test_acc", "test_loss", "seconds", "path",
+    "arm", "signs", "fan_in", "model", "width", "dataset", "mask_dataset", "sparsity", "sparsity_total", "rewind",
+    "source_seed", "target_seed", "seed", "method", "match_epoch", "test_acc", "test_loss", "seconds", "path",
 )  # fmt: skip
-RUN = ["arm", "signs", "method", "match_epoch", "source_seed", "target_seed", "seed"]
 CELL = ["model", "width", "dataset", "sparsity", "rewind"]
+RUN = ["arm", "signs", "fan_in", "mask_dataset", "method", "match_epoch", "source_seed", "target_seed", "seed"]
+PERMUTED = ("permuted", "random-permutation")
+METRICS = ("test_acc", "test_loss", "seconds", "sparsity_total")
 
 
 def find_results(root: Path, stage: str) -> list[dict[str, Any]]:
@@ -47,26 +51,16 @@ def sparse_runs(root: Path) -> pd.DataFrame:
     """All finished sparse runs below `root`, a row a run; accuracy in percent. Raises UserError when there is none."""
     rows = []
     for result in find_results(root, "train_sparse"):
-        row = {key: result["arguments"].get(key) for key in COLUMNS} | {
-            key: result[key] for key in ("test_acc", "test_loss", "seconds", "sparsity_total")
-        }
-        unpermuted = row["arm"] in ("lth", "naive")
-        rows.append(
-            row
-            | {
-                "signs": bool(row["signs"]),
-                "method": None if unpermuted else row["method"],
-                "path": str(result["folder"]),
-            }
-        )
+        row = {key: result["arguments"].get(key) for key in COLUMNS} | {key: result[key] for key in METRICS}
+        row |= {key: bool(row[key]) for key in ("signs", "fan_in")}
+        method = row["method"] if row["arm"] in PERMUTED else None
+        rows.append(row | {"method": method, "path": str(result["folder"])})
     if not rows:
         raise UserError(f"no finished sparse run below {root}: run train_sparse.py first")
     runs = pd.DataFrame(rows, columns=COLUMNS).sort_values([*CELL, *RUN], ignore_index=True)
     twice = int(runs.duplicated([*CELL, *RUN]).sum())
     if twice:  # other hyper-parameters: their mean would be of no experiment
-        raise UserError(
-            f"{twice} runs below {root} repeat arm, cell and seeds of others: keep experiments in folders of their own"
-        )
+        raise UserError(f"{twice} runs below {root} repeat arm, cell and seeds of others: keep experiments apart")
     return runs
 
 
@@ -80,74 +74,126 @@ def dense_runs(root: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*keys, "test_acc", "folder"])
 
 
+def variants(runs: pd.DataFrame) -> pd.Series:
+    """What each run shows, as plots and tables call it: the arm, with matching method and sign transfer where set."""
+
+    def name(run: pd.Series) -> str:
+        method = f" ({run['method']})" if run["arm"] == "permuted" and run["method"] != "activation" else ""
+        return run["arm"] + method + (" + signs" if run["signs"] else "") + (" + fan-in" if run["fan_in"] else "")
+
+    return runs.apply(name, axis=1)
+
+
 def by_pair(runs: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy by cell and pair, a column an arm; a pair is told by its source, which lth shares with the others."""
-    return runs.pivot_table(index=[*CELL, "source_seed"], columns="arm", values="test_acc")
+    """Accuracy by cell and pair of seeds (source, target), a column a variant.
 
-
-def summarise(pairs: pd.DataFrame) -> dict[str, Any]:
-    """Mean and sample std of each arm, permuted - naive with its standard error, and the share of the gap closed.
-
-    `pairs` has a row a pair and a column an arm. The share is that of the means, over the pairs that have all arms.
+    LTH and other runs of one seed alone stand beside every pair with that source; imp-target beside that target.
     """
-    row: dict[str, Any] = {}
-    for arm in ("lth", "naive", "permuted"):
-        if arm in pairs:
-            values = pairs[arm].dropna()
-            row |= {arm: values.mean(), f"{arm}_std": values.std(), f"{arm}_n": len(values)}
-    if {"naive", "permuted"} <= set(pairs):
-        difference = (pairs["permuted"] - pairs["naive"]).dropna()
-        row |= {"difference": difference.mean(), "difference_se": difference.sem(), "pairs": len(difference)}
+    runs = runs.assign(variant=variants(runs))
+    single = runs["source_seed"] == runs["target_seed"]
+    seeds = ["source_seed", "target_seed"]
+    pairs = runs.loc[~single, [*CELL, *seeds]].drop_duplicates()
+    side = runs["arm"].map({"imp-target": "target_seed"}).fillna("source_seed")
+    parts = [runs[~single]]
+    for key in seeds:
+        alone = runs[single & (side == key)]
+        parts.append(alone.drop(columns=[seed for seed in seeds if seed != key]).merge(pairs, on=[*CELL, key]))
+    return pd.concat(parts).pivot_table(index=[*CELL, *seeds], columns="variant", values="test_acc")
+
+
+def against_naive(pairs: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """For every variant: its difference to naive, mean and standard error over pairs, and the share of the gap closed.
+
+    `pairs` has a row a pair and a column a variant. The share is in percent of the LTH-naive gap, both as means over
+    the pairs that have all three; it is missing where there is no gap.
+    """
+    found = {}
+    for variant in pairs.columns.drop("naive", errors="ignore"):
+        if "naive" not in pairs or pairs[[variant, "naive"]].dropna().empty:
+            continue
+        difference = (pairs[variant] - pairs["naive"]).dropna()
+        row = {"difference": difference.mean(), "difference_se": difference.sem(), "pairs": len(difference)}
         if "lth" in pairs:
-            means = pairs[["lth", "naive", "permuted"]].dropna().mean()
+            means = pairs[list({"lth", "naive", variant})].dropna().mean()
             gap = means["lth"] - means["naive"]
-            row["gap_closed"] = 100 * (means["permuted"] - means["naive"]) / gap if gap > 0 else float("nan")
-    return row
+            row["gap_closed"] = 100 * (means[variant] - means["naive"]) / gap if gap > 0 else float("nan")
+        found[variant] = row
+    return found
 
 
-def table(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row a cell (model, width, data set, sparsity, rewind epoch), with the statistics of `summarise`."""
-    return pd.DataFrame([dict(zip(CELL, cell)) | summarise(pairs) for cell, pairs in by_pair(runs).groupby(level=CELL)])
+def summary(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row a cell and variant: mean, sample std and number of runs, and the statistics of `against_naive`."""
+    accuracy = runs.assign(variant=variants(runs)).groupby([*CELL, "variant"])["test_acc"].agg(["mean", "std", "count"])
+    differences = {
+        (*cell, variant): row
+        for cell, pairs in by_pair(runs).groupby(level=CELL)
+        for variant, row in against_naive(pairs).items()
+    }
+    extra = pd.DataFrame.from_dict(
+        differences, orient="index", columns=["difference", "difference_se", "pairs", "gap_closed"]
+    )
+    extra.index = (
+        pd.MultiIndex.from_tuples(extra.index, names=accuracy.index.names) if len(extra) else accuracy.index[:0]
+    )
+    return accuracy.join(extra).reset_index()
 
 
 def overall(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row a (model, width, data set): the same statistics of each pair's mean over its cells."""
+    """As `summary`, a row a (model, width, data set) and variant, of each pair's mean over the cells that have all."""
     group = CELL[:3]
-    means = by_pair(runs).dropna().groupby(level=[*group, "source_seed"]).mean()  # only cells that have every arm
-    return pd.DataFrame([dict(zip(group, key)) | summarise(pairs) for key, pairs in means.groupby(level=group)])
+    means = by_pair(runs).dropna().groupby(level=[*group, "source_seed", "target_seed"]).mean()
+    rows = []
+    for key, pairs in means.groupby(level=group):
+        differences = against_naive(pairs)
+        for variant in pairs:
+            mean = {"variant": variant, "mean": pairs[variant].mean(), "std": pairs[variant].std(), "count": len(pairs)}
+            rows.append(dict(zip(group, key)) | mean | differences.get(variant, {}))
+    return pd.DataFrame(rows)
 
 
 def render(runs: pd.DataFrame) -> str:
-    """The table as aligned text, a block a (model, width, data set)."""
+    """The summary as aligned text: for each (model, width, data set) the accuracies, then the differences to naive."""
     lines = []
-    cells, totals = table(runs), overall(runs)
-    for (model, width, dataset), block in cells.groupby(CELL[:3]):
-        lines += [f"{model} x{width:g} on {dataset}, test accuracy in percent, mean ± std over pairs", HEADER]
-        lines += [_line(f"{100 * row['sparsity']:.4g}%", f"{row['rewind']:d}", row) for row in block.to_dict("records")]
-        same = totals[(totals[CELL[:3]] == [model, width, dataset]).all(axis=1)] if len(totals) else totals
-        lines += [_line("all", "all", row) for row in same.to_dict("records")] if len(block) > 1 else []
-        lines += [""]
-    lines += ["permuted-naive: mean ± standard error over pairs; gap closed: (permuted - naive) / (LTH - naive)"]
+    cells, totals = summary(runs), overall(runs)
+    for key, block in cells.groupby(CELL[:3]):
+        model, width, dataset = key
+        names = sorted(block["variant"].unique(), key=style.rank)
+        rows = [
+            (f"{100 * s:.4g}%", str(k), part.set_index("variant"))
+            for (s, k), part in block.groupby(["sparsity", "rewind"])
+        ]
+        if len(rows) > 1 and len(totals):
+            same = totals[(totals[CELL[:3]] == list(key)).all(axis=1)]
+            rows += [("all", "all", same.set_index("variant"))] if len(same) else []
+        lines += [f"{model} x{width:g} on {dataset}", "", "test accuracy in percent, mean ± sample standard deviation"]
+        lines += _grid(names, rows, lambda row: _mean(row["mean"], row["std"]))
+        others = [name for name in names if name != "naive"]
+        lines += ["", "minus naive, mean ± standard error over pairs of seeds, and share of the LTH-naive gap closed"]
+        lines += [*_grid(others, rows, _difference), ""]
     return "\n".join(lines)
 
 
-HEADER = f"{'sparsity':>8} {'k':>4} {'LTH':>14} {'naive':>14} {'permuted':>14} {'permuted-naive':>16} {'pairs':>5} {'gap closed':>10}"
+def _grid(names: list[str], rows: list[tuple[str, str, pd.DataFrame]], show: Callable[[pd.Series], str]) -> list[str]:
+    """A column a variant and a line a cell."""
+    width = max(21, *(len(name) + 2 for name in names)) if names else 0
+    lines = [f"{'sparsity':>8} {'k':>4}" + "".join(f"{style.label(name):>{width}}" for name in names)]
+    for sparsity, rewind, table in rows:
+        shown = [show(table.loc[name]) if name in table.index else "-" for name in names]
+        lines.append(f"{sparsity:>8} {rewind:>4}" + "".join(f"{text:>{width}}" for text in shown))
+    return lines
 
 
-def _line(sparsity: str, rewind: str, row: dict[str, Any]) -> str:
-    arms = [_mean(row.get(arm), row.get(f"{arm}_std")) for arm in ("lth", "naive", "permuted")]
-    difference = _mean(row.get("difference"), row.get("difference_se"), "+.2f")
-    closed = row.get("gap_closed", float("nan"))
-    closed = "" if pd.isna(closed) else f"{closed:.0f}%"
-    pairs = row.get("pairs", float("nan"))
-    return f"{sparsity:>8} {rewind:>4} {arms[0]:>14} {arms[1]:>14} {arms[2]:>14} {difference:>16} {'' if pd.isna(pairs) else int(pairs):>5} {closed:>10}"
-
-
-def _mean(mean: float | None, spread: float | None, style: str = ".2f") -> str:
-    """A mean with its spread; one run has none."""
-    if mean is None or pd.isna(mean):
+def _mean(mean: float, spread: float, form: str = ".2f") -> str:
+    """A mean with its spread; a single run has none."""
+    if pd.isna(mean):
         return "-"
-    return f"{mean:{style}}" if spread is None or pd.isna(spread) else f"{mean:{style}} ± {spread:.2f}"
+    return f"{mean:{form}}" if pd.isna(spread) else f"{mean:{form}} ± {spread:.2f}"
+
+
+def _difference(row: pd.Series) -> str:
+    closed = row.get("gap_closed", float("nan"))
+    share = "" if pd.isna(closed) else f" ({closed:.0f}%)"
+    return _mean(row.get("difference", float("nan")), row.get("difference_se", float("nan")), "+.2f") + share
 
 
 def parse_root(doc: str) -> argparse.ArgumentParser:
@@ -160,10 +206,11 @@ def main() -> None:
     root = parse_root(__doc__).parse_args().root
     runs = sparse_runs(root)
     checkpoint.save_text(runs.to_csv(index=False), root / "results.csv")
+    checkpoint.save_text(summary(runs).to_csv(index=False), root / "summary.csv")
     text = render(runs)
     checkpoint.save_text(text + "\n", root / "table.txt")
     print(text)
-    print(f"wrote {root / 'results.csv'} ({len(runs)} runs) and {root / 'table.txt'}")
+    print(f"wrote {root / 'results.csv'} ({len(runs)} runs) summary.csv and table.txt")
 
 
 if __name__ == "__main__":

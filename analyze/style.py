@@ -16,6 +16,15 @@ ARMS = {
     "lth": {"label": "LTH", "color": "#0072B2", "marker": "o"},
     "naive": {"label": "naive", "color": "#D55E00", "marker": "s"},
     "permuted": {"label": "permuted", "color": "#009E73", "marker": "^"},
+    "permuted (weight)": {"label": "permuted (weight)", "color": "#009E73", "marker": "v", "linestyle": "--"},
+    "permuted (masked)": {"label": "permuted (masked)", "color": "#009E73", "marker": "D", "linestyle": ":"},
+    "permuted (identity)": {"label": "identity", "color": "#D55E00", "marker": "1", "linestyle": ":"},
+    "shuffled": {"label": "shuffled", "color": "#E69F00", "marker": "x", "linestyle": "--"},
+    "random-permutation": {"label": "random permutation", "color": "#E69F00", "marker": "+", "linestyle": ":"},
+    "imp-target": {"label": "IMP on target", "color": "#56B4E9", "marker": "*", "linestyle": "--"},
+    "naive + signs": {"label": "naive + signs", "color": "#CC79A7", "marker": "s", "linestyle": "--"},
+    "permuted + signs": {"label": "permuted + signs", "color": "#CC79A7", "marker": "^"},
+    "permuted (masked) + signs": {"label": "masked + signs", "color": "#CC79A7", "marker": "D", "linestyle": ":"},
 }
 DENSE = {"label": "dense", "color": "black", "linestyle": "--", "linewidth": 1}
 
@@ -28,9 +37,22 @@ plt.rcParams.update(
 )  # fmt: skip
 
 
+def look(variant: str) -> dict[str, str]:
+    """Label, colour and marker of an arm or variant; one that has none of its own is grey."""
+    return ARMS.get(variant, {"label": variant, "color": "0.5", "marker": "."})
+
+
+def label(variant: str) -> str:
+    return look(variant)["label"]
+
+
+def rank(variant: str) -> tuple[int, str]:
+    """The order in which arms and variants are shown."""
+    return (list(ARMS).index(variant) if variant in ARMS else len(ARMS), variant)
+
+
 def save(figure: Figure, table: pd.DataFrame, folder: Path, name: str) -> None:
     """Write a figure as PNG and PDF, and its data as CSV beside them."""
-    folder.mkdir(parents=True, exist_ok=True)
     for suffix in ("png", "pdf"):
         with checkpoint.replacing(folder / f"{name}.{suffix}") as file:
             figure.savefig(file, format=suffix)

@@ -100,7 +100,9 @@ def load(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
         raise UserError(f"no such file: {path}{_siblings(path)}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise UserError(
             f"{path} cannot be read: it is cut off or no checkpoint ({type(error).__name__}); make it again"
         ) from error
@@ -142,13 +144,17 @@ def load_dense(folder: Path, epoch: int | None = None) -> dict[str, Any]:
     result = load_json(folder / "result.json")
     if result.get("stage") != "train_dense":
         raise UserError(f"{folder} holds a run of {result.get('stage')}.py, not a dense run")
-    path = epoch_file(folder, result["arguments"]["epochs"] if epoch is None else epoch)
+    epoch = result["arguments"]["epochs"] if epoch is None else epoch
+    path = epoch_file(folder, epoch)
     if not path.is_file():
         kept = ", ".join(str(int(other.stem.split("_")[1])) for other in sorted(folder.glob("epoch_*.pt")))
         raise UserError(
             f"{folder} kept no weights after epoch {epoch}: it has {kept or 'none'} (see train_dense.py --save-epochs)"
         )
-    return load(path, WEIGHTS) | {"result": result, "sha256": digest(path)}
+    dense = load(path, WEIGHTS) | {"result": result, "sha256": digest(path)}
+    if not all(value.isfinite().all() for value in dense["state_dict"].values()):
+        raise UserError(f"the weights of {path} are not finite: training diverged, so train it with a lower --lr")
+    return dense
 
 
 def digest(path: Path) -> str:

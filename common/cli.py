@@ -1,6 +1,7 @@
 """What the command lines of the stages share: argument groups with the paper's defaults, and errors as one line."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -50,8 +51,11 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         sys.exit(_complain(name, " ".join(str(error).split())))
+    except PermissionError as error:
+        sys.exit(_complain(name, f"{error.filename}: {error.strerror}"))
     except torch.OutOfMemoryError as error:
-        sys.exit(_complain(name, f"out of GPU memory: use a smaller --batch-size ({str(error).split('.')[0]})"))
+        reason = str(error).split(".")[0]
+        sys.exit(_complain(name, f"out of GPU memory: use smaller batches or a smaller width ({reason})"))
     except KeyboardInterrupt:
         print(f"{name}: stopped; the same command goes on from the last epoch", file=sys.stderr)
         sys.exit(130)
@@ -75,7 +79,12 @@ def number(
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number") from None
-        if not low <= value <= high or (open_low and value == low) or (open_high and value == high):
+        if (
+            not low <= value <= high
+            or not math.isfinite(value)
+            or (open_low and value == low)
+            or (open_high and value == high)
+        ):
             bounds = f"{'above' if open_low else 'at least'} {low:g}"
             bounds += "" if high == float("inf") else f" and {'below' if open_high else 'at most'} {high:g}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bounds}")
@@ -84,7 +93,7 @@ def number(
     return parse
 
 
-natural = number(int, 0)
+natural = number(int, 0, 2**63 - 1)
 positive = number(int, 1)
 share = number(float, 0, 1, open_low=True, open_high=True)
 
@@ -121,13 +130,13 @@ def paper_value(choices: tuple[Any, Any], dataset: str) -> Any:
     return choices[dataset == "imagenet"]
 
 
-def add_device(parser: argparse.ArgumentParser, data: bool = True) -> None:
+def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    if data:
-        parser.add_argument("--data-dir", help="where the data set lies, if not where stage 1 found it")
-    parser.add_argument(
-        "--workers", type=natural, default=8, help="processes that read imagenet (default: %(default)s)"
-    )
+
+
+def add_data(parser: argparse.ArgumentParser, where: str = "if not where stage 1 found the data set") -> None:
+    parser.add_argument("--data-dir", help=where)
+    parser.add_argument("--workers", type=natural, default=8, help="that read imagenet (default: %(default)s)")
 
 
 def hyper(args: argparse.Namespace, *names: str) -> dict[str, Any]:

@@ -4,6 +4,8 @@ Both kinds offer the same two methods, `train_batches` and `eval_batches`, and a
 The order and augmentation of an epoch depend on (seed, epoch) alone.
 """
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import os
@@ -57,8 +59,11 @@ def load_data(
     if expected:
         for key in ("classes", "class_names", "checksum"):
             if data.description.get(key) != expected.get(key):
-                drawn = " (other versions of Pillow or matplotlib draw other glyphs)" if name == "glyphs" else ""
-                raise UserError(f"{name} in {data_dir} is not the data of the checkpoint: its {key} differs{drawn}")
+                if name == "glyphs":
+                    raise UserError(
+                        "these glyphs are not the checkpoint's: other versions of Pillow or matplotlib drew them"
+                    )
+                raise UserError(f"{name} in {data_dir} is not the data of the checkpoint: its {key} differs")
     return data
 
 
@@ -163,7 +168,7 @@ def balanced(labels: Tensor, limit: int) -> Tensor:
 
 def _resident(
     name: str, data_dir: str | None, train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor,
-    class_names: list[str], limit: int | None, device: torch.device, expected: dict[str, Any] | None,
+    class_names: list[str], checksum: str | None, limit: int | None, device: torch.device, expected: dict[str, Any] | None,
 ) -> Resident:  # fmt: skip
     if expected:
         mean, std = expected["mean"], expected["std"]
@@ -183,8 +188,7 @@ def _resident(
         "class_names": class_names,
         "mean": mean,
         "std": std,
-        # Generated images depend on library versions: later stages must see the very same ones.
-        "checksum": _checksum(train, test) if name == "glyphs" else None,
+        "checksum": checksum,
     }
     if limit is not None:
         if limit > len(train):
@@ -197,17 +201,13 @@ def _resident(
     return Resident(*tensors, pad, name not in NO_FLIP, description)
 
 
-def _checksum(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _read_glyphs(size: int) -> tuple:
     from common.glyphs import glyphs
 
-    return *(torch.from_numpy(part) for part in glyphs(size)), list("0123456789")
+    parts = [torch.from_numpy(part) for part in glyphs(size)]
+    # Generated images depend on library versions: later stages must see the very same ones.
+    checksum = hashlib.sha256(parts[0].numpy().tobytes() + parts[2].numpy().tobytes()).hexdigest()[:16]
+    return *parts, list("0123456789"), checksum
 
 
 def _read_torchvision(name: str, data_dir: str, size: int | None) -> tuple:
@@ -225,7 +225,8 @@ def _read_torchvision(name: str, data_dir: str, size: int | None) -> tuple:
             try:
                 split = read(train, download=False)
             except RuntimeError:  # torchvision's word for "not there"
-                split = read(train, download=True)
+                with _alone(Path(data_dir)):
+                    split = read(train, download=True)
         except (OSError, RuntimeError) as error:  # no network, no space, a broken archive
             raise UserError(
                 f"{name} is not in {data_dir} and could not be downloaded ({error}): put torchvision's files there"
@@ -236,7 +237,16 @@ def _read_torchvision(name: str, data_dir: str, size: int | None) -> tuple:
         names = getattr(split, "classes", None) or list("0123456789")
         labels = split.labels if name == "svhn" else split.targets
         parts += [_resize(images, size), torch.as_tensor(np.asarray(labels), dtype=torch.int64)]
-    return *parts, list(names)
+    return *parts, list(names), None
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let one process at a time download into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".download.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _resize(images: Tensor, size: int | None) -> Tensor:
@@ -257,9 +267,7 @@ class Streamed:
     input_shape = (3, 224, 224)
 
     def __init__(self, folder: Path, device: torch.device, workers: int):
-        from torchvision.transforms import v2
-
-        from common.vision import torchvision  # here, because it takes seconds that small images need not pay
+        from common.vision import torchvision, v2  # here, because it takes seconds that small images need not pay
 
         train, test, classes = folder_splits(folder)
         finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]

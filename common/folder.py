@@ -3,11 +3,12 @@
 import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,26 +22,34 @@ def read_folder(folder: Path, size: int | None) -> tuple:
     """Read train/<class>/* and test/<class>/* (or val/), and keep the decoded form beside them for the next start."""
     train, test, classes = folder_splits(folder)
     files = [_images(split, classes) for split in (train, test)]
-    stamp = hashlib.sha256(str(size).encode())
+    # The listing tells one set of files from another wherever it lies; the times tell whether a cache is stale.
+    listing, times = hashlib.sha256(), hashlib.sha256()
     for path, label in files[0] + files[1]:
-        status = os.stat(path)
-        stamp.update(f"{path.removeprefix(str(folder))} {label} {status.st_size} {status.st_mtime_ns}\n".encode())
-    cache = folder / f".decoded-{size or 'native'}.pt"
-    if cache.is_file():
-        with contextlib.suppress(UserError):  # a cache that cannot be read is made again
-            stored = checkpoint.load(cache, ("stamp", "parts"))
-            if stored["stamp"] == stamp.hexdigest():
-                return *stored["parts"], classes
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        listing.update(f"{path.removeprefix(str(folder))} {label} {status.st_size}\n".encode())
+        times.update(f"{status.st_mtime_ns}\n".encode())
+    checksum = listing.hexdigest()[:16]
+    stamp = checksum + times.hexdigest()
+    native, cache = folder / ".decoded-native.pt", folder / f".decoded-{size or 'native'}.pt"
+    for kept in {cache, native}:
+        if kept.is_file():
+            with contextlib.suppress(UserError):  # a cache that cannot be read is made again
+                stored = checkpoint.load(kept, ("stamp", "parts"))
+                if stored["stamp"] == stamp and size in (None, stored["parts"][0].shape[-1]):
+                    return *stored["parts"], classes, checksum
     parts: list[Tensor] = []
     for pairs in files:
         size = size or _common_size(pairs[0][0])
         images = np.empty((len(pairs), 3, size, size), np.uint8)
         for row, (path, _) in enumerate(tqdm(pairs, f"decoding {folder}", unit="img", disable=None, leave=False)):
-            images[row] = _decode(path, size, given="native" not in cache.name)
+            images[row] = _decode(path, size, given=cache != native)
         parts += [torch.from_numpy(images), torch.tensor([label for _, label in pairs])]
     with contextlib.suppress(UserError):  # a read-only data folder only costs time
-        checkpoint.save({"stamp": stamp.hexdigest(), "parts": parts}, cache)
-    return *parts, classes
+        checkpoint.save({"stamp": stamp, "parts": parts}, cache)
+    return *parts, classes, checksum
 
 
 def folder_splits(folder: Path) -> tuple[Path, Path, list[str]]:
@@ -75,24 +84,27 @@ def _images(split: Path, classes: list[str]) -> list[tuple[str, int]]:
 
 
 def _common_size(path: str) -> int:
-    with Image.open(path) as image:
+    with _opened(path) as image:
         if image.width != image.height:
-            raise UserError(
-                f"{path} is {image.width}x{image.height}: set --image-size to crop and resize all images to squares"
-            )
+            raise UserError(f"{path} is {image.width}x{image.height}: set --image-size to crop and resize all images")
         return image.width
 
 
 def _decode(path: str, size: int, given: bool) -> np.ndarray:
+    with _opened(path) as image:
+        if image.size != (size, size):
+            if not given:
+                raise UserError(f"{path} is {image.width}x{image.height} and others {size}x{size}: set --image-size")
+            image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode no larger than needed
+            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
+        return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Image.Image]:
+    """Open an image; what is no image, or a broken one, is a UserError, also when it shows only while decoding."""
     try:
         with Image.open(path) as image:
-            if image.size != (size, size):
-                if not given:
-                    raise UserError(
-                        f"{path} is {image.width}x{image.height} and others {size}x{size}: set --image-size"
-                    )
-                image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode no larger than needed
-                image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
-            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
-    except (UnidentifiedImageError, OSError) as error:
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is no image that can be read: {error}") from error

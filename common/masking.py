@@ -6,6 +6,8 @@ A mask is data with the shape of the weights, so `common.permutation.permute` mo
 import torch
 from torch import Tensor, nn
 
+from common.errors import UserError
+
 Mask = dict[str, Tensor]
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -79,6 +81,37 @@ def apply(weights: dict[str, Tensor], mask: Mask) -> dict[str, Tensor]:
 def signs(weights: dict[str, Tensor], names: list[str]) -> Mask:
     """True where a weight is positive."""
     return {name: weights[name] > 0 for name in names}
+
+
+def check_fits(mask: Mask, weights: dict[str, Tensor], path: object) -> None:
+    """Raise UserError unless every entry of a mask, read from `path`, has the shape of the weights of its name."""
+    for name, entry in mask.items():
+        if name not in weights or weights[name].shape != entry.shape or entry.dtype != torch.bool:
+            raise UserError(f"{path} does not fit the network: {name} is {tuple(entry.shape)} {entry.dtype} there")
+
+
+def with_signs(weights: dict[str, Tensor], positive: Mask) -> dict[str, Tensor]:
+    """The magnitudes of `weights` with given signs: plus where `positive` is True (cf. Oh et al. 2025)."""
+    return {name: value.abs() * (2 * positive[name].to(value) - 1) for name, value in weights.items()}
+
+
+def rescale_fan_in(weights: dict[str, Tensor], mask: Mask) -> dict[str, Tensor]:
+    """Scale each output unit's weights by sqrt(fan-in / kept fan-in); a unit with none stays 0 (Evci et al. 2022)."""
+    scaled = {}
+    for name, value in weights.items():
+        left = mask[name].flatten(1).sum(1)
+        factor = (mask[name][0].numel() / left.clamp_min(1)).sqrt() * (left > 0)
+        scaled[name] = value * factor.to(value).view(-1, *[1] * (value.dim() - 1))
+    return scaled
+
+
+def shuffle(mask: Mask, seed: int) -> Mask:
+    """The mask with its entries shuffled within each layer: the same sparsity of every layer, another choice."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: entry.flatten()[torch.randperm(entry.numel(), generator=generator)].view(entry.shape)
+        for name, entry in mask.items()
+    }
 
 
 class Masker:

@@ -6,7 +6,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, fx, nn
 
-from common.permutation import Axes, trace
+from common.masking import layer_weights
+from common.permutation import Axes, permute, trace
+
+Permutation = dict[str, Tensor]
 
 
 class Moments:
@@ -94,9 +97,7 @@ def assign(similarity: Tensor) -> Tensor:
     return torch.from_numpy(linear_sum_assignment(similarity.numpy(), maximize=True)[1])
 
 
-def match_activations(
-    source: nn.Module, target: nn.Module, axes: Axes, batches
-) -> tuple[dict[str, Tensor], list[dict]]:
+def match_activations(source: nn.Module, target: nn.Module, axes: Axes, batches) -> tuple[Permutation, list[dict]]:
     """Activation matching: for every axis the permutation of the source that correlates best with the target.
 
     Returns the permutation and a row an axis: channels, how many moved, mean matched correlation before and after.
@@ -115,3 +116,79 @@ def match_activations(
             }
         )
     return permutation, rows
+
+
+# ---------------------------------------------------------------- weight matching
+
+
+def matched_weights(model: nn.Module) -> list[str]:
+    """Names of what weight matching looks at: weights and biases of convolution and linear layers."""
+    layers = {name.removesuffix(".weight") for name in layer_weights(model)}
+    return [name for name, _ in model.named_parameters() if name.rpartition(".")[0] in layers]
+
+
+def objective(source: dict[str, Tensor], target: dict[str, Tensor]) -> float:
+    """The inner product <source, target> over all entries of `source`, in float64."""
+    return sum(float((value * target[name]).sum(dtype=torch.float64)) for name, value in source.items())
+
+
+def match_weights(
+    source: dict[str, Tensor], target: dict[str, Tensor], axes: Axes, start: Permutation | None = None, seed: int = 0
+) -> tuple[Permutation, list[float]]:
+    """Weight matching: raise <π(source), target> axis by axis until no axis improves it (Ainsworth et al. 2023, Alg. 1).
+
+    `source` and `target` hold the tensors to match, the source's already masked for mask-aware matching. Starts from
+    `start` or the identity, and visits the axes in an order drawn from `seed`. Returns the permutation and the
+    objective at the start and after every sweep, which never falls.
+    """
+    permutation = {axis: torch.arange(size) for axis, size in axes.sizes.items()} | (start or {})
+    moved = permute(source, axes.dims, permutation)
+    places = _places(source, axes)
+    generator = torch.Generator().manual_seed(seed)
+    axis_names = list(axes.sizes)
+    history = [objective(moved, target)]
+    stale = set(axis_names)  # axes beside which something has moved since they were last optimal
+    while stale:
+        for position in torch.randperm(len(axis_names), generator=generator).tolist():
+            axis = axis_names[position]
+            if axis not in stale:
+                continue
+            stale.discard(axis)
+            similarity = sum(
+                _rows(target, place, axes.sizes[axis]) @ _rows(moved, place, axes.sizes[axis]).T
+                for place in places[axis]
+            )
+            step = assign(similarity.cpu())
+            touched = {name: moved[name] for name, *_ in places[axis]}
+            candidate = permute(touched, axes.dims, {axis: step})
+            before, after = objective(touched, target), objective(candidate, target)
+            # The true gain, because an axis that lies along two dimensions of a tensor makes the assignment approximate.
+            if after > before + 1e-7 * abs(before):
+                permutation[axis] = permutation[axis][step]
+                moved |= candidate
+                stale |= {
+                    other
+                    for other in axis_names
+                    if other != axis and touched.keys() & {name for name, *_ in places[other]}
+                }
+        history.append(objective(moved, target))
+    return permutation, history
+
+
+def _places(tensors: dict[str, Tensor], axes: Axes) -> dict[str, list[tuple[str, int, int, int]]]:
+    """Where each axis lies: (tensor, dimension, offset, repeat)."""
+    places: dict[str, list[tuple[str, int, int, int]]] = {axis: [] for axis in axes.sizes}
+    for name in tensors:
+        for dim, layout in enumerate(axes.dims[name]):
+            offset = 0
+            for axis, size, repeat in layout or ():
+                if axis in places:
+                    places[axis].append((name, dim, offset, repeat))
+                offset += size * repeat
+    return places
+
+
+def _rows(tensors: dict[str, Tensor], place: tuple[str, int, int, int], size: int) -> Tensor:
+    """The entries of a tensor as one row a channel of the axis that lies at `place`."""
+    name, dim, offset, repeat = place
+    return tensors[name].movedim(dim, 0).narrow(0, offset, size * repeat).reshape(size, -1)

@@ -113,7 +113,7 @@ def train(
         fused=device.type in ("cuda", "cpu"),
     )
     masker = Masker(model, mask) if mask is not None else None
-    rows = _resume(folder, name, model, optimiser)
+    rows = _resume(folder, name, model, optimiser, precision)
     if masker:
         masker.apply()
     steps = data.steps(batch_size)
@@ -154,7 +154,8 @@ def train(
         }
         rows.append(row)
         at_epoch(epoch + 1)
-        state = {"name": name, "state_dict": cpu_state(model), "optimiser": optimiser.state_dict(), "rows": rows}
+        state = {"name": name, "precision": precision, "state_dict": cpu_state(model)}
+        state |= {"optimiser": optimiser.state_dict(), "rows": rows}
         checkpoint.save(state, folder / "resume.pt")
         progress.set_postfix(test_acc=f"{test_acc:.2f}", test_loss=f"{test_loss:.3f}")
         tqdm.write(
@@ -165,14 +166,25 @@ def train(
     return rows
 
 
-def _resume(folder: Path, name: str, model: nn.Module, optimiser: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Load the state of an earlier run of this name into model and optimiser; return its rows, or none."""
+def _resume(
+    folder: Path, name: str, model: nn.Module, optimiser: torch.optim.Optimizer, precision: str
+) -> list[dict[str, Any]]:
+    """Load the state of an earlier run of this name into model and optimiser; return its rows, or none.
+
+    Raises UserError when that run was of another precision, as a mixture would be no experiment.
+    """
     path = Path(folder) / "resume.pt"
     if not path.is_file():
         return []
-    state = checkpoint.load(path, ("name", "state_dict", "optimiser", "rows"))
+    try:
+        state = checkpoint.load(path, ("name", "precision", "state_dict", "optimiser", "rows"))
+    except UserError as error:
+        tqdm.write(f"{name}  starts again: {error}")
+        return []
     if state["name"] != name:
         return []
+    if state["precision"] != precision:
+        raise UserError(f"{path} was trained in {state['precision']} and not {precision}: set --precision or remove it")
     model.load_state_dict(state["state_dict"])
     optimiser.load_state_dict(state["optimiser"])
     tqdm.write(f"{name}  goes on after epoch {state['rows'][-1]['epoch']}")

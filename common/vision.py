@@ -19,4 +19,6 @@ except RuntimeError as error:
     sys.modules[skipped] = types.ModuleType(skipped)
     import torchvision
 
-__all__ = ["torchvision"]
+from torchvision.transforms import v2  # noqa: E402  only after torchvision itself is in
+
+__all__ = ["torchvision", "v2"]

@@ -78,37 +78,59 @@ def test_repair_at_the_endpoints_changes_nothing_and_interpolation_meets_them(na
 
 
 def frame(rows):
-    keys = {"model": "m", "width": 1.0, "dataset": "d", "sparsity": 0.9, "rewind": 0}
-    return pd.DataFrame([keys | row for row in rows])
+    keys = {"model": "m", "width": 1.0, "dataset": "d", "sparsity": 0.9, "rewind": 0, "method": None, "signs": False}
+    return pd.DataFrame([keys | {"fan_in": False} | row for row in rows])
+
+
+def run(arm, source, target, accuracy, **more):
+    return {"arm": arm, "source_seed": source, "target_seed": target, "test_acc": accuracy} | more
 
 
 def test_summary_by_hand():
     runs = frame([
-        {"arm": arm, "source_seed": seed, "test_acc": value}
-        for seed, values in ((0, (90, 80, 83)), (2, (92, 78, 83))) for arm, value in zip(("lth", "naive", "permuted"), values)
+        run("lth", 0, 0, 90.0), run("naive", 0, 1, 80.0), run("permuted", 0, 1, 83.0, method="activation"),
+        run("lth", 2, 2, 92.0), run("naive", 2, 3, 78.0), run("permuted", 2, 3, 83.0, method="activation"),
     ])  # fmt: skip
-    (row,) = results.table(runs).to_dict("records")
-    assert row["lth"] == 91 and row["lth_std"] == pytest.approx(2**0.5) and row["naive"] == 79
-    assert row["difference"] == 4  # of 3 and 5
-    assert row["difference_se"] == pytest.approx(1)  # sample std sqrt(2) over sqrt(2)
-    assert row["gap_closed"] == pytest.approx(100 * 4 / 12)
+    table = results.summary(runs).set_index("variant")
+    assert table.loc["lth", "mean"] == 91 and table.loc["lth", "std"] == pytest.approx(2**0.5)
+    permuted = table.loc["permuted"]
+    assert permuted["difference"] == 4 and permuted["pairs"] == 2  # of 3 and 5
+    assert permuted["difference_se"] == pytest.approx(1)  # sample std sqrt(2) over sqrt(2)
+    assert permuted["gap_closed"] == pytest.approx(100 * 4 / 12) and table.loc["lth", "gap_closed"] == pytest.approx(
+        100
+    )
     text = results.render(runs)
-    assert "91.00 ± 1.41" in text and "+4.00 ± 1.00" in text and "33%" in text
+    assert "91.00 ± 1.41" in text and "+4.00 ± 1.00 (33%)" in text
+
+
+def test_variants_are_kept_apart_and_paired_with_their_seeds():
+    runs = frame([
+        run("lth", 0, 0, 90.0), run("imp-target", 1, 1, 91.0), run("imp-target", 5, 5, 50.0), run("naive", 0, 1, 80.0),
+        run("naive", 0, 3, 70.0), run("permuted", 0, 1, 83.0, method="activation"),
+        run("permuted", 0, 1, 84.0, method="masked"), run("permuted", 0, 1, 88.0, method="activation", signs=True),
+    ])  # fmt: skip
+    pairs = results.by_pair(runs)
+    assert set(pairs) == {"lth", "imp-target", "naive", "permuted", "permuted (masked)", "permuted + signs"}
+    assert pairs["naive"].tolist() == [80, 70] and pairs["lth"].tolist() == [90, 90]  # one source, two targets
+    assert pairs["imp-target"].iloc[0] == 91 and pd.isna(pairs["imp-target"].iloc[1])
+    table = results.summary(runs).set_index("variant")
+    assert table.loc["permuted (masked)", "difference"] == 4 and table.loc["imp-target", "difference"] == 11
+    assert table.loc["lth", "count"] == 1 and pd.isna(table.loc["lth", "std"])  # one run, though it serves two pairs
 
 
 def test_one_seed_has_no_spread_and_a_missing_arm_no_difference():
-    one = results.render(
-        frame([{"arm": arm, "source_seed": 0, "test_acc": value} for arm, value in (("lth", 90.0), ("naive", 80.0))])
-    )
-    assert "90.00" in one and "nan" not in one and "90.00 ±" not in one
+    one = results.render(frame([run("lth", 0, 0, 90.0), run("naive", 0, 1, 80.0)]))
+    assert "90.00" in one and "nan" not in one and "90.00 ±" not in one and "+10.00 (100%)" in one
+    assert "nan" not in results.render(frame([run("lth", 0, 0, 90.0)]))
 
 
 def test_overall_averages_each_pair_over_the_cells_that_have_every_arm():
-    rows = [{"arm": arm, "source_seed": seed, "rewind": k, "test_acc": base + 10 * k + seed}
+    rows = [run(arm, seed, seed + (arm != "lth"), base + 10 * k + seed, rewind=k, method="activation")
             for seed in (0, 2) for k in (0, 1) for arm, base in (("lth", 90), ("naive", 70), ("permuted", 75))]  # fmt: skip
-    rows.append({"arm": "naive", "source_seed": 0, "rewind": 2, "test_acc": 5})
-    (total,) = results.overall(frame(rows)).to_dict("records")
-    assert total["naive"] == pytest.approx(70 + 5 + 1) and total["difference"] == 5 and total["difference_se"] == 0
+    rows.append(run("naive", 0, 1, 5, rewind=2))
+    table = results.overall(frame(rows)).set_index("variant")
+    assert table.loc["naive", "mean"] == pytest.approx(70 + 5 + 1)
+    assert table.loc["permuted", "difference"] == 5 and table.loc["permuted", "difference_se"] == 0
 
 
 def test_results_lists_every_finished_run_once(runs, tmp_path):
@@ -132,7 +154,7 @@ def test_results_lists_every_finished_run_once(runs, tmp_path):
     row = table.iloc[0]
     result = json.loads((root / row["path"] / "result.json").read_text()) if row["path"].startswith("/") else None
     assert result and row["test_acc"] == pytest.approx(result["test_acc"]) and 0 <= row["test_acc"] <= 100
-    assert "50%" in outcome.out and "permuted-naive" in outcome.out
+    assert "50%" in outcome.out and "minus naive" in outcome.out
 
 
 def test_runs_of_two_experiments_are_not_averaged(runs, tmp_path):

@@ -106,7 +106,7 @@ def test_glyphs_are_the_same_from_the_same_seed_and_not_flipped():
         and len(loaded.train) == 100
         and loaded.input_shape == (3, 8, 8)
     )
-    with pytest.raises(UserError, match="checksum"):
+    with pytest.raises(UserError, match="not the checkpoint's"):
         load_data("glyphs", image_size=8, expected=loaded.description | {"checksum": "0"})
 
 
@@ -143,10 +143,16 @@ def test_folder_keeps_the_decoded_images_and_notices_a_change(pictures, monkeypa
         patched.setattr(folder, "_decode", lambda *_, **__: pytest.fail("decoded again"))
         again = load_data("folder", str(pictures), image_size=8)
     assert torch.equal(first.train, again.train) and torch.equal(first.test, again.test)
+    native = load_data("folder", str(pictures))
+    with monkeypatch.context() as patched:  # a later stage asks for the size that the checkpoint names
+        patched.setattr(folder, "_decode", lambda *_, **__: pytest.fail("decoded again"))
+        assert torch.equal(load_data("folder", str(pictures), image_size=12).train, native.train)
     Image.new("RGB", (12, 12), "red").save(pictures / "train/cat/0.png")
     os.utime(pictures / "train/cat/0.png", (1, 1))
     changed = load_data("folder", str(pictures), image_size=8)
     assert changed.train[0, 0, 1:-1, 1:-1].eq(255).all() and torch.equal(changed.train[1:], first.train[1:])
+    with pytest.raises(UserError, match="checksum differs"):
+        load_data("folder", str(pictures), image_size=8, expected=first.description)
     cache = next(pictures.glob(".decoded-8.pt"))
     cache.write_bytes(cache.read_bytes()[:100])  # a cache that was cut off is made again
     assert torch.equal(load_data("folder", str(pictures), image_size=8).train, changed.train)
@@ -162,6 +168,12 @@ def test_folder_refuses_what_is_wrong_with_one_line(pictures, tmp_path):
     (pictures / "train/cat/1.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"cat/1\.png is no image"):
         load_data("folder", str(pictures), image_size=9)
+    (pictures / "train/cat/0.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"cat/0\.png is no image"):
+        load_data("folder", str(pictures))
+    (pictures / "train/cat/9.png").symlink_to("nowhere.png")
+    with pytest.raises(UserError, match=r"cat/9\.png cannot be read"):
+        load_data("folder", str(pictures), image_size=8)
     (pictures / "train/emu").mkdir()
     with pytest.raises(UserError, match="differ: emu"):
         load_data("folder", str(pictures), image_size=8)

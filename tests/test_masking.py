@@ -72,3 +72,17 @@ def test_masker_holds_the_mask_and_notices_a_leak():
         layer.weight[0, 1] = 1e-30
     with pytest.raises(RuntimeError, match="1 pruned"):
         masker.check()
+
+
+def test_signs_fan_in_and_shuffling_by_hand():
+    positive = {"a": torch.tensor([[False, True], [True, False]])}
+    assert masking.with_signs({"a": WEIGHTS["a"]}, positive)["a"].tolist() == [[-1, 2], [3, -4]]
+    mask = {"a": torch.tensor([[True, False], [False, False]])}
+    scaled = masking.rescale_fan_in({"a": torch.tensor([[3.0, 0.0], [0.0, 0.0]])}, mask)["a"]
+    assert scaled[0, 0].item() == pytest.approx(3 * 2**0.5) and scaled[1].tolist() == [0, 0]  # a row with none stays 0
+    wide = {"a": torch.arange(100) < 30, "b": torch.arange(50).view(5, 10) < 40}
+    shuffled = masking.shuffle(wide, seed=1)
+    assert {name: int(entry.sum()) for name, entry in shuffled.items()} == {"a": 30, "b": 40}
+    assert shuffled["b"].shape == (5, 10) and not torch.equal(shuffled["a"], wide["a"])
+    assert torch.equal(masking.shuffle(wide, 1)["a"], shuffled["a"])
+    assert not torch.equal(masking.shuffle(wide, 2)["a"], shuffled["a"])

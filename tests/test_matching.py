@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from analyze.benchmark import match_layer_by_layer
-from common.matching import Moments, assign, correlations, match_activations
+from common.matching import Moments, assign, correlations, match_activations, match_weights, matched_weights, objective
 from common.models import build_model
 from common.permutation import find_axes, inverse, permute, random_permutation
 from tests.test_permutation import built
@@ -85,3 +85,53 @@ def test_one_pass_finds_what_layer_by_layer_matching_finds(name, width, size):
         assert torch.equal(one_pass[axis][placed], layered[axis][placed]), axis
         assert placed.sum() > len(placed) / 2
     assert any(not torch.equal(index, torch.arange(len(index))) for index in one_pass.values())
+
+
+@pytest.mark.parametrize(
+    "name, width, size", [("mlp", 0.25, 8), ("vgg11", 0.25, 64), ("resnet20", 1, 16), ("resnet50", 0.25, 64)]
+)
+def test_weight_matching_recovers_a_planted_permutation_and_never_loses(name, width, size):
+    model = build_model(name, width, 10, (3, size, size), seed=3)
+    axes, names = find_axes(model, (3, size, size)), matched_weights(model)
+    target = {key: model.state_dict()[key] for key in names}
+    planted = random_permutation(axes, seed=4)
+    source = permute(target, axes.dims, planted)
+    found, history = match_weights(source, target, axes, seed=0)
+    assert all(torch.equal(found[axis], index) for axis, index in inverse(planted).items())
+    assert all(later >= earlier for earlier, later in zip(history, history[1:])) and history[-1] > history[0]
+    assert history[0] == pytest.approx(objective(source, target)) and history[-1] == pytest.approx(
+        objective(target, target)
+    )
+    assert match_weights(source, target, axes, start=found)[1][-1] == pytest.approx(history[-1])
+
+
+def test_weight_matching_by_hand():
+    model = torch.nn.Sequential(torch.nn.Linear(1, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+    axes, names = find_axes(model, (1,)), matched_weights(model)
+    assert names == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    target = {"0.weight": [[1.0], [2], [3]], "0.bias": [0.0, 0, 0], "2.weight": [[1.0, 1, 1]], "2.bias": [7.0]}
+    source = {"0.weight": [[3.0], [1], [2]], "0.bias": [0.0, 0, 0], "2.weight": [[1.0, 1, 1]], "2.bias": [7.0]}
+    source, target = ({key: torch.tensor(value) for key, value in ends.items()} for ends in (source, target))
+    found, history = match_weights(source, target, axes)
+    assert found["0"].tolist() == [1, 2, 0]
+    # 3 + 2 + 6 = 11 before and 1 + 4 + 9 = 14 after, beside 3 of the last weights and 49 of the output bias.
+    assert history[0] == 63 and history[-1] == 66
+
+
+def test_a_layer_used_twice_lies_along_both_dimensions_and_still_never_loses():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.fc = torch.nn.Linear(3, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.fc(torch.relu(self.two(torch.relu(self.two(torch.relu(self.one(x)))))))
+
+    for seed in range(5):
+        torch.manual_seed(seed)
+        source, target = Twice(), Twice()
+        names, axes = matched_weights(source), find_axes(source, (3,))
+        ends = [{key: model.state_dict()[key] for key in names} for model in (source, target)]
+        found, history = match_weights(*ends, axes, seed=seed)
+        assert all(later >= earlier for earlier, later in zip(history, history[1:]))
+        assert objective(permute(ends[0], axes.dims, found), ends[1]) == pytest.approx(history[-1])

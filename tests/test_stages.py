@@ -9,10 +9,14 @@ import sys
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
+import train_sparse
 from common import masking
+from common.data import load_described
 from common.models import build_model
 from common.permutation import find_axes, permute
+from common.training import learning_rates, train
 from tests.conftest import ROOT, TINY, call, sparse, succeed
 
 IMP = ("--epochs", 1, "--batch-size", 64, "--device", "cpu", "--precision", "fp32")
@@ -104,36 +108,32 @@ def test_a_longer_chain_later_equals_the_chain_at_once(runs, tmp_path):
 
 
 def test_imp_with_rewinding_trains_from_epoch_k_on_the_dense_schedule(runs, tmp_path):
-    out = succeed(
-        "prune_imp",
+    arguments = (
         "--dense",
         runs / "dense/seed0",
         "--sparsity",
         0.2,
         "--rewind",
         1,
-        "--batch-size",
-        64,
         "--device",
         "cpu",
         "--precision",
         "fp32",
-        "--out",
-        tmp_path,
     )
-    assert "lr 0.0600" in out and "lr 0.0200" in out and "lr 0.0800" not in out and "epoch   2/3" in out
-    trained = state(tmp_path / "sparse_0.20.pt")["state_dict"]
-    fine_tuned = state(runs / "imp/seed0/round_01.pt")
-    assert same(state(tmp_path / "sparse_0.20.pt")["mask"], fine_tuned["mask"]) and not same(
-        trained, fine_tuned["state_dict"]
-    )
-    # The same by stage 4's loop: the masked weights of epoch 1, trained on the rest of the dense schedule.
-    assert (
-        call(
-            "prune_imp", "--dense", runs / "dense/seed0", "--sparsity", 0.2, "--rewind", 1, "--lr", 1, "--out", tmp_path
-        ).code
-        == 2
-    )
+    succeed("prune_imp", *arguments, "--out", tmp_path / "imp")  # batch size and all else are the dense run's
+    found = state(tmp_path / "imp/sparse_0.20.pt")
+    assert same(found["mask"], state(runs / "imp/seed0/round_01.pt")["mask"])
+    # The same by hand: the masked weights of epoch 1, trained on the rest of the dense schedule.
+    weights = state(runs / "dense/seed0/epoch_0001.pt")
+    model = build_model(**weights["model"])
+    model.load_state_dict(masking.apply(weights["state_dict"], found["mask"]))
+    rates = learning_rates("cosine", 0.08, 3)[1:]
+    train(
+        model, load_described(weights["dataset"]), rates, name="by hand", folder=tmp_path, seed=0, batch_size=64, momentum=0.9,
+        weight_decay=5e-4, precision="fp32", first_epoch=1, mask=found["mask"],
+    )  # fmt: skip
+    assert same(found["state_dict"], model.state_dict())
+    refused(call("prune_imp", *arguments, "--lr", 1, "--out", tmp_path / "o"), "--rewind")
 
 
 def test_one_shot_prunes_in_a_single_round(runs, tmp_path):
@@ -190,6 +190,80 @@ def test_sparse_runs_train_the_asked_weights_under_the_asked_mask(runs):
             int(pair[-1]),
             1,
         )
+
+
+# ---------------------------------------------------------------- methods and controls
+
+
+@pytest.fixture(scope="module")
+def aligned(runs, tmp_path_factory):
+    """The masks of seed 0 permuted onto seed 1 by every method."""
+    root = tmp_path_factory.mktemp("aligned")
+    for method in ("weight", "masked", "random", "identity"):
+        ends = ("--source", runs / "dense/seed0", "--target", runs / "dense/seed1", "--masks", runs / "imp/seed0")
+        out = succeed("align_mask", *ends, "--method", method, "--device", "cpu", "--out", root / method)
+        assert "objective" in out and "same function" in out
+    return root
+
+
+def test_every_method_permutes_consistently_and_says_what_it_gained(runs, aligned):
+    source = state(runs / "dense/seed0/epoch_0003.pt")
+    axes = find_axes(build_model(**source["model"]), source["model"]["input_shape"])
+    gains = {}
+    for method in ("weight", "masked", "random", "identity"):
+        name = "permutation_0.70.pt" if method == "masked" else "permutation.pt"
+        found = state(aligned / method / name)
+        before, after = state(runs / "imp/seed0/mask_0.70.pt"), state(aligned / method / "mask_0.70.pt")
+        assert after["method"] == method and same(
+            after["mask"], permute(before["mask"], axes.dims, found["permutation"])
+        )
+        gains[method] = found["objective"]
+    assert gains["weight"][1] > gains["random"][1] and gains["weight"][1] > gains["weight"][0]
+    assert gains["masked"][1] > gains["masked"][0] and gains["identity"][0] == gains["identity"][1]
+    assert gains["masked"][0] != gains["weight"][0]  # the pruned source has another inner product
+    assert {path.name for path in (aligned / "masked").glob("permutation*")} == {
+        "permutation_0.50.pt",
+        "permutation_0.70.pt",
+    }
+
+
+def test_controls_start_from_what_they_say(runs, aligned, tmp_path):
+    imp = runs / "imp/seed0"
+    target = state(runs / "dense/seed1/epoch_0000.pt")["state_dict"]
+    cell = ("--sparsity", 0.7, "--rewind", 0)
+    for arm, weights, masks, more in (
+        ("shuffled", 1, imp, ()), ("random-permutation", 1, aligned / "random", ()), ("imp-target", 0, imp, ()),
+        ("permuted", 1, aligned / "masked", ("--signs",)), ("naive", 1, imp, ("--signs", "--fan-in")),
+    ):  # fmt: skip
+        outcome = sparse(arm, runs / f"dense/seed{weights}", masks, tmp_path / arm, *cell, *more)
+        assert outcome.code == 0, outcome.err
+    mask = state(imp / "mask_0.70.pt")["mask"]
+    shuffled = state(tmp_path / "shuffled/s0.70_k000/final.pt")["mask"]
+    assert {name: int(e.sum()) for name, e in mask.items()} == {name: int(e.sum()) for name, e in shuffled.items()}
+    assert not same(mask, shuffled)
+    masks = state(aligned / "masked/mask_0.70.pt")
+    start = train_sparse.start_weights(target, masks, signs=True, fan_in=False)
+    for name, entry in masks["mask"].items():
+        assert torch.equal(start[name][entry] > 0, masks["signs"][name][entry]) and (start[name][~entry] == 0).all()
+        assert torch.equal(start[name][entry].abs(), target[name][entry].abs())
+    arguments = json.loads((tmp_path / "naive/s0.70_k000/result.json").read_text())["arguments"]
+    assert arguments["signs"] and arguments["fan_in"] and arguments["mask_dataset"] == "glyphs"
+
+
+def test_controls_refuse_files_that_contradict_them(runs, aligned, tmp_path):
+    refused(
+        sparse("random-permutation", runs / "dense/seed1", aligned / "weight", tmp_path), "contradicts", "by weight"
+    )
+    refused(sparse("permuted", runs / "dense/seed1", aligned / "random", tmp_path), "contradicts", "by random")
+    refused(sparse("imp-target", runs / "dense/seed1", runs / "imp/seed0", tmp_path), "contradicts")
+    refused(sparse("shuffled", runs / "dense/seed0", runs / "imp/seed0", tmp_path), "contradicts")
+
+
+def test_early_matching_uses_the_targets_early_weights(runs, tmp_path):
+    ends = ("--source", runs / "dense/seed0", "--target", runs / "dense/seed1", "--masks", runs / "imp/seed0")
+    succeed("align_mask", *ends, "--target-epoch", 1, "--device", "cpu", "--out", tmp_path / "early")
+    early, late = state(tmp_path / "early/permutation.pt"), state(runs / "align/activation/seed0-seed1/permutation.pt")
+    assert early["match_epoch"] == 1 and not same(early["permutation"], late["permutation"])
 
 
 # ---------------------------------------------------------------- called again
@@ -263,10 +337,33 @@ def test_a_mask_that_came_later_is_permuted_without_matching_again(runs, tmp_pat
         "--out",
         aligned,
     )
-    assert "permutation that is there" in out
+    assert "objective" not in out and "mask_0.70.pt" in out and "mask_0.50.pt" not in out
     assert same(
         state(aligned / "mask_0.70.pt")["mask"], state(runs / "align/activation/seed0-seed1/mask_0.70.pt")["mask"]
     )
+
+
+def test_the_seed_of_stage_4_changes_the_data_order_and_nothing_else(runs, tmp_path):
+    ends = ("naive", runs / "dense/seed1", runs / "imp/seed0")
+    cell = ("--sparsity", 0.5, "--rewind", 1)
+    assert sparse(*ends, tmp_path / "same", *cell, "--seed", 1).code == 0
+    assert sparse(*ends, tmp_path / "other", *cell, "--seed", 7).code == 0
+    before = state(runs / "sparse/naive/seed0-seed1/s0.50_k001/final.pt")["state_dict"]
+    assert same(state(tmp_path / "same/s0.50_k001/final.pt")["state_dict"], before)  # by default that of the weights
+    assert not same(state(tmp_path / "other/s0.50_k001/final.pt")["state_dict"], before)
+    assert "seed is 7 there" in sparse(*ends, tmp_path / "other", *cell).err
+
+
+def test_a_chain_that_was_cut_off_does_not_leak_into_one_with_more_stops(runs, tmp_path):
+    """Rounds of an unfinished chain to 0.7 must not serve a chain that has to stop at 0.5."""
+    out = tmp_path / "imp"
+    kill_when("round  5", "prune_imp", "--dense", runs / "dense/seed0", "--sparsity", 0.7, *IMP, "--out", out)
+    assert len(list(out.glob("round_*.pt"))) >= 4
+    succeed("prune_imp", "--dense", runs / "dense/seed0", "--sparsity", 0.5, 0.7, *IMP, "--out", out)
+    for name in ("sparse_0.50.pt", "sparse_0.70.pt"):
+        assert same(state(out / name)["state_dict"], state(runs / "imp/seed0" / name)["state_dict"]), name
+    assert pd.read_csv(out / "log.csv")["kept"].tolist() == pd.read_csv(runs / "imp/seed0/log.csv")["kept"].tolist()
+    assert not list(out.glob("round_*.pt"))
 
 
 # ---------------------------------------------------------------- cut off by SIGKILL
@@ -431,10 +528,11 @@ def test_later_stages_refuse_bad_checkpoints(runs, tmp_path):
 
 def test_stages_refuse_what_does_not_fit_together(runs, tmp_path):
     wide, out = tmp_path / "wide", tmp_path / "o"
-    assert dense(wide, "--width", 0.0625, "--epochs", 1).code == 0
+    assert dense(wide, "--width", 0.0625, "--epochs", 1, "--seed", 0, 1).code == 0
     align = ("align_mask", "--masks", runs / "imp/seed0", "--out", out, "--source")
     refused(call(*align, runs / "dense/seed0", "--target", wide / "seed0"), "different networks")
-    refused(call(*align, wide / "seed0", "--target", wide / "seed0"), "mask_0.50.pt", "0.0625")
+    refused(call(*align, wide / "seed0", "--target", wide / "seed1"), "mask_0.50.pt", "0.0625")
+    refused(call(*align, runs / "dense/seed0", "--target", runs / "dense/seed0"), "the same network")
     refused(call(*align, runs / "dense/seed2", "--target", runs / "dense/seed1"), "no mask of the source")
     refused(
         call(
@@ -484,6 +582,88 @@ def test_stages_refuse_what_does_not_fit_together(runs, tmp_path):
         sparse("naive", runs / "dense/seed1", changed, out, "--sparsity", 0.7, "--rewind", 0),
         "mask_0.70.pt is a mask for",
     )
+
+
+def test_stages_refuse_files_of_another_experiment_under_the_same_seed(runs, tmp_path):
+    other, out = tmp_path / "other", tmp_path / "o"
+    for seed in (0, 1):
+        assert dense(other, "--epochs", 2, "--lr", 0.03, "--seed", seed).code == 0
+    imp = runs / "imp/seed0"
+    ends = ("--source", other / "seed0", "--target", other / "seed1", "--masks", imp, "--out", out)
+    refused(call("align_mask", *ends), "another network than the source")
+    refused(sparse("lth", other / "seed0", imp, out, "--sparsity", 0.5, "--rewind", 0), "another network")
+    assert not files(out)
+    shutil.copytree(runs / "align/activation/seed0-seed1", out)
+    succeed(
+        "prune_imp", "--dense", runs / "dense/seed0", "--sparsity", 0.5, "--one-shot", *IMP, "--out", tmp_path / "imp"
+    )
+    ends = (
+        "--source",
+        runs / "dense/seed0",
+        "--target",
+        runs / "dense/seed1",
+        "--masks",
+        tmp_path / "imp",
+        "--out",
+        out,
+    )
+    refused(call("align_mask", *ends), "mask_0.50.pt is a permutation of another mask")
+
+
+def test_extreme_sparsities_and_diverged_networks_are_refused(runs, tmp_path):
+    imp = ("prune_imp", "--dense", runs / "dense/seed0", *IMP, "--out", tmp_path / "o", "--sparsity")
+    refused(call(*imp, 0.0000001), "all or none")
+    refused(call(*imp, 0.9999999), "all or none")
+    refused(
+        call(
+            "prune_imp",
+            "--dense",
+            runs / "dense/seed0",
+            "--keep-rounds",
+            *IMP,
+            "--out",
+            runs / "imp/seed0",
+            "--sparsity",
+            0.6,
+        ),
+        "has passed 0.6",
+    )
+    assert dense(tmp_path / "wild", "--lr", 1e6, "--epochs", 2).code == 0
+    refused(
+        call("prune_imp", "--dense", tmp_path / "wild/seed0", "--sparsity", 0.5, "--out", tmp_path / "o"), "diverged"
+    )
+    for flag, value in (("--width", "inf"), ("--lr", "nan"), ("--seed", 10**30)):
+        refused(dense(tmp_path / "o", flag, value), flag)
+    assert not files(tmp_path / "o")
+    ends = ("--dense", runs / "dense/seed0", "--sparsity", 0.999)
+    succeed("prune_imp", *ends, *IMP, "--out", tmp_path / "few")  # 20% of the last few weights is still one
+    mask = state(tmp_path / "few/mask_0.999.pt")["mask"]
+    assert masking.kept(mask) == masking.keep_count(masking.size(mask), 0.999) < 5
+
+
+def test_a_resume_file_that_was_cut_off_starts_the_run_over(runs, tmp_path):
+    arguments = [*TINY, "--epochs", 3, "--save-epochs", 1, "--seed", 0, "--out", tmp_path]
+    kill_when("epoch   2/3", "train_dense", *arguments)
+    resume = tmp_path / "seed0/resume.pt"
+    resume.write_bytes(resume.read_bytes()[:100])
+    assert "starts again" in succeed("train_dense", *arguments)
+    assert same(
+        state(tmp_path / "seed0/epoch_0003.pt")["state_dict"], state(runs / "dense/seed0/epoch_0003.pt")["state_dict"]
+    )
+
+
+def test_imagenet_trains_in_a_process_of_its_own(tmp_path):
+    """Beside a CPU-only torch, torchvision must come in through common/vision.py alone."""
+    for split, count in (("train", 3), ("val", 1)):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (40, 30), (40 * i, 9, 90)).save(tmp_path / split / name / f"{i}.png")
+    flags = f"--dataset imagenet --data-dir {tmp_path} --workers 0 --model mlp --width 0.015625 --epochs 1 --batch-size 2".split()
+    command = [sys.executable, str(ROOT / "train_dense.py"), *flags, "--warmup", "0", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/seed0/result.json").is_file()
 
 
 def test_a_bug_of_ours_shows_its_traceback(monkeypatch):

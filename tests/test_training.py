@@ -62,8 +62,12 @@ def test_a_leaking_mask_stops_training(tmp_path, monkeypatch):
         train(model, resident(), [0.1], folder=tmp_path, mask=mask, **SETTINGS)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_run_that_was_cut_off_ends_with_the_same_numbers(tmp_path, masked):
+@pytest.mark.parametrize("masked, network", [(False, "mlp"), (True, "mlp"), (True, "resnet20")])
+def test_a_run_that_was_cut_off_ends_with_the_same_numbers(tmp_path, masked, network):
+    def tiny(seed=0):
+        return build_model(network, 1 / 64 if network == "mlp" else 0.25, 2, (3, 8, 8), seed)
+
+    settings = SETTINGS | {"precision": "fp32" if network == "mlp" else "bf16"}
     data, rates = resident(count=32), [0.1, 0.08, 0.05, 0.02]
     mask = None
     if masked:
@@ -71,7 +75,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_numbers(tmp_path, masked):
             tiny().state_dict(), masking.dense_mask(tiny().state_dict(), masking.prunable(tiny())), 300
         )
     whole = tiny()
-    expected = train(whole, data, rates, folder=tmp_path / "whole", mask=mask, first_epoch=3, **SETTINGS)
+    expected = train(whole, data, rates, folder=tmp_path / "whole", mask=mask, first_epoch=3, **settings)
     assert [row["epoch"] for row in expected] == [4, 5, 6, 7]
 
     class Killed(Exception):
@@ -82,17 +86,20 @@ def test_a_run_that_was_cut_off_ends_with_the_same_numbers(tmp_path, masked):
             raise Killed
 
     with pytest.raises(Killed):
-        train(tiny(), data, rates, folder=tmp_path / "cut", mask=mask, first_epoch=3, at_epoch=kill, **SETTINGS)
+        train(tiny(), data, rates, folder=tmp_path / "cut", mask=mask, first_epoch=3, at_epoch=kill, **settings)
     rest, calls = tiny(seed=9), []  # whatever the network holds, the resume file replaces it
     rows = train(
-        rest, data, rates, folder=tmp_path / "cut", mask=mask, first_epoch=3, at_epoch=calls.append, **SETTINGS
+        rest, data, rates, folder=tmp_path / "cut", mask=mask, first_epoch=3, at_epoch=calls.append, **settings
     )
     assert calls == [6, 7]
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), rest.state_dict().values()))
     without_time = [[{k: v for k, v in row.items() if k != "seconds"} for row in r] for r in (rows, expected)]
     assert without_time[0] == without_time[1]
-    other = SETTINGS | {"name": "another"}  # the resume file of another run is not taken
+    other = settings | {"name": "another"}  # the resume file of another run is not taken
     assert len(train(tiny(), data, rates[:1], folder=tmp_path / "cut", **other)) == 1
+    mixed = other | {"precision": "bf16" if network == "mlp" else "fp32"}
+    with pytest.raises(UserError, match="was trained in"):
+        train(tiny(), data, rates, folder=tmp_path / "cut", **mixed)
 
 
 def test_training_learns(tmp_path):
