@@ -19,7 +19,7 @@ pairs="0 1 2" widths="1" sparsity="0.8 0.9 0.95 0.97" rewind="0 5 10 15 20 25 50
 case $preset in
   quick)
     dataset=glyphs sparsity="0.95 0.98" rewind="8"
-    dense_flags="--image-size 16 --limit-train 5000 --epochs 12 --batch-size 64 --lr 0.05 --warmup 2 --save-epochs 8"
+    dense_flags="--image-size 16 --limit-train 5000 --epochs 12 --batch-size 64 --lr 0.05 --warmup 2"
     imp_flags="--epochs 1 --batch-size 64 --lr 0.02" sparse_flags="--batch-size 64"
     interpolation_flags="--points 7 --images 500"
     jobs=$(getconf _NPROCESSORS_ONLN) jobs=$((jobs < 4 ? jobs : 4)) ;;
@@ -72,25 +72,25 @@ start=$(date +%s)
 
 roots | while read -r w R; do
   for p in $PAIRS; do for seed in $((2 * p)) $((2 * p + 1)); do
-    echo "$python train_dense.py --dataset $DATASET --data-dir '$DATA_DIR' --model $MODEL --width $w --seed $seed --out '$R/dense' $DENSE_FLAGS"
+    echo "$python train_dense.py --dataset $DATASET --data-dir '$DATA_DIR' --model $MODEL --width $w --seed $seed --out '$R/dense' --save-epochs $(rewinds "$w") $DENSE_FLAGS"
   done; done
 done | run
 
 roots | while read -r w R; do
   for p in $PAIRS; do a=$((2 * p))
-    echo "$python prune_imp.py --dense '$R/dense/seed$a' --sparsity $SPARSITY --out '$R/imp/seed$a' $IMP_FLAGS"
+    echo "$python prune_imp.py --dense '$R/dense/seed$a' --data-dir '$DATA_DIR' --sparsity $SPARSITY --out '$R/imp/seed$a' $IMP_FLAGS"
   done
 done | run
 
 roots | while read -r w R; do
   for p in $PAIRS; do a=$((2 * p)) b=$((2 * p + 1))
-    echo "$python align_mask.py --source '$R/dense/seed$a' --target '$R/dense/seed$b' --masks '$R/imp/seed$a' --out '$R/align/activation/seed$a-seed$b'"
+    echo "$python align_mask.py --source '$R/dense/seed$a' --target '$R/dense/seed$b' --masks '$R/imp/seed$a' --data-dir '$DATA_DIR' --out '$R/align/activation/seed$a-seed$b'"
   done
 done | run
 
 roots | while read -r w R; do
   for p in $PAIRS; do a=$((2 * p)) b=$((2 * p + 1))
-    grid="--sparsity $SPARSITY --rewind $(rewinds "$w") $SPARSE_FLAGS"
+    grid="--data-dir '$DATA_DIR' --sparsity $SPARSITY --rewind $(rewinds "$w") $SPARSE_FLAGS"
     echo "$python train_sparse.py --arm lth --weights '$R/dense/seed$a' --masks '$R/imp/seed$a' --out '$R/sparse/lth/seed$a-seed$a' $grid"
     echo "$python train_sparse.py --arm naive --weights '$R/dense/seed$b' --masks '$R/imp/seed$a' --out '$R/sparse/naive/seed$a-seed$b' $grid"
     echo "$python train_sparse.py --arm permuted --weights '$R/dense/seed$b' --masks '$R/align/activation/seed$a-seed$b' --out '$R/sparse/permuted/activation/seed$a-seed$b' $grid"
@@ -100,8 +100,8 @@ done | run
 unset OMP_NUM_THREADS
 JOBS=1
 run <<COMMANDS
-$python -m analyze.interpolation '$OUT' $INTERPOLATION_FLAGS
-$python -m analyze.accuracy '$OUT'
 $python -m analyze.results '$OUT'
+$python -m analyze.accuracy '$OUT'
+$python -m analyze.interpolation '$OUT' --data-dir '$DATA_DIR' $INTERPOLATION_FLAGS
 COMMANDS
-[ -n "$DRY_RUN" ] || echo "done in $(($(date +%s) - start)) s: tables and figures in $OUT"
+[ -n "$DRY_RUN" ] || echo "done in $(($(date +%s) - start)) s: table.txt, results.csv and figures/ are in $OUT"

@@ -8,7 +8,8 @@ line between the endpoints' losses (paper, equation 3); it stands in the legend,
 figures/interpolation_* and, so that a second call is quick, interpolation.csv beside each permutation.
 """
 
-from pathlib import Path
+import json
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from analyze import repair, style
 from analyze.results import dense_runs, find_results, parse_root
 from common import checkpoint, cli
-from common.data import load_described
+from common.data import Batches, Resident, Streamed, load_described
 from common.errors import UserError
 from common.models import build_model
 from common.permutation import find_axes, permute
@@ -51,63 +52,48 @@ def along(
     source: dict[str, Tensor],
     target: dict[str, Tensor],
     alphas: np.ndarray,
-    test: list,
-    calibration: list[Tensor],
+    test: Callable[[], Batches],
+    calibration: Callable[[], Iterable[Tensor]],
 ) -> list[dict]:
-    """Test loss in nats and accuracy in percent at every alpha, with and without REPAIR on the `calibration` images."""
+    """Test loss in nats and accuracy in percent at every alpha, with and without REPAIR on the `calibration` images.
+
+    `test` and `calibration` start over at every call, so that no more than a batch of a large set is in memory.
+    """
     rows = []
     batch_norm = repair.has_batch_norm(model)
     if not batch_norm:
-        ends = []
+        images, ends = list(calibration()), []
         for state in (source, target):
             model.load_state_dict(state)
-            ends.append(repair.statistics(model, calibration))
+            ends.append(repair.statistics(model, images))
     for alpha in tqdm(alphas, "interpolating", unit="point", disable=None, leave=False):
         model.load_state_dict(line(source, target, float(alpha)))
         for repaired in (False, True):
             if repaired and batch_norm:
-                repair.recompute_batch_norm(model, calibration)
+                repair.recompute_batch_norm(model, calibration())
             elif repaired:
-                repair.rescale(model, calibration, repair.interpolate(*ends, float(alpha)))
-            loss, accuracy = evaluate(model, test)
+                repair.rescale(model, images, repair.interpolate(*ends, float(alpha)))
+            loss, accuracy = evaluate(model, test())
             rows.append({"alpha": alpha, "repair": repaired, "test_loss": loss, "test_acc": accuracy})
     return rows
 
 
 def measure(
-    run: dict, dense: dict[str, Path], points: int, images: int, device: torch.device, data_dir: str | None
+    ends: tuple[dict, dict], permutation: dict[str, Tensor], data: Resident | Streamed, points: int, images: int
 ) -> pd.DataFrame:
-    """All curves of one alignment, from the file beside it when that holds them already."""
-    permutation = checkpoint.load(run["folder"] / "permutation.pt", ("permutation",))["permutation"]
-    arguments = run["arguments"]
-    cache = run["folder"] / f"interpolation_{points}_{images}_{arguments['source'][:6]}{arguments['target'][:6]}.csv"
-    if cache.is_file():
-        return pd.read_csv(cache)
-    ends = []
-    for role in ("source", "target"):
-        if arguments[role] not in dense:
-            raise UserError(f"the dense {role} of {run['folder']} is not below this folder")
-        ends.append(checkpoint.load(dense[arguments[role]], checkpoint.WEIGHTS))
+    """Both curves, from the source and from the permuted source to the target, with and without REPAIR."""
     source, target = ends
-    model = build_model(**target["model"], seed=0).to(device, memory_format=torch.channels_last)
-    data = load_described(target["dataset"], data_dir, device)
-    test = list(data.eval_batches("test"))
-    calibration = [x for x, _ in data.eval_batches("train", limit=images)]
+    model = build_model(**target["model"], seed=0).to(data.device, memory_format=torch.channels_last)
     permuted = permute(source["state_dict"], find_axes(model, data.input_shape).dims, permutation)
-    alphas = np.linspace(0, 1, points)
+
+    def calibration() -> Iterable[Tensor]:
+        return (batch for batch, _ in data.eval_batches("train", limit=images))
+
     rows = []
     for kind, state in (("naive", source["state_dict"]), ("aligned", permuted)):
-        rows += [{"curve": kind} | row for row in along(model, state, target["state_dict"], alphas, test, calibration)]
-    about = {
-        "model": target["model"]["name"],
-        "width": target["model"]["width"],
-        "dataset": target["dataset"]["name"],
-        "method": arguments["method"],
-    }
-    about |= {key: arguments[key] for key in ("source_seed", "target_seed", "match_epoch")}
-    table = pd.DataFrame([about | row for row in rows])
-    checkpoint.save_text(table.to_csv(index=False), cache)
-    return table
+        curve = along(model, state, target["state_dict"], np.linspace(0, 1, points), data.eval_batches, calibration)
+        rows += [{"curve": kind} | row for row in curve]
+    return pd.DataFrame(rows)
 
 
 def plot(table: pd.DataFrame, title: str) -> tuple[style.Figure, pd.DataFrame]:
@@ -159,33 +145,54 @@ def plot(table: pd.DataFrame, title: str) -> tuple[style.Figure, pd.DataFrame]:
 def main() -> None:
     parser = parse_root(__doc__)
     parser.add_argument("--points", type=cli.number(int, 3), default=21, help="values of alpha (default: %(default)s)")
-    parser.add_argument(
-        "--images", type=cli.positive, default=10_000, help="training images for REPAIR (default: %(default)s)"
-    )
+    parser.add_argument("--images", type=cli.positive, default=10_000, help="for REPAIR (default: %(default)s)")
     cli.add_device(parser)
     cli.add_data(parser)
     args = parser.parse_args()
     device = pick_device(args.device)
-    runs = [run for run in find_results(args.root, "align_mask")]
+    runs = find_results(args.root, "align_mask")
     if not runs:
         raise UserError(f"no finished alignment below {args.root}: run align_mask.py first")
     dense = {
-        checkpoint.digest(path): path
-        for folder in dense_runs(args.root)["folder"]
-        for path in folder.glob("epoch_*.pt")
+        checkpoint.digest(path): path for run in dense_runs(args.root)["folder"] for path in run.glob("epoch_*.pt")
     }
-    tables = [
-        measure(run, dense, args.points, args.images, device, args.data_dir)
-        for run in tqdm(runs, "pairs", unit="pair", disable=None)
-    ]
-    table = pd.concat(tables, ignore_index=True)
-    for (model, dataset, method), group in table.groupby(["model", "dataset", "method"]):
-        figure, barriers = plot(
-            group, f"{model} on {dataset}, matched by {method}, {group['source_seed'].nunique()} seed pairs"
+    found = [(run, path) for run in runs for path in sorted(run["folder"].glob("permutation*.pt"))]
+    loaded: dict[str, Resident | Streamed] = {}
+    tables = []
+    for run, path in tqdm(found, "pairs", unit="pair", disable=None):
+        arguments = run["arguments"]
+        cache = path.with_name(
+            f"interpolation_{path.stem}_{checkpoint.digest(path)[:8]}_{args.points}_{args.images}.csv"
         )
-        style.save(figure, group, args.root / "figures", f"interpolation_{method}_{model}_{dataset}")
+        if not cache.is_file():
+            for role in ("source", "target"):
+                if arguments[role] not in dense:
+                    raise UserError(f"the dense {role} of {run['folder']} is not below {args.root}")
+            ends = tuple(checkpoint.load(dense[arguments[role]], checkpoint.WEIGHTS) for role in ("source", "target"))
+            description = ends[1]["dataset"]
+            key = json.dumps(description)
+            if key not in loaded:
+                loaded[key] = load_described(description, args.data_dir, device, args.workers)
+            permutation = checkpoint.load(path, ("permutation",))["permutation"]
+            table = measure(ends, permutation, loaded[key], args.points, args.images)
+            about = {
+                "model": ends[1]["model"]["name"],
+                "width": ends[1]["model"]["width"],
+                "dataset": description["name"],
+            }
+            about |= {"method": arguments["method"] + path.stem.removeprefix("permutation")}
+            about |= {name: arguments[name] for name in ("source_seed", "target_seed", "match_epoch")}
+            checkpoint.save_text(table.assign(**about).to_csv(index=False), cache)
+        tables.append(pd.read_csv(cache))
+    table = pd.concat(tables, ignore_index=True)
+    for (model, dataset, method, epoch), group in table.groupby(["model", "dataset", "method", "match_epoch"]):
+        pairs = len(group[["source_seed", "target_seed"]].drop_duplicates())
+        figure, barriers = plot(
+            group, f"{model} on {dataset}, matched by {method} at epoch {epoch}, {pairs} seed pairs"
+        )
+        style.save(figure, group, args.root / "figures", f"interpolation_{method}_{model}_{dataset}_k{epoch:03d}")
         mean = barriers.groupby(["width", "curve", "repair"])["barrier"].agg(["mean", "std", "count"]).round(3)
-        print(f"barriers in test loss (nats), {model} on {dataset}, {method}\n{mean.to_string()}")
+        print(f"barriers in test loss (nats), {model} on {dataset}, {method} at epoch {epoch}\n{mean.to_string()}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ Networks with BatchNorm get their statistics recomputed; in others every hidden 
 is rescaled, channel by channel, to the interpolated mean and standard deviation of the two endpoints.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -18,7 +20,7 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def recompute_batch_norm(model: nn.Module, batches: list[Tensor]) -> None:
+def recompute_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Reset the BN statistics of `model` and recompute them as the cumulative average over `batches` of images."""
     norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
     momenta = [module.momentum for module in norms]

@@ -53,6 +53,7 @@ def sparse_runs(root: Path) -> pd.DataFrame:
     for result in find_results(root, "train_sparse"):
         row = {key: result["arguments"].get(key) for key in COLUMNS} | {key: result[key] for key in METRICS}
         row |= {key: bool(row[key]) for key in ("signs", "fan_in")}
+        row["mask_dataset"] = row["mask_dataset"] or row["dataset"]
         method = row["method"] if row["arm"] in PERMUTED else None
         rows.append(row | {"method": method, "path": str(result["folder"])})
     if not rows:
@@ -77,9 +78,17 @@ def dense_runs(root: Path) -> pd.DataFrame:
 def variants(runs: pd.DataFrame) -> pd.Series:
     """What each run shows, as plots and tables call it: the arm, with matching method and sign transfer where set."""
 
+    last = pd.to_numeric(runs["match_epoch"]).max()
+
     def name(run: pd.Series) -> str:
-        method = f" ({run['method']})" if run["arm"] == "permuted" and run["method"] != "activation" else ""
-        return run["arm"] + method + (" + signs" if run["signs"] else "") + (" + fan-in" if run["fan_in"] else "")
+        text = run["arm"]
+        if run["arm"] == "permuted" and run["method"] != "activation":
+            text += f" ({run['method']})"
+        if pd.notna(run["match_epoch"]) and run["match_epoch"] < last:  # matched earlier than others: Table 15
+            text += f" @{run['match_epoch']:g}"
+        if run["mask_dataset"] != run["dataset"]:
+            text += f" [{run['mask_dataset']} mask]"
+        return text + " + signs" * run["signs"] + " + fan-in" * run["fan_in"]
 
     return runs.apply(name, axis=1)
 

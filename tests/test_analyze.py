@@ -71,14 +71,26 @@ def test_repair_at_the_endpoints_changes_nothing_and_interpolation_meets_them(na
     source = copy.deepcopy(model.state_dict())
     test = [(images, torch.randint(10, (40,)))]
     target = {key: value + 0.3 * torch.randn_like(value) if value.dim() > 1 else value for key, value in source.items()}
-    table = pd.DataFrame(along(model, source, target, np.array([0, 0.5, 1.0]), test, [images]))
+    table = pd.DataFrame(
+        along(model, source, target, np.array([0, 0.5, 1.0]), lambda: iter(test), lambda: iter([images]))
+    )
     pairs = table.pivot(index="alpha", columns="repair", values="test_loss")
     assert pairs.loc[0.0, True] == pytest.approx(pairs.loc[0.0, False], rel=1e-4)
     assert pairs.loc[0.5, True] != pytest.approx(pairs.loc[0.5, False], rel=1e-4)
 
 
 def frame(rows):
-    keys = {"model": "m", "width": 1.0, "dataset": "d", "sparsity": 0.9, "rewind": 0, "method": None, "signs": False}
+    keys = {
+        "model": "m",
+        "width": 1.0,
+        "dataset": "d",
+        "mask_dataset": "d",
+        "match_epoch": None,
+        "sparsity": 0.9,
+        "rewind": 0,
+        "method": None,
+        "signs": False,
+    }
     return pd.DataFrame([keys | {"fan_in": False} | row for row in rows])
 
 
@@ -116,6 +128,15 @@ def test_variants_are_kept_apart_and_paired_with_their_seeds():
     table = results.summary(runs).set_index("variant")
     assert table.loc["permuted (masked)", "difference"] == 4 and table.loc["imp-target", "difference"] == 11
     assert table.loc["lth", "count"] == 1 and pd.isna(table.loc["lth", "std"])  # one run, though it serves two pairs
+
+
+def test_early_matching_and_foreign_masks_are_variants_of_their_own():
+    runs = frame([
+        run("naive", 0, 1, 80.0), run("permuted", 0, 1, 83.0, method="activation", match_epoch=200),
+        run("permuted", 0, 1, 60.0, method="activation", match_epoch=5), run("naive", 0, 1, 70.0, mask_dataset="e"),
+    ])  # fmt: skip
+    means = results.summary(runs).set_index("variant")["mean"].to_dict()
+    assert means == {"naive": 80, "permuted": 83, "permuted @5": 60, "naive [e mask]": 70}
 
 
 def test_one_seed_has_no_spread_and_a_missing_arm_no_difference():
@@ -169,13 +190,17 @@ def test_figures_and_their_data_are_written(runs, tmp_path):
     shutil.copytree(runs, root)
     succeed("analyze.accuracy", root)
     out = succeed("analyze.interpolation", root, "--points", 3, "--images", 100, "--device", "cpu")
-    for name in ("accuracy_rewind_mlp_glyphs", "accuracy_sparsity_mlp_glyphs", "interpolation_activation_mlp_glyphs"):
+    for name in (
+        "accuracy_rewind_mlp_glyphs",
+        "accuracy_sparsity_mlp_glyphs",
+        "interpolation_activation_mlp_glyphs_k003",
+    ):
         for suffix in ("png", "pdf", "csv"):
             assert (root / "figures" / f"{name}.{suffix}").stat().st_size > 500
         pixels = results_image(root / "figures" / f"{name}.png")
         assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 20  # not an empty page
     points = pd.read_csv(root / "figures/accuracy_rewind_mlp_glyphs.csv")
-    one = points[(points["arm"] == "naive") & (points["sparsity"] == 0.7) & (points["rewind"] == 1)].iloc[0]
+    one = points[(points["variant"] == "naive") & (points["sparsity"] == 0.7) & (points["rewind"] == 1)].iloc[0]
     by_hand = [
         json.loads((runs / f"sparse/naive/{pair}/s0.70_k001/result.json").read_text())["test_acc"]
         for pair in ("seed0-seed1", "seed2-seed3")
@@ -185,7 +210,7 @@ def test_figures_and_their_data_are_written(runs, tmp_path):
         and one["std"] == pytest.approx(np.std(by_hand, ddof=1))
         and one["count"] == 2
     )
-    table = pd.read_csv(root / "figures/interpolation_activation_mlp_glyphs.csv")
+    table = pd.read_csv(root / "figures/interpolation_activation_mlp_glyphs_k003.csv")
     ends = table[table["alpha"].isin([0, 1]) & ~table["repair"]]
     dense = {seed: json.loads((runs / f"dense/seed{seed}/result.json").read_text())["test_acc"] for seed in range(4)}
     for row in ends.to_dict("records"):  # α = 0 is the source, permuted or not, and α = 1 the target

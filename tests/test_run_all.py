@@ -19,9 +19,9 @@ def test_dry_run_prints_the_whole_experiment_in_order():
     scripts = [line.split()[1].removesuffix(".py") for line in lines]
     expected = ["train_dense"] * 8 + ["prune_imp"] * 4 + ["align_mask"] * 4 + ["train_sparse"] * 12
     assert scripts[:28] == expected and [line.split()[2] for line in lines[28:]] == [
-        "analyze.interpolation",
-        "analyze.accuracy",
         "analyze.results",
+        "analyze.accuracy",
+        "analyze.interpolation",
     ]
     words = shlex.split(lines[3])
     assert words[words.index("--seed") + 1] == "5" and words[words.index("--out") + 1] == "some where/w1/dense"

@@ -580,7 +580,7 @@ def test_stages_refuse_what_does_not_fit_together(runs, tmp_path):
     torch.save(entry, changed / "mask_0.70.pt")
     refused(
         sparse("naive", runs / "dense/seed1", changed, out, "--sparsity", 0.7, "--rewind", 0),
-        "mask_0.70.pt is a mask for",
+        "mask_0.70.pt does not fit the network: 1.weight",
     )
 
 
