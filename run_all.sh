@@ -18,8 +18,8 @@ dense_flags="" imp_flags="" sparse_flags="" interpolation_flags="" jobs=1
 pairs="0 1 2" widths="1" sparsity="0.8 0.9 0.95 0.97" rewind="0 5 10 15 20 25 50 75 100" model=resnet20
 case $preset in
   quick)
-    dataset=glyphs sparsity="0.9 0.95" rewind="10"
-    dense_flags="--image-size 16 --limit-train 5000 --epochs 12 --batch-size 64 --lr 0.05 --warmup 2"
+    dataset=glyphs widths="2" sparsity="0.8 0.9" rewind="7"
+    dense_flags="--image-size 16 --limit-train 3000 --epochs 9 --batch-size 64 --lr 0.05 --warmup 2"
     imp_flags="--epochs 1 --batch-size 64 --lr 0.02" sparse_flags="--batch-size 64 --lr 0.01"
     interpolation_flags="--points 7 --images 500"
     jobs=$(getconf _NPROCESSORS_ONLN) jobs=$((jobs < 4 ? jobs : 4)) ;;

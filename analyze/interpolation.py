@@ -188,7 +188,7 @@ def main() -> None:
     for (model, dataset, method, epoch), group in table.groupby(["model", "dataset", "method", "match_epoch"]):
         pairs = len(group[["source_seed", "target_seed"]].drop_duplicates())
         figure, barriers = plot(
-            group, f"{model} on {dataset}, matched by {method} at epoch {epoch}, {pairs} seed pairs"
+            group, f"{model} on {dataset}, {pairs} seed pairs\nmatched by {method} at epoch {epoch}"
         )
         style.save(figure, group, args.root / "figures", f"interpolation_{method}_{model}_{dataset}_k{epoch:03d}")
         mean = barriers.groupby(["width", "curve", "repair"])["barrier"].agg(["mean", "std", "count"]).round(3)

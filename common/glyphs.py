@@ -14,7 +14,7 @@ FONTS = (
     "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif",
     "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "cmr10", "cmss10", "cmtt10",
 )  # fmt: skip
-TRAIN, TEST = 10_000, 2_000
+TRAIN, TEST = 10_000, 1_000
 CANVAS = 64  # px of the templates, several times the size at which they are drawn
 NOISE = 30  # largest absolute noise, of 255
 CONTRAST = (20, 126)  # of ink above paper in each colour
