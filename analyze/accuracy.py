@@ -27,7 +27,7 @@ def plot(runs: pd.DataFrame, dense: pd.DataFrame, x: str, panel: str, title: str
     figure, axes = style.plt.subplots(
         len(widths),
         len(panels),
-        figsize=(0.9 + 2.4 * len(panels), 0.9 + 2.1 * len(widths)),
+        figsize=(max(4.2, 0.9 + 2.4 * len(panels)), 0.9 + 2.1 * len(widths)),
         squeeze=False,
         sharex=True,
         sharey="row",
