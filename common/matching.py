@@ -28,11 +28,13 @@ class Moments:
             self.sums = [torch.zeros(t.shape[1], dtype=torch.float64, device=t.device) for t in (target, source)]
             self.squares = [total.clone() for total in self.sums]
             self.products = self.sums[0][:, None] * self.sums[1][None, :]
-        pair = [t - shift for t, shift in zip((target, source), self.shifts)]
-        for values, total, square in zip(pair, self.sums, self.squares):
-            total += values.sum(0)
-            square += values.square().sum(0)
-        self.products += pair[0].T @ pair[1]
+        rows = max(4096, 2**18 // target.shape[1])  # a piece that stays in a processor's cache: several times faster
+        for piece in zip(target.split(rows), source.split(rows)):
+            pair = [t - shift for t, shift in zip(piece, self.shifts)]
+            for values, total, square in zip(pair, self.sums, self.squares):
+                total += values.sum(0)
+                square += values.square().sum(0)
+            self.products += pair[0].T @ pair[1]
         self.count += len(target)
 
     def correlation(self) -> Tensor:
