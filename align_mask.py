@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--method", choices=METHODS, default="activation", help="default: %(default)s")
     parser.add_argument("--target-epoch", type=cli.natural, metavar="K", help="of the target (default: its last)")
     parser.add_argument("--match-images", type=cli.positive, metavar="N", help="default: all; imagenet: 12800")
-    parser.add_argument("--batch-size", type=cli.positive, default=500, help="images a pass (default: %(default)s)")
+    parser.add_argument("--batch-size", type=cli.positive, default=250, help="images a pass (default: %(default)s)")
     parser.add_argument("--restarts", type=cli.positive, default=5, help="of weight matching (default: %(default)s)")
     parser.add_argument("--seed", type=cli.natural, default=0, help="of random choices (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the permutation and the permuted masks")

@@ -212,7 +212,7 @@ def matching_row(size: int, images: int, repeats: int, device: torch.device) -> 
     axes = find_axes(source, data.input_shape)
 
     def batches() -> Any:
-        return (x for x, _ in data.eval_batches("train"))
+        return (x for x, _ in data.eval_batches("train", 250))
 
     return compare(
         f"matching in one pass, resnet20 x1, {size} px", lambda: match_activations(source, target, axes, batches()),
