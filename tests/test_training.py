@@ -38,7 +38,7 @@ def test_evaluation_by_hand():
 
 def test_one_masked_step_by_hand(tmp_path):
     """SGD with momentum 0.9 and weight decay: after two steps the kept weights are those of the formula, the rest 0."""
-    data, model = resident(count=4, pad=0, mean=0.1), nn.Sequential(nn.Flatten(), nn.Linear(192, 2, bias=False))
+    data, model = resident(count=4, pad=1, mean=0.1), nn.Sequential(nn.Flatten(), nn.Linear(192, 2, bias=False))
     mask = {"1.weight": torch.rand(2, 192) < 0.5}
     with torch.no_grad():
         model[1].weight.mul_(mask["1.weight"])
