@@ -25,7 +25,8 @@ from common.data import load_described
 from common.errors import UserError
 from common.matching import match_activations, match_weights, matched_weights, objective
 from common.models import build_model
-from common.permutation import check_same_function, find_axes, permute, random_permutation
+from common.axes import find_axes
+from common.permutation import check_same_function, permute, random_permutation
 from common.training import pick_device
 
 METHODS = ("activation", "weight", "masked", "random", "identity")

@@ -27,7 +27,8 @@ from common import cli, masking
 from common.data import Resident
 from common.matching import Moments, assign, channels_last, match_activations
 from common.models import build_model
-from common.permutation import Axes, find_axes, permute, trace
+from common.axes import find_axes, trace
+from common.permutation import Axes, permute
 from common.training import pick_device, pick_precision, train
 
 BATCH, SPARSITY = 128, 0.9
@@ -101,12 +102,13 @@ def match_layer_by_layer(
     original = {name: value.clone() for name, value in source.state_dict().items()}
     position = {node.name: i for i, node in enumerate(trace(source).graph.nodes)}
     permutation: dict[str, Tensor] = {}
-    for axis in sorted(axes.sizes, key=lambda axis: position[axes.carriers[axis].node]):
-        heads = [cut(model, axes.carriers[axis].node) for model in (target, source)]
+    for axis in sorted(axes.sizes, key=lambda axis: position[axes.carriers[axis][-1].node]):
+        carrier = axes.carriers[axis][-1]
+        heads = [cut(model, carrier.node) for model in (target, source)]
         moments = Moments()
         with torch.no_grad():
             for images in batches():
-                moments.add(*(channels_last(head(images), axes, axis) for head in heads))
+                moments.add(*(channels_last(head(images), carrier, axes.sizes[axis]) for head in heads))
         permutation[axis] = assign(moments.correlation())
         source.load_state_dict(permute(original, axes.dims, permutation))
     return permutation

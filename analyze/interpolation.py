@@ -23,7 +23,8 @@ from common import checkpoint, cli
 from common.data import Batches, Resident, Streamed, load_described
 from common.errors import UserError
 from common.models import build_model
-from common.permutation import find_axes, permute
+from common.axes import find_axes
+from common.permutation import permute
 from common.training import evaluate, pick_device
 
 CURVES = {

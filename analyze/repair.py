@@ -9,8 +9,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, fx, nn
 
+from common.axes import trace
 from common.masking import LAYERS
-from common.permutation import BATCH_NORMS, trace
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 Statistics = dict[str, tuple[Tensor, Tensor]]  # layer -> (mean, standard deviation) of its output, per channel
 

@@ -1,13 +1,16 @@
 """Finding the permutation that maps the source network onto the target (paper, section 4.1)."""
 
 import copy
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, fx, nn
 
+from common.axes import trace
 from common.masking import layer_weights
-from common.permutation import Axes, permute, trace
+from common.permutation import Axes, Carrier, identity, permute
 
 Permutation = dict[str, Tensor]
 
@@ -37,33 +40,50 @@ class Moments:
             self.products += pair[0].T @ pair[1]
         self.count += len(target)
 
+    def covariance(self) -> Tensor:
+        """The (target channels, source channels) covariance, in float64 on the CPU."""
+        means = [total / self.count for total in self.sums]
+        return (self.products / self.count - means[0][:, None] * means[1][None, :]).cpu()
+
     def correlation(self) -> Tensor:
         """The (target channels, source channels) correlation; a channel of zero variance correlates 0 with everything."""
         means = [total / self.count for total in self.sums]
-        covariance = self.products / self.count - means[0][:, None] * means[1][None, :]
         deviations = []
         for mean, square in zip(means, self.squares):
             second = square / self.count
             variance = second - mean.square()
             # Below fp32's resolution of the sums a variance is rounding, not signal.
             deviations.append(torch.where(variance > 1e-7 * second, variance, 0).sqrt())
-        scale = deviations[0][:, None] * deviations[1][None, :]
-        return torch.where(scale > 0, covariance / scale, 0).clamp(-1, 1).cpu()
+        scale = (deviations[0][:, None] * deviations[1][None, :]).cpu()
+        return torch.where(scale > 0, self.covariance() / scale, 0).clamp(-1, 1)
 
 
 @torch.no_grad()
-def correlations(source: nn.Module, target: nn.Module, axes: Axes, batches) -> dict[str, Tensor]:
+def similarities(
+    source: nn.Module,
+    target: nn.Module,
+    axes: Axes,
+    batches: Iterable[Tensor],
+    match_on: str = "post",
+    statistic: str = "correlation",
+    stream: str = "last",
+) -> dict[str, Tensor]:
     """Correlate the channels of every axis in one pass over `batches` of images, in fp32 and evaluation mode.
 
-    Returns a (target channels, source channels) float64 matrix for each axis. One pass is enough: a permuted
+    match_on: `post`, the values after the nonlinearity, or `pre`, before it. statistic: `correlation` or `covariance`.
+    stream: where layers read an axis from several tensors, as from a residual stream, the `last` or the `mean` over all.
+    Returns a (target channels, source channels) float64 matrix for each axis that is seen. One pass is enough: a permuted
     network computes the same function, so permuting early channels changes no later channel's values.
     """
     # Copies, because tracing sets evaluation mode and fp32 must hold whatever the caller trains in.
     pair = [fx.Interpreter(trace(copy.deepcopy(model).float())) for model in (target, source)]
-    wanted: dict[str, list[str]] = {}
-    for axis, carrier in axes.carriers.items():
-        wanted.setdefault(carrier.node, []).append(axis)
-    moments = {axis: Moments() for axis in axes.sizes}
+    moments: dict[str, list[Moments]] = {axis: [] for axis in axes.sizes}
+    wanted: dict[str, list[tuple[Moments, Carrier, int]]] = {}
+    for axis, size in axes.sizes.items():
+        for carrier in axes.carriers[axis] if stream == "mean" else axes.carriers[axis][-1:]:
+            moments[axis].append(Moments())
+            node = carrier.node if match_on == "post" else carrier.before
+            wanted.setdefault(node, []).append((moments[axis][-1], carrier, size))
     last = max(position for position, node in enumerate(pair[0].module.graph.nodes) if node.name in wanted)
     with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
         for images in batches:
@@ -73,20 +93,22 @@ def correlations(source: nn.Module, target: nn.Module, axes: Axes, batches) -> d
             for position, nodes in enumerate(zip(*(interpreter.module.graph.nodes for interpreter in pair))):
                 for interpreter, node in zip(pair, nodes):
                     interpreter.env[node] = interpreter.run_node(node)
-                for axis in wanted.get(nodes[0].name, ()):
-                    views = [channels_last(i.env[n], axes, axis) for i, n in zip(pair, nodes)]
-                    moments[axis].add(*views)
+                for moment, carrier, size in wanted.get(nodes[0].name, ()):
+                    moment.add(*(channels_last(i.env[n], carrier, size) for i, n in zip(pair, nodes)))
                 for interpreter, node in zip(pair, nodes):
                     for dead in interpreter.user_to_last_uses.get(node, ()):
                         del interpreter.env[dead]
                 if position == last:
                     break
-    return {axis: moment.correlation() for axis, moment in moments.items()}
+    return {
+        axis: sum(getattr(moment, statistic)() for moment in several) / len(several)
+        for axis, several in moments.items()
+        if several
+    }
 
 
-def channels_last(value: Tensor, axes: Axes, axis: str) -> Tensor:
-    """View an activation as (samples, channels of `axis`)."""
-    carrier, size = axes.carriers[axis], axes.sizes[axis]
+def channels_last(value: Tensor, carrier: Carrier, size: int) -> Tensor:
+    """View an activation as (samples, channels) of the axis of `size` channels that `carrier` finds in it."""
     value = value.movedim(carrier.dim, -1)
     value = value.narrow(-1, carrier.offset, size * carrier.repeat)
     if carrier.repeat > 1:
@@ -99,22 +121,50 @@ def assign(similarity: Tensor) -> Tensor:
     return torch.from_numpy(linear_sum_assignment(similarity.numpy(), maximize=True)[1])
 
 
-def match_activations(source: nn.Module, target: nn.Module, axes: Axes, batches) -> tuple[Permutation, list[dict]]:
+def assign_blocks(within: list[Tensor], fixed: list[Tensor], blocks: int) -> list[Tensor]:
+    """The permutations of axes that share an order of blocks, of the largest summed similarity.
+
+    A source block can go to the place of any target block; the channels of the `within` axes can also be permuted
+    inside it, those of the `fixed` axes not. Exact: the best order inside is found for each pair of blocks, and then
+    the best pairing. Returns a permutation for each of `within`, then for each of `fixed`.
+    """
+    score = torch.zeros(blocks, blocks, dtype=torch.float64)
+    orders: list[Tensor] = []  # (target block, source block, channel within)
+    for position, similarity in enumerate([*within, *fixed]):
+        size = len(similarity) // blocks
+        pairs = similarity.unflatten(0, (blocks, size)).unflatten(2, (blocks, size)).transpose(1, 2)
+        order = torch.arange(size).expand(blocks, blocks, size)
+        if position < len(within) and size > 1:
+            order = torch.stack([assign(pair) for pair in pairs.flatten(0, 1)]).view(blocks, blocks, size)
+        score += pairs.gather(3, order[..., None]).sum((2, 3))
+        orders.append(order)
+    placed = assign(score)
+    return [(placed[:, None] * order.shape[2] + order[torch.arange(blocks), placed]).flatten() for order in orders]
+
+
+def match_activations(
+    source: nn.Module, target: nn.Module, axes: Axes, batches: Iterable[Tensor], **how: str
+) -> tuple[Permutation, list[dict]]:
     """Activation matching: for every axis the permutation of the source that correlates best with the target.
 
-    Returns the permutation and a row an axis: channels, how many moved, mean matched correlation before and after.
+    `how` goes to `similarities`. Returns the permutation and a row an axis: channels, how many moved, mean matched
+    similarity before and after.
     """
-    permutation, rows = {}, []
-    for axis, matrix in correlations(source, target, axes, batches).items():
-        index = permutation[axis] = assign(matrix)
-        identity = torch.arange(len(index))
+    matrices = similarities(source, target, axes, batches, **how)
+    permutation = {}
+    for names, blocks in axes.units:
+        if matrices.keys() >= set(names):  # inside an attention layer no values are seen
+            permutation |= zip(names, assign_blocks([matrices[axis] for axis in names], [], blocks))
+    rows = []
+    for axis, index in permutation.items():
+        matrix, unmoved = matrices[axis], torch.arange(len(index))
         rows.append(
             {
                 "axis": axis,
                 "channels": len(index),
-                "moved": int((index != identity).sum()),
+                "moved": int((index != unmoved).sum()),
                 "before": float(matrix.diagonal().mean()),
-                "after": float(matrix[identity, index].mean()),
+                "after": float(matrix[unmoved, index].mean()),
             }
         )
     return permutation, rows
@@ -143,54 +193,74 @@ def match_weights(
     `start` or the identity, and visits the axes in an order drawn from `seed`. Returns the permutation and the
     objective at the start and after every sweep, which never falls.
     """
-    permutation = {axis: torch.arange(size) for axis, size in axes.sizes.items()} | (start or {})
+    permutation = identity(axes) | (start or {})
     moved = permute(source, axes.dims, permutation)
     places = _places(source, axes)
+    units = {axis: unit for unit in axes.units for axis in unit.axes}
     generator = torch.Generator().manual_seed(seed)
-    axis_names = list(axes.sizes)
+    names = list(axes.sizes)
     history = [objective(moved, target)]
-    stale = set(axis_names)  # axes beside which something has moved since they were last optimal
+    stale = set(names)  # axes beside which something has moved since they were last optimal
     while stale:
-        for position in torch.randperm(len(axis_names), generator=generator).tolist():
-            axis = axis_names[position]
+        for position in torch.randperm(len(names), generator=generator).tolist():
+            axis = names[position]
             if axis not in stale:
                 continue
             stale.discard(axis)
-            similarity = sum(
-                _rows(target, place, axes.sizes[axis]) @ _rows(moved, place, axes.sizes[axis]).T
-                for place in places[axis]
-            )
-            step = assign(similarity.cpu())
-            touched = {name: moved[name] for name, *_ in places[axis]}
-            candidate = permute(touched, axes.dims, {axis: step})
+            unit = (axis, *(other for other in units[axis].axes if other != axis))
+            seen: set[str] = set()  # a tensor along which several axes of the unit lie counts once
+            sums = []
+            for member in unit:
+                here = [place for place in places[member] if member == axis or place.tensor not in seen]
+                sums.append(_similarity(target, moved, here, axes.sizes[member]))
+                seen |= {place.tensor for place in here}
+            steps = dict(zip(unit, assign_blocks(sums[:1], sums[1:], units[axis].blocks)))
+            touched = {name: moved[name] for name in seen}
+            candidate = permute(touched, axes.dims, steps)
             before, after = objective(touched, target), objective(candidate, target)
             # The true gain, because an axis that lies along two dimensions of a tensor makes the assignment approximate.
             if after > before + 1e-7 * abs(before):
-                permutation[axis] = permutation[axis][step]
+                for member, step in steps.items():
+                    permutation[member] = permutation[member][step]
                 moved |= candidate
-                stale |= {
-                    other
-                    for other in axis_names
-                    if other != axis and touched.keys() & {name for name, *_ in places[other]}
-                }
+                beside = {other for other in names if any(place.tensor in seen for place in places[other])}
+                stale |= beside - {axis}
         history.append(objective(moved, target))
     return permutation, history
 
 
-def _places(tensors: dict[str, Tensor], axes: Axes) -> dict[str, list[tuple[str, int, int, int]]]:
-    """Where each axis lies: (tensor, dimension, offset, repeat)."""
-    places: dict[str, list[tuple[str, int, int, int]]] = {axis: [] for axis in axes.sizes}
+class Place(NamedTuple):
+    """Where an axis lies in a tensor."""
+
+    tensor: str
+    dim: int
+    offset: int
+    repeat: int
+    groups: int
+
+
+def _places(tensors: dict[str, Tensor], axes: Axes) -> dict[str, list[Place]]:
+    places: dict[str, list[Place]] = {axis: [] for axis in axes.sizes}
     for name in tensors:
         for dim, layout in enumerate(axes.dims[name]):
             offset = 0
-            for axis, size, repeat in layout or ():
+            for axis, size, repeat, groups in layout or ():
                 if axis in places:
-                    places[axis].append((name, dim, offset, repeat))
+                    places[axis].append(Place(name, dim, offset, repeat, groups))
                 offset += size * repeat
     return places
 
 
-def _rows(tensors: dict[str, Tensor], place: tuple[str, int, int, int], size: int) -> Tensor:
+def _similarity(target: dict[str, Tensor], source: dict[str, Tensor], places: list[Place], size: int) -> Tensor:
+    """(target channels, source channels) inner products, summed over all places of an axis; float64 on the CPU."""
+    total = torch.zeros(size, size, dtype=torch.float64)
+    for place in places:
+        total += (_rows(target[place.tensor], place, size) @ _rows(source[place.tensor], place, size).T).cpu()
+    return total
+
+
+def _rows(tensor: Tensor, place: Place, size: int) -> Tensor:
     """The entries of a tensor as one row a channel of the axis that lies at `place`."""
-    name, dim, offset, repeat = place
-    return tensors[name].movedim(dim, 0).narrow(0, offset, size * repeat).reshape(size, -1)
+    if place.groups > 1:  # (groups * rows, channels a group, ...): the channels of a group meet its rows only
+        return tensor.unflatten(0, (place.groups, -1)).transpose(1, 2).reshape(size, -1)
+    return tensor.movedim(place.dim, 0).narrow(0, place.offset, size * place.repeat).reshape(size, -1)

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from analyze.benchmark import match_layer_by_layer
-from common.matching import Moments, assign, correlations, match_activations, match_weights, matched_weights, objective
+from common.matching import Moments, assign, similarities, match_activations, match_weights, matched_weights, objective
 from common.models import build_model
-from common.permutation import find_axes, inverse, permute, random_permutation
+from common.axes import find_axes
+from common.permutation import inverse, permute, random_permutation
 from tests.test_permutation import built
 
 
@@ -47,7 +48,7 @@ def test_a_planted_permutation_is_recovered_exactly(name, width, size):
     source = copy.deepcopy(target)
     source.load_state_dict(permute(target.state_dict(), axes.dims, planted))
     images = torch.randn(48, 3, size, size)
-    matrices = correlations(source, target, axes, [images[:32], images[32:]])
+    matrices = similarities(source, target, axes, [images[:32], images[32:]])
     found, rows = match_activations(source, target, axes, [images[:32], images[32:]])
     undone = inverse(planted)
     alive = 0
@@ -79,7 +80,7 @@ def test_one_pass_finds_what_layer_by_layer_matching_finds(name, width, size):
     one_pass, _ = match_activations(source, target, axes, batches)
     layered = match_layer_by_layer(source, target, axes, lambda: batches)
     assert one_pass.keys() == layered.keys()
-    for axis, matrix in correlations(source, target, axes, batches).items():
+    for axis, matrix in similarities(source, target, axes, batches).items():
         alive = matrix.abs().sum(0) > 0  # dead channels are interchangeable
         placed = (alive[one_pass[axis]] | alive[layered[axis]]) & (matrix.abs().sum(1) > 0)
         assert torch.equal(one_pass[axis][placed], layered[axis][placed]), axis
