@@ -21,11 +21,11 @@ import torch
 from tqdm import tqdm
 
 from common import checkpoint, cli, masking
+from common.axes import find_axes
 from common.data import load_described
 from common.errors import UserError
 from common.matching import match_activations, match_weights, matched_weights, objective
 from common.models import build_model
-from common.axes import find_axes
 from common.permutation import check_same_function, permute, random_permutation
 from common.training import pick_device
 

@@ -24,10 +24,10 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from common import cli, masking
+from common.axes import find_axes, trace
 from common.data import Resident
 from common.matching import Moments, assign, channels_last, match_activations
 from common.models import build_model
-from common.axes import find_axes, trace
 from common.permutation import Axes, permute
 from common.training import pick_device, pick_precision, train
 

@@ -20,10 +20,10 @@ from tqdm import tqdm
 from analyze import repair, style
 from analyze.results import dense_runs, find_results, parse_root
 from common import checkpoint, cli
+from common.axes import find_axes
 from common.data import Batches, Resident, Streamed, load_described
 from common.errors import UserError
 from common.models import build_model
-from common.axes import find_axes
 from common.permutation import permute
 from common.training import evaluate, pick_device
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from analyze.benchmark import match_layer_by_layer
-from common.matching import Moments, assign, similarities, match_activations, match_weights, matched_weights, objective
-from common.models import build_model
 from common.axes import find_axes
+from common.matching import Moments, assign, match_activations, match_weights, matched_weights, objective, similarities
+from common.models import build_model
 from common.permutation import inverse, permute, random_permutation
 from tests.test_permutation import built
 

@@ -1,9 +1,8 @@
 import pytest
 import torch
 
-
-from common.models import build_model
 from common.axes import find_axes
+from common.models import build_model
 from common.permutation import Segment, check_same_function, inverse, permute, random_permutation
 
 MODELS = [("mlp", 0.125, 8), ("vgg11", 0.125, 64), ("resnet20", 0.5, 8), ("resnet50", 0.125, 32)]

@@ -13,9 +13,9 @@ from PIL import Image
 
 import train_sparse
 from common import masking
+from common.axes import find_axes
 from common.data import load_described
 from common.models import build_model
-from common.axes import find_axes
 from common.permutation import permute
 from common.training import learning_rates, train
 from tests.conftest import ROOT, TINY, call, sparse, succeed
