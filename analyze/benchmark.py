@@ -26,9 +26,9 @@ from torch.nn.utils import prune
 from common import cli, masking
 from common.axes import find_axes, trace
 from common.data import Resident
-from common.matching import Moments, assign, channels_last, match_activations
+from common.matching import Moments, assign, channels_last, match_activations, objective
 from common.models import build_model
-from common.permutation import Axes, permute
+from common.permutation import Axes, identity, permute
 from common.training import pick_device, pick_precision, train
 
 BATCH, SPARSITY = 128, 0.9
@@ -112,6 +112,34 @@ def match_layer_by_layer(
         permutation[axis] = assign(moments.correlation())
         source.load_state_dict(permute(original, axes.dims, permutation))
     return permutation
+
+
+def match_weights_plainly(
+    source: dict[str, Tensor], target: dict[str, Tensor], axes: Axes, seed: int = 0
+) -> tuple[dict[str, Tensor], float]:
+    """Weight matching as Algorithm 1 of Ainsworth et al. (2023) reads: every sweep solves every axis anew.
+
+    Knows ordinary axes only, one block each. Returns the permutation and the objective that it reaches.
+    """
+    permutation = identity(axes)
+    generator = torch.Generator().manual_seed(seed)
+    best, improved = objective(source, target), True
+    while improved:
+        improved = False
+        for position in torch.randperm(len(axes.sizes), generator=generator).tolist():
+            axis, size = list(axes.sizes.items())[position]
+            moved = permute(source, axes.dims, permutation)
+            similarity = torch.zeros(size, size, dtype=torch.float64)
+            for name, layouts in axes.dims.items():
+                for dim, layout in enumerate(layouts if name in source else ()):
+                    if layout and layout[0].axis == axis:
+                        here, there = (tensors[name].movedim(dim, 0).reshape(size, -1) for tensors in (target, moved))
+                        similarity += here @ there.T
+            candidate = permutation | {axis: permutation[axis][assign(similarity)]}
+            reached = objective(permute(source, axes.dims, candidate), target)
+            if reached > best + 1e-7 * abs(best):
+                permutation, best, improved = candidate, reached, True
+    return permutation, best
 
 
 def cut(model: nn.Module, last: str) -> fx.GraphModule:

@@ -28,6 +28,7 @@ PAPER: dict[str, dict[str, tuple[Any, Any]]] = {
 }  # fmt: skip
 REWIND_EPOCHS = ((0, 5, 10, 15, 20, 25, 50, 75, 100), (10, 25, 50))
 MATCH_IMAGES = (None, 12_800)
+MATCH_BATCH = (250, 32)  # what stays in a processor's cache, and what fits beside two wide networks
 HELP = {
     "epochs": "epochs", "lr": "peak learning rate", "schedule": "learning rate by epoch: cosine to 0, or a tenth every 30 epochs",
     "warmup": "epochs of linear warm-up", "weight_decay": "L2 penalty", "batch_size": "images a step", "momentum": "of SGD",

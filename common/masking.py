@@ -90,6 +90,25 @@ def check_fits(mask: Mask, weights: dict[str, Tensor], path: object) -> None:
             raise UserError(f"{path} does not fit the network: {name} is {tuple(entry.shape)} {entry.dtype} there")
 
 
+def from_prune(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Mask]:
+    """Split a state dict as torch.nn.utils.prune leaves it (`weight_orig`, `weight_mask`) into weights and mask.
+
+    The weights are those that the network computes with, masked ones zero. Other entries stay as they are.
+    """
+    ends = ("_orig", "_mask")
+    pruned = [name.removesuffix("_orig") for name in state if name.endswith("_orig") and f"{name[:-5]}_mask" in state]
+    weights = {name: value for name, value in state.items() if not (name.endswith(ends) and name[:-5] in pruned)}
+    mask = {name: state[f"{name}_mask"].bool() for name in pruned}
+    return weights | {name: state[f"{name}_orig"] * entry for name, entry in mask.items()}, mask
+
+
+def to_prune(weights: dict[str, Tensor], mask: Mask) -> dict[str, Tensor]:
+    """The state dict of weights and mask for a module that torch.nn.utils.prune has prepared: `weight_orig`, `weight_mask`."""
+    state = {name: value for name, value in weights.items() if name not in mask}
+    state |= {f"{name}_orig": weights[name] for name in mask}
+    return state | {f"{name}_mask": entry.to(weights[name].dtype) for name, entry in mask.items()}
+
+
 def with_signs(weights: dict[str, Tensor], positive: Mask) -> dict[str, Tensor]:
     """The magnitudes of `weights` with given signs: plus where `positive` is True (cf. Oh et al. 2025)."""
     return {name: value.abs() * (2 * positive[name].to(value) - 1) for name, value in weights.items()}

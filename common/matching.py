@@ -9,7 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, fx, nn
 
 from common.axes import trace
-from common.masking import layer_weights
+from common.masking import LAYERS
 from common.permutation import Axes, Carrier, identity, permute
 
 Permutation = dict[str, Tensor]
@@ -174,9 +174,13 @@ def match_activations(
 
 
 def matched_weights(model: nn.Module) -> list[str]:
-    """Names of what weight matching looks at: weights and biases of convolution and linear layers."""
-    layers = {name.removesuffix(".weight") for name in layer_weights(model)}
-    return [name for name, _ in model.named_parameters() if name.rpartition(".")[0] in layers]
+    """Names of what weight matching looks at: weights and biases of convolution, linear and attention layers."""
+    return [
+        f"{layer}.{name}"
+        for layer, module in model.named_modules()
+        if isinstance(module, (*LAYERS, nn.MultiheadAttention))
+        for name, _ in module.named_parameters(recurse=False)
+    ]
 
 
 def objective(source: dict[str, Tensor], target: dict[str, Tensor]) -> float:
@@ -214,17 +218,19 @@ def match_weights(
                 here = [place for place in places[member] if member == axis or place.tensor not in seen]
                 sums.append(_similarity(target, moved, here, axes.sizes[member]))
                 seen |= {place.tensor for place in here}
-            steps = dict(zip(unit, assign_blocks(sums[:1], sums[1:], units[axis].blocks)))
             touched = {name: moved[name] for name in seen}
-            candidate = permute(touched, axes.dims, steps)
-            before, after = objective(touched, target), objective(candidate, target)
-            # The true gain, because an axis that lies along two dimensions of a tensor makes the assignment approximate.
-            if after > before + 1e-7 * abs(before):
-                for member, step in steps.items():
-                    permutation[member] = permutation[member][step]
-                moved |= candidate
-                beside = {other for other in names if any(place.tensor in seen for place in places[other])}
-                stale |= beside - {axis}
+            best = objective(touched, target)
+            # Judged by the true gain: where axes of a unit, or one axis twice, share a tensor, their best orders depend
+            # on each other, and the assignment is a proposal. So there are two of them, with the others' orders free or kept.
+            for free in sorted({len(unit), 1}, reverse=True):
+                steps = dict(zip(unit, assign_blocks(sums[:free], sums[free:], units[axis].blocks)))
+                candidate = permute(touched, axes.dims, steps)
+                if (reached := objective(candidate, target)) > best + 1e-7 * abs(best):
+                    for member, step in steps.items():
+                        permutation[member] = permutation[member][step]
+                    moved |= candidate
+                    stale |= {other for other in names if any(place.tensor in seen for place in places[other])} - {axis}
+                    break
         history.append(objective(moved, target))
     return permutation, history
 

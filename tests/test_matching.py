@@ -1,14 +1,25 @@
 import copy
+import itertools
 
 import numpy as np
 import pytest
 import torch
 
-from analyze.benchmark import match_layer_by_layer
+from analyze.benchmark import match_layer_by_layer, match_weights_plainly
 from common.axes import find_axes
-from common.matching import Moments, assign, match_activations, match_weights, matched_weights, objective, similarities
+from common.matching import (
+    Moments,
+    assign,
+    assign_blocks,
+    match_activations,
+    match_weights,
+    matched_weights,
+    objective,
+    similarities,
+)  # fmt: skip
 from common.models import build_model
 from common.permutation import inverse, permute, random_permutation
+from tests.test_axes import tell_apart
 from tests.test_permutation import built
 
 
@@ -136,3 +147,112 @@ def test_a_layer_used_twice_lies_along_both_dimensions_and_still_never_loses():
         found, history = match_weights(*ends, axes, seed=seed)
         assert all(later >= earlier for earlier, later in zip(history, history[1:]))
         assert objective(permute(ends[0], axes.dims, found), ends[1]) == pytest.approx(history[-1])
+
+
+# ---------------------------------------------------------------- blocks: grouped convolutions and GroupNorm
+
+
+def brute_force(within, fixed, blocks):
+    """The best score over all orders of blocks and of channels inside them."""
+    best = -float("inf")
+    for order in itertools.permutations(range(blocks)):
+        score = 0.0
+        for position, similarity in enumerate([*within, *fixed]):
+            size = len(similarity) // blocks
+            for here, there in enumerate(order):
+                block = similarity[here * size : (here + 1) * size, there * size : (there + 1) * size]
+                inner = itertools.permutations(range(size)) if position < len(within) else [range(size)]
+                score += max(sum(float(block[i, j]) for i, j in enumerate(one)) for one in inner)
+        best = max(best, score)
+    return best
+
+
+def test_assignment_in_blocks_is_the_best_there_is():
+    generator = torch.Generator().manual_seed(0)
+    for blocks, sizes, free in ((1, [4], 1), (3, [6, 3], 2), (3, [6, 9], 1), (2, [6, 2, 4], 2), (4, [4], 1)):
+        matrices = [torch.rand(size, size, dtype=torch.float64, generator=generator) for size in sizes]
+        found = assign_blocks(matrices[:free], matrices[free:], blocks)
+        score = sum(float(m[torch.arange(len(m)), index].sum()) for m, index in zip(matrices, found))
+        assert score == pytest.approx(brute_force(matrices[:free], matrices[free:], blocks))
+        orders = [index.view(blocks, -1) * blocks // len(index) for index in found]
+        assert all((order == orders[0][:, :1]).all() for order in orders)  # every axis moves the same blocks
+        for index in found[free:]:
+            assert (index.view(blocks, -1).diff(dim=1) == 1).all()  # and a fixed one keeps its order inside
+
+
+@pytest.mark.parametrize("match", ["activation", "weight"])
+def test_a_planted_permutation_of_grouped_channels_is_recovered(match):
+    torch.manual_seed(0)
+    target = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.Conv2d(16, 24, 3, groups=4), torch.nn.ReLU(),
+        torch.nn.Conv2d(24, 32, 1), torch.nn.GroupNorm(4, 32), torch.nn.ReLU(), torch.nn.Conv2d(32, 10, 1), torch.nn.Flatten(),
+    )  # fmt: skip
+    tell_apart(target, torch.randn(8, 3, 8, 8))
+    axes = find_axes(target, (3, 8, 8))
+    assert {unit.axes: unit.blocks for unit in axes.units} == {("0", "2"): 4, ("4",): 4}
+    planted = random_permutation(axes, seed=2)
+    source = copy.deepcopy(target)
+    source.load_state_dict(permute(target.state_dict(), axes.dims, planted))
+    if match == "activation":
+        found, _ = match_activations(source, target, axes, [torch.randn(64, 3, 8, 8)])
+    else:
+        ends = [{name: model.state_dict()[name] for name in matched_weights(model)} for model in (source, target)]
+        tries = [match_weights(*ends, axes, seed=seed) for seed in range(5)]
+        assert all(b >= a for _, history in tries for a, b in zip(history, history[1:]))
+        found, history = max(tries, key=lambda one: one[1][-1])
+        assert history[-1] == pytest.approx(objective(ends[1], ends[1]))
+    for axis, index in inverse(planted).items():
+        assert torch.equal(found[axis], index), axis
+
+
+# ---------------------------------------------------------------- which values are compared
+
+
+def test_values_before_the_nonlinearity_and_over_the_stream_by_hand():
+    class Stream(torch.nn.Module):
+        """x -> stem -> relu = s0; s1 = relu(s0 + block(s0)); the linear layer reads s1, the block read s0."""
+
+        def __init__(self):
+            super().__init__()
+            self.stem, self.block, self.fc = torch.nn.Linear(2, 3), torch.nn.Linear(3, 3), torch.nn.Linear(3, 1)
+
+        def forward(self, x):
+            x = torch.relu(self.stem(x))
+            return self.fc(torch.relu(x + self.block(x)))
+
+    torch.manual_seed(0)
+    source, target = Stream(), Stream()
+    axes, x = find_axes(source, (2,)), torch.randn(50, 2)
+    values = {}
+    with torch.no_grad():
+        for name, model in (("source", source), ("target", target)):
+            first = model.stem(x)
+            second = first.relu() + model.block(first.relu())
+            values[name] = [(first, first.relu()), (second, second.relu())]
+    for match_on, post in (("pre", 0), ("post", 1)):
+        for statistic, reference in (
+            ("correlation", np.corrcoef),
+            ("covariance", lambda a, b: np.cov(a, b, bias=True)),
+        ):
+            with np.errstate(invalid="ignore"):  # a unit that never varies correlates 0
+                each = [
+                    np.nan_to_num(reference(target[post].T.numpy(), source[post].T.numpy())[:3, 3:])
+                    for source, target in zip(values["source"], values["target"])
+                ]
+            for stream, expected in (("last", each[1]), ("mean", (each[0] + each[1]) / 2)):
+                found = similarities(source, target, axes, [x[:20], x[20:]], match_on, statistic, stream)
+                assert np.abs(found["stem"].numpy() - expected).max() < 1e-5, (match_on, statistic, stream)
+
+
+# ---------------------------------------------------------------- against the plain way
+
+
+@pytest.mark.parametrize("name, width, size", [("mlp", 0.25, 8), ("resnet20", 1, 16)])
+def test_weight_matching_reaches_what_the_plain_way_reaches(name, width, size):
+    source, target = (build_model(name, width, 10, (3, size, size), seed) for seed in (0, 1))
+    axes = find_axes(source, (3, size, size))
+    ends = [{key: model.state_dict()[key] for key in matched_weights(model)} for model in (source, target)]
+    for seed in range(3):
+        _, history = match_weights(*ends, axes, seed=seed)
+        _, reached = match_weights_plainly(*ends, axes, seed=seed)
+        assert history[-1] >= reached * (1 - 1e-6) and reached > history[0]
