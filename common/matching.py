@@ -225,7 +225,7 @@ def match_weights(
             for free in sorted({len(unit), 1}, reverse=True):
                 steps = dict(zip(unit, assign_blocks(sums[:free], sums[free:], units[axis].blocks)))
                 candidate = permute(touched, axes.dims, steps)
-                if (reached := objective(candidate, target)) > best + 1e-7 * abs(best):
+                if objective(candidate, target) > best + 1e-7 * abs(best):
                     for member, step in steps.items():
                         permutation[member] = permutation[member][step]
                     moved |= candidate
