@@ -10,6 +10,7 @@ figures/interpolation_* and, so that a second call is quick, interpolation.csv b
 
 import json
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -97,6 +98,35 @@ def measure(
     return pd.DataFrame(rows)
 
 
+def alignments(root: Path) -> list[dict]:
+    """Every permutation of dense runs below `root`: its `path`, the files of `source` and `target`, and how it was made.
+
+    Raises UserError when there is none, or a dense run is not below `root`.
+    """
+    dense = {checkpoint.digest(path): path for run in dense_runs(root)["folder"] for path in run.glob("epoch_*.pt")}
+    found = []
+    for run in find_results(root, "align_mask"):
+        arguments = run["arguments"]
+        if not isinstance(arguments["source_seed"], int):
+            continue  # networks of one's own, whose module is not known here
+        for role in ("source", "target"):
+            if arguments[role] not in dense:
+                raise UserError(f"the dense {role} of {run['folder']} is not below {root}")
+        files = {role: dense[arguments[role]] for role in ("source", "target")}
+        about = {name: arguments[name] for name in ("source_seed", "target_seed", "match_epoch")}
+        for path in sorted(run["folder"].glob("permutation*.pt")):
+            method = arguments["method"] + path.stem.removeprefix("permutation")
+            found.append({"path": path, "method": method} | files | about)
+    if not found:
+        raise UserError(f"no finished alignment below {root}: run align_mask.py first")
+    return found
+
+
+def cache_of(path: Path, points: int | str, images: int | str) -> Path:
+    """Where the curves of the permutation at `path` are kept."""
+    return path.with_name(f"interpolation_{path.stem}_{checkpoint.digest(path)[:8]}_{points}_{images}.csv")
+
+
 def plot(table: pd.DataFrame, title: str) -> tuple[style.Figure, pd.DataFrame]:
     """A column of panels a width: test loss above, accuracy below; the legend gives the barriers."""
     widths = sorted(table["width"].unique())
@@ -151,38 +181,24 @@ def main() -> None:
     cli.add_data(parser)
     args = parser.parse_args()
     device = pick_device(args.device)
-    runs = find_results(args.root, "align_mask")
-    if not runs:
-        raise UserError(f"no finished alignment below {args.root}: run align_mask.py first")
-    dense = {
-        checkpoint.digest(path): path for run in dense_runs(args.root)["folder"] for path in run.glob("epoch_*.pt")
-    }
-    found = [(run, path) for run in runs for path in sorted(run["folder"].glob("permutation*.pt"))]
     loaded: dict[str, Resident | Streamed] = {}
     tables = []
-    for run, path in tqdm(found, "pairs", unit="pair", disable=None):
-        arguments = run["arguments"]
-        cache = path.with_name(
-            f"interpolation_{path.stem}_{checkpoint.digest(path)[:8]}_{args.points}_{args.images}.csv"
-        )
+    for run in tqdm(alignments(args.root), "pairs", unit="pair", disable=None):
+        cache = cache_of(run["path"], args.points, args.images)
         if not cache.is_file():
-            for role in ("source", "target"):
-                if arguments[role] not in dense:
-                    raise UserError(f"the dense {role} of {run['folder']} is not below {args.root}")
-            ends = tuple(checkpoint.load(dense[arguments[role]], checkpoint.WEIGHTS) for role in ("source", "target"))
+            ends = tuple(checkpoint.load(run[role], checkpoint.WEIGHTS) for role in ("source", "target"))
             description = ends[1]["dataset"]
             key = json.dumps(description)
             if key not in loaded:
                 loaded[key] = load_described(description, args.data_dir, device, args.workers)
-            permutation = checkpoint.load(path, ("permutation",))["permutation"]
+            permutation = checkpoint.load(run["path"], ("permutation",))["permutation"]
             table = measure(ends, permutation, loaded[key], args.points, args.images)
             about = {
                 "model": ends[1]["model"]["name"],
                 "width": ends[1]["model"]["width"],
                 "dataset": description["name"],
             }
-            about |= {"method": arguments["method"] + path.stem.removeprefix("permutation")}
-            about |= {name: arguments[name] for name in ("source_seed", "target_seed", "match_epoch")}
+            about |= {name: run[name] for name in ("method", "source_seed", "target_seed", "match_epoch")}
             checkpoint.save_text(table.assign(**about).to_csv(index=False), cache)
         tables.append(pd.read_csv(cache))
     table = pd.concat(tables, ignore_index=True)

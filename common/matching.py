@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -10,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from common.axes import trace
 from common.masking import LAYERS
-from common.permutation import Axes, Carrier, identity, permute
+from common.permutation import Axes, Carrier, Place, channel_rows, find_places, identity, permute
 
 Permutation = dict[str, Tensor]
 
@@ -199,7 +198,7 @@ def match_weights(
     """
     permutation = identity(axes) | (start or {})
     moved = permute(source, axes.dims, permutation)
-    places = _places(source, axes)
+    places = find_places(source, axes)
     units = {axis: unit for unit in axes.units for axis in unit.axes}
     generator = torch.Generator().manual_seed(seed)
     names = list(axes.sizes)
@@ -235,38 +234,11 @@ def match_weights(
     return permutation, history
 
 
-class Place(NamedTuple):
-    """Where an axis lies in a tensor."""
-
-    tensor: str
-    dim: int
-    offset: int
-    repeat: int
-    groups: int
-
-
-def _places(tensors: dict[str, Tensor], axes: Axes) -> dict[str, list[Place]]:
-    places: dict[str, list[Place]] = {axis: [] for axis in axes.sizes}
-    for name in tensors:
-        for dim, layout in enumerate(axes.dims[name]):
-            offset = 0
-            for axis, size, repeat, groups in layout or ():
-                if axis in places:
-                    places[axis].append(Place(name, dim, offset, repeat, groups))
-                offset += size * repeat
-    return places
-
-
 def _similarity(target: dict[str, Tensor], source: dict[str, Tensor], places: list[Place], size: int) -> Tensor:
     """(target channels, source channels) inner products, summed over all places of an axis; float64 on the CPU."""
     total = torch.zeros(size, size, dtype=torch.float64)
     for place in places:
-        total += (_rows(target[place.tensor], place, size) @ _rows(source[place.tensor], place, size).T).cpu()
+        total += (
+            channel_rows(target[place.tensor], place, size) @ channel_rows(source[place.tensor], place, size).T
+        ).cpu()
     return total
-
-
-def _rows(tensor: Tensor, place: Place, size: int) -> Tensor:
-    """The entries of a tensor as one row a channel of the axis that lies at `place`."""
-    if place.groups > 1:  # (groups * rows, channels a group, ...): the channels of a group meet its rows only
-        return tensor.unflatten(0, (place.groups, -1)).transpose(1, 2).reshape(size, -1)
-    return tensor.movedim(place.dim, 0).narrow(0, place.offset, size * place.repeat).reshape(size, -1)

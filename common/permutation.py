@@ -106,6 +106,36 @@ def _index(layout: tuple[Segment, ...], permutation: dict[str, Tensor]) -> Tenso
     return torch.cat(pieces)
 
 
+class Place(NamedTuple):
+    """Where an axis lies in a tensor."""
+
+    tensor: str
+    dim: int
+    offset: int
+    repeat: int
+    groups: int
+
+
+def find_places(tensors: dict[str, Tensor], axes: Axes) -> dict[str, list[Place]]:
+    """Every place in `tensors` along which each axis lies."""
+    places: dict[str, list[Place]] = {axis: [] for axis in axes.sizes}
+    for name in tensors:
+        for dim, layout in enumerate(axes.dims[name]):
+            offset = 0
+            for axis, size, repeat, groups in layout or ():
+                if axis in places:
+                    places[axis].append(Place(name, dim, offset, repeat, groups))
+                offset += size * repeat
+    return places
+
+
+def channel_rows(tensor: Tensor, place: Place, size: int) -> Tensor:
+    """The entries of a tensor as one row a channel of the axis of `size` channels that lies at `place`."""
+    if place.groups > 1:  # (groups * rows, channels a group, ...): the channels of a group meet its rows only
+        return tensor.unflatten(0, (place.groups, -1)).transpose(1, 2).reshape(size, -1)
+    return tensor.movedim(place.dim, 0).narrow(0, place.offset, size * place.repeat).reshape(size, -1)
+
+
 def identity(axes: Axes) -> dict[str, Tensor]:
     """The permutation that leaves every axis as it is."""
     return {axis: torch.arange(size) for axis, size in axes.sizes.items()}

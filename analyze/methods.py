@@ -1,0 +1,127 @@
+"""Which matching method is best: `python -m analyze.methods runs/quick`.
+
+A row for every method that permuted masks below the folder, means over pairs of seeds. By network: the cosine of
+π(A) and B over the matched weights, and the loss barrier between them with and without REPAIR (where
+analyze.interpolation has measured it). By sparsity: the cosine of π(m_A ⊙ A) and B, the weights that π(m_A) shares
+with IMP's mask of B over what chance gives (where B was pruned too), and the accuracy of sparse training minus naive
+with its standard error. Writes methods.csv; a dash stands for what is missing.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analyze import masks as mask_overlap
+from analyze.interpolation import alignments, barrier, cache_of
+from analyze.results import CELL, parse_root, sparse_runs, summary
+from common import checkpoint, cli, masking
+from common.axes import find_axes
+from common.errors import UserError
+from common.matching import matched_weights, objective
+from common.models import build_model
+from common.permutation import permute
+
+NETWORK = CELL[:3]
+NAIVE = "naive"
+
+
+def cosine(one: dict, other: dict) -> float:
+    """The cosine of the angle between two sets of tensors."""
+    return objective(one, other) / np.sqrt(objective(one, one) * objective(other, other))
+
+
+def cosines(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row a mask that one permutation moved: cosines to B of π(A) and of π(m_A ⊙ A), and the same unpermuted."""
+    source, target = (checkpoint.load(run[role], checkpoint.WEIGHTS) for role in ("source", "target"))
+    model = build_model(**target["model"])
+    axes = find_axes(model, target["model"]["input_shape"])
+    names = matched_weights(model)
+    a, b = ({name: end["state_dict"][name] for name in names} for end in (source, target))
+    permutation = checkpoint.load(run["path"], ("permutation",))["permutation"]
+    about = dict(zip(NETWORK, (*(target["model"][key] for key in ("name", "width")), target["dataset"]["name"])))
+    about |= {key: run[key] for key in ("source_seed", "target_seed", "match_epoch")}
+    moved = permute(a, axes.dims, permutation)
+    _, _, single = run["path"].stem.partition("_")  # permutation_0.90.pt is of one sparsity
+    rows = []
+    for path in sorted(run["path"].parent.glob(f"mask_{single or '*'}.pt")):
+        mask = checkpoint.load(path, checkpoint.MASKS)
+        under = masking.apply(moved, mask["mask"])
+        back = {axis: index.argsort() for axis, index in permutation.items()}
+        plain = masking.apply(a, permute(mask["mask"], axes.dims, back))
+        here = about | {"sparsity": float(path.stem.partition("_")[2])}
+        rows += [
+            here | {"method": mask["method"], "cosine": cosine(moved, b), "masked_cosine": cosine(under, b)},
+            here | {"method": NAIVE, "cosine": cosine(a, b), "masked_cosine": cosine(plain, b)},
+        ]
+    return rows
+
+
+def barriers(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """The barriers that analyze.interpolation has left beside a permutation: a row a method and kind of curve."""
+    rows = []
+    for cache in sorted(run["path"].parent.glob(cache_of(run["path"], "*", "*").name)):
+        for (curve, repaired), table in pd.read_csv(cache).groupby(["curve", "repair"]):
+            about = dict(table.iloc[0][[*NETWORK, "source_seed", "target_seed", "match_epoch"]])
+            method = NAIVE if curve == "naive" else run["method"].partition("_")[0]
+            value = barrier(table["test_loss"].to_numpy(), table["alpha"].to_numpy())
+            rows.append(
+                about | {"method": method, "measure": "barrier, REPAIR" if repaired else "barrier", "value": value}
+            )
+    return rows
+
+
+def table(root: Path) -> pd.DataFrame:
+    """The whole comparison, a row a (network, match epoch, sparsity, method). Raises UserError without an alignment."""
+    runs = alignments(root)
+    key = [*NETWORK, "match_epoch", "sparsity", "method"]
+    found = pd.DataFrame([row for run in runs for row in cosines(run)])
+    result = found.groupby(key)[["cosine", "masked_cosine"]].mean().reset_index()
+    measured = pd.DataFrame([row for run in runs for row in barriers(run)])
+    if len(measured):
+        group = [*NETWORK, "match_epoch", "method"]
+        wide = measured.pivot_table(index=group, columns="measure", values="value").reset_index()
+        result = result.merge(wide, how="left", on=group)
+    shared = mask_overlap.overlaps(mask_overlap.load_all(root))
+    if len(shared):
+        ratio = mask_overlap.summary(shared)[[*NETWORK, "sparsity", "method", "ratio"]]
+        result = result.merge(
+            ratio.rename(columns={"ratio": "overlap/chance"}), how="left", on=[*NETWORK, "sparsity", "method"]
+        )
+    try:
+        trained = sparse_runs(root)
+    except UserError:  # none yet
+        return result
+    trained = trained[
+        ~trained["signs"] & ~trained["fan_in"] & trained["arm"].isin(["naive", "permuted", "random-permutation"])
+    ]
+    if trained.empty:
+        return result
+    accuracy = summary(trained)
+    accuracy["method"] = (
+        accuracy["variant"]
+        .map({NAIVE: NAIVE, "permuted": "activation", "random-permutation": "random"})
+        .fillna(accuracy["variant"].str.extract(r"\((.*)\)", expand=False))
+    )
+    columns = {"rewind": "k", "mean": "accuracy", "difference": "minus naive", "difference_se": "± SE"}
+    accuracy = accuracy.rename(columns=columns)[[*NETWORK, "sparsity", "method", *columns.values()]]
+    return result.merge(accuracy, how="left", on=[*NETWORK, "sparsity", "method"])
+
+
+def main() -> None:
+    root = parse_root(__doc__).parse_args().root
+    found = table(root)
+    checkpoint.save_text(found.to_csv(index=False), root / "methods.csv")
+    for (model, width, dataset, epoch), group in found.groupby([*NETWORK, "match_epoch"]):
+        print(f"\n{model} x{width:g} on {dataset}, matched at epoch {epoch}")
+        print(
+            group.drop(columns=[*NETWORK, "match_epoch"]).to_string(
+                index=False, na_rep="-", float_format="{:.3f}".format
+            )
+        )
+    print(f"wrote {root / 'methods.csv'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
