@@ -6,7 +6,9 @@
 # quick (the default) needs no download, no GPU and a few minutes. All else are the paper's settings.
 # Each setting below can be overridden by the environment:
 #   PAIRS="0 1 2" WIDTHS="1 4" OUT=runs/mine DATA_DIR=/data bash run_all.sh cifar10
-#   DRY_RUN=1 prints the commands, in order, so that they can be fed to a job queue.
+#   METHODS="activation masked" matches by several methods, CONTROLS="shuffled random-permutation imp-target signs"
+#   adds control arms; DRY_RUN=1 prints the commands, in order, so that they can be fed
+#   to a job queue.
 # Called again, it does what is missing; a run that was cut off goes on from its last epoch.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -14,7 +16,7 @@ preset=${1:-quick}
 
 # ---------------------------------------------------------------- settings
 # Pair p has source seed 2p and target seed 2p+1, so that pairs are independent.
-dense_flags="" imp_flags="" sparse_flags="" interpolation_flags="" jobs=1
+dense_flags="" imp_flags="" align_flags="" sparse_flags="" interpolation_flags="" jobs=1 methods="activation" controls=""
 pairs="0 1 2" widths="1" sparsity="0.8 0.9 0.95 0.97" rewind="0 5 10 15 20 25 50 75 100" model=resnet20
 case $preset in
   quick)
@@ -34,9 +36,14 @@ esac
 PAIRS=${PAIRS-$pairs} WIDTHS=${WIDTHS-$widths} SPARSITY=${SPARSITY-$sparsity}
 DATASET=${DATASET-$dataset} MODEL=${MODEL-$model} OUT=${OUT-runs/$preset} DATA_DIR=${DATA_DIR-data}
 DENSE_FLAGS=${DENSE_FLAGS-$dense_flags} IMP_FLAGS=${IMP_FLAGS-$imp_flags} SPARSE_FLAGS=${SPARSE_FLAGS-$sparse_flags}
-INTERPOLATION_FLAGS=${INTERPOLATION_FLAGS-$interpolation_flags}
+ALIGN_FLAGS=${ALIGN_FLAGS-$align_flags} INTERPOLATION_FLAGS=${INTERPOLATION_FLAGS-$interpolation_flags}
+METHODS=${METHODS-$methods} CONTROLS=${CONTROLS-$controls}
 JOBS=${JOBS-$jobs}  # processes side by side; on a CPU each then gets its share of the cores
 DRY_RUN=${DRY_RUN-}
+for name in $CONTROLS; do case $name in
+  shuffled | random-permutation | imp-target | signs) ;;
+  *) echo "run_all.sh: error: unknown control '$name': choose from shuffled, random-permutation, imp-target, signs" >&2; exit 2 ;;
+esac; done
 
 # ---------------------------------------------------------------- set-up
 python=python3
@@ -68,6 +75,7 @@ rewinds() { # of a width: the paper's grid is coarser for the widest networks
     *) echo "${REWIND-$rewind}" ;;
   esac
 }
+control() { case " $CONTROLS " in *" $1 "*) ;; *) return 1 ;; esac; } # whether a control is asked for
 start=$(date +%s)
 
 roots | while read -r w R; do
@@ -77,23 +85,38 @@ roots | while read -r w R; do
 done | run
 
 roots | while read -r w R; do
-  for p in $PAIRS; do a=$((2 * p))
-    echo "$python prune_imp.py --dense '$R/dense/seed$a' --data-dir '$DATA_DIR' --sparsity $SPARSITY --out '$R/imp/seed$a' $IMP_FLAGS"
+  for p in $PAIRS; do a=$((2 * p)) b=$((2 * p + 1))
+    for seed in $a $(control imp-target && echo $b); do
+      echo "$python prune_imp.py --dense '$R/dense/seed$seed' --data-dir '$DATA_DIR' --sparsity $SPARSITY --out '$R/imp/seed$seed' $IMP_FLAGS"
+    done
   done
 done | run
 
 roots | while read -r w R; do
   for p in $PAIRS; do a=$((2 * p)) b=$((2 * p + 1))
-    echo "$python align_mask.py --source '$R/dense/seed$a' --target '$R/dense/seed$b' --masks '$R/imp/seed$a' --data-dir '$DATA_DIR' --out '$R/align/activation/seed$a-seed$b'"
+    for method in $METHODS $(control random-permutation && echo random); do
+      echo "$python align_mask.py --source '$R/dense/seed$a' --target '$R/dense/seed$b' --masks '$R/imp/seed$a' --data-dir '$DATA_DIR' --method $method --out '$R/align/$method/seed$a-seed$b' $ALIGN_FLAGS"
+    done
   done
 done | run
 
 roots | while read -r w R; do
   for p in $PAIRS; do a=$((2 * p)) b=$((2 * p + 1))
     grid="--data-dir '$DATA_DIR' --sparsity $SPARSITY --rewind $(rewinds "$w") $SPARSE_FLAGS"
-    echo "$python train_sparse.py --arm lth --weights '$R/dense/seed$a' --masks '$R/imp/seed$a' --out '$R/sparse/lth/seed$a-seed$a' $grid"
-    echo "$python train_sparse.py --arm naive --weights '$R/dense/seed$b' --masks '$R/imp/seed$a' --out '$R/sparse/naive/seed$a-seed$b' $grid"
-    echo "$python train_sparse.py --arm permuted --weights '$R/dense/seed$b' --masks '$R/align/activation/seed$a-seed$b' --out '$R/sparse/permuted/activation/seed$a-seed$b' $grid"
+    sparse() { # arm, weights, masks, folder
+      echo "$python train_sparse.py --arm $1 --weights '$R/dense/seed$2' --masks '$R/$3' --out '$R/sparse/$4' $grid ${5-}"
+    }
+    pair=seed$a-seed$b
+    sparse lth $a imp/seed$a lth/seed$a-seed$a
+    sparse naive $b imp/seed$a naive/$pair
+    for method in $METHODS; do sparse permuted $b align/$method/$pair permuted/$method/$pair; done
+    if control shuffled; then sparse shuffled $b imp/seed$a shuffled/$pair; fi
+    if control random-permutation; then sparse random-permutation $b align/random/$pair random-permutation/$pair; fi
+    if control imp-target; then sparse imp-target $b imp/seed$b imp-target/seed$b-seed$b; fi
+    if control signs; then
+      sparse naive $b imp/seed$a naive-signs/$pair --signs
+      for method in $METHODS; do sparse permuted $b align/$method/$pair permuted-signs/$method/$pair --signs; done
+    fi
   done
 done | run
 
@@ -103,5 +126,7 @@ run <<COMMANDS
 $python -m analyze.results '$OUT'
 $python -m analyze.accuracy '$OUT'
 $python -m analyze.interpolation '$OUT' --data-dir '$DATA_DIR' $INTERPOLATION_FLAGS
+$python -m analyze.masks '$OUT'
+$python -m analyze.methods '$OUT'
 COMMANDS
 [ -n "$DRY_RUN" ] || echo "done in $(($(date +%s) - start)) s: table.txt, results.csv and figures/ are in $OUT"

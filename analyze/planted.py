@@ -55,7 +55,9 @@ def trial(dense: dict[str, Any], data: Any, level: float, images: int) -> dict[s
     activation, _ = match_activations(source, target, axes, batches)
     ends = [{name: weights[name] for name in names} for weights in (state, dense["state_dict"])]
     starts = [identity(axes), *(random_permutation(axes, seed) for seed in range(1, RESTARTS))]
-    weight, _ = max((match_weights(*ends, axes, start, i) for i, start in enumerate(starts)), key=lambda one: one[1][-1])
+    weight, _ = max(
+        (match_weights(*ends, axes, start, i) for i, start in enumerate(starts)), key=lambda one: one[1][-1]
+    )
     mask = masking.dense_mask(state, masking.prunable(source))
     mask = masking.prune_by_magnitude(state, mask, masking.keep_count(masking.size(mask), SPARSITY))
     masked, _ = match_weights(masking.apply(ends[0], mask), ends[1], axes, activation)

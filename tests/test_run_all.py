@@ -22,6 +22,8 @@ def test_dry_run_prints_the_whole_experiment_in_order():
         "analyze.results",
         "analyze.accuracy",
         "analyze.interpolation",
+        "analyze.masks",
+        "analyze.methods",
     ]
     words = shlex.split(lines[3])
     assert words[words.index("--seed") + 1] == "5" and words[words.index("--out") + 1] == "some where/w1/dense"
@@ -51,9 +53,27 @@ def test_every_preset_prints_commands_that_the_stages_accept():
                 assert outcome.code == 2 and ("nowhere" in outcome.err or "no dense run" in outcome.err), outcome.err
 
 
-def test_unknown_presets_are_refused():
+def test_methods_and_controls_add_their_runs():
+    usual = run_all("quick", DRY_RUN="1", PAIRS="1").stdout.splitlines()
+    more = run_all(
+        "quick", DRY_RUN="1", PAIRS="1", METHODS="activation masked",
+        CONTROLS="shuffled random-permutation imp-target signs",
+    ).stdout.splitlines()  # fmt: skip
+    assert [line for line in more if line in usual] == usual  # nothing else changes
+    added = [shlex.split(line) for line in more if line not in usual]
+    assert [words[words.index("--out") + 1].removeprefix("runs/quick/") for words in added] == [
+        "imp/seed3", "align/masked/seed2-seed3", "align/random/seed2-seed3", "sparse/permuted/masked/seed2-seed3",
+        "sparse/shuffled/seed2-seed3", "sparse/random-permutation/seed2-seed3", "sparse/imp-target/seed3-seed3",
+        "sparse/naive-signs/seed2-seed3", "sparse/permuted-signs/activation/seed2-seed3", "sparse/permuted-signs/masked/seed2-seed3",
+    ]  # fmt: skip
+    assert [words[-1] for words in added[-3:]] == ["--signs"] * 3
+
+
+def test_unknown_presets_and_controls_are_refused():
     done = run_all("cifar11")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cifar11" in done.stderr
+    done = run_all("quick", CONTROLS="signs shuffle")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "'shuffle'" in done.stderr
 
 
 def test_a_stage_that_fails_stops_the_experiment(tmp_path):

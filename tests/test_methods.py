@@ -1,0 +1,125 @@
+"""The analysis of masks and of matching methods."""
+
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from analyze import masks, methods, planted
+from common import masking
+from tests.conftest import call, sparse, succeed
+
+
+def test_overlap_by_hand():
+    mask = {"w": torch.tensor([[True, True, False, False], [True, False, False, False]])}
+    reference = {"w": torch.tensor([[True, False, False, True], [True, True, False, False]])}
+    (row,) = masks.overlap(mask, reference)
+    # 3 and 4 of 8 are kept, 2 by both; by chance 3 * 4 / 8.
+    assert row == {"layer": "w", "weights": 8, "kept": 3, "kept_reference": 4, "shared": 2, "chance": 1.5}
+
+
+def test_idle_units_by_hand():
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
+    mask = {
+        "0.weight": torch.tensor([True, False, True]).view(3, 1, 1, 1),
+        "3.weight": torch.ones(2, 12, dtype=torch.bool),
+    }
+    mask["3.weight"][:, 8:] = False  # nothing reads the four places of unit 2
+    assert masks.idle_units(mask, model, (1, 2, 2)) == {"units": 3, "without_inputs": 1, "without_outputs": 1}
+    # A layer that is never pruned keeps everything.
+    assert masks.idle_units({"3.weight": mask["3.weight"]}, model, (1, 2, 2))["without_inputs"] == 0
+
+
+@pytest.fixture(scope="module")
+def compared(runs, tmp_path_factory):
+    """The pipeline with IMP on both targets, and a second method."""
+    root = tmp_path_factory.mktemp("compared") / "runs"
+    shutil.copytree(runs, root)
+    for a, b in ((0, 1), (2, 3)):
+        succeed("prune_imp", "--dense", root / f"dense/seed{b}", "--sparsity", 0.5, 0.7, "--epochs", 1, "--batch-size", 64,
+                "--device", "cpu", "--precision", "fp32", "--out", root / f"imp/seed{b}")  # fmt: skip
+        out = root / f"align/masked/seed{a}-seed{b}"
+        succeed("align_mask", "--source", root / f"dense/seed{a}", "--target", root / f"dense/seed{b}", "--masks", root / f"imp/seed{a}",
+                "--method", "masked", "--device", "cpu", "--out", out)  # fmt: skip
+        sparse("permuted", root / f"dense/seed{b}", out, root / f"sparse/permuted/masked/seed{a}-seed{b}")
+    return root
+
+
+def test_masks_says_what_is_missing(runs, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(runs, root)
+    assert "run prune_imp.py on B" in succeed("analyze.masks", root)
+    outcome = call("analyze.masks", tmp_path / "nowhere")
+    assert outcome.code == 2 and "nowhere" in outcome.err
+
+
+def test_masks_compares_with_imp_on_the_target(compared):
+    out = succeed("analyze.masks", compared)
+    table = pd.read_csv(compared / "masks.csv")
+    assert set(table["method"]) == {"naive", "activation", "masked"} and "ratio" in out
+    # A row, layer and method recomputed from the files.
+    row = table.query("method == 'activation' and sparsity == 0.7 and source_seed == 2").iloc[1]
+    ours = torch.load(compared / "align/activation/seed2-seed3/mask_0.70.pt", weights_only=True)["mask"][row["layer"]]
+    reference = torch.load(compared / "imp/seed3/mask_0.70.pt", weights_only=True)["mask"][row["layer"]]
+    assert row["shared"] == int((ours & reference).sum()) and row["target_seed"] == 3
+    assert row["chance"] == pytest.approx(int(ours.sum()) * int(reference.sum()) / ours.numel())
+    shares = masks.summary(table)
+    assert (shares["pairs"] == 2).all() and shares["chance"].between(0, 100).all()
+    plain = shares[shares["method"] == "naive"].set_index("sparsity")["chance"]
+    moved = shares[shares["method"] == "activation"].set_index("sparsity")["chance"]
+    assert plain.tolist() == pytest.approx(moved.tolist())  # permuting keeps the sparsity of every layer
+    layers = pd.read_csv(compared / "layer_sparsity.csv").query("sparsity == 0.7")
+    kept = layers["weights"] * (1 - layers["layer_sparsity"])
+    assert 1 - kept.sum() / layers["weights"].sum() == pytest.approx(0.7, abs=1e-3)
+
+
+def test_methods_puts_everything_beside_each_other(compared):
+    succeed("analyze.interpolation", compared, "--points", 3, "--images", 64)
+    succeed("analyze.methods", compared)
+    table = pd.read_csv(compared / "methods.csv").query("k == 0").set_index(["sparsity", "method"])
+    assert set(table.index.get_level_values("method")) == {"naive", "activation", "masked"}
+    assert table.notna().all().drop(labels=["minus naive", "± SE"]).all()
+    for sparsity in (0.5, 0.7):
+        naive, activation, masked = (table.loc[(sparsity, method)] for method in ("naive", "activation", "masked"))
+        assert masked["masked_cosine"] >= activation["masked_cosine"] > naive["masked_cosine"]
+        assert activation["cosine"] > naive["cosine"] and pd.isna(naive["minus naive"])
+        assert activation["accuracy"] - naive["accuracy"] == pytest.approx(activation["minus naive"])
+
+
+def test_cosines_are_of_the_masks_that_were_permuted(compared):
+    run = next(run for run in methods.alignments(compared) if run["method"] == "activation")
+    rows = {(row["sparsity"], row["method"]): row for row in methods.cosines(run)}
+    weights = [torch.load(run[role], weights_only=True)["state_dict"] for role in ("source", "target")]
+    mask = torch.load(compared / "imp/seed0/mask_0.50.pt", weights_only=True)["mask"]
+    a, b = (
+        torch.cat([value.flatten() for value in end.values()]).double()
+        for end in (masking.apply(weights[0], mask), weights[1])
+    )
+    assert rows[0.5, "naive"]["masked_cosine"] == pytest.approx(float(a @ b / a.norm() / b.norm()), abs=1e-6)
+
+
+def test_planted_permutations_are_recovered_and_counted(runs, tmp_path):
+    assert planted.recovered({"a": torch.tensor([1, 2, 0])}, {"a": torch.tensor([2, 0, 1])}) == 100
+    assert planted.recovered({"a": torch.tensor([1, 0, 2])}, {"a": torch.tensor([2, 0, 1])}) == pytest.approx(100 / 3)
+    state = {"w": torch.randn(50, 50), "b": torch.zeros(1)}
+    assert (planted.noisy(state, ["w"], 0.5, 0)["w"] - state["w"]).std() == pytest.approx(
+        0.5 * float(state["w"].std()), rel=0.05
+    )
+    root = tmp_path / "copy"
+    shutil.copytree(runs / "dense", root / "dense")
+    succeed("analyze.planted", root, "--images", 250, "--device", "cpu")
+    table = pd.read_csv(root / "planted.csv")
+    means = table.groupby(["noise", "method"])["recovered"].mean()
+    assert means[0.0, "weight"] == means[0.0, "masked"] == 100
+    assert means[0.0, "activation"] > 50 > means[2.0, "activation"]
+
+
+def test_coverage_lists_networks_and_names_what_stands_in_the_way():
+    out = succeed("analyze.coverage", "resnet18", "swin_t").splitlines()
+    assert out[0].split()[:3] == ["model", "axes", "free"]
+    assert out[1].split()[:5] == ["resnet18", "12", "2,880", "0", "10"]
+    assert out[2].startswith("swin_t") and "features.1.0.attn" in out[2]
+    outcome = call("analyze.coverage", "resnet19")
+    assert outcome.code == 2 and "resnet19" in outcome.err
