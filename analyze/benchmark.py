@@ -1,10 +1,11 @@
 """How fast this code is against the plain way, measured side by side in one run.
 
-    python -m analyze.benchmark
+    python -m analyze.benchmark [training] [matching] [resnet50] [weights]
 
 Every row runs both ways in turn, several times, and prints the medians and the median of the paired ratios:
 training (data included) of dense and masked networks against an fp32 NCHW loop with PIL transforms in a
-DataLoader and torch.nn.utils.prune hooks; what a mask costs; one-pass matching against layer by layer.
+DataLoader and torch.nn.utils.prune hooks; what a mask costs; one-pass matching against layer by layer, for
+ResNet20 and for ResNet50 at 224 px; weight matching against its algorithm as it reads.
 """
 
 import contextlib
@@ -26,12 +27,13 @@ from torch.nn.utils import prune
 from common import cli, masking
 from common.axes import find_axes, trace
 from common.data import Resident
-from common.matching import Moments, assign, channels_last, match_activations, objective
+from common.matching import Moments, assign, channels_last, match_activations, match_weights, matched_weights, objective
 from common.models import build_model
 from common.permutation import Axes, identity, permute
 from common.training import pick_device, pick_precision, train
 
 BATCH, SPARSITY = 128, 0.9
+PARTS = ("training", "matching", "resnet50", "weights")
 
 
 def random_images(count: int, size: int, device: torch.device) -> Resident:
@@ -159,11 +161,11 @@ def cut(model: nn.Module, last: str) -> fx.GraphModule:
 
 
 def compare(
-    name: str, ours: Callable[[], None], other: Callable[[], None], work: int, unit: str, repeats: int
+    name: str, ours: Callable[[], None], other: Callable[[], None], work: int, unit: str, repeats: int, warm_up: int = 1
 ) -> dict[str, Any]:
-    """Run both in turn after one warm-up each; medians of the rates and of the paired ratio ours / other."""
+    """Run both in turn after a warm-up; medians of the rates and of the paired ratio ours / other."""
     times: list[tuple[float, float]] = []
-    for repeat in range(repeats + 1):
+    for repeat in range(warm_up + repeats):
         pair = []
         for run in (ours, other):
             start = time.perf_counter()
@@ -171,7 +173,7 @@ def compare(
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             pair.append(time.perf_counter() - start)
-        if repeat:
+        if repeat >= warm_up:
             times.append(tuple(pair))
     ratios = sorted(b / a for a, b in times)
     rates = [work / statistics.median(column) for column in zip(*times)]
@@ -232,40 +234,60 @@ def training_rows(size: int, steps: int, repeats: int, device: torch.device) -> 
     ]
 
 
-def matching_row(size: int, images: int, repeats: int, device: torch.device) -> dict[str, Any]:
+def matching_row(
+    name: str, size: int, images: int, batch: int, repeats: int, device: torch.device, warm_up: int = 1
+) -> dict[str, Any]:
     """One pass against layer by layer, on the same images."""
     data = random_images(images, size, device)
     source, target = (
-        build_model("resnet20", 1, 10, data.input_shape, seed).to(device, memory_format=torch.channels_last)
+        build_model(name, 1, 10, data.input_shape, seed).to(device, memory_format=torch.channels_last)
         for seed in (0, 1)
     )
     axes = find_axes(source, data.input_shape)
 
     def batches() -> Any:
-        return (x for x, _ in data.eval_batches("train", 250))
+        return (x for x, _ in data.eval_batches("train", batch))
 
     return compare(
-        f"matching in one pass, resnet20 x1, {size} px", lambda: match_activations(source, target, axes, batches()),
-        lambda: match_layer_by_layer(source, target, axes, batches), images, "images/s", repeats,
+        f"matching in one pass, {name} x1, {size} px", lambda: match_activations(source, target, axes, batches()),
+        lambda: match_layer_by_layer(source, target, axes, batches), images, "images/s", repeats, warm_up,
+    )  # fmt: skip
+
+
+def weight_matching_row(width: float, repeats: int, device: torch.device) -> dict[str, Any]:
+    """Our weight matching against the algorithm as it reads, from the same start in the same order."""
+    networks = [build_model("resnet20", width, seed=seed).to(device) for seed in (0, 1)]
+    axes, names = find_axes(networks[0], (3, 32, 32)), matched_weights(networks[0])
+    ends = [{name: network.state_dict()[name] for name in names} for network in networks]
+    return compare(
+        f"weight matching, resnet20 x{width:g}", lambda: match_weights(*ends, axes),
+        lambda: match_weights_plainly(*ends, axes), 1, "runs/s", repeats,
     )  # fmt: skip
 
 
 def main() -> None:
     parser = cli.Parser(__doc__)
+    parser.add_argument("parts", nargs="*", choices=PARTS, default=PARTS, help="default: all")
     parser.add_argument("--size", type=cli.number(int, 8), default=32, help="image size in px (default: %(default)s)")
     parser.add_argument("--steps", type=cli.positive, default=15, help="training steps a repeat (default: %(default)s)")
     parser.add_argument("--repeats", type=cli.positive, default=5, help="default: %(default)s")
     cli.add_device(parser)
     args = parser.parse_args()
     device = pick_device(args.device)
-    rows = training_rows(args.size, args.steps, args.repeats, device)
-    rows.append(matching_row(args.size, 2000, max(1, args.repeats // 2), device))
+    rows = training_rows(args.size, args.steps, args.repeats, device) if "training" in args.parts else []
+    few = max(1, args.repeats // 2)
+    if "matching" in args.parts:
+        rows.append(matching_row("resnet20", args.size, 2000, 250, few, device))
+    if "resnet50" in args.parts:
+        rows.append(matching_row("resnet50", 7 * args.size, 32, 16, 1, device, warm_up=0))
+    if "weights" in args.parts:
+        rows.append(weight_matching_row(4, few, device))
     print(
         f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.repeats} repeats; ratio: median, min and max of the pairs"
     )
     print(
         pd.DataFrame(rows).to_string(
-            index=False, formatters={"ours": "{:,.0f}".format, "other": "{:,.0f}".format}, float_format="{:.2f}".format
+            index=False, formatters={"ours": "{:,.4g}".format, "other": "{:,.4g}".format}, float_format="{:.2f}".format
         )
     )
 

@@ -235,6 +235,19 @@ def test_an_empty_folder_is_one_line(tmp_path, module):
 
 
 def test_benchmark_prints_ratios():
-    out = succeed("analyze.benchmark", "--size", 8, "--steps", 1, "--repeats", 1, "--device", "cpu")
+    out = succeed(
+        "analyze.benchmark",
+        "training",
+        "matching",
+        "weights",
+        "--size",
+        8,
+        "--steps",
+        1,
+        "--repeats",
+        1,
+        "--device",
+        "cpu",
+    )
     for row in ("dense training", "masked training", "masked over dense", "matching in one pass"):
         assert row in out
