@@ -267,20 +267,21 @@ def weight_matching_row(width: float, repeats: int, device: torch.device) -> dic
 
 def main() -> None:
     parser = cli.Parser(__doc__)
-    parser.add_argument("parts", nargs="*", choices=PARTS, default=PARTS, help="default: all")
+    parser.add_argument("parts", nargs="*", choices=PARTS, help="default: all")
     parser.add_argument("--size", type=cli.number(int, 8), default=32, help="image size in px (default: %(default)s)")
     parser.add_argument("--steps", type=cli.positive, default=15, help="training steps a repeat (default: %(default)s)")
     parser.add_argument("--repeats", type=cli.positive, default=5, help="default: %(default)s")
     cli.add_device(parser)
     args = parser.parse_args()
+    parts = args.parts or PARTS
     device = pick_device(args.device)
-    rows = training_rows(args.size, args.steps, args.repeats, device) if "training" in args.parts else []
+    rows = training_rows(args.size, args.steps, args.repeats, device) if "training" in parts else []
     few = max(1, args.repeats // 2)
-    if "matching" in args.parts:
+    if "matching" in parts:
         rows.append(matching_row("resnet20", args.size, 2000, 250, few, device))
-    if "resnet50" in args.parts:
+    if "resnet50" in parts:
         rows.append(matching_row("resnet50", 7 * args.size, 32, 16, 1, device, warm_up=0))
-    if "weights" in args.parts:
+    if "weights" in parts:
         rows.append(weight_matching_row(4, few, device))
     print(
         f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.repeats} repeats; ratio: median, min and max of the pairs"
