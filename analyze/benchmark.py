@@ -1,6 +1,6 @@
 """How fast this code is against the plain way, measured side by side in one run.
 
-    python -m analyze.benchmark [training] [matching] [resnet50] [weights]
+    python -m analyze.benchmark
 
 Every row runs both ways in turn, several times, and prints the medians and the median of the paired ratios:
 training (data included) of dense and masked networks against an fp32 NCHW loop with PIL transforms in a
@@ -44,7 +44,7 @@ def random_images(count: int, size: int, device: torch.device) -> Resident:
     pad = size // 8
     description = {"mean": [0.5] * 3, "std": [0.25] * 3}
     parts = (F.pad(images[8:], (pad,) * 4), labels[8:], images[:8], labels[:8])
-    return Resident(*(part.to(device) for part in parts), pad, True, description)
+    return Resident(*(part.to(device) for part in args.only), pad, True, description)
 
 
 # ---------------------------------------------------------------- the plain way
@@ -267,21 +267,20 @@ def weight_matching_row(width: float, repeats: int, device: torch.device) -> dic
 
 def main() -> None:
     parser = cli.Parser(__doc__)
-    parser.add_argument("parts", nargs="*", choices=PARTS, help="default: all")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
     parser.add_argument("--size", type=cli.number(int, 8), default=32, help="image size in px (default: %(default)s)")
     parser.add_argument("--steps", type=cli.positive, default=15, help="training steps a repeat (default: %(default)s)")
     parser.add_argument("--repeats", type=cli.positive, default=5, help="default: %(default)s")
     cli.add_device(parser)
     args = parser.parse_args()
-    parts = args.parts or PARTS
     device = pick_device(args.device)
-    rows = training_rows(args.size, args.steps, args.repeats, device) if "training" in parts else []
+    rows = training_rows(args.size, args.steps, args.repeats, device) if "training" in args.only else []
     few = max(1, args.repeats // 2)
-    if "matching" in parts:
+    if "matching" in args.only:
         rows.append(matching_row("resnet20", args.size, 2000, 250, few, device))
-    if "resnet50" in parts:
+    if "resnet50" in args.only:
         rows.append(matching_row("resnet50", 7 * args.size, 32, 16, 1, device, warm_up=0))
-    if "weights" in parts:
+    if "weights" in args.only:
         rows.append(weight_matching_row(4, few, device))
     print(
         f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.repeats} repeats; ratio: median, min and max of the pairs"
