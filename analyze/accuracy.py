@@ -60,8 +60,10 @@ def plot(runs: pd.DataFrame, dense: pd.DataFrame, x: str, panel: str, title: str
         row[0].set_ylabel("test accuracy (%)")
     for axis in axes[-1]:
         axis.set_xlabel("sparsity (%)" if x == "sparsity" else "rewind epoch k")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    shown = {
+        label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())
+    }  # no panel need have all
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(len(shown), 2 + 2 * len(panels)))
     figure.suptitle(title, fontsize=10)
     return figure, points
 

@@ -183,13 +183,20 @@ def render(runs: pd.DataFrame) -> str:
 
 
 def _grid(names: list[str], rows: list[tuple[str, str, pd.DataFrame]], show: Callable[[pd.Series], str]) -> list[str]:
-    """A column a variant and a line a cell."""
-    width = max(21, *(len(name) + 2 for name in names)) if names else 0
-    lines = [f"{'sparsity':>8} {'k':>4}" + "".join(f"{style.label(name):>{width}}" for name in names)]
-    for sparsity, rewind, table in rows:
-        shown = [show(table.loc[name]) if name in table.index else "-" for name in names]
-        lines.append(f"{sparsity:>8} {rewind:>4}" + "".join(f"{text:>{width}}" for text in shown))
-    return lines
+    """A column a variant and a line a cell; the other way round where there are many variants."""
+    cells = [[show(table.loc[name]) if name in table.index else "-" for name in names] for _, _, table in rows]
+    labels = [style.label(name) for name in names]
+    if len(names) <= 4:
+        lines = [["sparsity", "k", *labels], *([*row[:2], *cell] for row, cell in zip(rows, cells))]
+    else:
+        heads = [sparsity if sparsity == "all" else f"{sparsity}, k={rewind}" for sparsity, rewind, _ in rows]
+        lines = [["", *heads], *([label, *column] for label, column in zip(labels, zip(*cells)))]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    left = len(names) > 4
+    return [
+        "  ".join(f"{entry:<{width}}" if left and not n else f"{entry:>{width}}" for n, (entry, width) in enumerate(zip(line, widths)))
+        for line in lines
+    ]
 
 
 def _mean(mean: float, spread: float, form: str = ".2f") -> str:
