@@ -44,7 +44,7 @@ def random_images(count: int, size: int, device: torch.device) -> Resident:
     pad = size // 8
     description = {"mean": [0.5] * 3, "std": [0.25] * 3}
     parts = (F.pad(images[8:], (pad,) * 4), labels[8:], images[:8], labels[:8])
-    return Resident(*(part.to(device) for part in args.only), pad, True, description)
+    return Resident(*(part.to(device) for part in parts), pad, True, description)
 
 
 # ---------------------------------------------------------------- the plain way

@@ -21,7 +21,7 @@ from common.axes import find_axes
 from common.errors import UserError
 from common.matching import matched_weights, objective
 from common.models import build_model
-from common.permutation import permute
+from common.permutation import inverse, permute
 
 NETWORK = CELL[:3]
 NAIVE = "naive"
@@ -32,57 +32,47 @@ def cosine(one: dict, other: dict) -> float:
     return objective(one, other) / np.sqrt(objective(one, one) * objective(other, other))
 
 
-def cosines(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row a mask that one permutation moved: cosines to B of π(A) and of π(m_A ⊙ A), and the same unpermuted."""
+def measures(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """Two rows a mask that one permutation moved, the method's and naive's: cosines to B of A and of m_A ⊙ A, barriers."""
     source, target = (checkpoint.load(run[role], checkpoint.WEIGHTS) for role in ("source", "target"))
     model = build_model(**target["model"])
     axes = find_axes(model, target["model"]["input_shape"])
     names = matched_weights(model)
     a, b = ({name: end["state_dict"][name] for name in names} for end in (source, target))
     permutation = checkpoint.load(run["path"], ("permutation",))["permutation"]
+    moved = permute(a, axes.dims, permutation)
     about = dict(zip(NETWORK, (*(target["model"][key] for key in ("name", "width")), target["dataset"]["name"])))
     about |= {key: run[key] for key in ("source_seed", "target_seed", "match_epoch")}
-    moved = permute(a, axes.dims, permutation)
+    curves = barriers(run["path"])
     _, _, single = run["path"].stem.partition("_")  # permutation_0.90.pt is of one sparsity
     rows = []
     for path in sorted(run["path"].parent.glob(f"mask_{single or '*'}.pt")):
         mask = checkpoint.load(path, checkpoint.MASKS)
-        under = masking.apply(moved, mask["mask"])
-        back = {axis: index.argsort() for axis, index in permutation.items()}
-        plain = masking.apply(a, permute(mask["mask"], axes.dims, back))
+        unpermuted = permute(mask["mask"], axes.dims, inverse(permutation))
         here = about | {"sparsity": float(path.stem.partition("_")[2])}
-        rows += [
-            here | {"method": mask["method"], "cosine": cosine(moved, b), "masked_cosine": cosine(under, b)},
-            here | {"method": NAIVE, "cosine": cosine(a, b), "masked_cosine": cosine(plain, b)},
-        ]
+        for method, curve, weights, kept in (
+            (mask["method"], "aligned", moved, mask["mask"]), (NAIVE, "naive", a, unpermuted),
+        ):  # fmt: skip
+            found = {"cosine": cosine(weights, b), "masked_cosine": cosine(masking.apply(weights, kept), b)}
+            rows.append(here | {"method": method} | found | curves.get(curve, {}))
     return rows
 
 
-def barriers(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """The barriers that analyze.interpolation has left beside a permutation: a row a method and kind of curve."""
-    rows = []
-    for cache in sorted(run["path"].parent.glob(cache_of(run["path"], "*", "*").name)):
-        for (curve, repaired), table in pd.read_csv(cache).groupby(["curve", "repair"]):
-            about = dict(table.iloc[0][[*NETWORK, "source_seed", "target_seed", "match_epoch"]])
-            method = NAIVE if curve == "naive" else run["method"].partition("_")[0]
-            value = barrier(table["test_loss"].to_numpy(), table["alpha"].to_numpy())
-            rows.append(
-                about | {"method": method, "measure": "barrier, REPAIR" if repaired else "barrier", "value": value}
-            )
-    return rows
+def barriers(permutation: Path) -> dict[str, dict[str, float]]:
+    """The barriers that analyze.interpolation has left beside a permutation, by curve (naive, aligned)."""
+    found: dict[str, dict[str, float]] = {}
+    for cache in sorted(permutation.parent.glob(cache_of(permutation, "*", "*").name)):
+        for (curve, repaired), rows in pd.read_csv(cache).groupby(["curve", "repair"]):
+            name = "barrier, REPAIR" if repaired else "barrier"
+            found.setdefault(curve, {})[name] = barrier(rows["test_loss"].to_numpy(), rows["alpha"].to_numpy())
+    return found
 
 
 def table(root: Path) -> pd.DataFrame:
     """The whole comparison, a row a (network, match epoch, sparsity, method). Raises UserError without an alignment."""
-    runs = alignments(root)
     key = [*NETWORK, "match_epoch", "sparsity", "method"]
-    found = pd.DataFrame([row for run in runs for row in cosines(run)])
-    result = found.groupby(key)[["cosine", "masked_cosine"]].mean().reset_index()
-    measured = pd.DataFrame([row for run in runs for row in barriers(run)])
-    if len(measured):
-        group = [*NETWORK, "match_epoch", "method"]
-        wide = measured.pivot_table(index=group, columns="measure", values="value").reset_index()
-        result = result.merge(wide, how="left", on=group)
+    found = pd.DataFrame([row for run in alignments(root) for row in measures(run)])
+    result = found.drop(columns=["source_seed", "target_seed"]).groupby(key).mean().reset_index()
     shared = mask_overlap.overlaps(mask_overlap.load_all(root))
     if len(shared):
         ratio = mask_overlap.summary(shared)[[*NETWORK, "sparsity", "method", "ratio"]]

@@ -194,7 +194,10 @@ def _grid(names: list[str], rows: list[tuple[str, str, pd.DataFrame]], show: Cal
     widths = [max(map(len, column)) for column in zip(*lines)]
     left = len(names) > 4
     return [
-        "  ".join(f"{entry:<{width}}" if left and not n else f"{entry:>{width}}" for n, (entry, width) in enumerate(zip(line, widths)))
+        "  ".join(
+            f"{entry:<{width}}" if left and not n else f"{entry:>{width}}"
+            for n, (entry, width) in enumerate(zip(line, widths))
+        )
         for line in lines
     ]
 

@@ -90,7 +90,7 @@ def test_methods_puts_everything_beside_each_other(compared):
 
 def test_cosines_are_of_the_masks_that_were_permuted(compared):
     run = next(run for run in methods.alignments(compared) if run["method"] == "activation")
-    rows = {(row["sparsity"], row["method"]): row for row in methods.cosines(run)}
+    rows = {(row["sparsity"], row["method"]): row for row in methods.measures(run)}
     weights = [torch.load(run[role], weights_only=True)["state_dict"] for role in ("source", "target")]
     mask = torch.load(compared / "imp/seed0/mask_0.50.pt", weights_only=True)["mask"]
     a, b = (
