@@ -7,6 +7,7 @@ width and rewind epoch): mean over seeds, a band of one sample standard deviatio
 """
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -55,15 +56,21 @@ def plot(runs: pd.DataFrame, dense: pd.DataFrame, x: str, panel: str, title: str
             axis.set_title(f"width {width:g}, {shown}")
             if x == "sparsity":
                 axis.set_xticks(sorted(points[x].unique()), [f"{100 * s:.4g}" for s in sorted(points[x].unique())])
+            elif points[x].nunique() <= 6:
+                axis.set_xticks(sorted(points[x].unique()))
             else:
                 axis.xaxis.set_major_locator(style.plt.MaxNLocator(integer=True, nbins=6))
         row[0].set_ylabel("test accuracy (%)")
     for axis in axes[-1]:
         axis.set_xlabel("sparsity (%)" if x == "sparsity" else "rewind epoch k")
-    shown = {
-        label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())
-    }  # no panel need have all
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(len(shown), 2 + 2 * len(panels)))
+    entries: dict[str, Any] = {}  # no panel need have all
+    for axis in axes.flat:
+        entries |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels())}
+    if len(entries) > 5:
+        figure.set_figwidth(figure.get_figwidth() + 1.8)
+        figure.legend(entries.values(), entries.keys(), loc="outside right upper")
+    else:
+        figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=len(entries))
     figure.suptitle(title, fontsize=10)
     return figure, points
 
@@ -73,7 +80,9 @@ def main() -> None:
     runs, dense = sparse_runs(root), dense_runs(root)
     for (model, dataset), group in runs.groupby(["model", "dataset"]):
         same = dense[(dense["model"] == model) & (dense["dataset"] == dataset)]
-        title = f"{model} on {dataset}, {group['source_seed'].nunique()} seed pairs"
+        pairs = group[group["source_seed"] != group["target_seed"]]
+        count = len((pairs if len(pairs) else group)[["source_seed", "target_seed"]].drop_duplicates())
+        title = f"{model} on {dataset}, {count} seed pair" + "s" * (count != 1)
         for x, panel in (("rewind", "sparsity"), ("sparsity", "rewind")):
             figure, points = plot(group, same, x, panel, title)
             style.save(figure, points, root / "figures", f"accuracy_{x}_{model}_{dataset}")

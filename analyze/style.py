@@ -18,12 +18,26 @@ ARMS = {
     "permuted": {"label": "permuted", "color": "#009E73", "marker": "^"},
     "permuted (weight)": {"label": "permuted (weight)", "color": "#009E73", "marker": "v", "linestyle": "--"},
     "permuted (masked)": {"label": "permuted (masked)", "color": "#009E73", "marker": "D", "linestyle": ":"},
+    "permuted (activation-covariance)": {
+        "label": "permuted (covariance)",
+        "color": "#332288",
+        "marker": "p",
+        "linestyle": "--",
+    },
+    "permuted (activation-pre)": {"label": "permuted (pre)", "color": "#882255", "marker": "<", "linestyle": "--"},
+    "permuted (activation-mean)": {
+        "label": "permuted (stream mean)",
+        "color": "#999933",
+        "marker": ">",
+        "linestyle": "--",
+    },
     "permuted (identity)": {"label": "identity", "color": "#D55E00", "marker": "1", "linestyle": ":"},
     "shuffled": {"label": "shuffled", "color": "#E69F00", "marker": "x", "linestyle": "--"},
     "random-permutation": {"label": "random permutation", "color": "#E69F00", "marker": "+", "linestyle": ":"},
     "imp-target": {"label": "IMP on target", "color": "#56B4E9", "marker": "*", "linestyle": "--"},
     "naive + signs": {"label": "naive + signs", "color": "#CC79A7", "marker": "s", "linestyle": "--"},
     "permuted + signs": {"label": "permuted + signs", "color": "#CC79A7", "marker": "^"},
+    "permuted + fan-in": {"label": "permuted + fan-in", "color": "#661100", "marker": "h", "linestyle": "-."},
     "permuted (masked) + signs": {"label": "masked + signs", "color": "#CC79A7", "marker": "D", "linestyle": ":"},
 }
 DENSE = {"label": "dense", "color": "black", "linestyle": "--", "linewidth": 1}
