@@ -92,7 +92,8 @@ class _Finder(fx.Interpreter):
         self.activations: set[fx.Node] = set()
 
     def find(self, example: Tensor) -> Axes:
-        self.run(example)
+        with torch.device("meta"):  # for tensors that the forward pass makes itself
+            self.run(example)
         units = self._units()
         dims = {name: tuple(self._resolve(layout) for layout in layouts) for name, layouts in self.dims.items()}
         for name, value in self.state.items():
@@ -219,6 +220,7 @@ class _Finder(fx.Interpreter):
         if node.op == "placeholder":
             self.layouts[node] = [None] * value.dim()
         elif node.op == "get_attr":
+            value = value.to("meta") if isinstance(value, Tensor) else value  # a constant stays behind when a module moves
             self.layouts[node] = self._parameter(node.target, value)
         elif node.op == "output":
             for source in node.all_input_nodes:

@@ -220,6 +220,25 @@ class OptionA(nn.Module):  # the shortcut of He et al. for CIFAR: every second p
         return F.relu(self.conv(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4), "constant", 0))
 
 
+class Rows(nn.Module):  # channels last, flattened behind the places
+    def forward(self, x):
+        return x.permute(0, 2, 3, 1).reshape(x.size(0), -1, 1, 1)
+
+
+class Constant(nn.Module):  # a tensor that no permutation reaches
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.rand(8, 1, 1)
+
+    def forward(self, x):
+        return x * self.scale
+
+
+class Half(nn.Module):
+    def forward(self, x):
+        return F.relu(x[:, 4:])
+
+
 @pytest.mark.parametrize("body, channels, units", [
     (nn.Sequential(nn.GroupNorm(4, 8), nn.ReLU()), 8, {("conv",): 4}),
     (nn.Sequential(nn.GroupNorm(1, 8), nn.PReLU(8)), 8, {("conv",): 1}),
@@ -240,6 +259,9 @@ def test_what_networks_are_made_of(body, channels, units):
 
 @pytest.mark.parametrize("body, channels, reason", [
     (nn.LocalResponseNorm(3), 8, "LocalResponseNorm"),
+    (Rows(), 512, "reshape"),
+    (Constant(), 8, "mul in body (Constant) joins it with values of fixed order"),
+    (Half(), 4, "getitem in body (Half) takes a part of it"),
     (nn.Sequential(nn.PixelShuffle(2), nn.ReLU()), 2, "PixelShuffle"),
     (nn.Sequential(nn.GroupNorm(4, 8), nn.ReLU(), nn.Conv2d(8, 8, 1, groups=2)), 8, "groups it otherwise"),
 ])  # fmt: skip
