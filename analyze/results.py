@@ -8,12 +8,15 @@ its difference to naive, paired by seeds, mean ± standard error, with the share
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from scipy import stats
 
 from analyze import style
 from common import checkpoint, cli
@@ -122,12 +125,40 @@ def against_naive(pairs: pd.DataFrame) -> dict[str, dict[str, float]]:
             continue
         difference = (pairs[variant] - pairs["naive"]).dropna()
         row = {"difference": difference.mean(), "difference_se": difference.sem(), "pairs": len(difference)}
+        row["difference_low"], row["difference_high"] = t_interval(difference)
         if "lth" in pairs:
-            means = pairs[list({"lth", "naive", variant})].dropna().mean()
-            gap = means["lth"] - means["naive"]
-            row["gap_closed"] = 100 * (means[variant] - means["naive"]) / gap if gap > 0 else float("nan")
+            both = pairs[list({"lth", "naive", variant})].dropna()
+            gain, gap = both[variant] - both["naive"], both["lth"] - both["naive"]
+            row["gap_closed"] = 100 * gain.mean() / gap.mean() if gap.mean() > 0 else float("nan")
+            row["gap_low"], row["gap_high"] = (100 * end for end in ratio_interval(gain, gap))
         found[variant] = row
     return found
+
+
+def t_interval(values: pd.Series) -> tuple[float, float]:
+    """The 95% interval of the mean (Student); missing for a single value."""
+    half = stats.t.ppf(0.975, len(values) - 1) * values.sem() if len(values) > 1 else math.nan
+    return values.mean() - half, values.mean() + half
+
+
+def ratio_interval(numerators: pd.Series, denominators: pd.Series) -> tuple[float, float]:
+    """The 95% interval of the ratio of two paired means (Fieller 1954).
+
+    Missing for a single pair, and where the mean denominator cannot be told from zero.
+    """
+    count = len(numerators)
+    if count < 2:
+        return math.nan, math.nan
+    (aa, ab), (_, bb) = np.cov(numerators, denominators) / count
+    t, mean = stats.t.ppf(0.975, count - 1), denominators.mean()
+    g = t**2 * bb / mean**2 if mean else math.inf
+    if g >= 1:
+        return math.nan, math.nan
+    ratio = numerators.mean() / mean
+    shift = g * ab / bb if bb > 0 else 0.0
+    spread = aa - 2 * ratio * ab + ratio**2 * bb - g * (aa - ab**2 / bb if bb > 0 else 0.0)
+    half = t / abs(mean) * math.sqrt(max(spread, 0.0))
+    return (ratio - shift - half) / (1 - g), (ratio - shift + half) / (1 - g)
 
 
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
@@ -138,9 +169,17 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
         for cell, pairs in by_pair(runs).groupby(level=CELL)
         for variant, row in against_naive(pairs).items()
     }
-    extra = pd.DataFrame.from_dict(
-        differences, orient="index", columns=["difference", "difference_se", "pairs", "gap_closed"]
-    )
+    columns = [
+        "difference",
+        "difference_se",
+        "difference_low",
+        "difference_high",
+        "pairs",
+        "gap_closed",
+        "gap_low",
+        "gap_high",
+    ]
+    extra = pd.DataFrame.from_dict(differences, orient="index", columns=columns)
     extra.index = (
         pd.MultiIndex.from_tuples(extra.index, names=accuracy.index.names) if len(extra) else accuracy.index[:0]
     )
@@ -178,7 +217,11 @@ def render(runs: pd.DataFrame) -> str:
         lines += _grid(names, rows, lambda row: _mean(row["mean"], row["std"]))
         others = [name for name in names if name != "naive"]
         lines += ["", "minus naive, mean ± standard error over pairs of seeds, and share of the LTH-naive gap closed"]
-        lines += [*_grid(others, rows, _difference), ""]
+        lines += _grid(others, rows, _difference)
+        lines += ["* the 95% interval (Student, paired by seeds) excludes 0; the intervals are in summary.csv"]
+        if block["count"].max() == 1:
+            lines += ["one seed only: there is no spread to tell an effect from chance"]
+        lines += [""]
     return "\n".join(lines)
 
 
@@ -212,7 +255,9 @@ def _mean(mean: float, spread: float, form: str = ".2f") -> str:
 def _difference(row: pd.Series) -> str:
     closed = row.get("gap_closed", float("nan"))
     share = "" if pd.isna(closed) else f" ({closed:.0f}%)"
-    return _mean(row.get("difference", float("nan")), row.get("difference_se", float("nan")), "+.2f") + share
+    sure = row.get("difference_low", math.nan) > 0 or row.get("difference_high", math.nan) < 0
+    text = _mean(row.get("difference", float("nan")), row.get("difference_se", float("nan")), "+.2f")
+    return text + "*" * bool(sure) + share
 
 
 def parse_root(doc: str) -> argparse.ArgumentParser:

@@ -1,5 +1,6 @@
 """One look for all figures: a fixed, colour-blind-safe colour and a marker for each arm."""
 
+import math
 from pathlib import Path
 
 import matplotlib
@@ -49,6 +50,14 @@ plt.rcParams.update(
         "legend.frameon": False, "legend.fontsize": 8, "figure.constrained_layout.use": True, "savefig.dpi": 200, "pdf.fonttype": 42,
     }
 )  # fmt: skip
+
+
+WIDTHS = ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9")
+
+
+def width_colour(width: float) -> str:
+    """The colour of a width: 1, 2, 4, 8, 16 and 32 times have their own."""
+    return WIDTHS[round(math.log2(max(width, 1))) % len(WIDTHS)]
 
 
 def look(variant: str) -> dict[str, str]:

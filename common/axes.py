@@ -220,7 +220,9 @@ class _Finder(fx.Interpreter):
         if node.op == "placeholder":
             self.layouts[node] = [None] * value.dim()
         elif node.op == "get_attr":
-            value = value.to("meta") if isinstance(value, Tensor) else value  # a constant stays behind when a module moves
+            value = (
+                value.to("meta") if isinstance(value, Tensor) else value
+            )  # a constant stays behind when a module moves
             self.layouts[node] = self._parameter(node.target, value)
         elif node.op == "output":
             for source in node.all_input_nodes:

@@ -1,0 +1,171 @@
+"""Figures and tables of the paper beside the accuracy plots: definitions by hand, and every command on tiny runs."""
+
+import math
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from analyze import diversity, early_matching, imp_barrier, landscape, paper, report, results
+from tests.conftest import call, sparse, succeed
+
+
+def test_intervals_by_hand():
+    low, high = results.t_interval(pd.Series([1.0, 2.0, 3.0]))
+    # t(0.975, 2) = 4.3027, standard error 1 / sqrt(3).
+    assert (low, high) == (pytest.approx(2 - 4.302653 / 3**0.5), pytest.approx(2 + 4.302653 / 3**0.5))
+    assert math.isnan(results.t_interval(pd.Series([1.0]))[0])
+
+
+def test_the_interval_of_a_ratio():
+    # With a denominator that never varies it is the interval of the numerator, divided.
+    numerators, denominators = pd.Series([1.0, 2.0, 3.0]), pd.Series([4.0, 4.0, 4.0])
+    expected = [end / 4 for end in results.t_interval(numerators)]
+    assert list(results.ratio_interval(numerators, denominators)) == pytest.approx(expected)
+    # A ratio that is the same in every pair is known exactly.
+    assert results.ratio_interval(0.5 * (d := pd.Series([10.0, 11.0, 12.0])), d) == pytest.approx((0.5, 0.5), abs=1e-6)
+    assert math.isnan(results.ratio_interval(numerators, pd.Series([-5.0, 1.0, 5.0]))[0])  # a gap that may be zero
+    assert math.isnan(results.ratio_interval(pd.Series([1.0]), pd.Series([2.0]))[0])
+    # It covers the true ratio about as often as it says.
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        gap = pd.Series(rng.normal(10, 1, 4))
+        low, high = results.ratio_interval(0.4 * gap + rng.normal(0, 1, 4), gap)
+        covered += low <= 0.4 <= high
+    assert 0.91 < covered / 400 < 0.985
+
+
+def test_diversity_by_hand():
+    # Two members, two images: they agree on the first and not on the second.
+    p, q = torch.tensor([[0.8, 0.2], [0.6, 0.4]]), torch.tensor([[0.8, 0.2], [0.1, 0.9]])
+    found = diversity.diversity([p.log(), q.log()], torch.tensor([0, 1]))
+    assert found["mean_acc"] == pytest.approx(75) and found["disagreement"] == 0.5
+    assert found["ensemble_acc"] == 100  # the mean of the second image is 0.35 to 0.65
+    forward = 0.6 * math.log(0.6 / 0.1) + 0.4 * math.log(0.4 / 0.9)
+    backward = 0.1 * math.log(0.1 / 0.6) + 0.9 * math.log(0.9 / 0.4)
+    assert found["kl"] == pytest.approx((forward + backward) / 2 / 2)  # ordered pairs; the first image adds nothing
+    halves = [(0.6, 0.4), (0.1, 0.9)]
+    js = sum(a * math.log(a / m) for half in halves for a, m in zip(half, (0.35, 0.65))) / 2 / 2
+    assert found["js"] == pytest.approx(js) and found["std_acc"] == pytest.approx(100 * 0.125**0.5)
+    three = diversity.diversity([p.log(), q.log(), q.log()], torch.tensor([0, 1]))
+    assert three["disagreement"] == pytest.approx(1 / 3) and three["js"] == pytest.approx(2 * js / 3)
+
+
+def test_the_plane_by_hand():
+    corners = [torch.tensor([1.0, 1, 1]), torch.tensor([1.0, 1, 3]), torch.tensor([5.0, 1, 2])]
+    directions, points = landscape.plane(corners)
+    assert directions.tolist() == [[0, 0, 1], [1, 0, 0]] and points.tolist() == [[0, 0], [2, 0], [1, 4]]
+    for corner, (x, y) in zip(corners, points):  # the plane goes through all three
+        assert torch.allclose(corners[0] + x * directions[0] + y * directions[1], corner.double())
+    xs, ys = landscape.grid(points, 5)
+    assert (xs[0], xs[-1], ys[0], ys[-1]) == (-0.5, 2.5, -1, 5) and len(xs) == len(ys) == 5
+    with pytest.raises(ValueError):
+        landscape.plane([corners[0], corners[1], 2 * corners[1] - corners[0]])
+
+
+def test_barriers_in_loss_and_error():
+    curve = pd.DataFrame(
+        {"alpha": [0, 0.5, 1], "repair": False, "test_loss": [1.0, 4.0, 2.0], "test_acc": [90.0, 50.0, 80.0]}
+    )
+    assert imp_barrier.barriers(curve) == [{"repair": False, "loss_barrier": 2.5, "error_barrier": 35.0}]
+
+
+def test_the_papers_numbers_by_our_names():
+    table = paper.accuracies().set_index(["model", "width", "dataset", "sparsity", "rewind", "variant"])["mean"]
+    assert table["resnet20", 1, "cifar10", 0.8, 0, "lth"] == 90.41
+    assert len(table) == 645 and table.index.is_unique and table.between(0, 100).all()
+    assert (
+        paper.dense().set_index(["model", "width", "dataset"])["test_acc"].loc[("resnet20", 16, "cifar10")].item()
+        == 96.37
+    )
+
+
+@pytest.fixture(scope="module")
+def matched_early(runs, tmp_path_factory):
+    """The pipeline with masks that were matched to an early target as well."""
+    root = tmp_path_factory.mktemp("early") / "runs"
+    shutil.copytree(runs, root)
+    for a, b in ((0, 1), (2, 3)):
+        out = root / f"align/early/seed{a}-seed{b}"
+        succeed("align_mask", "--source", root / f"dense/seed{a}", "--target", root / f"dense/seed{b}", "--masks", root / f"imp/seed{a}",
+                "--target-epoch", 1, "--device", "cpu", "--out", out)  # fmt: skip
+        sparse("permuted", root / f"dense/seed{b}", out, root / f"sparse/permuted/early/seed{a}-seed{b}")
+    return root
+
+
+def test_early_matching_by_epoch(matched_early, runs):
+    out = succeed("analyze.early_matching", matched_early)
+    table = pd.read_csv(matched_early / "early_matching.csv")
+    permuted = table[table["arm"] == "permuted"]
+    assert set(permuted["match_epoch"]) == {1, 3} and (permuted["count"] == 2).all() and "±" in out
+    assert table.loc[table["arm"] == "naive", "match_epoch"].isna().all()
+    all_runs = results.sparse_runs(matched_early)
+    cell = all_runs.query("arm == 'permuted' and match_epoch == 1 and sparsity == 0.7 and rewind == 1")
+    row = permuted.query("match_epoch == 1 and sparsity == 0.7 and rewind == 1").iloc[0]
+    assert row["mean"] == pytest.approx(cell["test_acc"].mean()) and len(cell) == 2
+    assert (matched_early / "figures/early_matching_mlpx0.03125_glyphs.png").is_file()
+    outcome = call("analyze.early_matching", runs)
+    assert outcome.code == 2 and "--target-epoch" in outcome.err
+    assert early_matching.table(all_runs)["count"].max() == 2
+
+
+def test_diversity_reads_every_kind_of_network_once(matched_early):
+    flags = ("--device", "cpu")
+    first = succeed("analyze.diversity", matched_early, *flags)
+    table = pd.read_csv(matched_early / "diversity.csv")
+    assert set(table["variant"]) == {"dense", "IMP", "lth", "naive", "permuted", "permuted @1"}
+    assert (table["members"] == table["variant"].map(lambda name: 4 if name == "dense" else 2)).all()
+    caches = list(matched_early.rglob("logits_*.pt"))
+    stamps = {path: path.stat().st_mtime_ns for path in caches}
+    assert succeed("analyze.diversity", matched_early, *flags) == first
+    assert stamps == {path: path.stat().st_mtime_ns for path in matched_early.rglob("logits_*.pt")}
+    # A member's accuracy from its logits is that of its run.
+    runs = results.sparse_runs(matched_early).query("arm == 'naive' and sparsity == 0.7 and rewind == 0")
+    row = table.query("variant == 'naive' and sparsity == 0.7 and rewind == 0").iloc[0]
+    assert row["mean_acc"] == pytest.approx(runs["test_acc"].mean(), abs=0.1)
+
+
+def test_imp_barrier_reads_every_round(matched_early):
+    succeed("analyze.imp_barrier", matched_early, "--points", 3, "--images", 64, "--device", "cpu")
+    table = pd.read_csv(matched_early / "figures/imp_barrier_mlp_glyphs.csv")
+    rounds = len(list((matched_early / "imp/seed0").glob("round_*.pt")))
+    assert (
+        len(table) == 2 * rounds and (table["loss_barrier_count"] == 2).all() and table["loss_barrier_mean"].min() >= 0
+    )
+    assert table["sparsity"].min() == pytest.approx(0.2, abs=1e-3)
+
+
+def test_landscape_passes_through_its_three_networks(matched_early):
+    succeed("analyze.landscape", matched_early, "--grid", 3, "--images", 100, "--device", "cpu")
+    name = "landscape_mlpx0.03125_glyphs_activation_s0.50_k000_0-1"
+    assert (matched_early / f"figures/{name}.pdf").is_file()
+    table = pd.read_csv(matched_early / f"figures/{name}.csv")
+    assert len(table) == 9 + 3 and table["network"].dropna().tolist() == ["lth", "permuted", "dense"]
+    triple = landscape.triples(matched_early)[0]
+    assert (triple["source_seed"], triple["target_seed"]) == (0, 1) and "seed0-seed0" in str(triple["lth"])
+
+
+def test_the_report_holds_what_there_is_and_names_what_is_missing(runs, tmp_path):
+    root = tmp_path / "runs"
+    shutil.copytree(runs, root)
+    (root / "sparse/naive/seed0-seed1/s0.50_k000/result.json").write_text("{")  # cut off
+    succeed("analyze.report", root, "--device", "cpu", "--grid", 3, "--points", 3, "--images", 100)
+    text, page = (root / "report.md").read_text(), (root / "report.html").read_text()
+    assert "Early matching (Table 15): no permuted runs matched at two epochs" in text and "## Cost" in text
+    assert "![accuracy_rewind_mlp_glyphs](figures/accuracy_rewind_mlp_glyphs.png)" in text
+    assert (
+        page.count("data:image/png;base64,") >= 4
+        and "http" not in page.replace("https://", "http://").split("<body>")[0]
+    )
+    assert "train_sparse" in page and "weight_decay" in page and "<script" not in page
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    outcome = call("analyze.report", empty)
+    assert outcome.code == 2 and "no finished run" in outcome.err
+    assert (
+        report.markdown([("heading", "A"), ("table", pd.DataFrame({"x": [1.5], "y": [None]}))], root)
+        == "# A\n\n| x | y |\n| --- | --- |\n| 1.5 |  |\n"
+    )
