@@ -4,26 +4,32 @@
 
 Writes figures/accuracy_rewind_* (a panel a width and sparsity) and figures/accuracy_sparsity_* (a panel a
 width and rewind epoch): mean over seeds, a band of one sample standard deviation, the dense networks dashed.
+With --paper the paper's curves stand beside ours, thin, in the cells that both have.
 """
 
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from analyze import style
+from analyze import paper, style
 from analyze.results import dense_runs, parse_root, sparse_runs, variants
 from common import cli
 
 
-def plot(runs: pd.DataFrame, dense: pd.DataFrame, x: str, panel: str, title: str) -> tuple[style.Figure, pd.DataFrame]:
-    """Draw accuracy against column `x`, a row of panels a width and a column of panels a value of `panel`."""
-    points = (
-        runs.assign(variant=variants(runs))
-        .groupby(["width", panel, "variant", x])["test_acc"]
-        .agg(["mean", "std", "count"])
-        .reset_index()
-    )
+def means(runs: pd.DataFrame) -> pd.DataFrame:
+    """Mean, sample std and number of runs by width, sparsity, rewind epoch and variant."""
+    key = ["width", "sparsity", "rewind", "variant"]
+    return runs.assign(variant=variants(runs)).groupby(key)["test_acc"].agg(["mean", "std", "count"]).reset_index()
+
+
+def plot(
+    points: pd.DataFrame, dense: pd.DataFrame, x: str, panel: str, title: str, reference: pd.DataFrame | None = None
+) -> style.Figure:
+    """Draw accuracy against column `x`, a row of panels a width and a column of panels a value of `panel`.
+
+    `points` has a mean and std a row (see `means`), `dense` the test accuracies of dense networks by width. A
+    `reference` of the same form is drawn thin beside them.
+    """
     widths, panels = sorted(points["width"].unique()), sorted(points[panel].unique())
     figure, axes = style.plt.subplots(
         len(widths),
@@ -39,6 +45,12 @@ def plot(runs: pd.DataFrame, dense: pd.DataFrame, x: str, panel: str, title: str
             here = points[(points["width"] == width) & (points[panel] == value)]
             for variant in sorted(points["variant"].unique(), key=style.rank):
                 curve, look = here[here["variant"] == variant], style.look(variant)
+                if reference is not None:
+                    same = (
+                        (reference["width"] == width) & (reference[panel] == value) & (reference["variant"] == variant)
+                    )
+                    thin = {"color": look["color"], "linewidth": 0.7, "alpha": 0.7, "linestyle": "-"}
+                    axis.plot(reference.loc[same, x], reference.loc[same, "mean"], **thin)
                 if len(curve):
                     axis.plot(curve[x], curve["mean"], **look)
                     spread = curve["std"].fillna(0)
@@ -72,20 +84,30 @@ def plot(runs: pd.DataFrame, dense: pd.DataFrame, x: str, panel: str, title: str
     else:
         figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=len(entries))
     figure.suptitle(title, fontsize=10)
-    return figure, points
+    return figure
 
 
 def main() -> None:
-    root: Path = parse_root(__doc__).parse_args().root
-    runs, dense = sparse_runs(root), dense_runs(root)
+    parser = parse_root(__doc__)
+    parser.add_argument("--paper", action="store_true", help="the paper's curves beside ours, thin")
+    args = parser.parse_args()
+    runs, dense = sparse_runs(args.root), dense_runs(args.root)
     for (model, dataset), group in runs.groupby(["model", "dataset"]):
         same = dense[(dense["model"] == model) & (dense["dataset"] == dataset)]
+        reference = paper.of(paper.accuracies(), model, dataset) if args.paper else None
+        if args.paper and reference.empty:
+            print(f"the paper has no accuracies of {model} on {dataset}")
         pairs = group[group["source_seed"] != group["target_seed"]]
         count = len((pairs if len(pairs) else group)[["source_seed", "target_seed"]].drop_duplicates())
         title = f"{model} on {dataset}, {count} seed pair" + "s" * (count != 1)
         for x, panel in (("rewind", "sparsity"), ("sparsity", "rewind")):
-            figure, points = plot(group, same, x, panel, title)
-            style.save(figure, points, root / "figures", f"accuracy_{x}_{model}_{dataset}")
+            points = means(group)
+            style.save(
+                plot(points, same, x, panel, title, reference),
+                points,
+                args.root / "figures",
+                f"accuracy_{x}_{model}_{dataset}",
+            )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analyze import diversity, early_matching, imp_barrier, landscape, paper, report, results
+from analyze import accuracy, diversity, early_matching, imp_barrier, landscape, paper, report, results
 from tests.conftest import call, sparse, succeed
 
 
@@ -169,3 +169,25 @@ def test_the_report_holds_what_there_is_and_names_what_is_missing(runs, tmp_path
         report.markdown([("heading", "A"), ("table", pd.DataFrame({"x": [1.5], "y": [None]}))], root)
         == "# A\n\n| x | y |\n| --- | --- |\n| 1.5 |  |\n"
     )
+
+
+def test_the_papers_figures_are_drawn_from_its_numbers(tmp_path):
+    succeed("analyze.paper", tmp_path)
+    table = pd.read_csv(tmp_path / "paper_accuracy_rewind_vgg11_cifar10.csv")
+    assert len(table) == 42 and len(list(tmp_path.glob("paper_accuracy_*.pdf"))) == 8
+
+
+def test_the_papers_curves_stand_beside_ours(runs, tmp_path):
+    root = tmp_path / "runs"
+    shutil.copytree(runs, root)
+    assert "the paper has no accuracies of mlp on glyphs" in succeed("analyze.accuracy", root, "--paper")
+    ours = pd.DataFrame(
+        {"width": 1.0, "sparsity": 0.8, "rewind": [0, 5], "variant": "lth", "mean": [1.0, 2.0], "std": 0.1}
+    )
+    levels = pd.DataFrame({"width": [1.0], "test_acc": [3.0]})
+    reference = paper.of(paper.accuracies(), "resnet20", "cifar10")
+    figure = accuracy.plot(ours, levels, "rewind", "sparsity", "", reference)
+    lines = [line.get_ydata().tolist() for line in figure.axes[0].lines]
+    assert (
+        len(lines) == 3 and len(lines[0]) == 9 and lines[0][0] == 90.41 and lines[1] == [1, 2]
+    )  # the paper, ours, dense
