@@ -187,7 +187,7 @@ def test_the_papers_curves_stand_beside_ours(runs, tmp_path):
     levels = pd.DataFrame({"width": [1.0], "test_acc": [3.0]})
     reference = paper.of(paper.accuracies(), "resnet20", "cifar10")
     figure = accuracy.plot(ours, levels, "rewind", "sparsity", "", reference)
-    lines = [line.get_ydata().tolist() for line in figure.axes[0].lines]
+    lines = [list(line.get_ydata()) for line in figure.axes[0].lines]
     assert (
         len(lines) == 3 and len(lines[0]) == 9 and lines[0][0] == 90.41 and lines[1] == [1, 2]
     )  # the paper, ours, dense
