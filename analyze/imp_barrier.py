@@ -7,20 +7,18 @@ curve is kept beside it.
 """
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from torch import Tensor
 from tqdm import tqdm
 
 from analyze import style
 from analyze.interpolation import along, barrier
 from analyze.results import CELL, dense_runs, find_results, parse_root
 from common import checkpoint, cli, masking
-from common.data import Resident, Streamed, load_described
+from common.data import Batches, Resident, Streamed, load_described
 from common.errors import UserError
 from common.models import build_model
 from common.training import pick_device
@@ -48,11 +46,11 @@ def measure(dense: dict, pruned: dict, data: Resident | Streamed, points: int, i
     """Test loss and accuracy along the line from the dense network to the pruned one, with and without REPAIR."""
     model = build_model(**dense["model"]).to(data.device)
 
-    def calibration() -> Iterable[Tensor]:
-        return (batch for batch, _ in data.eval_batches("train", limit=images))
+    def train() -> Batches:
+        return data.eval_batches("train", limit=images)
 
     ends = (dense["state_dict"], pruned["state_dict"])
-    return pd.DataFrame(along(model, *ends, np.linspace(0, 1, points), data.eval_batches, calibration))
+    return pd.DataFrame(along(model, *ends, np.linspace(0, 1, points), data.eval_batches, train))
 
 
 def barriers(curve: pd.DataFrame) -> list[dict[str, Any]]:

@@ -2,10 +2,11 @@
 
     python -m analyze.interpolation runs/quick
 
-For every alignment below the folder: the test loss and accuracy of (1 - alpha) A + alpha B, and of
-(1 - alpha) π(A) + alpha B, each with and without REPAIR. The barrier is the largest excess of the loss over the
-line between the endpoints' losses (paper, equation 3); it stands in the legend, as a mean over pairs. Writes
-figures/interpolation_* and, so that a second call is quick, interpolation.csv beside each permutation.
+For every alignment below the folder: loss and accuracy of (1 - alpha) A + alpha B, and of (1 - alpha) π(A) + alpha B,
+each with and without REPAIR, on the test set and on the training images that REPAIR uses. The barrier is the largest
+excess of the loss over the line between the endpoints' losses (paper, equation 3); it stands in the legend, as a mean
+over pairs. Writes figures/interpolation_* and, so that a second call is quick, line_*.csv beside the permutation
+(for A itself beside B's weights).
 """
 
 import json
@@ -28,6 +29,7 @@ from common.models import build_model
 from common.permutation import permute
 from common.training import evaluate, pick_device
 
+NETWORK = ("model", "width", "dataset")
 CURVES = {
     ("naive", False): {"label": "A to B", "color": "#D55E00", "linestyle": ":"},
     ("naive", True): {"label": "A to B, REPAIR", "color": "#D55E00", "linestyle": "-", "marker": "s"},
@@ -55,12 +57,16 @@ def along(
     target: dict[str, Tensor],
     alphas: np.ndarray,
     test: Callable[[], Batches],
-    calibration: Callable[[], Iterable[Tensor]],
+    train: Callable[[], Batches],
 ) -> list[dict]:
-    """Test loss in nats and accuracy in percent at every alpha, with and without REPAIR on the `calibration` images.
+    """Loss in nats and accuracy in percent at every alpha, test and train, with and without REPAIR on the `train` images.
 
-    `test` and `calibration` start over at every call, so that no more than a batch of a large set is in memory.
+    `test` and `train` start over at every call, so that no more than a batch of a large set is in memory.
     """
+
+    def calibration() -> Iterable[Tensor]:
+        return (images for images, _ in train())
+
     rows = []
     batch_norm = repair.has_batch_norm(model)
     if not batch_norm:
@@ -75,27 +81,26 @@ def along(
                 repair.recompute_batch_norm(model, calibration())
             elif repaired:
                 repair.rescale(model, images, repair.interpolate(*ends, float(alpha)))
-            loss, accuracy = evaluate(model, test())
-            rows.append({"alpha": alpha, "repair": repaired, "test_loss": loss, "test_acc": accuracy})
+            row = {"alpha": alpha, "repair": repaired}
+            for split, batches in (("test", test), ("train", train)):
+                row[f"{split}_loss"], row[f"{split}_acc"] = evaluate(model, batches())
+            rows.append(row)
     return rows
 
 
 def measure(
     ends: tuple[dict, dict], permutation: dict[str, Tensor], data: Resident | Streamed, points: int, images: int
 ) -> pd.DataFrame:
-    """Both curves, from the source and from the permuted source to the target, with and without REPAIR."""
+    """The curve from the permuted source to the target."""
     source, target = ends
     model = build_model(**target["model"], seed=0).to(data.device, memory_format=torch.channels_last)
     permuted = permute(source["state_dict"], find_axes(model, data.input_shape).dims, permutation)
 
-    def calibration() -> Iterable[Tensor]:
-        return (batch for batch, _ in data.eval_batches("train", limit=images))
+    def train() -> Batches:
+        return data.eval_batches("train", limit=images)
 
-    rows = []
-    for kind, state in (("naive", source["state_dict"]), ("aligned", permuted)):
-        curve = along(model, state, target["state_dict"], np.linspace(0, 1, points), data.eval_batches, calibration)
-        rows += [{"curve": kind} | row for row in curve]
-    return pd.DataFrame(rows)
+    alphas = np.linspace(0, 1, points)
+    return pd.DataFrame(along(model, permuted, target["state_dict"], alphas, data.eval_batches, train))
 
 
 def alignments(root: Path) -> list[dict]:
@@ -114,6 +119,8 @@ def alignments(root: Path) -> list[dict]:
                 raise UserError(f"the dense {role} of {run['folder']} is not below {root}")
         files = {role: dense[arguments[role]] for role in ("source", "target")}
         about = {name: arguments[name] for name in ("source_seed", "target_seed", "match_epoch")}
+        target = checkpoint.load_json(files["target"].with_name("result.json"))["arguments"]
+        about |= {name: target[name] for name in NETWORK}
         for path in sorted(run["folder"].glob("permutation*.pt")):
             method = arguments["method"] + path.stem.removeprefix("permutation")
             found.append({"path": path, "method": method} | files | about)
@@ -122,9 +129,14 @@ def alignments(root: Path) -> list[dict]:
     return found
 
 
-def cache_of(path: Path, points: int | str, images: int | str) -> Path:
-    """Where the curves of the permutation at `path` are kept."""
-    return path.with_name(f"interpolation_{path.stem}_{checkpoint.digest(path)[:8]}_{points}_{images}.csv")
+def caches(run: dict, points: int | str, images: int | str) -> dict[str, Path]:
+    """Where the curves of an alignment are kept; that of the source itself serves all of its permutations."""
+    end = f"{points}_{images}.csv"
+    digests = {role: checkpoint.digest(run[role])[:8] for role in ("source", "target", "path")}
+    return {
+        "naive": run["target"].with_name(f"line_{digests['source']}_{digests['target']}_{end}"),
+        "aligned": run["path"].with_name(f"line_{run['path'].stem}_{digests['path']}_{end}"),
+    }
 
 
 def plot(table: pd.DataFrame, title: str) -> tuple[style.Figure, pd.DataFrame]:
@@ -140,21 +152,21 @@ def plot(table: pd.DataFrame, title: str) -> tuple[style.Figure, pd.DataFrame]:
             curve = here[(here["curve"] == kind) & (here["repair"] == repaired)]
             losses = curve.pivot_table(index="alpha", columns=["source_seed", "target_seed"], values="test_loss")
             found = [barrier(losses[pair].to_numpy(), losses.index.to_numpy()) for pair in losses]
+            train = curve.pivot_table(index="alpha", columns=["source_seed", "target_seed"], values="train_loss")
+            trained = [barrier(train[pair].to_numpy(), train.index.to_numpy()) for pair in train]
+            about = {"width": width, "curve": kind, "repair": repaired}
             barriers += [
-                {
-                    "width": width,
-                    "curve": kind,
-                    "repair": repaired,
-                    "source_seed": a,
-                    "target_seed": b,
-                    "barrier": value,
-                }
-                for (a, b), value in zip(losses, found)
+                about | {"source_seed": a, "target_seed": b, "test": one, "train": other}
+                for (a, b), one, other in zip(losses, found, trained)
             ]
             for axis, metric in zip(column, ("test_loss", "test_acc")):
                 mean = curve.groupby("alpha")[metric].agg(["mean", "std"])
-                label = f"{look['label']}: barrier {np.mean(found):.3f}" if metric == "test_loss" else None
-                axis.plot(mean.index, mean["mean"], **look | {"label": label, "markersize": 3.5})
+                label = f"{look['label']}: barrier {np.mean(found):.3f}, train {np.mean(trained):.3f}"
+                axis.plot(
+                    mean.index,
+                    mean["mean"],
+                    **look | {"label": label if metric == "test_loss" else None, "markersize": 3.5},
+                )
                 spread = mean["std"].fillna(0)
                 axis.fill_between(
                     mean.index,
@@ -184,23 +196,19 @@ def main() -> None:
     loaded: dict[str, Resident | Streamed] = {}
     tables = []
     for run in tqdm(alignments(args.root), "pairs", unit="pair", disable=None):
-        cache = cache_of(run["path"], args.points, args.images)
-        if not cache.is_file():
-            ends = tuple(checkpoint.load(run[role], checkpoint.WEIGHTS) for role in ("source", "target"))
-            description = ends[1]["dataset"]
-            key = json.dumps(description)
-            if key not in loaded:
-                loaded[key] = load_described(description, args.data_dir, device, args.workers)
-            permutation = checkpoint.load(run["path"], ("permutation",))["permutation"]
-            table = measure(ends, permutation, loaded[key], args.points, args.images)
-            about = {
-                "model": ends[1]["model"]["name"],
-                "width": ends[1]["model"]["width"],
-                "dataset": description["name"],
-            }
-            about |= {name: run[name] for name in ("method", "source_seed", "target_seed", "match_epoch")}
-            checkpoint.save_text(table.assign(**about).to_csv(index=False), cache)
-        tables.append(pd.read_csv(cache))
+        for curve, cache in caches(run, args.points, args.images).items():
+            if not cache.is_file():
+                ends = tuple(checkpoint.load(run[role], checkpoint.WEIGHTS) for role in ("source", "target"))
+                key = json.dumps(ends[1]["dataset"])
+                if key not in loaded:
+                    loaded[key] = load_described(ends[1]["dataset"], args.data_dir, device, args.workers)
+                permutation = (
+                    checkpoint.load(run["path"], ("permutation",))["permutation"] if curve == "aligned" else {}
+                )
+                rows = measure(ends, permutation, loaded[key], args.points, args.images)
+                checkpoint.save_text(rows.to_csv(index=False), cache)
+            about = {name: run[name] for name in (*NETWORK, "method", "source_seed", "target_seed", "match_epoch")}
+            tables.append(pd.read_csv(cache).assign(curve=curve, **about))
     table = pd.concat(tables, ignore_index=True)
     for (model, dataset, method, epoch), group in table.groupby(["model", "dataset", "method", "match_epoch"]):
         pairs = len(group[["source_seed", "target_seed"]].drop_duplicates())
@@ -208,8 +216,8 @@ def main() -> None:
             group, f"{model} on {dataset}, {pairs} seed pairs\nmatched by {method} at epoch {epoch}"
         )
         style.save(figure, group, args.root / "figures", f"interpolation_{method}_{model}_{dataset}_k{epoch:03d}")
-        mean = barriers.groupby(["width", "curve", "repair"])["barrier"].agg(["mean", "std", "count"]).round(3)
-        print(f"barriers in test loss (nats), {model} on {dataset}, {method} at epoch {epoch}\n{mean.to_string()}")
+        mean = barriers.groupby(["width", "curve", "repair"])[["test", "train"]].agg(["mean", "std", "count"]).round(3)
+        print(f"barriers in loss (nats), {model} on {dataset}, {method} at epoch {epoch}\n{mean.to_string()}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from analyze import masks as mask_overlap
-from analyze.interpolation import alignments, barrier, cache_of
+from analyze.interpolation import alignments, barrier, caches
 from analyze.results import CELL, parse_root, sparse_runs, summary
 from common import checkpoint, cli, masking
 from common.axes import find_axes
@@ -43,7 +43,7 @@ def measures(run: dict[str, Any]) -> list[dict[str, Any]]:
     moved = permute(a, axes.dims, permutation)
     about = dict(zip(NETWORK, (*(target["model"][key] for key in ("name", "width")), target["dataset"]["name"])))
     about |= {key: run[key] for key in ("source_seed", "target_seed", "match_epoch")}
-    curves = barriers(run["path"])
+    curves = barriers(run)
     _, _, single = run["path"].stem.partition("_")  # permutation_0.90.pt is of one sparsity
     rows = []
     for path in sorted(run["path"].parent.glob(f"mask_{single or '*'}.pt")):
@@ -58,13 +58,14 @@ def measures(run: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def barriers(permutation: Path) -> dict[str, dict[str, float]]:
-    """The barriers that analyze.interpolation has left beside a permutation, by curve (naive, aligned)."""
+def barriers(run: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The barriers in test loss that analyze.interpolation has left of an alignment, by curve (naive, aligned)."""
     found: dict[str, dict[str, float]] = {}
-    for cache in sorted(permutation.parent.glob(cache_of(permutation, "*", "*").name)):
-        for (curve, repaired), rows in pd.read_csv(cache).groupby(["curve", "repair"]):
-            name = "barrier, REPAIR" if repaired else "barrier"
-            found.setdefault(curve, {})[name] = barrier(rows["test_loss"].to_numpy(), rows["alpha"].to_numpy())
+    for curve, pattern in caches(run, "*", "*").items():
+        for cache in sorted(pattern.parent.glob(pattern.name)):
+            for repaired, rows in pd.read_csv(cache).groupby("repair"):
+                name = "barrier, REPAIR" if repaired else "barrier"
+                found.setdefault(curve, {})[name] = barrier(rows["test_loss"].to_numpy(), rows["alpha"].to_numpy())
     return found
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from analyze import repair, results
 from analyze.interpolation import along, barrier, line
 from common.models import build_model
+from common.training import evaluate
 from tests.conftest import call, succeed
 
 
@@ -69,14 +70,18 @@ def test_repair_at_the_endpoints_changes_nothing_and_interpolation_meets_them(na
     if name == "resnet20":
         repair.recompute_batch_norm(model, [images])
     source = copy.deepcopy(model.state_dict())
-    test = [(images, torch.randint(10, (40,)))]
+    test, train = [(images[:20], torch.randint(10, (20,)))], [(images, torch.randint(10, (40,)))]
     target = {key: value + 0.3 * torch.randn_like(value) if value.dim() > 1 else value for key, value in source.items()}
     table = pd.DataFrame(
-        along(model, source, target, np.array([0, 0.5, 1.0]), lambda: iter(test), lambda: iter([images]))
+        along(model, source, target, np.array([0, 0.5, 1.0]), lambda: iter(test), lambda: iter(train))
     )
     pairs = table.pivot(index="alpha", columns="repair", values="test_loss")
     assert pairs.loc[0.0, True] == pytest.approx(pairs.loc[0.0, False], rel=1e-4)
     assert pairs.loc[0.5, True] != pytest.approx(pairs.loc[0.5, False], rel=1e-4)
+    model.load_state_dict(line(source, target, 0.5))
+    middle = table[(table["alpha"] == 0.5) & ~table["repair"]].iloc[0]
+    for split, batches in (("test", test), ("train", train)):
+        assert [middle[f"{split}_loss"], middle[f"{split}_acc"]] == pytest.approx(list(evaluate(model, batches)))
 
 
 def frame(rows):
@@ -216,9 +221,10 @@ def test_figures_and_their_data_are_written(runs, tmp_path):
     for row in ends.to_dict("records"):  # α = 0 is the source, permuted or not, and α = 1 the target
         assert row["test_acc"] == pytest.approx(dense[row["source_seed"] if row["alpha"] == 0 else row["target_seed"]])
     assert "barrier" in out
-    stamp = next((root / "align").rglob("interpolation_*.csv")).stat().st_mtime_ns
+    stamps = {path: path.stat().st_mtime_ns for path in root.rglob("line_*.csv")}
+    assert len(stamps) == 4  # a curve of A itself and one of π(A) for each pair
     succeed("analyze.interpolation", root, "--points", 3, "--images", 100, "--device", "cpu")
-    assert next((root / "align").rglob("interpolation_*.csv")).stat().st_mtime_ns == stamp
+    assert stamps == {path: path.stat().st_mtime_ns for path in root.rglob("line_*.csv")}
 
 
 def results_image(path):
