@@ -17,13 +17,14 @@ preset=${1:-quick}
 # ---------------------------------------------------------------- settings
 # Pair p has source seed 2p and target seed 2p+1, so that pairs are independent.
 dense_flags="" imp_flags="" align_flags="" sparse_flags="" interpolation_flags="" jobs=1 methods="activation" controls=""
+analyses="results report"
 pairs="0 1 2" widths="1" sparsity="0.8 0.9 0.95 0.97" rewind="0 5 10 15 20 25 50 75 100" model=resnet20
 case $preset in
   quick)
     dataset=glyphs widths="2" sparsity="0.8 0.9" rewind="7"
     dense_flags="--image-size 16 --limit-train 3000 --epochs 9 --batch-size 64 --lr 0.05 --warmup 2"
     imp_flags="--epochs 1 --batch-size 64 --lr 0.02" sparse_flags="--batch-size 64 --lr 0.01"
-    interpolation_flags="--points 7 --images 500"
+    interpolation_flags="--points 5 --images 500" analyses="results accuracy interpolation masks methods"
     jobs=$(getconf _NPROCESSORS_ONLN) jobs=$((jobs < 4 ? jobs : 4)) ;;
   cifar10)  dataset=cifar10 widths="1 4 8 16" ;;
   cifar100) dataset=cifar100 widths="1 4 8 16" rewind="0 10 25 50 100" ;;
@@ -37,7 +38,7 @@ PAIRS=${PAIRS-$pairs} WIDTHS=${WIDTHS-$widths} SPARSITY=${SPARSITY-$sparsity}
 DATASET=${DATASET-$dataset} MODEL=${MODEL-$model} OUT=${OUT-runs/$preset} DATA_DIR=${DATA_DIR-data}
 DENSE_FLAGS=${DENSE_FLAGS-$dense_flags} IMP_FLAGS=${IMP_FLAGS-$imp_flags} SPARSE_FLAGS=${SPARSE_FLAGS-$sparse_flags}
 ALIGN_FLAGS=${ALIGN_FLAGS-$align_flags} INTERPOLATION_FLAGS=${INTERPOLATION_FLAGS-$interpolation_flags}
-METHODS=${METHODS-$methods} CONTROLS=${CONTROLS-$controls}
+REPORT_FLAGS=${REPORT_FLAGS-} METHODS=${METHODS-$methods} CONTROLS=${CONTROLS-$controls}
 JOBS=${JOBS-$jobs}  # processes side by side; on a CPU each then gets its share of the cores
 DRY_RUN=${DRY_RUN-}
 for name in $CONTROLS; do case $name in
@@ -122,11 +123,9 @@ done | run
 
 unset OMP_NUM_THREADS
 JOBS=1
-run <<COMMANDS
-$python -m analyze.results '$OUT'
-$python -m analyze.accuracy '$OUT'
-$python -m analyze.interpolation '$OUT' --data-dir '$DATA_DIR' $INTERPOLATION_FLAGS
-$python -m analyze.masks '$OUT'
-$python -m analyze.methods '$OUT'
-COMMANDS
-[ -n "$DRY_RUN" ] || echo "done in $(($(date +%s) - start)) s: table.txt, results.csv and figures/ are in $OUT"
+for name in $analyses; do case $name in
+  results | accuracy | masks | methods) echo "$python -m analyze.$name '$OUT'" ;;
+  interpolation) echo "$python -m analyze.$name '$OUT' --data-dir '$DATA_DIR' $INTERPOLATION_FLAGS" ;;
+  report) echo "$python -m analyze.$name '$OUT' --data-dir '$DATA_DIR' $REPORT_FLAGS" ;;
+esac; done | run
+[ -n "$DRY_RUN" ] || echo "done in $(($(date +%s) - start)) s: its tables and figures/ are in $OUT"

@@ -110,22 +110,19 @@ def triples(root: Path) -> list[dict[str, Any]]:
     """The files of every triple of networks below `root`: lth, permuted, the dense source, and the permutation."""
     runs = sparse_runs(root)
     plain = runs[~runs["signs"] & ~runs["fan_in"]]
-    found = []
+    aligned, found = alignments(root), []
     for run in plain[plain["arm"] == "permuted"].itertuples():
         cell = {name: getattr(run, name) for name in CELL}
         own = plain[(plain["arm"] == "lth") & (plain["source_seed"] == run.source_seed)]
         own = own[(own[CELL] == pd.Series(cell)).all(axis=1)]
-        for alignment in alignments(root):
+        for alignment in aligned:
             method, _, sparsity = alignment["method"].partition("_")
-            same = all(alignment[key] == getattr(run, key) for key in ("source_seed", "target_seed", "match_epoch"))
-            if len(own) and same and method == run.method and sparsity in ("", checkpoint.label(run.sparsity)):
+            keys = (*CELL[:3], "source_seed", "target_seed", "match_epoch")
+            same = method == run.method and all(alignment[key] == getattr(run, key) for key in keys)
+            if len(own) and same and sparsity in ("", checkpoint.label(run.sparsity)):
+                seeds = {"source_seed": run.source_seed, "target_seed": run.target_seed, "method": run.method}
                 files = {"lth": Path(own["path"].iloc[0]) / "final.pt", "permuted": Path(run.path) / "final.pt"}
-                model = checkpoint.load(alignment["source"], checkpoint.WEIGHTS)["model"]
-                if (model["name"], model["width"]) == (run.model, run.width):
-                    seeds = {"source_seed": run.source_seed, "target_seed": run.target_seed, "method": run.method}
-                    found.append(
-                        cell | seeds | files | {"dense": alignment["source"], "permutation": alignment["path"]}
-                    )
+                found.append(cell | seeds | files | {"dense": alignment["source"], "permutation": alignment["path"]})
     if not found:
         raise UserError(f"no permuted network with LTH's beside it below {root}: run train_sparse.py for both")
     return found

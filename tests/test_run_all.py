@@ -20,11 +20,10 @@ def test_dry_run_prints_the_whole_experiment_in_order():
     expected = ["train_dense"] * 8 + ["prune_imp"] * 4 + ["align_mask"] * 4 + ["train_sparse"] * 12
     assert scripts[:28] == expected and [line.split()[2] for line in lines[28:]] == [
         "analyze.results",
-        "analyze.accuracy",
-        "analyze.interpolation",
-        "analyze.masks",
-        "analyze.methods",
+        "analyze.report",
     ]
+    last = [line.split()[2] for line in run_all("quick", DRY_RUN="1").stdout.splitlines()[-5:]]
+    assert last == [f"analyze.{name}" for name in ("results", "accuracy", "interpolation", "masks", "methods")]
     words = shlex.split(lines[3])
     assert words[words.index("--seed") + 1] == "5" and words[words.index("--out") + 1] == "some where/w1/dense"
     assert lines[21].rstrip().endswith("--sparsity 0.8 0.9 0.95 0.97 --rewind 0 5 10 15 20 25 50 75 100")
