@@ -6,9 +6,9 @@
 # quick (the default) needs no download, no GPU and a few minutes. All else are the paper's settings.
 # Each setting below can be overridden by the environment:
 #   PAIRS="0 1 2" WIDTHS="1 4" OUT=runs/mine DATA_DIR=/data bash run_all.sh cifar10
-#   METHODS="activation masked" matches by several methods, CONTROLS="shuffled random-permutation imp-target signs"
-#   adds control arms; DRY_RUN=1 prints the commands, in order, so that they can be fed
-#   to a job queue.
+#   METHODS="activation weight masked" says how to match (activation is the paper's), and
+#   CONTROLS="shuffled random-permutation imp-target signs" adds control arms.
+#   DRY_RUN=1 prints the commands, in order, so that they can be fed to a job queue.
 # Called again, it does what is missing; a run that was cut off goes on from its last epoch.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -16,7 +16,7 @@ preset=${1:-quick}
 
 # ---------------------------------------------------------------- settings
 # Pair p has source seed 2p and target seed 2p+1, so that pairs are independent.
-dense_flags="" imp_flags="" align_flags="" sparse_flags="" interpolation_flags="" jobs=1 methods="activation" controls=""
+dense_flags="" imp_flags="" align_flags="" sparse_flags="" interpolation_flags="" jobs=1 methods="activation masked" controls=""
 analyses="results report"
 pairs="0 1 2" widths="1" sparsity="0.8 0.9 0.95 0.97" rewind="0 5 10 15 20 25 50 75 100" model=resnet20
 case $preset in
@@ -24,13 +24,13 @@ case $preset in
     dataset=glyphs widths="2" sparsity="0.8 0.9" rewind="7"
     dense_flags="--image-size 16 --limit-train 3000 --epochs 9 --batch-size 64 --lr 0.05 --warmup 2"
     imp_flags="--epochs 1 --batch-size 64 --lr 0.02" sparse_flags="--batch-size 64 --lr 0.01"
-    interpolation_flags="--points 5 --images 500" analyses="results accuracy interpolation masks methods"
+    methods="activation" interpolation_flags="--points 5 --images 500" analyses="results accuracy interpolation masks methods"
     jobs=$(getconf _NPROCESSORS_ONLN) jobs=$((jobs < 4 ? jobs : 4)) ;;
   cifar10)  dataset=cifar10 widths="1 4 8 16" ;;
   cifar100) dataset=cifar100 widths="1 4 8 16" rewind="0 10 25 50 100" ;;
   vgg11)    dataset=cifar10 model=vgg11 sparsity="0.8 0.9" rewind="0 5 10 15 20 25 50" ;;
   svhn)     dataset=svhn rewind="10 20" ;;
-  imagenet) dataset=imagenet model=resnet50 pairs="0" sparsity="0.8 0.9 0.95" rewind="10 25 50" ;;
+  imagenet) dataset=imagenet model=resnet50 methods="activation" pairs="0" sparsity="0.8 0.9 0.95" rewind="10 25 50" ;;
   test)     dataset= ;;
   *) echo "run_all.sh: error: unknown preset '$preset': choose from quick, cifar10, cifar100, vgg11, svhn, imagenet, test" >&2; exit 2 ;;
 esac

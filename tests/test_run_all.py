@@ -17,8 +17,8 @@ def test_dry_run_prints_the_whole_experiment_in_order():
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     scripts = [line.split()[1].removesuffix(".py") for line in lines]
-    expected = ["train_dense"] * 8 + ["prune_imp"] * 4 + ["align_mask"] * 4 + ["train_sparse"] * 12
-    assert scripts[:28] == expected and [line.split()[2] for line in lines[28:]] == [
+    expected = ["train_dense"] * 8 + ["prune_imp"] * 4 + ["align_mask"] * 8 + ["train_sparse"] * 16
+    assert scripts[:36] == expected and [line.split()[2] for line in lines[36:]] == [
         "analyze.results",
         "analyze.report",
     ]
@@ -26,12 +26,12 @@ def test_dry_run_prints_the_whole_experiment_in_order():
     assert last == [f"analyze.{name}" for name in ("results", "accuracy", "interpolation", "masks", "methods")]
     words = shlex.split(lines[3])
     assert words[words.index("--seed") + 1] == "5" and words[words.index("--out") + 1] == "some where/w1/dense"
-    assert lines[21].rstrip().endswith("--sparsity 0.8 0.9 0.95 0.97 --rewind 0 5 10 15 20 25 50 75 100")
-    assert lines[27].rstrip().endswith("--sparsity 0.8 0.9 0.95 0.97 --rewind 0 10 25 50 100")
+    assert lines[27].rstrip().endswith("--sparsity 0.8 0.9 0.95 0.97 --rewind 0 5 10 15 20 25 50 75 100")
+    assert lines[35].rstrip().endswith("--sparsity 0.8 0.9 0.95 0.97 --rewind 0 10 25 50 100")
     assert "--rewind 7 " in run_all("cifar10", DRY_RUN="1", REWIND="7", SPARSE_FLAGS="--lr 1").stdout
     assert (
         "'some where/w8/align/activation/seed4-seed5' --out 'some where/w8/sparse/permuted/activation/seed4-seed5'"
-        in lines[27]
+        in lines[34]
     )
 
 
