@@ -89,6 +89,8 @@ def main() -> None:
         "method": method, "source": source["sha256"], "target": target["sha256"],
         "source_seed": source["seed"], "target_seed": target["seed"], "match_epoch": target["epoch"],
     }  # fmt: skip
+    if args.model_fn:
+        arguments |= cli.hyper(args, "model_fn", "dataset", "image_size", "input_shape")
     finished = checkpoint.is_finished(args.out, arguments)
     missing = {name: entry for name, entry in masks.items() if not is_there(args.out / name, entry["unpermuted"])}
     if finished and not missing:
@@ -100,6 +102,9 @@ def main() -> None:
         network.load_state_dict(entry["state_dict"])
         network.to(device)
     axes = find_axes(networks[0], source["model"]["input_shape"])
+    if not axes.sizes:
+        reasons = "; ".join(f"{axis}: {reason}" for axis, (_, reason) in axes.pinned.items())
+        raise UserError(f"nothing in this network may be permuted ({reasons})")
     weights = matched_weights(networks[0])
     ends = [{name: entry["state_dict"][name].to(device) for name in weights} for entry in (source, target)]
 
@@ -202,8 +207,7 @@ def load_runs(args: argparse.Namespace, device: torch.device) -> Loaded:
 
 def load_own(args: argparse.Namespace, device: torch.device) -> Loaded:
     """State dicts of one's own, and masks in our form or torch's."""
-    build = foreign.load_function(args.model_fn)
-    networks = [build(), build()]
+    networks = [foreign.build(args.model_fn), foreign.build(args.model_fn)]
     images = None
     if args.dataset:
         images = load_data(args.dataset, args.data_dir, args.image_size, None, device, workers=args.workers)

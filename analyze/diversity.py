@@ -65,19 +65,32 @@ def networks(root: Path) -> pd.DataFrame:
     dense = dense_runs(root)
     for run in dense.itertuples():
         last = max(run.folder.glob("epoch_*.pt"))
-        rows.append((run.model, run.width, run.dataset, 0.0, None, "dense", last))
+        rows.append((run.model, run.width, run.dataset, 0.0, None, "dense", run.seed, last))
     for run in find_results(root, "prune_imp"):
         for path in sorted(run["folder"].glob("sparse_*.pt")):
-            model = checkpoint.load(path, ("model", "dataset"))
+            model = checkpoint.load(path, ("model", "dataset", "seed"))
             about = (model["model"]["name"], model["model"]["width"], model["dataset"]["name"])
-            rows.append((*about, float(path.stem.partition("_")[2]), None, "IMP", path))
+            rows.append((*about, float(path.stem.partition("_")[2]), None, "IMP", model["seed"], path))
     try:
         sparse = sparse_runs(root)
         for run, variant in zip(sparse.itertuples(), variants(sparse)):
-            rows.append((*(getattr(run, name) for name in CELL), variant, Path(run.path) / "final.pt"))
+            rows.append(
+                (
+                    *(getattr(run, name) for name in CELL),
+                    variant,
+                    f"{run.source_seed}-{run.target_seed}-{run.seed}",
+                    Path(run.path) / "final.pt",
+                )
+            )
     except UserError:  # no sparse run yet
         pass
-    return pd.DataFrame(rows, columns=[*CELL, "variant", "file"])
+    found = pd.DataFrame(rows, columns=[*CELL, "variant", "seeds", "file"])
+    twice = found[found.duplicated([*CELL, "variant", "seeds"])]
+    if len(twice):
+        raise UserError(
+            f"{twice['file'].iloc[0]} repeats the seed of another {twice['variant'].iloc[0]} network: keep experiments apart"
+        )
+    return found
 
 
 class Predictor:

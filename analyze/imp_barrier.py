@@ -115,6 +115,11 @@ def main() -> None:
         about = dict(zip(CELL[:3], network)) | {"seed": pruned["seed"], "sparsity": masking.sparsity(pruned["mask"])}
         rows += [about | row for row in barriers(pd.read_csv(cache))]
     table = pd.DataFrame(rows)
+    twice = table.duplicated([*CELL[:3], "seed", "sparsity", "repair"])
+    if twice.any():
+        raise UserError(
+            f"two IMP chains of seed {table.loc[twice, 'seed'].iloc[0]} lie below {args.root}: keep experiments apart"
+        )
     for (model, dataset), group in table.groupby(["model", "dataset"]):
         seeds = group["seed"].nunique()
         figure, points = plot(group, f"dense network to IMP's, {model} on {dataset}, {seeds} seed" + "s" * (seeds != 1))

@@ -90,7 +90,8 @@ def plot(table: pd.DataFrame, corners: np.ndarray, title: str) -> style.Figure:
     for axis, metric, label in zip(axes, ("test_loss", "test_error"), ("test loss (nats)", "0-1 loss (%)")):
         values = table.pivot_table(index="y", columns="x", values=metric)
         # Far from the networks the loss explodes; levels follow the inner part, where they are.
-        levels = np.linspace(values.to_numpy().min(), np.quantile(values.to_numpy(), 0.9), 15)
+        low, high = values.to_numpy().min(), np.quantile(values.to_numpy(), 0.9)
+        levels = np.linspace(low, high if high > low else low + 1, 15)  # a network that learned nothing is flat
         filled = axis.contourf(values.columns, values.index, values.to_numpy(), levels, cmap="cividis", extend="max")
         figure.colorbar(filled, ax=axis, label=label, shrink=0.75, format="%.3g")
         for (x, y), name, marker in zip(corners, ("π(LTH)", "permuted", "π(A)"), ("o", "^", "*")):
@@ -120,7 +121,12 @@ def triples(root: Path) -> list[dict[str, Any]]:
             keys = (*CELL[:3], "source_seed", "target_seed", "match_epoch")
             same = method == run.method and all(alignment[key] == getattr(run, key) for key in keys)
             if len(own) and same and sparsity in ("", checkpoint.label(run.sparsity)):
-                seeds = {"source_seed": run.source_seed, "target_seed": run.target_seed, "method": run.method}
+                seeds = {
+                    "source_seed": run.source_seed,
+                    "target_seed": run.target_seed,
+                    "method": run.method,
+                    "match_epoch": int(run.match_epoch),
+                }
                 files = {"lth": Path(own["path"].iloc[0]) / "final.pt", "permuted": Path(run.path) / "final.pt"}
                 found.append(cell | seeds | files | {"dense": alignment["source"], "permutation": alignment["path"]})
     if not found:
@@ -140,7 +146,7 @@ def main() -> None:
     loaded: dict[str, Resident | Streamed] = {}
     drawn = set()
     for triple in triples(args.root):
-        cell = tuple(triple[name] for name in [*CELL, "method"])
+        cell = tuple(triple[name] for name in [*CELL, "method", "match_epoch"])
         if cell in drawn and not args.all:
             continue
         drawn.add(cell)
@@ -160,7 +166,7 @@ def main() -> None:
         states = [moved["lth"], entries["permuted"]["state_dict"], moved["dense"]]
         table, corners = measure(model, states, data, args.grid, args.images)
         name = f"{triple['model']}x{triple['width']:g}_{triple['dataset']}_{triple['method']}_s{checkpoint.label(triple['sparsity'])}_k{triple['rewind']:03d}"
-        name += f"_{triple['source_seed']}-{triple['target_seed']}"
+        name += f"_{triple['source_seed']}-{triple['target_seed']}_matched{triple['match_epoch']}"
         title = f"{triple['model']} x{triple['width']:g} on {triple['dataset']}, {100 * triple['sparsity']:g}% sparse, k = {triple['rewind']}, seeds {triple['source_seed']} and {triple['target_seed']}"
         marks = pd.DataFrame(corners, columns=["x", "y"]).assign(network=["lth", "permuted", "dense"])
         style.save(plot(table, corners, title), pd.concat([table, marks]), args.root / "figures", f"landscape_{name}")

@@ -23,7 +23,8 @@ from common.models import build_model
 from common.permutation import channel_rows, find_places
 
 NETWORK = ["model", "width", "dataset"]
-MASK = [*NETWORK, "sparsity", "source_seed", "target_seed", "method"]
+PAIR = [*NETWORK, "mask_dataset", "sparsity", "source_seed", "target_seed"]
+MASK = [*PAIR, "method", "match_epoch"]
 
 
 def overlap(mask: Mask, reference: Mask) -> list[dict[str, Any]]:
@@ -60,21 +61,18 @@ def idle_units(mask: Mask, model: torch.nn.Module, input_shape: tuple[int, ...])
 
 
 def load_all(root: Path) -> dict[tuple, dict[str, Any]]:
-    """All masks below `root`, by network, sparsity, source, target and method (None, None: as pruned)."""
+    """All masks below `root`, by the columns MASK; target, method and match epoch are None as pruned."""
     found: dict[tuple, dict[str, Any]] = {}
     for stage in ("prune_imp", "align_mask"):
         for result in find_results(root, stage):
             for path in sorted(result["folder"].glob("mask_*.pt")):
                 entry = checkpoint.load(path, checkpoint.MASKS)
                 model = entry["model"]
-                network = (model["name"], model.get("width"), (entry["dataset"] or {}).get("name"))
-                key = (
-                    *network,
-                    float(path.stem.split("_")[1]),
-                    entry["source_seed"],
-                    entry["target_seed"],
-                    entry["method"],
-                )
+                dataset = (entry["dataset"] or {}).get("name")
+                network = (model["name"], model.get("width"), dataset, entry.get("mask_dataset") or dataset)
+                seeds = (entry["source_seed"], entry["target_seed"])
+                sparsity = float(path.stem.split("_")[1])
+                key = (*network, sparsity, *seeds, entry["method"], entry["match_epoch"] if entry["method"] else None)
                 if key in found:
                     raise UserError(f"{path} repeats the mask of {found[key]['path']}: keep experiments apart")
                 found[key] = entry | {"path": path}
@@ -85,27 +83,28 @@ def load_all(root: Path) -> dict[tuple, dict[str, Any]]:
 
 def overlaps(masks: dict[tuple, dict[str, Any]]) -> pd.DataFrame:
     """A row a mask of another network and layer, for the pairs whose target was pruned too; method naive: not permuted."""
-    rows = []
-    for (*network, sparsity, source, target, method), entry in masks.items():
-        reference = masks.get((*network, sparsity, target, None, None))
+    rows, seen = [], set()
+    for key, entry in masks.items():
+        model, width, dataset, mask_dataset, sparsity, source, target, *_ = key
+        reference = masks.get((model, width, dataset, dataset, sparsity, target, None, None, None))
         if target is None or reference is None:
             continue
-        seeds = dict(zip(MASK, (*network, sparsity, source, target)))
-        about = seeds | {"method": method}
-        rows += [about | row for row in overlap(entry["mask"], reference["mask"])]
-        unpermuted = masks.get((*network, sparsity, source, None, None))
-        if unpermuted and not any(row["method"] == "naive" and seeds.items() <= row.items() for row in rows):
-            rows += [seeds | {"method": "naive"} | row for row in overlap(unpermuted["mask"], reference["mask"])]
+        rows += [dict(zip(MASK, key)) | row for row in overlap(entry["mask"], reference["mask"])]
+        own = masks.get((model, width, mask_dataset, mask_dataset, sparsity, source, None, None, None))
+        naive = (*key[: len(PAIR)], "naive", None)
+        if own and naive not in seen:
+            seen.add(naive)
+            rows += [dict(zip(MASK, naive)) | row for row in overlap(own["mask"], reference["mask"])]
     return pd.DataFrame(rows, columns=[*MASK, "layer", "weights", "kept", "kept_reference", "shared", "chance"])
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
     """By network, sparsity and method: shared and chance in percent of the reference's kept weights, over layers and pairs."""
-    sums = table.groupby(MASK)[["kept_reference", "shared", "chance"]].sum()
+    sums = table.groupby(MASK, dropna=False)[["kept_reference", "shared", "chance"]].sum()
     share = 100 * sums[["shared", "chance"]].div(sums["kept_reference"], axis=0)
     share["ratio"] = share["shared"] / share["chance"]
-    group = [*NETWORK, "sparsity", "method"]
-    means = share.groupby(group).agg(["mean", "std", "count"])
+    group = [*NETWORK, "mask_dataset", "sparsity", "method", "match_epoch"]
+    means = share.groupby(group, dropna=False).agg(["mean", "std", "count"])
     wide = {"shared": ("shared", "mean"), "shared_std": ("shared", "std"), "chance": ("chance", "mean"), "ratio": ("ratio", "mean"), "pairs": ("shared", "count")}  # fmt: skip
     return pd.DataFrame({name: means[key] for name, key in wide.items()}).reset_index()
 
@@ -120,13 +119,14 @@ def main() -> None:
             continue  # a network that is not ours: its module is not known here
         models.setdefault(about, build_model(**entry["model"]))
         units.append(dict(zip(MASK, key)) | idle_units(entry["mask"], models[about], entry["model"]["input_shape"]))
-    checkpoint.save_text(pd.DataFrame(units).to_csv(index=False), root / "units.csv")
     layers = [
         dict(zip(MASK, key)) | {"layer": name, "weights": mask.numel(), "layer_sparsity": 1 - int(mask.sum()) / mask.numel()}
         for key, entry in masks.items() if entry["target_seed"] is None for name, mask in entry["mask"].items()
     ]  # fmt: skip
     checkpoint.save_text(pd.DataFrame(layers).to_csv(index=False), root / "layer_sparsity.csv")
-    idle = pd.DataFrame(units).query("target_seed.isna()").groupby([*NETWORK, "sparsity"])
+    table = pd.DataFrame(units, columns=[*MASK, "units", "without_inputs", "without_outputs"])
+    idle = table[table["target_seed"].isna()].groupby([*NETWORK, "sparsity"])
+    checkpoint.save_text(table.to_csv(index=False), root / "units.csv")
     print("hidden units, and those without kept weights into them or out of them, mean over IMP's masks")
     print(idle[["units", "without_inputs", "without_outputs"]].mean().round(1).to_string())
     table = overlaps(masks)

@@ -15,7 +15,7 @@ import pandas as pd
 
 from analyze import masks as mask_overlap
 from analyze.interpolation import alignments, barrier, caches
-from analyze.results import CELL, parse_root, sparse_runs, summary
+from analyze.results import CELL, parse_root, sparse_runs, summary, variants
 from common import checkpoint, cli, masking
 from common.axes import find_axes
 from common.errors import UserError
@@ -59,11 +59,15 @@ def measures(run: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def barriers(run: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The barriers in test loss that analyze.interpolation has left of an alignment, by curve (naive, aligned)."""
+    """The barriers in test loss that analyze.interpolation has left of an alignment, by curve (naive, aligned).
+
+    Of several measurements the one of most points, and then of most images for REPAIR, counts.
+    """
     found: dict[str, dict[str, float]] = {}
     for curve, pattern in caches(run, "*", "*").items():
-        for cache in sorted(pattern.parent.glob(pattern.name)):
-            for repaired, rows in pd.read_csv(cache).groupby("repair"):
+        measured = {tuple(map(int, path.stem.split("_")[-2:])): path for path in pattern.parent.glob(pattern.name)}
+        if measured:
+            for repaired, rows in pd.read_csv(measured[max(measured)]).groupby("repair"):
                 name = "barrier, REPAIR" if repaired else "barrier"
                 found.setdefault(curve, {})[name] = barrier(rows["test_loss"].to_numpy(), rows["alpha"].to_numpy())
     return found
@@ -71,33 +75,38 @@ def barriers(run: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def table(root: Path) -> pd.DataFrame:
     """The whole comparison, a row a (network, match epoch, sparsity, method). Raises UserError without an alignment."""
-    key = [*NETWORK, "match_epoch", "sparsity", "method"]
+    key = [*NETWORK, "sparsity", "method", "match_epoch"]
     found = pd.DataFrame([row for run in alignments(root) for row in measures(run)])
+    found = found.drop_duplicates([*key, "source_seed", "target_seed"])  # naive comes with every method
     result = found.drop(columns=["source_seed", "target_seed"]).groupby(key).mean().reset_index()
     shared = mask_overlap.overlaps(mask_overlap.load_all(root))
+    shared = shared[shared["mask_dataset"] == shared["dataset"]]
     if len(shared):
-        ratio = mask_overlap.summary(shared)[[*NETWORK, "sparsity", "method", "ratio"]]
-        result = result.merge(
-            ratio.rename(columns={"ratio": "overlap/chance"}), how="left", on=[*NETWORK, "sparsity", "method"]
-        )
+        ratio = mask_overlap.summary(shared)[[*key, "ratio"]].rename(columns={"ratio": "overlap/chance"})
+        result = _beside(result, ratio)
     try:
-        trained = sparse_runs(root)
+        runs = sparse_runs(root)
     except UserError:  # none yet
         return result
-    trained = trained[
-        ~trained["signs"] & ~trained["fan_in"] & trained["arm"].isin(["naive", "permuted", "random-permutation"])
-    ]
-    if trained.empty:
+    plain = ~runs["signs"] & ~runs["fan_in"] & (runs["mask_dataset"] == runs["dataset"])
+    runs = runs[plain & runs["arm"].isin([NAIVE, "permuted", "random-permutation"])]
+    if runs.empty:
         return result
-    accuracy = summary(trained)
-    accuracy["method"] = (
-        accuracy["variant"]
-        .map({NAIVE: NAIVE, "permuted": "activation", "random-permutation": "random"})
-        .fillna(accuracy["variant"].str.extract(r"\((.*)\)", expand=False))
-    )
+    about = runs.assign(variant=variants(runs), method=runs["method"].where(runs["arm"] != NAIVE, NAIVE))
+    about = about[["variant", "method", "match_epoch", *NETWORK]].drop_duplicates()
     columns = {"rewind": "k", "mean": "accuracy", "difference": "minus naive", "difference_se": "± SE"}
-    accuracy = accuracy.rename(columns=columns)[[*NETWORK, "sparsity", "method", *columns.values()]]
-    return result.merge(accuracy, how="left", on=[*NETWORK, "sparsity", "method"])
+    accuracy = summary(runs).merge(about, on=["variant", *NETWORK]).rename(columns=columns)
+    return _beside(result, accuracy[[*key, *columns.values()]])
+
+
+def _beside(table: pd.DataFrame, more: pd.DataFrame) -> pd.DataFrame:
+    """Add the columns of `more`, by network, sparsity, method and match epoch; naive has none, and stands at each."""
+    key = [*NETWORK, "sparsity", "method", "match_epoch"]
+    naive = more["method"] == NAIVE
+    epochs = table[["match_epoch"]].drop_duplicates()
+    spread = more[naive].drop(columns="match_epoch").merge(epochs, how="cross")
+    matched = pd.concat([more[~naive].astype({"match_epoch": epochs["match_epoch"].dtype}), spread[more.columns]])
+    return table.merge(matched, how="left", on=key)
 
 
 def main() -> None:

@@ -81,13 +81,15 @@ def dense_runs(root: Path) -> pd.DataFrame:
 def variants(runs: pd.DataFrame) -> pd.Series:
     """What each run shows, as plots and tables call it: the arm, with matching method and sign transfer where set."""
 
-    last = pd.to_numeric(runs["match_epoch"]).max()
+    last = pd.to_numeric(runs["match_epoch"]).groupby([runs[key] for key in CELL[:3]]).transform("max")
 
     def name(run: pd.Series) -> str:
         text = run["arm"]
         if run["arm"] == "permuted" and run["method"] != "activation":
             text += f" ({run['method']})"
-        if pd.notna(run["match_epoch"]) and run["match_epoch"] < last:  # matched earlier than others: Table 15
+        if (
+            pd.notna(run["match_epoch"]) and run["match_epoch"] < last[run.name]
+        ):  # matched earlier than others: Table 15
             text += f" @{run['match_epoch']:g}"
         if run["mask_dataset"] != run["dataset"]:
             text += f" [{run['mask_dataset']} mask]"
@@ -129,8 +131,9 @@ def against_naive(pairs: pd.DataFrame) -> dict[str, dict[str, float]]:
         if "lth" in pairs:
             both = pairs[list({"lth", "naive", variant})].dropna()
             gain, gap = both[variant] - both["naive"], both["lth"] - both["naive"]
-            row["gap_closed"] = 100 * gain.mean() / gap.mean() if gap.mean() > 0 else float("nan")
-            row["gap_low"], row["gap_high"] = (100 * end for end in ratio_interval(gain, gap))
+            if gap.mean() > 0:
+                row["gap_closed"] = 100 * gain.mean() / gap.mean()
+                row["gap_low"], row["gap_high"] = (100 * end for end in ratio_interval(gain, gap))
         found[variant] = row
     return found
 
@@ -189,9 +192,10 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
 def overall(runs: pd.DataFrame) -> pd.DataFrame:
     """As `summary`, a row a (model, width, data set) and variant, of each pair's mean over the cells that have all."""
     group = CELL[:3]
-    means = by_pair(runs).dropna().groupby(level=[*group, "source_seed", "target_seed"]).mean()
     rows = []
-    for key, pairs in means.groupby(level=group):
+    for key, cells in by_pair(runs).groupby(level=group):
+        complete = cells.dropna(axis=1, how="all").dropna()
+        pairs = complete.groupby(level=[*group, "source_seed", "target_seed"]).mean()
         differences = against_naive(pairs)
         for variant in pairs:
             mean = {"variant": variant, "mean": pairs[variant].mean(), "std": pairs[variant].std(), "count": len(pairs)}

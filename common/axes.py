@@ -65,7 +65,14 @@ def find_axes(model: nn.Module, input_shape: tuple[int, ...]) -> Axes:
 
     Raises UserError that names the layer when one is not known.
     """
-    network = copy.deepcopy(model).to("meta")  # shapes only: nothing is computed
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if names.setdefault(id(parameter), name) != name:
+            raise UserError(f"{name} and {names[id(parameter)]} are one weight under two names, which is not supported")
+    try:
+        network = copy.deepcopy(model).to("meta")  # shapes only: nothing is computed
+    except RuntimeError as error:  # weights that hooks compute, as torch.nn.utils.weight_norm does
+        raise UserError(f"{type(model).__name__} cannot be copied: {str(error).splitlines()[0]}") from error
     return _Finder(trace(network), network.state_dict()).find(torch.empty(2, *input_shape, device="meta"))
 
 
@@ -218,7 +225,7 @@ class _Finder(fx.Interpreter):
         except (RuntimeError, ValueError) as error:  # the network's own, on shapes alone
             raise UserError(f"{_where(node)} fails for inputs of this shape: {str(error).splitlines()[0]}") from error
         if node.op == "placeholder":
-            self.layouts[node] = [None] * value.dim()
+            self.layouts[node] = [None] * value.dim() if isinstance(value, Tensor) else []
         elif node.op == "get_attr":
             value = (
                 value.to("meta") if isinstance(value, Tensor) else value
@@ -232,6 +239,15 @@ class _Finder(fx.Interpreter):
             self.layouts[node] = self._module(node, node.target, self.submodules[node.target], value)
         else:
             self.layouts[node] = self._function(node, value)
+        if (
+            isinstance(value, Tensor) and node.op != "output"
+        ):  # a rule that does not give the shape that the network computes is not the right one
+            entries = [
+                size if layout is None else sum(s.size * s.repeat for s in layout)
+                for size, layout in zip(value.shape, self.layouts[node])
+            ]
+            if len(self.layouts[node]) != value.dim() or entries != list(value.shape):
+                raise _unknown(_where(node))
         return value
 
     def _parameter(self, name: str, value: Any) -> list[Layout]:
@@ -260,6 +276,7 @@ class _Finder(fx.Interpreter):
         layouts = self._input(node)
         if isinstance(module, CONVOLUTIONS):
             layouts[1] = self._weights(name, module, layouts[1], module.in_channels, module.out_channels, module.groups)
+            layouts[2:] = self._neighbours(layouts[2:], name)
             self.computed.append(node)
         elif isinstance(module, nn.Linear):
             layouts[-1] = self._weights(name, module, layouts[-1], module.in_features, module.out_features, 1)
@@ -286,9 +303,17 @@ class _Finder(fx.Interpreter):
             layouts = [None] * value.dim()
         elif isinstance(module, nn.MultiheadAttention):
             layouts = self._attention(node, name, module)
-        elif not isinstance(module, POOLS + KEEPS):
+        elif isinstance(module, POOLS):
+            layouts[2:] = self._neighbours(layouts[2:], name)
+        elif not isinstance(module, KEEPS):
             raise _unknown(f"layer {name} ({type(module).__name__})")
         return layouts
+
+    def _neighbours(self, layouts: list[Layout], where: str) -> list[Layout]:
+        """What convolutions and pools do to the dimensions that they slide over: neighbours must stay neighbours."""
+        for layout in layouts:
+            self._pin(layout, f"{where} slides over it")
+        return [None] * len(layouts)
 
     def _weights(
         self, name: str, module: nn.Module, fan_in: Layout, size_in: int, size_out: int, groups: int
@@ -327,6 +352,10 @@ class _Finder(fx.Interpreter):
             if getattr(module, key, None) is None:
                 continue
             full = f"{name}.{key}"
+            if full not in self.state:
+                raise UserError(
+                    f"{full} is no parameter of its own (a parametrisation?): store it as a plain weight first"
+                )
             if full in self.dims:  # a layer that is used twice ties the axes of both uses
                 layouts = tuple(self._join(a, b, name) if a or b else None for a, b in zip(self.dims[full], layouts))
             self.dims[full] = layouts
@@ -341,20 +370,26 @@ class _Finder(fx.Interpreter):
             return []
         if not live:  # nothing that may move goes in
             return [None] * value.dim()
-        if name in ACTIVATION_FUNCTIONS:
+        operands = [source for source in node.all_input_nodes if isinstance(self.env[source], Tensor)]
+        if name in ACTIVATION_FUNCTIONS and len(operands) == 1:
             self._made(node, activation=True)
             return self._input(node)
-        if name in POOL_FUNCTIONS | KEEP_FUNCTIONS:
+        if name in KEEP_FUNCTIONS:
             return self._input(node)
-        if name in ELEMENTWISE:
+        if name in POOL_FUNCTIONS:
+            layouts = self._input(node)
+            return [*layouts[:2], *self._neighbours(layouts[2:], where)]
+        if name in ELEMENTWISE | ACTIVATION_FUNCTIONS:  # two operands, as of pow and clamp, are tied
             self._made(node)
             return self._broadcast(node, value, where)
         if name in RESHAPES:
             return self._reshape(node, value)
         if name in REDUCTIONS:
-            return self._reduce(node, *_bind(node, lambda x, dim=None, keepdim=False, **_: (dim, keepdim)))
+            return self._reduce(node, *_bind(node, _reduction))
         if name in ("cat", "concat"):
-            return self._concatenate(node, *_bind(node, lambda tensors, dim=0: (tensors, dim)), where)
+            return self._concatenate(
+                node, *_bind(node, lambda tensors, dim=0, axis=None: (tensors, dim if axis is None else axis)), where
+            )
         if name == "layer_norm":
             self._made(node)
             shape, *scales = _bind(node, lambda x, shape, weight=None, bias=None, eps=1e-5: (shape, weight, bias))
@@ -365,17 +400,20 @@ class _Finder(fx.Interpreter):
                 ]
             return layouts
         if name == "permute":
-            order = _bind(node, lambda x, *dims: dims[0] if isinstance(dims[0], (tuple, list)) else dims)
-            return [self._input(node)[dim] for dim in order]
+            order = _bind(node, lambda x, *given, dims=None: dims or given)
+            return [self._input(node)[dim] for dim in (order[0] if isinstance(order[0], (tuple, list)) else order)]
         if name in ("transpose", "swapaxes"):
             layouts, (one, other) = self._input(node), _bind(node, lambda x, dim0, dim1: (dim0, dim1))
             layouts[one], layouts[other] = layouts[other], layouts[one]
             return layouts
         if name in ("expand", "expand_as"):
-            sizes = self.env[node.all_input_nodes[0]].shape
-            return [layout if size == now else None for layout, size, now in zip(self._input(node), sizes, value.shape)]
+            sizes, layouts = self.env[node.all_input_nodes[0]].shape, self._input(node)
+            kept = [
+                layout if size == now else None for layout, size, now in zip(layouts, sizes, value.shape[-len(sizes) :])
+            ]
+            return [None] * (value.dim() - len(kept)) + kept
         if name == "getitem" and isinstance(self.env[node.args[0]], tuple):  # of attention: (values, weights)
-            return self._input(node)
+            return self._input(node) if node.args[1] == 0 else [None] * value.dim()  # weights are of places to places
         if name == "getitem":
             return self._slice(node, node.args[1], where)
         if name == "pad":
@@ -497,5 +535,12 @@ def _where(node: fx.Node) -> str:
 
 
 def _bind(node: fx.Node, signature: Callable) -> Any:
-    """Read a call's arguments by name, however they were passed."""
-    return signature(*node.args, **node.kwargs)
+    """Read a call's arguments by name, however they were passed; raises UserError for a way that is not known."""
+    try:
+        return signature(*node.args, **node.kwargs)
+    except TypeError as error:
+        raise _unknown(_where(node)) from error
+
+
+def _reduction(x: Any, dim: Any = None, keepdim: bool = False, *, axis: Any = None, unbiased: Any = None, correction: Any = None, dtype: Any = None) -> tuple[Any, bool]:  # fmt: skip
+    return (axis if dim is None else dim), keepdim

@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,30 @@ from common import checkpoint, masking
 from common.errors import UserError
 
 
-def load_function(name: str) -> Callable[[], nn.Module]:
-    """The function that `package.module:function` names, looked up from the working directory too.
+def build(name: str) -> nn.Module:
+    """The module that the function `package.module:function` makes, looked up from the working directory too.
 
-    Raises UserError when there is none.
+    Raises UserError when there is no such function, or it makes no module without arguments.
     """
     module, _, function = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+        made = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(f"--model-fn {name}: {error}; write it as package.module:function") from error
+    if not isinstance(made, nn.Module):
+        raise UserError(f"--model-fn {name} made a {type(made).__name__}, not a torch.nn.Module")
+    return made
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A state dict, or the one under the key `state_dict`; raises UserError for anything else."""
+    content = checkpoint.load(path)
+    content = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path} is no state dict: save model.state_dict()")
+    return content
 
 
 def load_weights(path: Path, name: str, model: nn.Module, input_shape: list[int]) -> dict[str, Any]:
@@ -32,9 +43,7 @@ def load_weights(path: Path, name: str, model: nn.Module, input_shape: list[int]
     A network pruned by torch.nn.utils.prune is read as what it computes. The seed is the file's name. Raises
     UserError when the weights do not fit `model`, which the function `name` built.
     """
-    content = checkpoint.load(path)
-    content = content.get("state_dict", content)
-    weights, _ = masking.from_prune(content)
+    weights, _ = masking.from_prune(_read(path))
     expected = model.state_dict()
     for key in expected.keys() | weights.keys():
         shapes = [
@@ -42,6 +51,8 @@ def load_weights(path: Path, name: str, model: nn.Module, input_shape: list[int]
         ]
         if shapes[0] != shapes[1]:
             raise UserError(f"{path} does not fit {name}: {key} is {shapes[0]} there and {shapes[1]} in the module")
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise UserError(f"the weights of {path} are not finite")
     about = {"model": {"name": name, "input_shape": input_shape}, "dataset": None, "seed": path.stem, "epoch": None}
     return about | {"state_dict": weights, "sha256": checkpoint.digest(path)}
 
@@ -55,13 +66,14 @@ def load_masks(path: Path, source: dict[str, Any], model: nn.Module) -> dict[str
     if path.is_dir():
         found = {file: checkpoint.load(file, ("mask",))["mask"] for file in sorted(path.glob("mask_*.pt"))}
     else:
-        content = checkpoint.load(path)
-        _, mask = masking.from_prune(content.get("state_dict", content))
+        _, mask = masking.from_prune(_read(path))
         found = {path: mask} if mask else {}
     if not found:
         raise UserError(f"no masks in {path}: give a folder of mask_*.pt, or a state dict with weight_mask entries")
     masks = {}
     for file, mask in found.items():
+        if not isinstance(mask, dict) or not mask or not all(isinstance(entry, Tensor) for entry in mask.values()):
+            raise UserError(f"{file} holds no mask: `mask` must name a bool tensor for each pruned weight")
         masking.check_fits(mask, source["state_dict"], file)
         sparsity = masking.sparsity(mask)
         name = file.name if path.is_dir() else checkpoint.mask_file(path, round(sparsity, 4)).name

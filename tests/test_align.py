@@ -123,6 +123,12 @@ def test_networks_of_ones_own(own, tmp_path, method):
         "--model-fn", "my_nets:Net", "--method", method, *images, "--device", "cpu", "--out", tmp_path,
     )  # fmt: skip
     assert "nothing to do" in again.out
+    if method == "weight":
+        other = call(
+            "align_mask", "--source", own / "my_a.pt", "--target", own / "my_b.pt", "--masks", own / "my_a_pruned.pt",
+            "--model-fn", "my_nets:Net", "--method", method, "--input-shape", 3, 24, 24, "--device", "cpu", "--out", tmp_path,
+        )  # fmt: skip
+        refused(other, "another experiment", "input_shape")
 
 
 def test_a_pruned_state_dict_and_back():
@@ -143,6 +149,14 @@ def test_own_networks_that_do_not_fit_are_refused(own, tmp_path):
     refused(call("align_mask", *ends, *fn, *weight), "no masks in", "my_a.pt")
     refused(call("align_mask", *ends, "--model-fn", "my_nets:Nut", *weight), "my_nets:Nut", "package.module:function")
     refused(call("align_mask", *ends, "--model-fn", "nowhere", *weight), "nowhere")
+    refused(call("align_mask", *ends, "--model-fn", "math:pi", *weight), "math:pi")
+    refused(call("align_mask", *ends, "--model-fn", "builtins:dict", *weight), "made a dict")
+    torch.save([1], tmp_path / "list.pt")
+    refused(call("align_mask", "--source", tmp_path / "list.pt", *ends[2:], *fn, *weight), "list.pt is no state dict")
+    torch.save({name: value * float("nan") for name, value in state(own / "my_a.pt").items()}, tmp_path / "nan.pt")
+    refused(call("align_mask", "--source", tmp_path / "nan.pt", *ends[2:], *fn, *weight), "not finite")
+    torch.save({"mask": {}}, tmp_path / "mask_0.50.pt")
+    refused(call("align_mask", *ends, *fn, *weight, "--masks", tmp_path), "holds no mask")
     torch.save({"conv.weight": torch.zeros(6, 3, 3, 3)}, tmp_path / "part.pt")
     outcome = call("align_mask", "--source", tmp_path / "part.pt", *ends[2:], *fn, *weight)
     refused(outcome, "part.pt does not fit my_nets:Net")

@@ -72,9 +72,7 @@ def test_repair_at_the_endpoints_changes_nothing_and_interpolation_meets_them(na
     source = copy.deepcopy(model.state_dict())
     test, train = [(images[:20], torch.randint(10, (20,)))], [(images, torch.randint(10, (40,)))]
     target = {key: value + 0.3 * torch.randn_like(value) if value.dim() > 1 else value for key, value in source.items()}
-    table = pd.DataFrame(
-        along(model, source, target, np.array([0, 0.5, 1.0]), lambda: iter(test), lambda: iter(train))
-    )
+    table = pd.DataFrame(along(model, source, target, np.array([0, 0.5, 1.0]), lambda: iter(test), lambda: iter(train)))
     pairs = table.pivot(index="alpha", columns="repair", values="test_loss")
     assert pairs.loc[0.0, True] == pytest.approx(pairs.loc[0.0, False], rel=1e-4)
     assert pairs.loc[0.5, True] != pytest.approx(pairs.loc[0.5, False], rel=1e-4)
@@ -157,6 +155,26 @@ def test_overall_averages_each_pair_over_the_cells_that_have_every_arm():
     table = results.overall(frame(rows)).set_index("variant")
     assert table.loc["naive", "mean"] == pytest.approx(70 + 5 + 1)
     assert table.loc["permuted", "difference"] == 5 and table.loc["permuted", "difference_se"] == 0
+
+
+def test_networks_below_one_root_do_not_name_each_others_arms():
+    rows = []
+    for width, epochs in ((1.0, 20), (4.0, 200)):
+        cell = {"width": width, "match_epoch": epochs, "method": "activation"}
+        rows += [run("naive", 0, 1, 70.0, width=width), run("permuted", 0, 1, 75.0, **cell)]
+        rows += [run("naive", 0, 1, 60.0, width=width, rewind=1), run("permuted", 0, 1, 65.0, rewind=1, **cell)]
+    rows += [
+        run("permuted", 0, 1, 79.0, method="masked", match_epoch=20),
+        run("permuted", 0, 1, 69.0, rewind=1, method="masked", match_epoch=20),
+    ]
+    runs = frame(rows)
+    assert set(results.variants(runs)) == {"naive", "permuted", "permuted (masked)"}
+    table = results.overall(runs)
+    assert table[table["width"] == 4].set_index("variant")["mean"].to_dict() == {"naive": 65, "permuted": 70}
+    behind = results.summary(
+        frame([run("lth", s, s, 70.0 - s) for s in (0, 2)] + [run("naive", s, s + 1, 80.0) for s in (0, 2)])
+    )
+    assert behind.set_index("variant").loc["lth", ["gap_closed", "gap_low", "gap_high"]].isna().all()  # there is no gap
 
 
 def test_results_lists_every_finished_run_once(runs, tmp_path):

@@ -234,9 +234,33 @@ class Constant(nn.Module):  # a tensor that no permutation reaches
         return x * self.scale
 
 
+class Turn(nn.Module):
+    def forward(self, x):
+        return x.permute(0, 2, 3, 1)
+
+
+class Along(nn.Module):  # a convolution that slides over the channels themselves (Wang et al. 2020)
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Conv1d(1, 1, 3, padding=1)
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.gate(x.mean((2, 3)).unsqueeze(1))).squeeze(1)[:, :, None, None]
+
+
 class Half(nn.Module):
     def forward(self, x):
         return F.relu(x[:, 4:])
+
+
+class Channelwise(nn.Module):  # a parameter as second operand, and one that is spread out first
+    def __init__(self):
+        super().__init__()
+        self.power, self.floor = nn.Parameter(torch.rand(8, 1, 1) + 1), nn.Parameter(torch.rand(8, 1, 1))
+
+    def forward(self, x, mask=None):
+        y = torch.clamp(x.sigmoid().pow(self.power), min=self.floor * 0.5)
+        return torch.cat([y * self.floor.expand_as(y), y - y.mean(axis=(2, 3), keepdim=True)], axis=1)
 
 
 @pytest.mark.parametrize("body, channels, units", [
@@ -247,6 +271,7 @@ class Half(nn.Module):
     (nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Hardswish()), 8, {("conv",): 1}),
     (nn.Sequential(nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.GroupNorm(2, 8)), 8, {("conv", "body.0"): 2}),
     (Gate(), 8, {("conv",): 1, ("body.squeeze",): 1}),
+    (Channelwise(), 16, {("conv",): 1}),
     (LayerScale(), 8, {("conv",): 1}),
     (OptionA(), 16, {("conv",): 1, ("pad.before",): 1, ("pad.behind",): 1}),
 ])  # fmt: skip
@@ -261,6 +286,8 @@ def test_what_networks_are_made_of(body, channels, units):
     (nn.LocalResponseNorm(3), 8, "LocalResponseNorm"),
     (Rows(), 512, "reshape"),
     (Constant(), 8, "mul in body (Constant) joins it with values of fixed order"),
+    (Along(), 8, "body.gate slides over it"),
+    (nn.Sequential(Turn(), nn.AvgPool2d(3, 1, 1), Turn(), Turn()), 8, "body.1 slides over it"),
     (Half(), 4, "getitem in body (Half) takes a part of it"),
     (nn.Sequential(nn.PixelShuffle(2), nn.ReLU()), 2, "PixelShuffle"),
     (nn.Sequential(nn.GroupNorm(4, 8), nn.ReLU(), nn.Conv2d(8, 8, 1, groups=2)), 8, "groups it otherwise"),
@@ -351,3 +378,14 @@ def test_axes_of_densenet121():
         None,
     )  # fmt: skip
     assert len(axes.dims["features.norm5.weight"][0]) == 1 + 16
+
+
+def test_weights_that_are_not_plain_are_refused():
+    shared = nn.Conv2d(8, 8, 1)
+    for body in (
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1)),
+        nn.utils.weight_norm(nn.Conv2d(8, 8, 1)),
+        nn.Sequential(shared, nn.ReLU(), shared, nn.Sequential(shared)),
+    ):
+        with pytest.raises(UserError):
+            find_axes(Parts(body), (3, 8, 8))

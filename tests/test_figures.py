@@ -140,7 +140,7 @@ def test_imp_barrier_reads_every_round(matched_early):
 
 def test_landscape_passes_through_its_three_networks(matched_early):
     succeed("analyze.landscape", matched_early, "--grid", 3, "--images", 100, "--device", "cpu")
-    name = "landscape_mlpx0.03125_glyphs_activation_s0.50_k000_0-1"
+    name = "landscape_mlpx0.03125_glyphs_activation_s0.50_k000_0-1_matched3"
     assert (matched_early / f"figures/{name}.pdf").is_file()
     table = pd.read_csv(matched_early / f"figures/{name}.csv")
     assert len(table) == 9 + 3 and table["network"].dropna().tolist() == ["lth", "permuted", "dense"]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from analyze import masks, methods, planted
+from analyze.results import sparse_runs
 from common import masking
 from tests.conftest import call, sparse, succeed
 
@@ -123,3 +124,32 @@ def test_coverage_lists_networks_and_names_what_stands_in_the_way():
     assert out[2].startswith("swin_t") and "features.1.0.attn" in out[2]
     outcome = call("analyze.coverage", "resnet19")
     assert outcome.code == 2 and "resnet19" in outcome.err
+
+
+def test_two_match_epochs_below_one_root_are_kept_apart(compared, tmp_path):
+    root = tmp_path / "runs"
+    shutil.copytree(compared, root)
+    out = root / "align/early/seed0-seed1"
+    succeed("align_mask", "--source", root / "dense/seed0", "--target", root / "dense/seed1", "--masks", root / "imp/seed0",
+            "--target-epoch", 1, "--device", "cpu", "--out", out)  # fmt: skip
+    sparse("permuted", root / "dense/seed1", out, root / "sparse/permuted/early/seed0-seed1")
+    succeed("analyze.masks", root)
+    succeed("analyze.methods", root)
+    table = pd.read_csv(root / "methods.csv").query("k == 0 and sparsity == 0.7").set_index(["match_epoch", "method"])
+    assert table.index.is_unique and set(table.index) == {
+        (3, "activation"), (3, "masked"), (3, "naive"), (1, "activation"), (1, "naive"),
+    }  # fmt: skip
+    row = sparse_runs(root).query("arm == 'permuted' and match_epoch == 1 and sparsity == 0.7 and rewind == 0")
+    assert table.loc[(1, "activation"), "accuracy"] == pytest.approx(row["test_acc"].item())
+    before = methods.table(compared).query("k == 0 and sparsity == 0.7 and method == 'naive'")["cosine"].item()
+    assert table.loc[(3, "naive"), "cosine"] == pytest.approx(before)
+
+
+def test_the_finest_curve_gives_the_barrier(compared, tmp_path):
+    root = tmp_path / "runs"
+    shutil.copytree(compared, root)
+    run = methods.alignments(root)[0]
+    for points, peak in ((5, 9.0), (21, 1.0)):
+        curve = pd.DataFrame({"alpha": [0, 0.5, 1], "repair": False, "test_loss": [0.0, peak, 0.0]})
+        curve.to_csv(methods.caches(run, points, 100)["aligned"], index=False)
+    assert methods.barriers(run)["aligned"]["barrier"] == 1
