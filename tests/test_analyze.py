@@ -261,6 +261,7 @@ def test_an_empty_folder_is_one_line(tmp_path, module):
 def test_benchmark_prints_ratios():
     out = succeed(
         "analyze.benchmark",
+        "--only",
         "training",
         "matching",
         "weights",
