@@ -27,8 +27,8 @@ def test_idle_units_by_hand():
         "0.weight": torch.tensor([True, False, True]).view(3, 1, 1, 1),
         "3.weight": torch.ones(2, 12, dtype=torch.bool),
     }
-    mask["3.weight"][:, 8:] = False  # nothing reads the four places of unit 2
-    assert masks.idle_units(mask, model, (1, 2, 2)) == {"units": 3, "without_inputs": 1, "without_outputs": 1}
+    mask["3.weight"][:, 4:] = False  # nothing reads the four places of unit 1, nor those of unit 2
+    assert masks.idle_units(mask, model, (1, 2, 2)) == {"units": 3, "without_inputs": 1, "without_outputs": 2}
     # A layer that is never pruned keeps everything.
     assert masks.idle_units({"3.weight": mask["3.weight"]}, model, (1, 2, 2))["without_inputs"] == 0
 
