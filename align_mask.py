@@ -31,7 +31,7 @@ from common import checkpoint, cli, foreign, masking
 from common.axes import find_axes
 from common.data import DATASETS, Resident, Streamed, load_data, load_described
 from common.errors import UserError
-from common.matching import match_activations, match_weights, matched_weights, objective
+from common.matching import match_activations, match_weights, match_weights_best, matched_weights, objective
 from common.models import build_model
 from common.permutation import check_same_function, identity, permute, random_permutation
 from common.training import pick_device
@@ -62,7 +62,9 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group("networks of one's own: --source and --target are state dicts")
     group.add_argument("--model-fn", metavar="M:F", help="function F() of module M that builds the network")
     group.add_argument("--dataset", choices=DATASETS, help="to match activations on, normalised by its own statistics")
-    group.add_argument("--image-size", type=cli.positive, help="of that data set, in px (default: its own)")
+    group.add_argument(
+        "--image-size", type=cli.number(int, 8), metavar="PX", help="of that data set, in px (default: its own)"
+    )
     group.add_argument("--input-shape", type=cli.positive, nargs="+", help="without --dataset (default: 3 32 32)")
     cli.add_device(parser)
     cli.add_data(parser)
@@ -123,9 +125,7 @@ def main() -> None:
         if args.method == "activation":
             permutation, rows = by_activations()
         elif args.method == "weight":
-            starts = [identity(axes), *(random_permutation(axes, args.seed + i) for i in range(1, args.restarts))]
-            tries = [match_weights(*ends, axes, begin, args.seed + i) for i, begin in enumerate(starts)]
-            permutation = max(tries, key=lambda found: found[1][-1])[0]
+            permutation = match_weights_best(*ends, axes, args.restarts, args.seed)
         elif args.method == "masked":
             matched = masking.apply(ends[0], entry["mask"])
             permutation = match_weights(matched, ends[1], axes, by_activations()[0], args.seed)[0]

@@ -9,9 +9,7 @@ diversity.csv.
 """
 
 import itertools
-import json
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -22,7 +20,7 @@ from tqdm import tqdm
 from analyze import style
 from analyze.results import CELL, dense_runs, find_results, parse_root, sparse_runs, variants
 from common import checkpoint, cli
-from common.data import Resident, Streamed, load_described
+from common.data import reader
 from common.errors import UserError
 from common.models import build_model
 from common.training import pick_device
@@ -97,8 +95,7 @@ class Predictor:
     """Logits of networks on the test set, computed once and kept beside each network's file."""
 
     def __init__(self, data_dir: str | None, device: torch.device, workers: int):
-        self.data_dir, self.device, self.workers = data_dir, device, workers
-        self.data: dict[str, Resident | Streamed] = {}
+        self.device, self.read = device, reader(data_dir, device, workers)
 
     @torch.no_grad()
     def __call__(self, path: Path) -> tuple[Tensor, Tensor]:
@@ -108,18 +105,16 @@ class Predictor:
             kept = checkpoint.load(cache, ("logits", "labels"))
             return kept["logits"], kept["labels"]
         entry = checkpoint.load(path, ("model", "dataset", "state_dict"))
-        key = json.dumps(entry["dataset"])
-        if key not in self.data:
-            self.data[key] = load_described(entry["dataset"], self.data_dir, self.device, self.workers)
+        data = self.read(entry["dataset"])
         model = build_model(**entry["model"]).to(self.device, memory_format=torch.channels_last).eval()
         model.load_state_dict(entry["state_dict"])
-        parts = [(model(images).float().cpu(), labels.cpu()) for images, labels in self.data[key].eval_batches()]
+        parts = [(model(images).float().cpu(), labels.cpu()) for images, labels in data.eval_batches()]
         logits, labels = (torch.cat(part) for part in zip(*parts))
         checkpoint.save({"logits": logits, "labels": labels}, cache)
         return logits, labels
 
 
-def table(found: pd.DataFrame, predict: Any) -> pd.DataFrame:
+def table(found: pd.DataFrame, predict: Predictor) -> pd.DataFrame:
     """A row a set of networks that has two or more members."""
     rows = []
     sets = [(key, group) for key, group in found.groupby([*CELL, "variant"], dropna=False) if len(group) > 1]

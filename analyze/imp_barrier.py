@@ -6,21 +6,18 @@ along the line between them, with and without REPAIR, against sparsity. Reads th
 curve is kept beside it.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
 from analyze import style
-from analyze.interpolation import along, barrier
-from analyze.results import CELL, dense_runs, find_results, parse_root
+from analyze.interpolation import barrier, measure
+from analyze.results import CELL, dense_files, find_results, parse_root
 from common import checkpoint, cli, masking
-from common.data import Batches, Resident, Streamed, load_described
+from common.data import reader
 from common.errors import UserError
-from common.models import build_model
 from common.training import pick_device
 
 
@@ -29,8 +26,7 @@ def chains(root: Path) -> list[dict[str, Any]]:
 
     Raises UserError when there is none.
     """
-    dense = {checkpoint.digest(path): path for run in dense_runs(root)["folder"] for path in run.glob("epoch_*.pt")}
-    found = []
+    dense, found = dense_files(root), []
     for run in find_results(root, "prune_imp"):
         start = dense.get(run["arguments"]["dense"])
         if start is None:
@@ -40,17 +36,6 @@ def chains(root: Path) -> list[dict[str, Any]]:
     if not found:
         raise UserError(f"no finished IMP chain below {root}: run prune_imp.py --keep-rounds first")
     return found
-
-
-def measure(dense: dict, pruned: dict, data: Resident | Streamed, points: int, images: int) -> pd.DataFrame:
-    """Test loss and accuracy along the line from the dense network to the pruned one, with and without REPAIR."""
-    model = build_model(**dense["model"]).to(data.device)
-
-    def train() -> Batches:
-        return data.eval_batches("train", limit=images)
-
-    ends = (dense["state_dict"], pruned["state_dict"])
-    return pd.DataFrame(along(model, *ends, np.linspace(0, 1, points), data.eval_batches, train))
 
 
 def barriers(curve: pd.DataFrame) -> list[dict[str, Any]]:
@@ -98,18 +83,14 @@ def main() -> None:
     cli.add_data(parser)
     args = parser.parse_args()
     device = pick_device(args.device)
-    loaded: dict[str, Resident | Streamed] = {}
-    rows = []
+    read, rows = reader(args.data_dir, device, args.workers), []
     for run in tqdm(chains(args.root), "networks", unit="network", disable=None):
         path = run["path"]
         pruned = checkpoint.load(path, ("mask", "state_dict", "seed"))
         cache = path.with_name(f"barrier_{path.stem}_{checkpoint.digest(path)[:8]}_{args.points}_{args.images}.csv")
         if not cache.is_file():
-            key = json.dumps(pruned["dataset"])
-            if key not in loaded:
-                loaded[key] = load_described(pruned["dataset"], args.data_dir, device, args.workers)
             dense = checkpoint.load(run["dense"], checkpoint.WEIGHTS)
-            curve = measure(dense, pruned, loaded[key], args.points, args.images)
+            curve = measure((dense, pruned), {}, read(pruned["dataset"]), args.points, args.images)
             checkpoint.save_text(curve.to_csv(index=False), cache)
         network = (pruned["model"]["name"], pruned["model"]["width"], pruned["dataset"]["name"])
         about = dict(zip(CELL[:3], network)) | {"seed": pruned["seed"], "sparsity": masking.sparsity(pruned["mask"])}

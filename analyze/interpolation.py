@@ -9,7 +9,6 @@ over pairs. Writes figures/interpolation_* and, so that a second call is quick, 
 (for A itself beside B's weights).
 """
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -20,10 +19,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from analyze import repair, style
-from analyze.results import dense_runs, find_results, parse_root
+from analyze.results import dense_files, find_results, parse_root
 from common import checkpoint, cli
 from common.axes import find_axes
-from common.data import Batches, Resident, Streamed, load_described
+from common.data import Batches, Resident, Streamed, reader
 from common.errors import UserError
 from common.models import build_model
 from common.permutation import permute
@@ -108,7 +107,7 @@ def alignments(root: Path) -> list[dict]:
 
     Raises UserError when there is none, or a dense run is not below `root`.
     """
-    dense = {checkpoint.digest(path): path for run in dense_runs(root)["folder"] for path in run.glob("epoch_*.pt")}
+    dense = dense_files(root)
     found = []
     for run in find_results(root, "align_mask"):
         arguments = run["arguments"]
@@ -193,19 +192,13 @@ def main() -> None:
     cli.add_data(parser)
     args = parser.parse_args()
     device = pick_device(args.device)
-    loaded: dict[str, Resident | Streamed] = {}
-    tables = []
+    read, tables = reader(args.data_dir, device, args.workers), []
     for run in tqdm(alignments(args.root), "pairs", unit="pair", disable=None):
         for curve, cache in caches(run, args.points, args.images).items():
             if not cache.is_file():
                 ends = tuple(checkpoint.load(run[role], checkpoint.WEIGHTS) for role in ("source", "target"))
-                key = json.dumps(ends[1]["dataset"])
-                if key not in loaded:
-                    loaded[key] = load_described(ends[1]["dataset"], args.data_dir, device, args.workers)
-                permutation = (
-                    checkpoint.load(run["path"], ("permutation",))["permutation"] if curve == "aligned" else {}
-                )
-                rows = measure(ends, permutation, loaded[key], args.points, args.images)
+                moved = checkpoint.load(run["path"], ("permutation",))["permutation"] if curve == "aligned" else {}
+                rows = measure(ends, moved, read(ends[1]["dataset"]), args.points, args.images)
                 checkpoint.save_text(rows.to_csv(index=False), cache)
             about = {name: run[name] for name in (*NETWORK, "method", "source_seed", "target_seed", "match_epoch")}
             tables.append(pd.read_csv(cache).assign(curve=curve, **about))

@@ -7,7 +7,6 @@ networks marked. Draws the first pair of each (network, sparsity, rewind epoch);
 figures/landscape_*.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from analyze.interpolation import alignments
 from analyze.results import CELL, parse_root, sparse_runs
 from common import checkpoint, cli
 from common.axes import find_axes
-from common.data import Resident, Streamed, load_described
+from common.data import Resident, Streamed, reader
 from common.errors import UserError
 from common.models import build_model
 from common.permutation import permute
@@ -60,7 +59,7 @@ def flatten(state: dict[str, Tensor], names: list[str]) -> Tensor:
     return torch.cat([state[name].flatten() for name in names])
 
 
-def measure(model: nn.Module, states: list[dict[str, Tensor]], data: Any, resolution: int, images: int) -> tuple[pd.DataFrame, np.ndarray]:  # fmt: skip
+def measure(model: nn.Module, states: list[dict[str, Tensor]], data: Resident | Streamed, resolution: int, images: int) -> tuple[pd.DataFrame, np.ndarray]:  # fmt: skip
     """Test loss in nats and error in percent on the grid, a row a point; and the corners' (x, y).
 
     `images` test images are evaluated at each point, after as many training images gave the BN statistics.
@@ -143,8 +142,7 @@ def main() -> None:
     cli.add_data(parser)
     args = parser.parse_args()
     device = pick_device(args.device)
-    loaded: dict[str, Resident | Streamed] = {}
-    drawn = set()
+    read, drawn = reader(args.data_dir, device, args.workers), set()
     for triple in triples(args.root):
         cell = tuple(triple[name] for name in [*CELL, "method", "match_epoch"])
         if cell in drawn and not args.all:
@@ -154,11 +152,7 @@ def main() -> None:
             name: checkpoint.load(triple[name], ("model", "dataset", "state_dict"))
             for name in ("lth", "permuted", "dense")
         }
-        described = entries["permuted"]["dataset"]
-        key = json.dumps(described)
-        if key not in loaded:
-            loaded[key] = load_described(described, args.data_dir, device, args.workers)
-        data = loaded[key]
+        data = read(entries["permuted"]["dataset"])
         model = build_model(**entries["dense"]["model"]).to(device, memory_format=torch.channels_last)
         axes = find_axes(model, data.input_shape)
         permutation = checkpoint.load(triple["permutation"], ("permutation",))["permutation"]

@@ -124,9 +124,9 @@ def main() -> None:
         for key, entry in masks.items() if entry["target_seed"] is None for name, mask in entry["mask"].items()
     ]  # fmt: skip
     checkpoint.save_text(pd.DataFrame(layers).to_csv(index=False), root / "layer_sparsity.csv")
-    table = pd.DataFrame(units, columns=[*MASK, "units", "without_inputs", "without_outputs"])
-    idle = table[table["target_seed"].isna()].groupby([*NETWORK, "sparsity"])
-    checkpoint.save_text(table.to_csv(index=False), root / "units.csv")
+    idle = pd.DataFrame(units, columns=[*MASK, "units", "without_inputs", "without_outputs"])
+    checkpoint.save_text(idle.to_csv(index=False), root / "units.csv")
+    idle = idle[idle["target_seed"].isna()].groupby([*NETWORK, "sparsity"])
     print("hidden units, and those without kept weights into them or out of them, mean over IMP's masks")
     print(idle[["units", "without_inputs", "without_outputs"]].mean().round(1).to_string())
     table = overlaps(masks)

@@ -17,9 +17,9 @@ from common import checkpoint, cli, masking
 from common.axes import find_axes
 from common.data import load_described
 from common.errors import UserError
-from common.matching import match_activations, match_weights, matched_weights
+from common.matching import match_activations, match_weights, match_weights_best, matched_weights
 from common.models import build_model
-from common.permutation import identity, inverse, permute, random_permutation
+from common.permutation import inverse, permute, random_permutation
 from common.training import pick_device
 
 LEVELS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
@@ -54,10 +54,7 @@ def trial(dense: dict[str, Any], data: Any, level: float, images: int) -> dict[s
     batches = (x for x, _ in data.eval_batches("train", 250, images))
     activation, _ = match_activations(source, target, axes, batches)
     ends = [{name: weights[name] for name in names} for weights in (state, dense["state_dict"])]
-    starts = [identity(axes), *(random_permutation(axes, seed) for seed in range(1, RESTARTS))]
-    weight, _ = max(
-        (match_weights(*ends, axes, start, i) for i, start in enumerate(starts)), key=lambda one: one[1][-1]
-    )
+    weight = match_weights_best(*ends, axes, RESTARTS)
     mask = masking.dense_mask(state, masking.prunable(source))
     mask = masking.prune_by_magnitude(state, mask, masking.keep_count(masking.size(mask), SPARSITY))
     masked, _ = match_weights(masking.apply(ends[0], mask), ends[1], axes, activation)

@@ -78,6 +78,11 @@ def dense_runs(root: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*keys, "test_acc", "folder"])
 
 
+def dense_files(root: Path) -> dict[str, Path]:
+    """The weights that dense runs below `root` kept, by their digest, which later stages record."""
+    return {checkpoint.digest(path): path for run in dense_runs(root)["folder"] for path in run.glob("epoch_*.pt")}
+
+
 def variants(runs: pd.DataFrame) -> pd.Series:
     """What each run shows, as plots and tables call it: the arm, with matching method and sign transfer where set."""
 

@@ -227,9 +227,8 @@ class _Finder(fx.Interpreter):
         if node.op == "placeholder":
             self.layouts[node] = [None] * value.dim() if isinstance(value, Tensor) else []
         elif node.op == "get_attr":
-            value = (
-                value.to("meta") if isinstance(value, Tensor) else value
-            )  # a constant stays behind when a module moves
+            if isinstance(value, Tensor):
+                value = value.to("meta")  # a constant stays behind when a module moves
             self.layouts[node] = self._parameter(node.target, value)
         elif node.op == "output":
             for source in node.all_input_nodes:
@@ -239,9 +238,8 @@ class _Finder(fx.Interpreter):
             self.layouts[node] = self._module(node, node.target, self.submodules[node.target], value)
         else:
             self.layouts[node] = self._function(node, value)
-        if (
-            isinstance(value, Tensor) and node.op != "output"
-        ):  # a rule that does not give the shape that the network computes is not the right one
+        if isinstance(value, Tensor) and node.op != "output":
+            # A rule that does not give the shape that the network computes is not the right one.
             entries = [
                 size if layout is None else sum(s.size * s.repeat for s in layout)
                 for size, layout in zip(value.shape, self.layouts[node])

@@ -8,8 +8,9 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,21 @@ def load_described(
         expected=description,
         workers=workers,
     )
+
+
+def reader(
+    data_dir: str | None, device: torch.device, workers: int
+) -> Callable[[dict[str, Any]], "Resident | Streamed"]:
+    """As `load_described`, with each data set read once."""
+    loaded: dict[str, Resident | Streamed] = {}
+
+    def read(description: dict[str, Any]) -> Resident | Streamed:
+        key = json.dumps(description)
+        if key not in loaded:
+            loaded[key] = load_described(description, data_dir, device, workers)
+        return loaded[key]
+
+    return read
 
 
 # ---------------------------------------------------------------- small images

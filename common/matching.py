@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from common.axes import trace
 from common.masking import LAYERS
-from common.permutation import Axes, Carrier, Place, channel_rows, find_places, identity, permute
+from common.permutation import Axes, Carrier, Place, channel_rows, find_places, identity, permute, random_permutation
 
 Permutation = dict[str, Tensor]
 
@@ -232,6 +232,15 @@ def match_weights(
                     break
         history.append(objective(moved, target))
     return permutation, history
+
+
+def match_weights_best(
+    source: dict[str, Tensor], target: dict[str, Tensor], axes: Axes, restarts: int, seed: int = 0
+) -> Permutation:
+    """The best of `restarts` weight matchings: from the identity, and from random permutations."""
+    starts = [identity(axes), *(random_permutation(axes, seed + i) for i in range(1, restarts))]
+    tries = [match_weights(source, target, axes, start, seed + i) for i, start in enumerate(starts)]
+    return max(tries, key=lambda found: found[1][-1])[0]
 
 
 def _similarity(target: dict[str, Tensor], source: dict[str, Tensor], places: list[Place], size: int) -> Tensor:
