@@ -8,6 +8,8 @@
 #   PAIRS="0 1 2" WIDTHS="1 4" OUT=runs/mine DATA_DIR=/data bash run_all.sh cifar10
 #   METHODS="activation weight masked" says how to match (activation is the paper's), and
 #   CONTROLS="shuffled random-permutation imp-target signs" adds control arms.
+#   ENSEMBLE=5 makes the networks of Table 1 in runs/<preset>-ensemble instead: one source, five targets for naive and
+#   permuted, five data orders for LTH, IMP from five seeds. Copy dense/ there to train no dense network again.
 #   DRY_RUN=1 prints the commands, in order, so that they can be fed to a job queue.
 # Called again, it does what is missing; a run that was cut off goes on from its last epoch.
 set -euo pipefail
@@ -34,8 +36,14 @@ case $preset in
   test)     dataset= ;;
   *) echo "run_all.sh: error: unknown preset '$preset': choose from quick, cifar10, cifar100, vgg11, svhn, imagenet, test" >&2; exit 2 ;;
 esac
+ENSEMBLE=${ENSEMBLE-} out=runs/$preset
+if [ -n "$ENSEMBLE" ]; then
+  case $ENSEMBLE in *[!0-9]* | 0 | 1) echo "run_all.sh: error: ENSEMBLE=$ENSEMBLE: give the number of members, 2 or more" >&2; exit 2 ;; esac
+  out+=-ensemble sparsity=0.9
+  case $preset in quick) analyses="results diversity" ;; cifar100) widths=4 rewind=25 ;; svhn) rewind=20 ;; *) widths=1 rewind=25 ;; esac # one cell, as in Table 1
+fi
 PAIRS=${PAIRS-$pairs} WIDTHS=${WIDTHS-$widths} SPARSITY=${SPARSITY-$sparsity}
-DATASET=${DATASET-$dataset} MODEL=${MODEL-$model} OUT=${OUT-runs/$preset} DATA_DIR=${DATA_DIR-data}
+DATASET=${DATASET-$dataset} MODEL=${MODEL-$model} OUT=${OUT-$out} DATA_DIR=${DATA_DIR-data}
 DENSE_FLAGS=${DENSE_FLAGS-$dense_flags} IMP_FLAGS=${IMP_FLAGS-$imp_flags} SPARSE_FLAGS=${SPARSE_FLAGS-$sparse_flags}
 ALIGN_FLAGS=${ALIGN_FLAGS-$align_flags} INTERPOLATION_FLAGS=${INTERPOLATION_FLAGS-$interpolation_flags}
 REPORT_FLAGS=${REPORT_FLAGS-} METHODS=${METHODS-$methods} CONTROLS=${CONTROLS-$controls}
@@ -70,6 +78,15 @@ run() { # run the commands on standard input, one a line, JOBS at a time
 roots() { # width and folder of each width
   for w in $WIDTHS; do [ "$WIDTHS" = "$w" ] && echo "$w $OUT" || echo "$w $OUT/w$w"; done
 }
+pairs() { # source and target seed of each pair
+  if [ -n "$ENSEMBLE" ]; then seq 1 "$ENSEMBLE" | sed 's/^/0 /'
+  else for p in $PAIRS; do echo "$((2 * p)) $((2 * p + 1))"; done; fi
+}
+sources() { pairs | cut -d ' ' -f 1 | uniq; }
+pruned() { # seeds of the networks to prune
+  if [ -n "$ENSEMBLE" ]; then seq 0 $((ENSEMBLE - 1)); else sources; fi
+  if control imp-target; then pairs | cut -d ' ' -f 2; fi
+}
 rewinds() { # of a width: the paper's grid is coarser for the widest networks
   case "$preset $1" in
     "cifar10 8" | "cifar10 16") echo "${REWIND-0 10 25 50 100}" ;;
@@ -80,21 +97,19 @@ control() { case " $CONTROLS " in *" $1 "*) ;; *) return 1 ;; esac; } # whether 
 start=$(date +%s)
 
 roots | while read -r w R; do
-  for p in $PAIRS; do for seed in $((2 * p)) $((2 * p + 1)); do
+  for seed in $(pairs | tr ' ' '\n' | sort -nu); do
     echo "$python train_dense.py --dataset $DATASET --data-dir '$DATA_DIR' --model $MODEL --width $w --seed $seed --out '$R/dense' --save-epochs $(rewinds "$w") $DENSE_FLAGS"
-  done; done
-done | run
-
-roots | while read -r w R; do
-  for p in $PAIRS; do a=$((2 * p)) b=$((2 * p + 1))
-    for seed in $a $(control imp-target && echo $b); do
-      echo "$python prune_imp.py --dense '$R/dense/seed$seed' --data-dir '$DATA_DIR' --sparsity $SPARSITY --out '$R/imp/seed$seed' $IMP_FLAGS"
-    done
   done
 done | run
 
 roots | while read -r w R; do
-  for p in $PAIRS; do a=$((2 * p)) b=$((2 * p + 1))
+  for seed in $(pruned | sort -nu); do
+    echo "$python prune_imp.py --dense '$R/dense/seed$seed' --data-dir '$DATA_DIR' --sparsity $SPARSITY --out '$R/imp/seed$seed' $IMP_FLAGS"
+  done
+done | run
+
+roots | while read -r w R; do
+  pairs | while read -r a b; do
     for method in $METHODS $(control random-permutation && echo random); do
       echo "$python align_mask.py --source '$R/dense/seed$a' --target '$R/dense/seed$b' --masks '$R/imp/seed$a' --data-dir '$DATA_DIR' --method $method --out '$R/align/$method/seed$a-seed$b' $ALIGN_FLAGS"
     done
@@ -102,21 +117,24 @@ roots | while read -r w R; do
 done | run
 
 roots | while read -r w R; do
-  for p in $PAIRS; do a=$((2 * p)) b=$((2 * p + 1))
-    grid="--data-dir '$DATA_DIR' --sparsity $SPARSITY --rewind $(rewinds "$w") $SPARSE_FLAGS"
-    sparse() { # arm, weights, masks, folder
-      echo "$python train_sparse.py --arm $1 --weights '$R/dense/seed$2' --masks '$R/$3' --out '$R/sparse/$4' $grid ${5-}"
-    }
+  grid="--data-dir '$DATA_DIR' --sparsity $SPARSITY --rewind $(rewinds "$w") $SPARSE_FLAGS"
+  sparse() { # arm, weights, masks, folder
+    echo "$python train_sparse.py --arm $1 --weights '$R/dense/seed$2' --masks '$R/$3' --out '$R/sparse/$4' $grid ${5-}"
+  }
+  for a in $(sources); do
+    lth() { sparse lth "$a" "imp/seed$a" "lth/seed$a-seed$a${1-}" "${2-}"; }
+    if [ -z "$ENSEMBLE" ]; then lth; else for order in $(seq 0 $((ENSEMBLE - 1))); do lth "/order$order" "--seed $order"; done; fi
+  done
+  pairs | while read -r a b; do
     pair=seed$a-seed$b
-    sparse lth $a imp/seed$a lth/seed$a-seed$a
-    sparse naive $b imp/seed$a naive/$pair
-    for method in $METHODS; do sparse permuted $b align/$method/$pair permuted/$method/$pair; done
-    if control shuffled; then sparse shuffled $b imp/seed$a shuffled/$pair; fi
-    if control random-permutation; then sparse random-permutation $b align/random/$pair random-permutation/$pair; fi
-    if control imp-target; then sparse imp-target $b imp/seed$b imp-target/seed$b-seed$b; fi
+    sparse naive "$b" "imp/seed$a" "naive/$pair"
+    for method in $METHODS; do sparse permuted "$b" "align/$method/$pair" "permuted/$method/$pair"; done
+    if control shuffled; then sparse shuffled "$b" "imp/seed$a" "shuffled/$pair"; fi
+    if control random-permutation; then sparse random-permutation "$b" "align/random/$pair" "random-permutation/$pair"; fi
+    if control imp-target; then sparse imp-target "$b" "imp/seed$b" "imp-target/seed$b-seed$b"; fi
     if control signs; then
-      sparse naive $b imp/seed$a naive-signs/$pair --signs
-      for method in $METHODS; do sparse permuted $b align/$method/$pair permuted-signs/$method/$pair --signs; done
+      sparse naive "$b" "imp/seed$a" "naive-signs/$pair" --signs
+      for method in $METHODS; do sparse permuted "$b" "align/$method/$pair" "permuted-signs/$method/$pair" --signs; done
     fi
   done
 done | run
@@ -126,6 +144,7 @@ JOBS=1
 for name in $analyses; do case $name in
   results | accuracy | masks | methods) echo "$python -m analyze.$name '$OUT'" ;;
   interpolation) echo "$python -m analyze.$name '$OUT' --data-dir '$DATA_DIR' $INTERPOLATION_FLAGS" ;;
+  diversity) echo "$python -m analyze.$name '$OUT' --data-dir '$DATA_DIR'" ;;
   report) echo "$python -m analyze.$name '$OUT' --data-dir '$DATA_DIR' $REPORT_FLAGS" ;;
 esac; done | run
 [ -n "$DRY_RUN" ] || echo "done in $(($(date +%s) - start)) s: its tables and figures/ are in $OUT"
