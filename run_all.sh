@@ -10,6 +10,7 @@
 #   CONTROLS="shuffled random-permutation imp-target signs" adds control arms.
 #   ENSEMBLE=5 makes the networks of Table 1 in runs/<preset>-ensemble instead: one source, five targets for naive and
 #   permuted, five data orders for LTH, IMP from five seeds. Copy dense/ there to train no dense network again.
+#   SOURCE_DATASET=cifar10 trains and prunes the sources on another data set: are masks reused? (Table 16, preset svhn)
 #   DRY_RUN=1 prints the commands, in order, so that they can be fed to a job queue.
 # Called again, it does what is missing; a run that was cut off goes on from its last epoch.
 set -euo pipefail
@@ -19,7 +20,7 @@ preset=${1:-quick}
 # ---------------------------------------------------------------- settings
 # Pair p has source seed 2p and target seed 2p+1, so that pairs are independent.
 dense_flags="" imp_flags="" align_flags="" sparse_flags="" interpolation_flags="" jobs=1 methods="activation masked" controls=""
-analyses="results report"
+analyses="results report" source_dataset=""
 pairs="0 1 2" widths="1" sparsity="0.8 0.9 0.95 0.97" rewind="0 5 10 15 20 25 50 75 100" model=resnet20
 case $preset in
   quick)
@@ -31,7 +32,7 @@ case $preset in
   cifar10)  dataset=cifar10 widths="1 4 8 16" ;;
   cifar100) dataset=cifar100 widths="1 4 8 16" rewind="0 10 25 50 100" ;;
   vgg11)    dataset=cifar10 model=vgg11 sparsity="0.8 0.9" rewind="0 5 10 15 20 25 50" ;;
-  svhn)     dataset=svhn rewind="10 20" ;;
+  svhn)     dataset=svhn source_dataset=cifar10 rewind="10 20" ;; # Table 16: masks of CIFAR-10 reused
   imagenet) dataset=imagenet model=resnet50 methods="activation" pairs="0" sparsity="0.8 0.9 0.95" rewind="10 25 50" ;;
   test)     dataset= ;;
   *) echo "run_all.sh: error: unknown preset '$preset': choose from quick, cifar10, cifar100, vgg11, svhn, imagenet, test" >&2; exit 2 ;;
@@ -43,7 +44,7 @@ if [ -n "$ENSEMBLE" ]; then
   case $preset in quick) analyses="results diversity" ;; cifar100) widths=4 rewind=25 ;; svhn) rewind=20 ;; *) widths=1 rewind=25 ;; esac # one cell, as in Table 1
 fi
 PAIRS=${PAIRS-$pairs} WIDTHS=${WIDTHS-$widths} SPARSITY=${SPARSITY-$sparsity}
-DATASET=${DATASET-$dataset} MODEL=${MODEL-$model} OUT=${OUT-$out} DATA_DIR=${DATA_DIR-data}
+DATASET=${DATASET-$dataset} SOURCE_DATASET=${SOURCE_DATASET-$source_dataset} MODEL=${MODEL-$model} OUT=${OUT-$out} DATA_DIR=${DATA_DIR-data}
 DENSE_FLAGS=${DENSE_FLAGS-$dense_flags} IMP_FLAGS=${IMP_FLAGS-$imp_flags} SPARSE_FLAGS=${SPARSE_FLAGS-$sparse_flags}
 ALIGN_FLAGS=${ALIGN_FLAGS-$align_flags} INTERPOLATION_FLAGS=${INTERPOLATION_FLAGS-$interpolation_flags}
 REPORT_FLAGS=${REPORT_FLAGS-} METHODS=${METHODS-$methods} CONTROLS=${CONTROLS-$controls}
@@ -98,7 +99,8 @@ start=$(date +%s)
 
 roots | while read -r w R; do
   for seed in $(pairs | tr ' ' '\n' | sort -nu); do
-    echo "$python train_dense.py --dataset $DATASET --data-dir '$DATA_DIR' --model $MODEL --width $w --seed $seed --out '$R/dense' --save-epochs $(rewinds "$w") $DENSE_FLAGS"
+    case " $(sources | tr '\n' ' ')" in *" $seed "*) set="${SOURCE_DATASET:-$DATASET}" ;; *) set=$DATASET ;; esac
+    echo "$python train_dense.py --dataset $set --data-dir '$DATA_DIR' --model $MODEL --width $w --seed $seed --out '$R/dense' --save-epochs $(rewinds "$w") $DENSE_FLAGS"
   done
 done | run
 
@@ -121,7 +123,7 @@ roots | while read -r w R; do
   sparse() { # arm, weights, masks, folder
     echo "$python train_sparse.py --arm $1 --weights '$R/dense/seed$2' --masks '$R/$3' --out '$R/sparse/$4' $grid ${5-}"
   }
-  for a in $(sources); do
+  for a in $([ -n "$SOURCE_DATASET" ] || sources); do # where the source saw other images, LTH is no comparison
     lth() { sparse lth "$a" "imp/seed$a" "lth/seed$a-seed$a${1-}" "${2-}"; }
     if [ -z "$ENSEMBLE" ]; then lth; else for order in $(seq 0 $((ENSEMBLE - 1))); do lth "/order$order" "--seed $order"; done; fi
   done

@@ -4,7 +4,8 @@
 
 Every row runs both ways in turn, several times, and prints the medians and the median of the paired ratios:
 training (data included) of dense and masked networks against an fp32 NCHW loop with PIL transforms in a
-DataLoader and torch.nn.utils.prune hooks; what a mask costs; one-pass matching against layer by layer, for
+DataLoader and torch.nn.utils.prune hooks; what a mask costs; the line between two networks
+with REPAIR; one-pass matching against layer by layer, for
 ResNet20 and for ResNet50 at 224 px; weight matching against its algorithm as it reads.
 """
 
@@ -24,16 +25,17 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
+from analyze import interpolation
 from common import cli, masking
 from common.axes import find_axes, trace
-from common.data import Resident
+from common.data import Batches, Resident
 from common.matching import Moments, assign, channels_last, match_activations, match_weights, matched_weights, objective
 from common.models import build_model
 from common.permutation import Axes, identity, permute
 from common.training import pick_device, pick_precision, train
 
 BATCH, SPARSITY = 128, 0.9
-PARTS = ("training", "matching", "resnet50", "weights")
+PARTS = ("training", "line", "matching", "resnet50", "weights")
 
 
 def random_images(count: int, size: int, device: torch.device) -> Resident:
@@ -51,9 +53,9 @@ def random_images(count: int, size: int, device: torch.device) -> Resident:
 
 
 class PilImages(torch.utils.data.Dataset):
-    """The same images as PIL images with torchvision's transforms, one at a time."""
+    """The training images as PIL images with torchvision's transforms, one at a time."""
 
-    def __init__(self, data: Resident):
+    def __init__(self, data: Resident, augment: bool = True):
         from PIL import Image
 
         from common.vision import torchvision
@@ -62,14 +64,9 @@ class PilImages(torch.utils.data.Dataset):
         size = data.input_shape[-1]
         images = data.train[:, :, pad:-pad, pad:-pad].permute(0, 2, 3, 1).cpu().numpy()
         self.images, self.labels = [Image.fromarray(image) for image in images], data.train_labels.tolist()
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomCrop(size, pad),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize((0.5,) * 3, (0.25,) * 3),
-            ]
-        )
+        augmentation = [transforms.RandomCrop(size, pad), transforms.RandomHorizontalFlip()] if augment else []
+        finish = [transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.25,) * 3)]
+        self.transform = transforms.Compose([*augmentation, *finish])
 
     def __len__(self) -> int:
         return len(self.images)
@@ -91,6 +88,35 @@ def plain_epoch(model: nn.Module, images: PilImages, device: torch.device) -> No
         loss.backward()
         optimiser.step()
         total += loss.item()
+
+
+@torch.no_grad()
+def plain_line(model: nn.Module, ends: list[dict[str, Tensor]], alphas: Any, images: PilImages, device: torch.device) -> list:  # fmt: skip
+    """What `interpolation.along` measures, on one set of images as both splits, a pass of the loader for each number."""
+    loader = torch.utils.data.DataLoader(images, 250, num_workers=2)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+    def test() -> tuple[float, float]:
+        model.eval()
+        loss = correct = 0.0
+        for x, y in loader:
+            logits = model(x.to(device))
+            loss += F.cross_entropy(logits, y.to(device), reduction="sum").item()
+            correct += (logits.argmax(1).cpu() == y).sum().item()
+        return loss / len(images), 100 * correct / len(images)
+
+    rows = []
+    for alpha in alphas:
+        model.load_state_dict(interpolation.line(*ends, float(alpha)))
+        rows += [test(), test()]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+        model.train()
+        for x, _ in loader:
+            model(x.to(device))
+        rows += [test(), test()]
+    return rows
 
 
 def match_layer_by_layer(
@@ -234,6 +260,25 @@ def training_rows(size: int, steps: int, repeats: int, device: torch.device) -> 
     ]
 
 
+def line_row(size: int, images: int, repeats: int, device: torch.device) -> dict[str, Any]:
+    """Three points of a line between two networks, with and without REPAIR, on `images` images as test and as train."""
+    data = random_images(images, size, device)
+    pil, precision, alphas = PilImages(data, augment=False), pick_precision(None, device), (0.0, 0.5, 1.0)
+    ends = [build_model("resnet20", 1, 10, data.input_shape, seed).state_dict() for seed in (0, 1)]
+    model = build_model("resnet20", 1, 10, data.input_shape)
+    plain = copy.deepcopy(model).to(device)
+    model.to(device, memory_format=torch.channels_last)
+
+    def batches() -> Batches:
+        return data.eval_batches("train")
+
+    return compare(
+        f"line with REPAIR, resnet20 x1, {size} px, {precision}",
+        lambda: interpolation.along(model, *ends, alphas, batches, batches, precision),
+        lambda: plain_line(plain, ends, alphas, pil, device), 5 * len(alphas) * images, "images/s", repeats,
+    )  # fmt: skip
+
+
 def matching_row(
     name: str, size: int, images: int, batch: int, repeats: int, device: torch.device, warm_up: int = 1
 ) -> dict[str, Any]:
@@ -276,6 +321,8 @@ def main() -> None:
     device = pick_device(args.device)
     rows = training_rows(args.size, args.steps, args.repeats, device) if "training" in args.only else []
     few = max(1, args.repeats // 2)
+    if "line" in args.only:
+        rows.append(line_row(args.size, 5000, few, device))
     if "matching" in args.only:
         rows.append(matching_row("resnet20", args.size, 2000, 250, few, device))
     if "resnet50" in args.only:

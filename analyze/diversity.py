@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from analyze import style
-from analyze.results import CELL, dense_runs, find_results, parse_root, sparse_runs, variants
+from analyze.results import CELL, dense_runs, find_results, parse_root, readable, skipped, sparse_runs, variants
 from common import checkpoint, cli
 from common.data import reader
 from common.errors import UserError
@@ -62,11 +62,12 @@ def networks(root: Path) -> pd.DataFrame:
     rows = []
     dense = dense_runs(root)
     for run in dense.itertuples():
-        last = max(run.folder.glob("epoch_*.pt"))
+        last = max(run.folder.glob("epoch_*.pt"), default=run.folder / "epoch_*.pt")
         rows.append((run.model, run.width, run.dataset, 0.0, None, "dense", run.seed, last))
     for run in find_results(root, "prune_imp"):
         for path in sorted(run["folder"].glob("sparse_*.pt")):
-            model = checkpoint.load(path, ("model", "dataset", "seed"))
+            if (model := readable(checkpoint.load, path, ("model", "dataset", "seed"))) is None:
+                continue
             about = (model["model"]["name"], model["model"]["width"], model["dataset"]["name"])
             rows.append((*about, float(path.stem.partition("_")[2]), None, "IMP", model["seed"], path))
     try:
@@ -117,9 +118,14 @@ class Predictor:
 def table(found: pd.DataFrame, predict: Predictor) -> pd.DataFrame:
     """A row a set of networks that has two or more members."""
     rows = []
-    sets = [(key, group) for key, group in found.groupby([*CELL, "variant"], dropna=False) if len(group) > 1]
+    sizes = found.groupby([*CELL, "variant"], dropna=False)["file"].transform("size")
+    sets = found[sizes > 1].groupby([*CELL, "variant"], dropna=False)
     for key, group in tqdm(sets, "sets", unit="set", disable=None):
-        logits, labels = zip(*(predict(path) for path in group["file"]))
+        members = [one for path in group["file"] if (one := readable(predict, path))]
+        if len(members) < 2:
+            skipped(f"{key[-1]}: a set needs two members")
+            continue
+        logits, labels = zip(*members)
         rows.append(dict(zip([*CELL, "variant"], key)) | diversity(list(logits), labels[0]))
     return pd.DataFrame(rows, columns=[*CELL, "variant", *COLUMNS])
 

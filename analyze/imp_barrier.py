@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from analyze import style
 from analyze.interpolation import barrier, measure
-from analyze.results import CELL, dense_files, find_results, parse_root
+from analyze.results import CELL, dense_files, find_results, parse_root, readable, skipped
 from common import checkpoint, cli, masking
 from common.data import reader
 from common.errors import UserError
@@ -24,15 +24,16 @@ from common.training import pick_device
 def chains(root: Path) -> list[dict[str, Any]]:
     """Every network of every IMP chain below `root`, with its dense network: files, in order of sparsity.
 
-    Raises UserError when there is none.
+    One whose dense network is not below `root` is skipped. Raises UserError when there is none.
     """
     dense, found = dense_files(root), []
     for run in find_results(root, "prune_imp"):
-        start = dense.get(run["arguments"]["dense"])
-        if start is None:
-            raise UserError(f"the dense network of {run['folder']} is not below {root}")
+        start = dense.get(run.get("arguments", {}).get("dense"))
+        if start is None or "precision" not in run:
+            skipped(f"{run['folder']}: its dense network is not below {root}")
+            continue
         kept = sorted(run["folder"].glob("round_*.pt")) or sorted(run["folder"].glob("sparse_*.pt"))
-        found += [{"dense": start, "path": path} for path in kept]
+        found += [{"dense": start, "path": path, "precision": run["precision"]} for path in kept]
     if not found:
         raise UserError(f"no finished IMP chain below {root}: run prune_imp.py --keep-rounds first")
     return found
@@ -86,15 +87,21 @@ def main() -> None:
     read, rows = reader(args.data_dir, device, args.workers), []
     for run in tqdm(chains(args.root), "networks", unit="network", disable=None):
         path = run["path"]
-        pruned = checkpoint.load(path, ("mask", "state_dict", "seed"))
-        cache = path.with_name(f"barrier_{path.stem}_{checkpoint.digest(path)[:8]}_{args.points}_{args.images}.csv")
+        pruned = readable(checkpoint.load, path, ("mask", "model", "dataset", "state_dict", "seed"))
+        dense = readable(checkpoint.load, run["dense"], checkpoint.WEIGHTS)
+        if None in (pruned, dense):
+            continue
+        cache = path.with_name(
+            f"barrier_{path.stem}_{checkpoint.digest(path)[:8]}_{args.points}_{args.images}.csv"
+        )
         if not cache.is_file():
-            dense = checkpoint.load(run["dense"], checkpoint.WEIGHTS)
-            curve = measure((dense, pruned), {}, read(pruned["dataset"]), args.points, args.images)
+            curve = measure((dense, pruned), {}, read(pruned["dataset"]), args.points, args.images, run["precision"])
             checkpoint.save_text(curve.to_csv(index=False), cache)
         network = (pruned["model"]["name"], pruned["model"]["width"], pruned["dataset"]["name"])
         about = dict(zip(CELL[:3], network)) | {"seed": pruned["seed"], "sparsity": masking.sparsity(pruned["mask"])}
         rows += [about | row for row in barriers(pd.read_csv(cache))]
+    if not rows:
+        raise UserError(f"no network of an IMP chain below {args.root} can be read: run prune_imp.py again")
     table = pd.DataFrame(rows)
     twice = table.duplicated([*CELL[:3], "seed", "sparsity", "repair"])
     if twice.any():

@@ -5,7 +5,7 @@
 For every alignment below the folder: loss and accuracy of (1 - alpha) A + alpha B, and of (1 - alpha) π(A) + alpha B,
 each with and without REPAIR, on the test set and on the training images that REPAIR uses. The barrier is the largest
 excess of the loss over the line between the endpoints' losses (paper, equation 3); it stands in the legend, as a mean
-over pairs. Writes figures/interpolation_* and, so that a second call is quick, line_*.csv beside the permutation
+over pairs. Writes figures/interpolation_* (with several widths also one panel with a curve a width) and, so that a second call is quick, line_*.csv beside the permutation
 (for A itself beside B's weights).
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from analyze import repair, style
-from analyze.results import dense_files, find_results, parse_root
+from analyze.results import dense_files, find_results, parse_root, readable, skipped
 from common import checkpoint, cli
 from common.axes import find_axes
 from common.data import Batches, Resident, Streamed, reader
@@ -57,10 +57,11 @@ def along(
     alphas: np.ndarray,
     test: Callable[[], Batches],
     train: Callable[[], Batches],
+    precision: str = "fp32",
 ) -> list[dict]:
     """Loss in nats and accuracy in percent at every alpha, test and train, with and without REPAIR on the `train` images.
 
-    `test` and `train` start over at every call, so that no more than a batch of a large set is in memory.
+    In the precision that the networks were trained in, the ends have the metrics of their runs. `test` and `train` start over at every call, so that no more than a batch of a large set is in memory.
     """
 
     def calibration() -> Iterable[Tensor]:
@@ -77,18 +78,23 @@ def along(
         model.load_state_dict(line(source, target, float(alpha)))
         for repaired in (False, True):
             if repaired and batch_norm:
-                repair.recompute_batch_norm(model, calibration())
+                repair.recompute_batch_norm(model, calibration(), precision)
             elif repaired:
                 repair.rescale(model, images, repair.interpolate(*ends, float(alpha)))
             row = {"alpha": alpha, "repair": repaired}
             for split, batches in (("test", test), ("train", train)):
-                row[f"{split}_loss"], row[f"{split}_acc"] = evaluate(model, batches())
+                row[f"{split}_loss"], row[f"{split}_acc"] = evaluate(model, batches(), precision)
             rows.append(row)
     return rows
 
 
 def measure(
-    ends: tuple[dict, dict], permutation: dict[str, Tensor], data: Resident | Streamed, points: int, images: int
+    ends: tuple[dict, dict],
+    permutation: dict[str, Tensor],
+    data: Resident | Streamed,
+    points: int,
+    images: int,
+    precision: str,
 ) -> pd.DataFrame:
     """The curve from the permuted source to the target."""
     source, target = ends
@@ -99,27 +105,28 @@ def measure(
         return data.eval_batches("train", limit=images)
 
     alphas = np.linspace(0, 1, points)
-    return pd.DataFrame(along(model, permuted, target["state_dict"], alphas, data.eval_batches, train))
+    return pd.DataFrame(along(model, permuted, target["state_dict"], alphas, data.eval_batches, train, precision))
 
 
 def alignments(root: Path) -> list[dict]:
     """Every permutation of dense runs below `root`: its `path`, the files of `source` and `target`, and how it was made.
 
-    Raises UserError when there is none, or a dense run is not below `root`.
+    One whose dense runs are not below `root` is skipped. Raises UserError when there is none.
     """
     dense = dense_files(root)
     found = []
     for run in find_results(root, "align_mask"):
-        arguments = run["arguments"]
-        if not isinstance(arguments["source_seed"], int):
+        arguments = run.get("arguments", {})
+        if not isinstance(arguments.get("source_seed"), int):
             continue  # networks of one's own, whose module is not known here
-        for role in ("source", "target"):
-            if arguments[role] not in dense:
-                raise UserError(f"the dense {role} of {run['folder']} is not below {root}")
+        missing = [role for role in ("source", "target") if arguments.get(role) not in dense]
+        if missing:
+            skipped(f"{run['folder']}: its dense {missing[0]} is not below {root}")
+            continue
         files = {role: dense[arguments[role]] for role in ("source", "target")}
         about = {name: arguments[name] for name in ("source_seed", "target_seed", "match_epoch")}
-        target = checkpoint.load_json(files["target"].with_name("result.json"))["arguments"]
-        about |= {name: target[name] for name in NETWORK}
+        target = checkpoint.load_json(files["target"].with_name("result.json"))
+        about |= {name: target["arguments"][name] for name in NETWORK} | {"precision": target["precision"]}
         for path in sorted(run["folder"].glob("permutation*.pt")):
             method = arguments["method"] + path.stem.removeprefix("permutation")
             found.append({"path": path, "method": method} | files | about)
@@ -184,6 +191,28 @@ def plot(table: pd.DataFrame, title: str) -> tuple[style.Figure, pd.DataFrame]:
     return figure, pd.DataFrame(barriers)
 
 
+def plot_widths(table: pd.DataFrame, title: str) -> style.Figure:
+    """Figure 3: test loss along the line, a colour a width, without REPAIR and with it; A dotted, π(A) solid."""
+    kinds = [repaired for repaired in (False, True) if (table["repair"] == repaired).any()]
+    figure, axes = style.plt.subplots(1, len(kinds), figsize=(0.8 + 3.6 * len(kinds), 3.4), squeeze=False, sharey=True)
+    for axis, repaired in zip(axes[0], kinds):
+        here = table[table["repair"] == repaired]
+        for (width, curve), rows in here.groupby(["width", "curve"]):
+            loss = rows.groupby("alpha")["test_loss"].agg(["mean", "std"])
+            colour, start = style.width_colour(width), "A" if curve == "naive" else "π(A)"
+            line = ":" if curve == "naive" else "-"
+            axis.plot(loss.index, loss["mean"], line, color=colour, label=f"width {width:g}, {start} to B")
+            low, high = (loss["mean"] + sign * loss["std"].fillna(0) for sign in (-1, 1))
+            axis.fill_between(loss.index, low, high, color=colour, alpha=0.12, linewidth=0)
+        axis.set_title("with REPAIR" if repaired else "without REPAIR")
+        axis.set_xlabel("α (0: A, 1: B)")
+    axes[0, 0].set_ylabel("test loss (nats)")
+    entries = axes[0, -1].get_legend_handles_labels()
+    figure.legend(*entries, loc="outside lower center", ncols=2)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
 def main() -> None:
     parser = parse_root(__doc__)
     parser.add_argument("--points", type=cli.number(int, 3), default=21, help="values of alpha (default: %(default)s)")
@@ -196,19 +225,26 @@ def main() -> None:
     for run in tqdm(alignments(args.root), "pairs", unit="pair", disable=None):
         for curve, cache in caches(run, args.points, args.images).items():
             if not cache.is_file():
-                ends = tuple(checkpoint.load(run[role], checkpoint.WEIGHTS) for role in ("source", "target"))
-                moved = checkpoint.load(run["path"], ("permutation",))["permutation"] if curve == "aligned" else {}
-                rows = measure(ends, moved, read(ends[1]["dataset"]), args.points, args.images)
+                ends = tuple(readable(checkpoint.load, run[role], checkpoint.WEIGHTS) for role in ("source", "target"))
+                found = readable(checkpoint.load, run["path"], ("permutation",))
+                if None in (*ends, found):
+                    continue
+                moved = found["permutation"] if curve == "aligned" else {}
+                rows = measure(ends, moved, read(ends[1]["dataset"]), args.points, args.images, run["precision"])
                 checkpoint.save_text(rows.to_csv(index=False), cache)
             about = {name: run[name] for name in (*NETWORK, "method", "source_seed", "target_seed", "match_epoch")}
             tables.append(pd.read_csv(cache).assign(curve=curve, **about))
+    if not tables:
+        raise UserError(f"no alignment below {args.root} can be read: run align_mask.py again")
     table = pd.concat(tables, ignore_index=True)
     for (model, dataset, method, epoch), group in table.groupby(["model", "dataset", "method", "match_epoch"]):
         pairs = len(group[["source_seed", "target_seed"]].drop_duplicates())
-        figure, barriers = plot(
-            group, f"{model} on {dataset}, {pairs} seed pairs\nmatched by {method} at epoch {epoch}"
-        )
-        style.save(figure, group, args.root / "figures", f"interpolation_{method}_{model}_{dataset}_k{epoch:03d}")
+        title = f"{model} on {dataset}, {pairs} seed pair{'s' * (pairs != 1)}\nmatched by {method} at epoch {epoch}"
+        figure, barriers = plot(group, title)
+        folder, name = args.root / "figures", f"{method}_{model}_{dataset}_k{epoch:03d}"
+        style.save(figure, group, folder, f"interpolation_{name}")
+        if group["width"].nunique() > 1:
+            style.save(plot_widths(group, title), group, folder, f"interpolation_widths_{name}")
         mean = barriers.groupby(["width", "curve", "repair"])[["test", "train"]].agg(["mean", "std", "count"]).round(3)
         print(f"barriers in loss (nats), {model} on {dataset}, {method} at epoch {epoch}\n{mean.to_string()}")
 

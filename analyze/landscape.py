@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from analyze import repair, style
 from analyze.interpolation import alignments
-from analyze.results import CELL, parse_root, sparse_runs
+from analyze.results import CELL, parse_root, readable, sparse_runs
 from common import checkpoint, cli
 from common.axes import find_axes
 from common.data import Resident, Streamed, reader
@@ -59,7 +59,7 @@ def flatten(state: dict[str, Tensor], names: list[str]) -> Tensor:
     return torch.cat([state[name].flatten() for name in names])
 
 
-def measure(model: nn.Module, states: list[dict[str, Tensor]], data: Resident | Streamed, resolution: int, images: int) -> tuple[pd.DataFrame, np.ndarray]:  # fmt: skip
+def measure(model: nn.Module, states: list[dict[str, Tensor]], data: Resident | Streamed, resolution: int, images: int, precision: str = "fp32") -> tuple[pd.DataFrame, np.ndarray]:  # fmt: skip
     """Test loss in nats and error in percent on the grid, a row a point; and the corners' (x, y).
 
     `images` test images are evaluated at each point, after as many training images gave the BN statistics.
@@ -77,22 +77,22 @@ def measure(model: nn.Module, states: list[dict[str, Tensor]], data: Resident | 
     for x, y in tqdm([(x, y) for y in ys for x in xs], "plane", unit="point", disable=None, leave=False):
         nn.utils.vector_to_parameters((origin + x * directions[0] + y * directions[1]).float(), model.parameters())
         if calibration:
-            repair.recompute_batch_norm(model, calibration)
-        loss, accuracy = evaluate(model, test)
+            repair.recompute_batch_norm(model, calibration, precision)
+        loss, accuracy = evaluate(model, test, precision)
         rows.append({"x": x, "y": y, "test_loss": loss, "test_error": 100 - accuracy})
     return pd.DataFrame(rows), corners
 
 
 def plot(table: pd.DataFrame, corners: np.ndarray, title: str) -> style.Figure:
     """Two panels, test loss and 0-1 loss, the three networks marked."""
-    figure, axes = style.plt.subplots(1, 2, figsize=(8.4, 3.9), sharey=True)
+    figure, axes = style.plt.subplots(1, 2, figsize=(8.4, 3.6), sharey=True)
     for axis, metric, label in zip(axes, ("test_loss", "test_error"), ("test loss (nats)", "0-1 loss (%)")):
         values = table.pivot_table(index="y", columns="x", values=metric)
         # Far from the networks the loss explodes; levels follow the inner part, where they are.
         low, high = values.to_numpy().min(), np.quantile(values.to_numpy(), 0.9)
         levels = np.linspace(low, high if high > low else low + 1, 15)  # a network that learned nothing is flat
         filled = axis.contourf(values.columns, values.index, values.to_numpy(), levels, cmap="cividis", extend="max")
-        figure.colorbar(filled, ax=axis, label=label, shrink=0.75, format="%.3g")
+        figure.colorbar(filled, ax=axis, label=label, shrink=0.75, ticks=style.plt.MaxNLocator(6))
         for (x, y), name, marker in zip(corners, ("π(LTH)", "permuted", "π(A)"), ("o", "^", "*")):
             axis.plot(x, y, marker, color="white", markeredgecolor="black", markersize=9)
             axis.annotate(
@@ -127,7 +127,8 @@ def triples(root: Path) -> list[dict[str, Any]]:
                     "match_epoch": int(run.match_epoch),
                 }
                 files = {"lth": Path(own["path"].iloc[0]) / "final.pt", "permuted": Path(run.path) / "final.pt"}
-                found.append(cell | seeds | files | {"dense": alignment["source"], "permutation": alignment["path"]})
+                more = {"dense": alignment["source"], "permutation": alignment["path"], "precision": alignment["precision"]}
+                found.append(cell | seeds | files | more)
     if not found:
         raise UserError(f"no permuted network with LTH's beside it below {root}: run train_sparse.py for both")
     return found
@@ -147,18 +148,22 @@ def main() -> None:
         cell = tuple(triple[name] for name in [*CELL, "method", "match_epoch"])
         if cell in drawn and not args.all:
             continue
-        drawn.add(cell)
         entries = {
-            name: checkpoint.load(triple[name], ("model", "dataset", "state_dict"))
+            name: readable(checkpoint.load, triple[name], ("model", "dataset", "state_dict"))
             for name in ("lth", "permuted", "dense")
         }
+        found = readable(checkpoint.load, triple["permutation"], ("permutation",))
+        if None in (*entries.values(), found):
+            continue
+        drawn.add(cell)
         data = read(entries["permuted"]["dataset"])
         model = build_model(**entries["dense"]["model"]).to(device, memory_format=torch.channels_last)
         axes = find_axes(model, data.input_shape)
-        permutation = checkpoint.load(triple["permutation"], ("permutation",))["permutation"]
-        moved = {name: permute(entries[name]["state_dict"], axes.dims, permutation) for name in ("lth", "dense")}
+        moved = {
+            name: permute(entries[name]["state_dict"], axes.dims, found["permutation"]) for name in ("lth", "dense")
+        }
         states = [moved["lth"], entries["permuted"]["state_dict"], moved["dense"]]
-        table, corners = measure(model, states, data, args.grid, args.images)
+        table, corners = measure(model, states, data, args.grid, args.images, triple["precision"])
         name = f"{triple['model']}x{triple['width']:g}_{triple['dataset']}_{triple['method']}_s{checkpoint.label(triple['sparsity'])}_k{triple['rewind']:03d}"
         name += f"_{triple['source_seed']}-{triple['target_seed']}_matched{triple['match_epoch']}"
         title = f"{triple['model']} x{triple['width']:g} on {triple['dataset']}, {100 * triple['sparsity']:g}% sparse, k = {triple['rewind']}, seeds {triple['source_seed']} and {triple['target_seed']}"

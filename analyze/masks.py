@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analyze.results import find_results, parse_root
+from analyze.results import find_results, parse_root, readable
 from common import checkpoint, cli, masking
 from common.axes import find_axes
 from common.errors import UserError
@@ -66,7 +66,8 @@ def load_all(root: Path) -> dict[tuple, dict[str, Any]]:
     for stage in ("prune_imp", "align_mask"):
         for result in find_results(root, stage):
             for path in sorted(result["folder"].glob("mask_*.pt")):
-                entry = checkpoint.load(path, checkpoint.MASKS)
+                if (entry := readable(checkpoint.load, path, checkpoint.MASKS)) is None:
+                    continue
                 model = entry["model"]
                 dataset = (entry["dataset"] or {}).get("name")
                 network = (model["name"], model.get("width"), dataset, entry.get("mask_dataset") or dataset)

@@ -15,7 +15,7 @@ import pandas as pd
 
 from analyze import masks as mask_overlap
 from analyze.interpolation import alignments, barrier, caches
-from analyze.results import CELL, parse_root, sparse_runs, summary, variants
+from analyze.results import CELL, parse_root, readable, sparse_runs, summary, variants
 from common import checkpoint, cli, masking
 from common.axes import find_axes
 from common.errors import UserError
@@ -76,7 +76,9 @@ def barriers(run: dict[str, Any]) -> dict[str, dict[str, float]]:
 def table(root: Path) -> pd.DataFrame:
     """The whole comparison, a row a (network, match epoch, sparsity, method). Raises UserError without an alignment."""
     key = [*NETWORK, "sparsity", "method", "match_epoch"]
-    found = pd.DataFrame([row for run in alignments(root) for row in measures(run)])
+    found = pd.DataFrame([row for run in alignments(root) for row in readable(measures, run) or []])
+    if found.empty:
+        raise UserError(f"no alignment below {root} can be read: run align_mask.py again")
     found = found.drop_duplicates([*key, "source_seed", "target_seed"])  # naive comes with every method
     result = found.drop(columns=["source_seed", "target_seed"]).groupby(key).mean().reset_index()
     shared = mask_overlap.overlaps(mask_overlap.load_all(root))

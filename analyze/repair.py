@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from common.axes import trace
 from common.masking import LAYERS
+from common.training import autocast
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -22,7 +23,7 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def recompute_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
+def recompute_batch_norm(model: nn.Module, batches: Iterable[Tensor], precision: str = "fp32") -> None:
     """Reset the BN statistics of `model` and recompute them as the cumulative average over `batches` of images."""
     norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
     momenta = [module.momentum for module in norms]
@@ -31,7 +32,8 @@ def recompute_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
         module.momentum = None  # cumulative average
     model.train()
     for images in batches:
-        model(images)
+        with autocast(images.device, precision):
+            model(images)
     model.eval()
     for module, momentum in zip(norms, momenta):
         module.momentum = momentum

@@ -81,11 +81,20 @@ def settings(root: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def beside_paper(root: Path) -> pd.DataFrame:
-    """Our mean test accuracy of each cell and arm beside the paper's; only cells that the paper has."""
-    ours = summary(sparse_runs(root))[[*CELL, "variant", "mean", "std", "count"]]
-    theirs = paper.accuracies().rename(columns={"mean": "paper", "std": "paper_std"})
-    return ours.merge(theirs, on=[*CELL, "variant"])
+def beside_paper(root: Path, analysis: str) -> pd.DataFrame:
+    """Our numbers beside the paper's, in the cells that both have: Tables 5 to 14 and 16, 1, and 15."""
+    if analysis == "results":
+        ours, theirs = summary(sparse_runs(root))[[*CELL, "variant", "mean", "std", "count"]], paper.accuracies()
+        key = [*CELL, "variant"]
+    elif analysis == "diversity":
+        ours, theirs = pd.read_csv(root / "diversity.csv"), paper.ensembles()
+        key = [*CELL[:4], "variant"]
+    elif analysis == "early_matching":
+        ours, theirs = pd.read_csv(root / "early_matching.csv"), paper.early_matching()
+        key = [*CELL, "arm", "match_epoch"]
+    else:
+        return pd.DataFrame()
+    return ours.merge(theirs, on=key, suffixes=("", ", paper"))
 
 
 def gather(root: Path, options: dict[str, Any]) -> list[Block]:
@@ -102,8 +111,8 @@ def gather(root: Path, options: dict[str, Any]) -> list[Block]:
             missing.append(f"{title}: {text}")
             continue
         blocks += [("heading", title), ("code", text)] if text else [("heading", title)]
-        if name == "results" and not (table := beside_paper(root)).empty:
-            blocks += [("text", "Beside the paper's numbers, test accuracy in percent:"), ("table", table.round(2))]
+        if not (table := beside_paper(root, name)).empty:
+            blocks += [("text", "Beside the paper's numbers:"), ("table", table.round(3))]
         if prefix:
             blocks += [("picture", path) for path in sorted((root / "figures").glob(f"{prefix}*.png"))]
     if missing:

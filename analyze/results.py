@@ -46,19 +46,47 @@ def find_results(root: Path, stage: str) -> list[dict[str, Any]]:
             if result["stage"] == stage:
                 found.append(result | {"folder": path.parent})
         except (OSError, ValueError, KeyError, TypeError) as error:
-            print(f"skipped {path}: {type(error).__name__} {error}", file=sys.stderr)
+            skipped(f"{path}: {type(error).__name__} {error}")
     return found
+
+
+def read_runs(root: Path, stage: str, row: Callable[[dict[str, Any]], dict[str, Any]]) -> list[dict[str, Any]]:
+    """`row` of every finished run of `stage` below `root`; a run that lacks what it reads is skipped with one line."""
+    rows = []
+    for result in find_results(root, stage):
+        try:
+            rows.append(row(result))
+        except (KeyError, TypeError) as error:
+            skipped(result["folder"], f"its result.json lacks {error}")
+    return rows
+
+
+def readable(read: Callable[..., Any], *arguments: Any) -> Any:
+    """What `read` returns, or None, with one line, where it cannot read a file."""
+    try:
+        return read(*arguments)
+    except UserError as error:
+        skipped(error)
+
+
+def skipped(*why: object) -> None:
+    print("skipped", *why, file=sys.stderr)
 
 
 def sparse_runs(root: Path) -> pd.DataFrame:
     """All finished sparse runs below `root`, a row a run; accuracy in percent. Raises UserError when there is none."""
-    rows = []
-    for result in find_results(root, "train_sparse"):
+
+    def describe(result: dict[str, Any]) -> dict[str, Any]:
         row = {key: result["arguments"].get(key) for key in COLUMNS} | {key: result[key] for key in METRICS}
         row |= {key: bool(row[key]) for key in ("signs", "fan_in")}
         row["mask_dataset"] = row["mask_dataset"] or row["dataset"]
         method = row["method"] if row["arm"] in PERMUTED else None
-        rows.append(row | {"method": method, "path": str(result["folder"])})
+        lacking = {*CELL, "arm", "target_seed"} - {key for key in row if row[key] is not None}
+        if lacking:
+            raise KeyError(*sorted(lacking))
+        return row | {"method": method, "path": str(result["folder"])}
+
+    rows = read_runs(root, "train_sparse", describe)
     if not rows:
         raise UserError(f"no finished sparse run below {root}: run train_sparse.py first")
     runs = pd.DataFrame(rows, columns=COLUMNS).sort_values([*CELL, *RUN], ignore_index=True)
@@ -71,10 +99,11 @@ def sparse_runs(root: Path) -> pd.DataFrame:
 def dense_runs(root: Path) -> pd.DataFrame:
     """All finished dense runs below `root`: model, width, dataset, seed, test_acc in percent, folder."""
     keys = ("model", "width", "dataset", "seed")
-    rows = [
-        {key: run["arguments"][key] for key in keys} | {key: run[key] for key in ("test_acc", "folder")}
-        for run in find_results(root, "train_dense")
-    ]
+    rows = read_runs(
+        root,
+        "train_dense",
+        lambda run: {key: run["arguments"][key] for key in keys} | {key: run[key] for key in ("test_acc", "folder")},
+    )
     return pd.DataFrame(rows, columns=[*keys, "test_acc", "folder"])
 
 
@@ -124,18 +153,21 @@ def against_naive(pairs: pd.DataFrame) -> dict[str, dict[str, float]]:
     """For every variant: its difference to naive, mean and standard error over pairs, and the share of the gap closed.
 
     `pairs` has a row a pair and a column a variant. The share is in percent of the LTH-naive gap, both as means over
-    the pairs that have all three; it is missing where there is no gap.
+    the pairs that have all three; it is missing where there is no gap. Masks of another data set are compared with the
+    naive use of the same masks.
     """
     found = {}
-    for variant in pairs.columns.drop("naive", errors="ignore"):
-        if "naive" not in pairs or pairs[[variant, "naive"]].dropna().empty:
+    for variant in pairs.columns:
+        _, foreign, mask = variant.partition(" [")
+        naive = "naive" + foreign + mask.partition("]")[0] + "]" * bool(foreign)
+        if variant == naive or naive not in pairs or pairs[[variant, naive]].dropna().empty:
             continue
-        difference = (pairs[variant] - pairs["naive"]).dropna()
+        difference = (pairs[variant] - pairs[naive]).dropna()
         row = {"difference": difference.mean(), "difference_se": difference.sem(), "pairs": len(difference)}
         row["difference_low"], row["difference_high"] = t_interval(difference)
         if "lth" in pairs:
-            both = pairs[list({"lth", "naive", variant})].dropna()
-            gain, gap = both[variant] - both["naive"], both["lth"] - both["naive"]
+            both = pairs[list({"lth", naive, variant})].dropna()
+            gain, gap = both[variant] - both[naive], both["lth"] - both[naive]
             if gap.mean() > 0:
                 row["gap_closed"] = 100 * gain.mean() / gap.mean()
                 row["gap_low"], row["gap_high"] = (100 * end for end in ratio_interval(gain, gap))

@@ -26,7 +26,7 @@ from common.folder import folder_splits, read_folder
 DATASETS = ("glyphs", "cifar10", "cifar100", "svhn", "imagenet", "folder")
 NO_FLIP = ("glyphs", "svhn")  # a mirrored digit is another sign
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-EVAL_BATCH = 500
+EVAL_BATCH = {"cpu": 500, "cuda": 2500}  # a GPU waits for launches where a batch is small
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -143,8 +143,9 @@ class Resident:
                 images = torch.where(mirror[chosen, None, None, None], images.flip(3), images)
             yield self._normalise(images), self.train_labels[chosen]
 
-    def eval_batches(self, split: str = "test", batch_size: int = EVAL_BATCH, limit: int | None = None) -> Batches:
+    def eval_batches(self, split: str = "test", batch_size: int | None = None, limit: int | None = None) -> Batches:
         """All images of `split` (or a class-balanced choice of `limit`), in order, not augmented, normalised."""
+        batch_size = batch_size or EVAL_BATCH.get(self.device.type, 500)
         images, labels = (self.test, self.test_labels) if split == "test" else (self.train, self.train_labels)
         if split == "train" and self.pad:
             images = images[:, :, self.pad : -self.pad, self.pad : -self.pad]
@@ -318,11 +319,11 @@ class Streamed:
         items = _Seeded(self.augmented, order, seed, epoch)
         yield from self._load(items, batch_size, drop_last=True)
 
-    def eval_batches(self, split: str = "test", batch_size: int = EVAL_BATCH, limit: int | None = None) -> Batches:
+    def eval_batches(self, split: str = "test", batch_size: int = 250, limit: int | None = None) -> Batches:
         images = self.plain[split]
         if limit is not None and limit < len(images):
             images = torch.utils.data.Subset(images, balanced(torch.tensor(images.targets), limit).tolist())
-        yield from self._load(images, min(batch_size, 256), drop_last=False)
+        yield from self._load(images, batch_size, drop_last=False)
 
     def _load(self, items: Any, batch_size: int, drop_last: bool) -> Batches:
         loader = torch.utils.data.DataLoader(

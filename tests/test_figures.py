@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analyze import accuracy, diversity, early_matching, imp_barrier, landscape, paper, report, results
+from analyze import accuracy, diversity, early_matching, imp_barrier, interpolation, landscape, paper, report, results
 from tests.conftest import call, sparse, succeed
 
 
@@ -76,7 +76,8 @@ def test_barriers_in_loss_and_error():
 def test_the_papers_numbers_by_our_names():
     table = paper.accuracies().set_index(["model", "width", "dataset", "sparsity", "rewind", "variant"])["mean"]
     assert table["resnet20", 1, "cifar10", 0.8, 0, "lth"] == 90.41
-    assert len(table) == 645 and table.index.is_unique and table.between(0, 100).all()
+    assert len(table) == 661 and table["resnet20", 1, "svhn", 0.97, 20, "permuted [cifar10 mask]"] == 92.61
+    assert table.index.is_unique and table.between(0, 100).all()
     assert (
         paper.dense().set_index(["model", "width", "dataset"])["test_acc"].loc[("resnet20", 16, "cifar10")].item()
         == 96.37
@@ -174,7 +175,97 @@ def test_the_report_holds_what_there_is_and_names_what_is_missing(runs, tmp_path
 def test_the_papers_figures_are_drawn_from_its_numbers(tmp_path):
     succeed("analyze.paper", tmp_path)
     table = pd.read_csv(tmp_path / "paper_accuracy_rewind_vgg11_cifar10.csv")
-    assert len(table) == 42 and len(list(tmp_path.glob("paper_accuracy_*.pdf"))) == 8
+    assert len(table) == 42 and len(list(tmp_path.glob("paper_accuracy_*.pdf"))) == 10
+    table = pd.read_csv(tmp_path / "paper_interpolation_resnet20_cifar10.csv")
+    assert set(table["width"]) == {1, 4, 8, 16} and table["test_loss"].iloc[0] == 0.275
+
+
+def test_a_curve_a_width():
+    rows = [
+        {"width": width, "repair": repair, "curve": curve, "alpha": alpha, "test_loss": width + alpha + seed}
+        for width in (1.0, 4.0) for repair in (False, True) for curve in ("naive", "aligned") for alpha in (0.0, 1.0) for seed in (0, 2)
+    ]  # fmt: skip
+    figure = interpolation.plot_widths(pd.DataFrame(rows), "")
+    assert [axis.get_title() for axis in figure.axes] == ["without REPAIR", "with REPAIR"]
+    for axis in figure.axes:
+        assert sorted(list(line.get_ydata()) for line in axis.lines) == [
+            [2, 3],
+            [2, 3],
+            [5, 6],
+            [5, 6],
+        ]  # means of seeds
+        assert len({line.get_color() for line in axis.lines}) == 2 and len({line.get_linestyle() for line in axis.lines}) == 2  # fmt: skip
+    figure = interpolation.plot_widths(paper.of(paper.lines(), "resnet50", "imagenet"), "")
+    assert len(figure.axes) == 1 and len(figure.axes[0].lines) == 2  # the paper drew π(A) with REPAIR only
+
+
+def test_tables_1_and_15_stand_beside_ours(tmp_path):
+    about = {"model": "resnet20", "width": 1.0, "dataset": "cifar10"}
+    members = pd.DataFrame([about | {"sparsity": 0.9, "rewind": 25, "variant": name, "mean_acc": 1.0} for name in ("IMP", "naive", "else")])  # fmt: skip
+    members.to_csv(tmp_path / "diversity.csv")
+    found = report.beside_paper(tmp_path, "diversity").set_index("variant")
+    assert list(found.index) == ["IMP", "naive"] and found.loc["naive", "ensemble_acc"] == 91.07
+    assert found.loc["IMP", ["mean_acc", "mean_acc, paper", "js"]].tolist() == [1.0, 91.09, 0.13]
+    dense = paper.ensembles().query("variant == 'dense' and dataset == 'cifar10'")
+    assert dense["mean_acc"].item() == 92.76 and dense["sparsity"].item() == 0
+    early = pd.DataFrame([about | {"sparsity": 0.8, "rewind": 20, "arm": arm, "match_epoch": epoch, "mean": 1.0, "std": 0.0}
+                          for arm, epoch in (("permuted", 5.0), ("permuted", 6.0), ("naive", None))])  # fmt: skip
+    early.to_csv(tmp_path / "early_matching.csv")
+    assert report.beside_paper(tmp_path, "early_matching")["mean, paper"].tolist() == [90.49, 90.13]
+    assert report.beside_paper(tmp_path, "masks").empty
+
+
+@pytest.fixture(scope="module")
+def littered(runs, tmp_path_factory):
+    """The pipeline beside folders that are foreign, unfinished or cut off."""
+    root = tmp_path_factory.mktemp("littered") / "runs"
+    shutil.copytree(runs, root)
+    for number, text in enumerate(("{", "[]", "{}", '{"stage": "train_sparse"}', '{"stage": "train_dense", "arguments": {}}',
+                                   '{"stage": "align_mask", "arguments": {"source_seed": 7}}', '{"stage": "prune_imp"}')):  # fmt: skip
+        (root / f"foreign{number}").mkdir()
+        (root / f"foreign{number}/result.json").write_text(text)
+    shutil.copytree(root / "sparse/naive/seed0-seed1/s0.70_k001", root / "unfinished")
+    (root / "unfinished/result.json").unlink()
+    for path in ("sparse/lth/seed0-seed0/s0.70_k001/final.pt", "imp/seed0/sparse_0.70.pt", "imp/seed0/round_01.pt", "imp/seed0/mask_0.70.pt",
+                 "align/activation/seed0-seed1/permutation.pt"):  # fmt: skip
+        (root / path).write_bytes((root / path).read_bytes()[:500])
+    return root
+
+
+def test_results_skip_what_is_no_run(littered, runs):
+    outcome = call("analyze.results", littered)
+    assert outcome.code == 0 and [name in outcome.err for name in ("foreign0", "foreign1", "foreign3")] == [True] * 3
+    assert outcome.err.count("skipped") == 4 and outcome.err.count("\n") == 4  # {}, too, says nothing of a stage
+    ours, before = results.sparse_runs(littered), results.sparse_runs(runs)
+    assert ours.drop(columns="path").equals(before.drop(columns="path"))
+    assert len(results.dense_runs(littered)) == len(results.dense_runs(runs))
+
+
+@pytest.mark.parametrize(
+    "module, flags, cut",
+    [
+        ("diversity", (), ("final.pt", "sparse_0.70.pt")),
+        ("imp_barrier", ("--points", 3, "--images", 64), ("round_01.pt", "foreign6")),
+        ("interpolation", ("--points", 3, "--images", 64), ("permutation.pt",)),
+        ("landscape", ("--grid", 3, "--images", 64), ("permutation.pt",)),
+        ("masks", (), ("mask_0.70.pt",)),
+        ("methods", (), ("permutation.pt",)),
+    ],
+)
+def test_what_cannot_be_read_is_skipped_with_one_line(littered, module, flags, cut):
+    device = () if module in ("masks", "methods") else ("--device", "cpu")
+    outcome = call(f"analyze.{module}", littered, *flags, *device)
+    assert outcome.code == 0, outcome.err
+    lines = [line for line in outcome.err.splitlines() if line.startswith("skipped")]
+    for name in cut:
+        assert sum(name in line for line in lines) >= 1, (name, lines)
+    if module == "diversity":  # a set of two that lost one is no set
+        table = pd.read_csv(littered / "diversity.csv")
+        assert len(table.query("variant == 'lth' and sparsity == 0.7 and rewind == 1")) == 0
+        assert len(table.query("variant == 'naive' and sparsity == 0.7 and rewind == 1")) == 1
+    if module == "interpolation":  # the other pair alone
+        table = pd.read_csv(littered / "figures/interpolation_activation_mlp_glyphs_k003.csv")
+        assert set(table.loc[table["curve"] == "aligned", "source_seed"]) == {2}
 
 
 def test_the_papers_curves_stand_beside_ours(runs, tmp_path):

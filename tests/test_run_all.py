@@ -68,6 +68,39 @@ def test_methods_and_controls_add_their_runs():
     assert [words[-1] for words in added[-3:]] == ["--signs"] * 3
 
 
+def test_an_ensemble_has_one_source_and_five_of_the_rest():
+    done = run_all("cifar10", DRY_RUN="1", ENSEMBLE="5", METHODS="activation")
+    lines = [shlex.split(line) for line in done.stdout.splitlines()]
+    folder = "runs/cifar10-ensemble/"
+
+    def outs(script):
+        return [
+            words[words.index("--out") + 1].removeprefix(folder) for words in lines if words[1] == script
+        ]  # fmt: skip
+
+    assert [words[words.index("--seed") + 1] for words in lines if words[1] == "train_dense.py"] == list("012345")
+    assert outs("prune_imp.py") == [f"imp/seed{n}" for n in range(5)]
+    assert outs("align_mask.py") == [f"align/activation/seed0-seed{n}" for n in range(1, 6)]
+    orders = [f"sparse/lth/seed0-seed0/order{n}" for n in range(5)]
+    pairs = [[f"sparse/naive/seed0-seed{n}", f"sparse/permuted/activation/seed0-seed{n}"] for n in range(1, 6)]
+    assert outs("train_sparse.py") == orders + sum(pairs, [])
+    trained = [words for words in lines if words[1] == "train_sparse.py"]
+    assert [words[-2:] for words in trained[:5]] == [["--seed", str(n)] for n in range(5)]
+    assert all("--sparsity 0.9 --rewind 25" in " ".join(words) for words in trained)
+    for wrong in ("1", "five"):
+        done = run_all("quick", ENSEMBLE=wrong)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and wrong in done.stderr
+
+
+def test_svhn_reuses_the_masks_of_cifar10():
+    lines = run_all("svhn", DRY_RUN="1", PAIRS="0 1", METHODS="activation").stdout.splitlines()
+    trained = [shlex.split(line) for line in lines if "train_dense.py" in line]
+    assert [(words[3], words[words.index("--seed") + 1]) for words in trained] == [
+        ("cifar10", "0"), ("svhn", "1"), ("cifar10", "2"), ("svhn", "3"),
+    ]  # fmt: skip
+    assert not any("--arm lth" in line for line in lines) and sum("--arm naive" in line for line in lines) == 2
+
+
 def test_unknown_presets_and_controls_are_refused():
     done = run_all("cifar11")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cifar11" in done.stderr
