@@ -10,13 +10,17 @@ sparsest network that still has enough weights; a run that was cut off goes on f
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from common import checkpoint, cli, masking
-from common.data import load_described
+from common.data import reader
 from common.errors import UserError
 from common.models import build_model
+from common.parallel import run_all
 from common.training import cpu_state, learning_rates, pick_device, pick_precision, train
 
 PRUNED_A_ROUND = 0.2
@@ -24,7 +28,9 @@ PRUNED_A_ROUND = 0.2
 
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--dense", type=Path, required=True, help="folder of a finished dense run")
+    parser.add_argument(
+        "--dense", type=Path, nargs="+", required=True, help="folder of a finished dense run; a chain each"
+    )
     parser.add_argument(
         "--sparsity", type=cli.share, nargs="+", required=True, metavar="S", help="of the pruned layers"
     )
@@ -33,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--one-shot", action="store_true", help="prune to each sparsity in a single round")
     parser.add_argument("--keep-rounds", action="store_true", help="keep round_NN.pt, the network after every round")
-    parser.add_argument("--out", type=Path, required=True, help="folder for masks and networks")
+    parser.add_argument("--out", type=Path, nargs="+", required=True, help="folder for masks and networks, one a chain")
     cli.add_training(parser, "imp")
     cli.add_device(parser)
     cli.add_data(parser)
@@ -42,12 +48,26 @@ def parse_args() -> argparse.Namespace:
         value is not None for value in (args.epochs, args.lr, args.schedule, args.warmup)
     ):
         parser.error("--rewind trains on the dense run's schedule: leave out --epochs, --lr, --schedule and --warmup")
+    if len(args.dense) != len(args.out) or len(set(args.out)) != len(args.out):
+        parser.error("--out: one folder of its own for each of --dense")
     args.sparsity = sorted(set(args.sparsity))
     return args
 
 
 def main() -> None:
     args = parse_args()
+    device = pick_device(args.device)
+    read = reader(args.data_dir, device, args.workers)
+    chains = {}
+    for dense, out in zip(args.dense, args.out):
+        if chain := prepare(argparse.Namespace(**vars(args) | {"dense": dense, "out": out}), device, read):
+            chains[str(out)] = chain
+    width = max(checkpoint.load_dense(folder)["model"]["width"] for folder in args.dense)
+    run_all(chains, args.parallel, width, device)
+
+
+def prepare(args: argparse.Namespace, device: torch.device, read: Callable) -> Callable[[], None] | None:
+    """Read and check the inputs of one chain; what runs it, or None when it is finished."""
     dense = checkpoint.load_dense(args.dense)
     recipe = dense["result"]["arguments"]
     rewound = None
@@ -65,7 +85,7 @@ def main() -> None:
     missing = [s for s in args.sparsity if not checkpoint.mask_file(args.out, s).is_file()]
     if finished and not missing:
         print(f"{args.out} is finished: nothing to do")
-        return
+        return None
 
     model = build_model(**dense["model"], seed=dense["seed"])
     names = masking.prunable(model)
@@ -80,12 +100,10 @@ def main() -> None:
             f"the chain in {args.out} has passed {min(missing)} and its rounds are kept: choose another --out"
         )
 
-    device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    data = load_described(dense["dataset"], args.data_dir, device, args.workers)
+    data = read(dense["dataset"])
     data.steps(args.batch_size)
     rates = learning_rates(args.schedule, args.lr, args.epochs, args.warmup)[args.rewind or 0 :]
-    checkpoint.claim(args.out, arguments)
 
     def prune_round(network: dict[str, Any], keep: int) -> dict[str, Any]:
         """Prune `network` to `keep` weights and train it; return the new network."""
@@ -97,7 +115,7 @@ def main() -> None:
         rows = train(
             model, data, rates, name=f"IMP seed {dense['seed']} round {number:2d} to {masking.sparsity(mask):.2%}", folder=args.out,
             seed=dense["seed"], batch_size=args.batch_size, momentum=args.momentum, weight_decay=args.weight_decay,
-            precision=precision, first_epoch=first_epoch, mask=mask,
+            precision=precision, first_epoch=first_epoch, mask=mask, compiled=args.compile, progress=args.parallel is None,
         )  # fmt: skip
         row = {
             "round": number,
@@ -111,29 +129,34 @@ def main() -> None:
 
     about = {key: dense[key] for key in ("model", "dataset", "seed", "epoch")}
     start = about | {"state_dict": dense["state_dict"], "mask": everything, "round": 0, "rows": []}
-    for sparsity in missing:
-        goal, stops = goals[sparsity], [other for other in goals.values() if other > goals[sparsity]]
-        network = start if args.one_shot else sparsest(args.out, goal, stops) or start
-        while (left := masking.kept(network["mask"])) > goal:
-            step = max(1, round(PRUNED_A_ROUND * left))
-            network = prune_round(network, goal if args.one_shot else max(goal, left - step))
-            checkpoint.save_csv(network["rows"], args.out / "log.csv")
-            if not args.one_shot:
-                checkpoint.save(network, args.out / f"round_{network['round']:02d}.pt")
-        checkpoint.save(network, args.out / f"sparse_{checkpoint.label(sparsity)}.pt")
-        masks = {
-            "mask": network["mask"], "signs": masking.signs(dense["state_dict"], names), "sparsity": masking.sparsity(network["mask"]),
-            "sparsity_total": masking.sparsity_total(network["mask"], model), "model": dense["model"], "dataset": dense["dataset"],
-            "mask_dataset": dense["dataset"]["name"], "source_seed": dense["seed"], "target_seed": None, "method": None, "match_epoch": None,
-        }  # fmt: skip
-        checkpoint.save(masks, checkpoint.mask_file(args.out, sparsity))
 
-    chains = [checkpoint.load(path)["rows"] for path in args.out.glob("sparse_*.pt")]
-    rows = sorted({row["kept"]: row for chain in chains for row in chain}.values(), key=lambda row: -row["kept"])
-    checkpoint.finish(args.out, "prune_imp", arguments, rows, device, precision)
-    for path in args.out.glob("round_*.pt"):
-        if not args.keep_rounds or int(path.stem.split("_")[1]) > rows[-1]["round"]:  # of a chain that was given up
-            path.unlink()
+    def run() -> None:
+        checkpoint.claim(args.out, arguments)
+        for sparsity in missing:
+            goal, stops = goals[sparsity], [other for other in goals.values() if other > goals[sparsity]]
+            network = start if args.one_shot else sparsest(args.out, goal, stops) or start
+            while (left := masking.kept(network["mask"])) > goal:
+                step = max(1, round(PRUNED_A_ROUND * left))
+                network = prune_round(network, goal if args.one_shot else max(goal, left - step))
+                checkpoint.save_csv(network["rows"], args.out / "log.csv")
+                if not args.one_shot:
+                    checkpoint.save(network, args.out / f"round_{network['round']:02d}.pt")
+            checkpoint.save(network, args.out / f"sparse_{checkpoint.label(sparsity)}.pt")
+            masks = {
+                "mask": network["mask"], "signs": masking.signs(dense["state_dict"], names), "sparsity": masking.sparsity(network["mask"]),
+                "sparsity_total": masking.sparsity_total(network["mask"], model), "model": dense["model"], "dataset": dense["dataset"],
+                "mask_dataset": dense["dataset"]["name"], "source_seed": dense["seed"], "target_seed": None, "method": None, "match_epoch": None,
+            }  # fmt: skip
+            checkpoint.save(masks, checkpoint.mask_file(args.out, sparsity))
+
+        chains = [checkpoint.load(path)["rows"] for path in args.out.glob("sparse_*.pt")]
+        rows = sorted({row["kept"]: row for chain in chains for row in chain}.values(), key=lambda row: -row["kept"])
+        checkpoint.finish(args.out, "prune_imp", arguments, rows, device, precision)
+        for path in args.out.glob("round_*.pt"):
+            if not args.keep_rounds or int(path.stem.split("_")[1]) > rows[-1]["round"]:  # of a chain that was given up
+                path.unlink()
+
+    return run
 
 
 def sparsest(folder: Path, goal: int, stops: list[int]) -> dict[str, Any] | None:

@@ -8,11 +8,13 @@ augmentation. Called again it does what is missing; a run that was cut off goes 
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from common import checkpoint, cli
 from common.data import DATASETS, load_data
 from common.models import MODELS, build_model
+from common.parallel import run_all
 from common.training import cpu_state, learning_rates, pick_device, pick_precision, train
 
 
@@ -79,13 +81,12 @@ def main() -> None:
         rows = train(
             model, data, rates, name=f"{args.model}x{args.width:g} seed {seed}", folder=folder, seed=seed,
             batch_size=args.batch_size, momentum=args.momentum, weight_decay=args.weight_decay, precision=precision,
-            at_epoch=keep,
+            at_epoch=keep, compiled=args.compile, progress=args.parallel is None,
         )  # fmt: skip
         checkpoint.finish(folder, "train_dense", arguments | {"seed": seed}, rows, device, precision)
 
-    for seed, folder in runs.items():
-        if folder not in finished:
-            run(seed, folder)
+    todo = {str(folder): partial(run, seed, folder) for seed, folder in runs.items() if folder not in finished}
+    run_all(todo, args.parallel, args.width, device)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ is missing; a run that was cut off goes on from its last epoch.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from common import checkpoint, cli, masking
 from common.data import load_described
 from common.errors import UserError
 from common.models import build_model
+from common.parallel import run_all
 from common.training import cpu_state, learning_rates, pick_device, pick_precision, train
 
 ARMS = ("lth", "naive", "permuted", "shuffled", "random-permutation", "imp-target")
@@ -84,23 +86,27 @@ def main() -> None:
     precision = pick_precision(args.precision, device)
     data = load_described(dense["dataset"], args.data_dir, device, args.workers)
     data.steps(args.batch_size)
-    for folder, arguments, weights, mask in todo:
-        rewind = arguments["rewind"]
-        model.load_state_dict(start_weights(weights["state_dict"], mask, args.signs, args.fan_in))
+
+    def run(folder: Path, arguments: dict[str, Any], weights: dict[str, Any], mask: dict[str, Any]) -> None:
+        rewind, network = arguments["rewind"], build_model(**dense["model"], seed=dense["seed"])
+        network.load_state_dict(start_weights(weights["state_dict"], mask, args.signs, args.fan_in))
         checkpoint.claim(folder, arguments)
         rows = train(
-            model, data, learning_rates(args.schedule, args.lr, total - rewind, args.warmup), folder=folder,
+            network, data, learning_rates(args.schedule, args.lr, total - rewind, args.warmup), folder=folder,
             name=f"{args.arm} {mask['source_seed']}-{dense['seed']} s{checkpoint.label(arguments['sparsity'])} k{rewind:03d}", seed=seed,
             batch_size=args.batch_size, momentum=args.momentum, weight_decay=args.weight_decay, precision=precision,
-            first_epoch=rewind, mask=mask["mask"],
+            first_epoch=rewind, mask=mask["mask"], compiled=args.compile, progress=args.parallel is None,
         )  # fmt: skip
         about = {key: dense[key] for key in ("model", "dataset", "seed")}
         checkpoint.save(
-            about | {"epoch": total, "state_dict": cpu_state(model), "mask": mask["mask"]}, folder / "final.pt"
+            about | {"epoch": total, "state_dict": cpu_state(network), "mask": mask["mask"]}, folder / "final.pt"
         )
         checkpoint.finish(
             folder, "train_sparse", arguments, rows, device, precision, sparsity_total=mask["sparsity_total"]
         )
+
+    runs = {str(folder): partial(run, folder, *more) for folder, *more in todo}
+    run_all(runs, args.parallel, dense["model"]["width"], device)
 
 
 def start_weights(weights: dict[str, Tensor], mask: dict[str, Any], signs: bool, fan_in: bool) -> dict[str, Tensor]:

@@ -127,7 +127,11 @@ def triples(root: Path) -> list[dict[str, Any]]:
                     "match_epoch": int(run.match_epoch),
                 }
                 files = {"lth": Path(own["path"].iloc[0]) / "final.pt", "permuted": Path(run.path) / "final.pt"}
-                more = {"dense": alignment["source"], "permutation": alignment["path"], "precision": alignment["precision"]}
+                more = {
+                    "dense": alignment["source"],
+                    "permutation": alignment["path"],
+                    "precision": alignment["precision"],
+                }
                 found.append(cell | seeds | files | more)
     if not found:
         raise UserError(f"no permuted network with LTH's beside it below {root}: run train_sparse.py for both")

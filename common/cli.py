@@ -94,6 +94,10 @@ def number(
     return parse
 
 
+def _parallel(text: str) -> str:
+    return text if text == "auto" else str(positive(text))
+
+
 natural = number(int, 0, 2**63 - 1)
 positive = number(int, 1)
 share = number(float, 0, 1, open_low=True, open_high=True)
@@ -118,6 +122,12 @@ def add_training(parser: argparse.ArgumentParser, stage: str) -> None:
     group.add_argument(
         "--precision", choices=("fp32", "bf16"), help="default: bf16 where the hardware is fast at it, else fp32"
     )
+    group.add_argument("--compile", action="store_true", help="torch.compile the network (a minute at the start)")
+    group.add_argument(
+        "--parallel", type=_parallel, metavar="auto|N",
+        help="train N runs side by side: on a CPU as processes of one thread each, on a GPU in one process (default: "
+        "one run after the other, with all threads)",
+    )  # fmt: skip
 
 
 def paper_defaults(args: argparse.Namespace, stage: str, dataset: str) -> None:

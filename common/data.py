@@ -29,6 +29,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EVAL_BATCH = {"cpu": 500, "cuda": 2500}  # a GPU waits for launches where a batch is small
 
 Batches = Iterator[tuple[Tensor, Tensor]]
+Draw = tuple[Tensor, ...]  # of an epoch: the order of the images; the crop, y and x, and whether mirrored, of each
 
 
 def load_data(
@@ -129,19 +130,27 @@ class Resident:
 
     def train_batches(self, batch_size: int, seed: int, epoch: int) -> Batches:
         """Shuffled, cropped, flipped and normalised batches (images fp32 channels-last, labels)."""
-        # Drawn on the CPU, so that every device sees the same epoch.
-        generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
-        count, size = len(self.train), self.input_shape[-1]
-        order = torch.randperm(count, generator=generator).to(self.device)
-        place = torch.randint(2 * self.pad + 1, (2, count), generator=generator).to(self.device)
-        mirror = (torch.rand(count, generator=generator) < 0.5).to(self.device) if self.flip else None
-        windows = self.train.unfold(2, size, 1).unfold(3, size, 1)  # a view: every crop of every image
+        draw = self.draw(seed, epoch)
         for start in range(0, self.steps(batch_size) * batch_size, batch_size):
-            chosen = order[start : start + batch_size]
-            images = windows[chosen, :, place[0, chosen], place[1, chosen]]
-            if mirror is not None:
-                images = torch.where(mirror[chosen, None, None, None], images.flip(3), images)
-            yield self._normalise(images), self.train_labels[chosen]
+            yield self.batch(draw, slice(start, start + batch_size))
+
+    def draw(self, seed: int, epoch: int) -> Draw:
+        """The order and augmentation of an epoch, drawn on the CPU, so that every device sees the same."""
+        generator, count = torch.Generator().manual_seed(epoch_seed(seed, epoch)), len(self.train)
+        order = torch.randperm(count, generator=generator)
+        y, x = torch.randint(2 * self.pad + 1, (2, count), generator=generator)
+        mirror = torch.rand(count, generator=generator) < (0.5 if self.flip else 0)
+        return tuple(part.to(self.device) for part in (order, y, x, mirror))
+
+    def batch(self, draw: Draw, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """The images at positions `rows` of an epoch, cropped, mirrored and normalised, and their labels."""
+        order, y, x, mirror = draw
+        chosen, size = order[rows], self.input_shape[-1]
+        windows = self.train.unfold(2, size, 1).unfold(3, size, 1)  # a view: every crop of every image
+        images = windows[chosen, :, y[chosen], x[chosen]]
+        if self.flip:
+            images = torch.where(mirror[chosen, None, None, None], images.flip(3), images)
+        return self._normalise(images), self.train_labels[chosen]
 
     def eval_batches(self, split: str = "test", batch_size: int | None = None, limit: int | None = None) -> Batches:
         """All images of `split` (or a class-balanced choice of `limit`), in order, not augmented, normalised."""

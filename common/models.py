@@ -4,6 +4,8 @@ All can be traced by torch.fx, which is how their permutation axes are found (co
 To add a network: write a function (width, classes, input_shape) -> module here and name it in MODELS.
 """
 
+import threading
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -131,6 +133,7 @@ def resnet50(width: float, classes: int, input_shape: tuple[int, int, int]) -> n
     return model
 
 
+_seeding = threading.Lock()  # the generator that initialises is one for all threads
 MODELS = {"mlp": mlp, "vgg11": vgg11, "resnet20": ResNet20, "resnet50": resnet50}
 
 
@@ -143,6 +146,6 @@ def build_model(
     """
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
-    with torch.random.fork_rng(devices=[]):
+    with _seeding, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return MODELS[name](width, classes, tuple(input_shape))

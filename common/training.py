@@ -2,9 +2,11 @@
 
 import contextlib
 import ctypes
+import itertools
 import math
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from common import checkpoint
 from common.data import Batches, Resident, Streamed
 from common.errors import UserError
 from common.masking import Mask, Masker
+
+GRAPHED = ("cuda",)  # devices on which a step is captured
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -109,52 +113,66 @@ def train(
     first_epoch: int = 0,
     mask: Mask | None = None,
     at_epoch: Callable[[int], Any] = lambda epoch: None,
+    compiled: bool = False,
+    progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Train `model` in place by SGD, one epoch for every learning rate in `rates`; return a row of metrics an epoch.
 
     Epochs count from `first_epoch`, and `at_epoch(k)` is called after k epochs. With a mask, the masked weights
     are zero before and after every step, and every epoch checks it. After each epoch the state goes to
     `folder`/resume.pt, from where the run called `name` goes on if it is cut off; the caller removes it in the end.
+    On CUDA a step on resident data is one captured graph, and the host waits for the device once an epoch only.
     Raises RuntimeError when a pruned weight is not zero.
     """
     device, last = data.device, first_epoch + len(rates)
+    graphed = device.type in GRAPHED and isinstance(data, Resident)
     model.to(device, memory_format=torch.channels_last)
     optimiser = torch.optim.SGD(
         model.parameters(),
-        lr=0.0,
+        lr=torch.zeros((), device=device) if graphed else 0.0,  # a tensor is read by the graph at every step
         momentum=momentum,
         weight_decay=weight_decay,
         nesterov=False,
         fused=device.type in ("cuda", "cpu"),
     )
+    for parameter in model.parameters():
+        optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     masker = Masker(model, mask) if mask is not None else None
     rows = _resume(folder, name, model, optimiser, precision)
     if masker:
         masker.apply()
+    forward = torch.compile(model) if compiled else model
+    loss_sum, correct = (torch.zeros((), device=device) for _ in range(2))  # summed on the device, read once an epoch
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        with autocast(device, precision):
+            logits = forward(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        if masker:
+            masker.apply()
+        loss_sum.add_(loss.detach())
+        correct.add_((logits.argmax(1) == labels).sum())
+
+    model.train()
     steps = data.steps(batch_size)
-    progress = tqdm(
+    if graphed:
+        changed = [*model.state_dict().values(), *(s["momentum_buffer"] for s in optimiser.state.values())]
+        step = GraphedStep(step, data, batch_size, [*changed, loss_sum, correct])
+    bar = tqdm(
         total=len(rates) * steps * batch_size, initial=len(rows) * steps * batch_size, desc=name, unit="img", unit_scale=True,
-        disable=None, leave=False, dynamic_ncols=True,
+        disable=None if progress else True, leave=False, dynamic_ncols=True,
     )  # fmt: skip
     for epoch in range(first_epoch + len(rows), last):
         start = time.perf_counter()
-        for group in optimiser.param_groups:
-            group["lr"] = rates[epoch - first_epoch]
+        _set_rate(optimiser, rates[epoch - first_epoch])
         model.train()
-        # Summed on the device: reading a number here would make the host wait at every step.
-        loss_sum, correct = (torch.zeros((), device=device) for _ in range(2))
-        for images, labels in data.train_batches(batch_size, seed, epoch):
-            with autocast(device, precision):
-                logits = model(images)
-            loss = F.cross_entropy(logits.float(), labels)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
-            if masker:
-                masker.apply()
-            loss_sum += loss.detach()
-            correct += (logits.argmax(1) == labels).sum()
-            progress.update(batch_size)
+        loss_sum.zero_(), correct.zero_()
+        for batch in step.start(seed, epoch) if graphed else data.train_batches(batch_size, seed, epoch):
+            step(*batch)
+            bar.update(batch_size)
         if masker:
             masker.check()
         test_loss, test_acc = evaluate(model, data.eval_batches("test"), precision)
@@ -172,13 +190,81 @@ def train(
         state = {"name": name, "precision": precision, "state_dict": cpu_state(model)}
         state |= {"optimiser": optimiser.state_dict(), "rows": rows}
         checkpoint.save(state, folder / "resume.pt")
-        progress.set_postfix(test_acc=f"{test_acc:.2f}", test_loss=f"{test_loss:.3f}")
+        bar.set_postfix(test_acc=f"{test_acc:.2f}", test_loss=f"{test_loss:.3f}")
         tqdm.write(
             f"{name}  epoch {epoch + 1:3d}/{last}  lr {row['lr']:.4f}  train loss {row['train_loss']:.3f} acc {row['train_acc']:5.2f}%"
             f"  test loss {test_loss:.3f} acc {test_acc:5.2f}%  {row['seconds']:6.1f} s  {steps * batch_size / row['seconds']:7,.0f} img/s"
         )
-    progress.close()
+    bar.close()
     return rows
+
+
+def _set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimiser.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+class GraphedStep:
+    """A training step on resident data as one CUDA graph, which a single launch replays.
+
+    The graph reads the order and augmentation of the epoch, and the place in it, from tensors of its own. Elsewhere than
+    on CUDA the same operations run one by one. `changed` are the tensors that a step changes: trying it out before it is
+    captured must leave no trace.
+    """
+
+    capturing = threading.Lock()  # one capture at a time, whatever other runs do meanwhile
+
+    def __init__(self, step: Callable[[Tensor, Tensor], None], data: Resident, batch_size: int, changed: list[Tensor]):
+        self.data, self.batch_size, self.steps = data, batch_size, data.steps(batch_size)
+        self.draw = data.draw(0, 0)
+        self.rows = torch.arange(batch_size, device=data.device)
+
+        def whole() -> None:
+            step(*data.batch(self.draw, self.rows))
+            self.rows.add_(batch_size)
+
+        self.replay = whole
+        with torch.no_grad():
+            before = [value.clone() for value in changed]
+        with self.capturing:
+            if data.device.type == "cuda":
+                try:
+                    self.replay = _capture(whole, data.device)
+                except RuntimeError as error:
+                    tqdm.write(f"steps run one by one, which is slower: no CUDA graph ({str(error).splitlines()[0]})")
+            else:
+                whole()
+        with torch.no_grad():
+            for value, kept in zip(changed, before):
+                value.copy_(kept)
+
+    def start(self, seed: int, epoch: int) -> Iterator[tuple]:
+        """Set the tables to the start of an epoch; an empty batch for each step of it."""
+        for mine, drawn in zip(self.draw, self.data.draw(seed, epoch)):
+            mine.copy_(drawn)
+        torch.arange(self.batch_size, out=self.rows)
+        return itertools.repeat((), self.steps)
+
+    def __call__(self) -> None:
+        self.replay()
+
+
+def _capture(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Capture `work`, which is called a few times before, as a CUDA graph; returns what replays it."""
+    current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        for _ in range(3):  # libraries set themselves up at the first calls, which no graph may hold
+            work()
+    current.wait_stream(side)
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+        work()
+    return graph.replay
 
 
 def _resume(
@@ -201,6 +287,9 @@ def _resume(
     if state["precision"] != precision:
         raise UserError(f"{path} was trained in {state['precision']} and not {precision}: set --precision or remove it")
     model.load_state_dict(state["state_dict"])
+    rates = [group["lr"] for group in optimiser.param_groups]
     optimiser.load_state_dict(state["optimiser"])
+    for group, rate in zip(optimiser.param_groups, rates):
+        group["lr"] = rate  # on its device
     tqdm.write(f"{name}  goes on after epoch {state['rows'][-1]['epoch']}")
     return state["rows"]

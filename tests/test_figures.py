@@ -102,7 +102,8 @@ def test_early_matching_by_epoch(matched_early, runs):
     table = pd.read_csv(matched_early / "early_matching.csv")
     permuted = table[table["arm"] == "permuted"]
     assert set(permuted["match_epoch"]) == {1, 3} and (permuted["count"] == 2).all() and "±" in out
-    assert table.loc[table["arm"] == "naive", "match_epoch"].isna().all()
+    naive = table.loc[table["arm"] == "naive", "match_epoch"]
+    assert len(naive) and naive.isna().all()
     all_runs = results.sparse_runs(matched_early)
     cell = all_runs.query("arm == 'permuted' and match_epoch == 1 and sparsity == 0.7 and rewind == 1")
     row = permuted.query("match_epoch == 1 and sparsity == 0.7 and rewind == 1").iloc[0]

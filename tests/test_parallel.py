@@ -1,0 +1,168 @@
+"""Runs side by side and captured steps: the same numbers as one run after the other, one operation after the other."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from common import checkpoint, masking, parallel, training
+from common.errors import UserError
+from common.models import build_model
+from common.training import train
+from tests.conftest import ROOT, TINY, call, sparse, succeed
+from tests.test_data import resident
+from tests.test_training import SETTINGS
+
+CPU = torch.device("cpu")
+
+
+def network(seed=0):
+    return build_model("resnet20", 0.25, 2, (3, 8, 8), seed)
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def without_time(rows):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_graphed_step_trains_as_the_plain_loop(tmp_path, monkeypatch, masked):
+    """What the graph replays, run one by one: tables, place in the epoch, tensors put back after the trial."""
+    data, rates = resident(count=32, pad=1, flip=True), [0.125, 0.5, 0.25]  # rates that float32 holds exactly
+    mask = None
+    if masked:
+        whole = masking.dense_mask(network().state_dict(), masking.prunable(network()))
+        mask = masking.prune_by_magnitude(network().state_dict(), whole, 300)
+    plain, graphed = network(), network()
+    expected = train(plain, data, rates, folder=tmp_path / "a", mask=mask, first_epoch=2, **SETTINGS)
+    replays = []
+    monkeypatch.setattr(training, "GRAPHED", ("cpu",))
+    real = training.GraphedStep.__call__
+    monkeypatch.setattr(training.GraphedStep, "__call__", lambda self: (replays.append(1), real(self)))
+
+    class Killed(Exception):
+        pass
+
+    def kill(epoch):
+        if epoch == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(network(), data, rates, folder=tmp_path / "b", mask=mask, first_epoch=2, at_epoch=kill, **SETTINGS)
+    rows = train(graphed, data, rates, folder=tmp_path / "b", mask=mask, first_epoch=2, **SETTINGS)  # resumed
+    assert len(replays) == (2 + 2) * data.steps(4)  # two epochs before it was cut off, of which one counts
+    assert without_time(rows) == without_time(expected) and same(plain.state_dict(), graphed.state_dict())
+
+
+def test_the_order_of_an_epoch_is_read_by_slices_and_by_tensors_alike():
+    data = resident(count=20, pad=1, flip=True)
+    draw = data.draw(3, 7)
+    batches = list(data.train_batches(8, 3, 7))
+    assert len(batches) == 2
+    for number, (images, labels) in enumerate(batches):
+        again = data.batch(draw, torch.arange(8) + 8 * number)
+        assert torch.equal(again[0], images) and torch.equal(again[1], labels)
+
+
+@pytest.mark.parametrize("how", [parallel._in_processes, parallel._in_threads])
+def test_runs_side_by_side_are_those_of_the_run_alone(tmp_path, how):
+    data, states = resident(count=32, pad=1), {}
+
+    def run(seed, folder):
+        model = network(seed)
+        train(model, data, [0.1] * (1 + seed % 3), folder=folder, **SETTINGS | {"seed": seed, "progress": False})
+        checkpoint.save(model.state_dict(), folder / "end.pt")
+
+    for seed in range(5):
+        run(seed, tmp_path / f"alone{seed}")
+        states[seed] = checkpoint.load(tmp_path / f"alone{seed}/end.pt")
+    runs = {f"run{seed}": (lambda seed=seed: run(seed, tmp_path / f"run{seed}")) for seed in range(5)}
+    assert how(runs, 3, CPU) == {}
+    for seed in range(5):
+        assert same(checkpoint.load(tmp_path / f"run{seed}/end.pt"), states[seed])
+    assert not same(states[0], states[1])
+
+
+@pytest.mark.parametrize("how", [parallel._in_processes, parallel._in_threads])
+def test_a_run_that_fails_stops_no_other(tmp_path, how, monkeypatch, capfd):
+    def user():
+        raise UserError("the disk\nis full")
+
+    runs = {name: (tmp_path / name).touch for name in "abc"}
+    runs = {"x": user, **runs, "y": lambda: 1 / 0, "z": lambda: None}
+    assert how(runs, 2, CPU) == {"x": 2, "y": 1}
+    assert all((tmp_path / name).exists() for name in "abc")
+    monkeypatch.setattr(parallel, "_in_processes", how)
+    with pytest.raises(RuntimeError, match=r"2 of 6 runs failed \(y\)"):
+        parallel.side_by_side(runs, 2, CPU)
+    del runs["y"]
+    with pytest.raises(UserError, match=r"1 of 5 runs failed \(x\)"):
+        parallel.side_by_side(runs, 2, CPU)
+    err = capfd.readouterr().err
+    assert "x: error: the disk is full\n" in err and "ZeroDivisionError" in err
+
+
+def test_a_killed_process_is_named(capfd):
+    runs = {"killed": lambda: os.kill(os.getpid(), 9), "well": lambda: None}
+    with pytest.raises(RuntimeError, match=r"1 of 2 runs failed \(killed\)"):
+        parallel.side_by_side(runs, 2, CPU)
+
+
+def test_how_many_run_side_by_side():
+    assert parallel.pick_count("3", 9, 1, CPU) == 3 and parallel.pick_count("3", 2, 1, CPU) == 2
+    assert parallel.pick_count("auto", 99, 1, CPU) == min(99, len(os.sched_getaffinity(0)))
+    gpu = torch.device("cuda")
+    assert [parallel.pick_count("auto", 99, width, gpu) for width in (0.5, 1, 4, 16, 32)] == [32, 16, 4, 1, 1]
+
+
+def test_every_stage_gives_the_same_whatever_runs_beside_it(runs, tmp_path):
+    """The tiny pipeline runs on one thread, as every run side by side does."""
+    succeed("train_dense", *TINY, "--epochs", 3, "--save-epochs", 1, "--seed", 0, 1, 2, "--parallel", 2, "--out", tmp_path / "dense")  # fmt: skip
+    for seed in range(3):
+        for name in ("epoch_0000.pt", "epoch_0003.pt"):
+            mine, theirs = (checkpoint.load(root / f"dense/seed{seed}" / name) for root in (tmp_path, runs))
+            assert same(mine["state_dict"], theirs["state_dict"])
+    imp = ("--sparsity", 0.5, 0.7, "--epochs", 1, "--batch-size", 64, "--device", "cpu", "--precision", "fp32")
+    dense, out = (
+        [root / f"{kind}/seed{seed}" for seed in (0, 2)] for root, kind in ((runs, "dense"), (tmp_path, "imp"))
+    )
+    succeed("prune_imp", "--dense", *dense, *imp, "--keep-rounds", "--parallel", "auto", "--out", *out)
+    for seed in (0, 2):
+        mine, theirs = (checkpoint.load(root / f"imp/seed{seed}/sparse_0.70.pt") for root in (tmp_path, runs))
+        assert same(mine["state_dict"], theirs["state_dict"]) and same(mine["mask"], theirs["mask"])
+    folder = tmp_path / "sparse"
+    outcome = sparse("naive", runs / "dense/seed1", runs / "imp/seed0", folder, "--sparsity", 0.5, 0.7, "--rewind", 0, 1, "--parallel", 3)  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    for name in ("s0.50_k000", "s0.50_k001", "s0.70_k000", "s0.70_k001"):
+        mine, theirs = (
+            checkpoint.load(root / name / "final.pt") for root in (folder, runs / "sparse/naive/seed0-seed1")
+        )
+        assert same(mine["state_dict"], theirs["state_dict"])
+
+
+def test_a_chain_that_fails_is_one_line_and_the_others_end(runs, tmp_path):
+    blocked = tmp_path / "blocked"
+    succeed("prune_imp", "--dense", runs / "dense/seed0", "--sparsity", 0.2, "--epochs", 1, "--batch-size", 64, "--device", "cpu", "--out", blocked)  # fmt: skip
+    (blocked / "mask_0.20.pt").unlink()
+    (blocked / "sparse_0.20.pt").write_bytes(b"cut off")  # found while it runs
+    command = [sys.executable, "prune_imp.py", "--dense", runs / "dense/seed0", runs / "dense/seed2", "--sparsity", "0.2", "--epochs", "1",
+               "--batch-size", "64", "--device", "cpu", "--parallel", "2", "--out", blocked, tmp_path / "well"]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "error" in line]
+    assert len(lines) == 2 and "sparse_0.20.pt cannot be read" in lines[0] and "1 of 2 runs failed" in lines[1]
+    assert (tmp_path / "well/result.json").is_file()
+    for wrong in (["--out", tmp_path], ["--out", tmp_path / "a", tmp_path / "a"]):
+        outcome = call("prune_imp", "--dense", runs / "dense/seed0", runs / "dense/seed2", "--sparsity", 0.2, *wrong)
+        assert outcome.code == 2 and "--out" in outcome.err
+
+
+def test_the_number_side_by_side_is_checked():
+    for wrong in ("0", "many", "-1"):
+        outcome = call("train_dense", "--out", "nowhere", "--parallel", wrong)
+        assert outcome.code == 2 and "--parallel" in outcome.err and outcome.err.count("\n") == 1
