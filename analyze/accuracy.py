@@ -54,6 +54,8 @@ def plot(
                 if len(curve):
                     axis.plot(curve[x], curve["mean"], **look)
                     spread = curve["std"].fillna(0)
+                    if len(curve) == 1:  # a band has no width there
+                        axis.errorbar(curve[x], curve["mean"], spread, color=look["color"], capsize=3)
                     axis.fill_between(
                         curve[x],
                         curve["mean"] - spread,

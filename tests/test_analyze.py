@@ -142,6 +142,15 @@ def test_early_matching_and_foreign_masks_are_variants_of_their_own():
     assert means == {"naive": 80, "permuted": 83, "permuted @5": 60, "naive [e mask]": 70}
 
 
+def test_a_foreign_mask_is_compared_with_its_own_naive_use():
+    rows = [
+        run(arm, 0, 1, accuracy, mask_dataset=mask, **({"method": "activation", "match_epoch": 5} if arm == "permuted" else {}))
+        for arm, accuracy, mask in (("naive", 50.0, "d"), ("naive", 60.0, "e"), ("permuted", 64.0, "e"), ("permuted", 51.0, "d"))
+    ]  # fmt: skip
+    found = results.summary(frame(rows)).set_index("variant")["difference"].dropna()
+    assert found.to_dict() == {"permuted": 1.0, "permuted [e mask]": 4.0}
+
+
 def test_one_seed_has_no_spread_and_a_missing_arm_no_difference():
     one = results.render(frame([run("lth", 0, 0, 90.0), run("naive", 0, 1, 80.0)]))
     assert "90.00" in one and "nan" not in one and "90.00 ±" not in one and "+10.00 (100%)" in one

@@ -162,6 +162,8 @@ def test_the_report_holds_what_there_is_and_names_what_is_missing(runs, tmp_path
         page.count("data:image/png;base64,") >= 4
         and "http" not in page.replace("https://", "http://").split("<body>")[0]
     )
+    low, high = results.summary(results.sparse_runs(root)).set_index("variant").loc["permuted", ["difference_low", "difference_high"]].iloc[-1]  # fmt: skip
+    assert f"({low:.1f} to {high:.1f})" in text and f"({low:.1f} to {high:.1f})" in page
     assert "train_sparse" in page and "weight_decay" in page and "<script" not in page
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -203,6 +205,7 @@ def test_a_curve_a_width():
 def test_tables_1_and_15_stand_beside_ours(tmp_path):
     about = {"model": "resnet20", "width": 1.0, "dataset": "cifar10"}
     members = pd.DataFrame([about | {"sparsity": 0.9, "rewind": 25, "variant": name, "mean_acc": 1.0} for name in ("IMP", "naive", "else")])  # fmt: skip
+    members = pd.concat([members, members.assign(sparsity=0.8)])  # where the paper has none
     members.to_csv(tmp_path / "diversity.csv")
     found = report.beside_paper(tmp_path, "diversity").set_index("variant")
     assert list(found.index) == ["IMP", "naive"] and found.loc["naive", "ensemble_acc"] == 91.07
@@ -222,7 +225,8 @@ def littered(runs, tmp_path_factory):
     root = tmp_path_factory.mktemp("littered") / "runs"
     shutil.copytree(runs, root)
     for number, text in enumerate(("{", "[]", "{}", '{"stage": "train_sparse"}', '{"stage": "train_dense", "arguments": {}}',
-                                   '{"stage": "align_mask", "arguments": {"source_seed": 7}}', '{"stage": "prune_imp"}')):  # fmt: skip
+                                   '{"stage": "align_mask", "arguments": {"source_seed": 7}}', '{"stage": "prune_imp"}',
+                                   '{"stage": "train_sparse", "arguments": {"arm": "lth"}, "test_acc": 1, "test_loss": 1, "seconds": 1, "sparsity_total": 1}')):  # fmt: skip
         (root / f"foreign{number}").mkdir()
         (root / f"foreign{number}/result.json").write_text(text)
     shutil.copytree(root / "sparse/naive/seed0-seed1/s0.70_k001", root / "unfinished")
@@ -235,8 +239,8 @@ def littered(runs, tmp_path_factory):
 
 def test_results_skip_what_is_no_run(littered, runs):
     outcome = call("analyze.results", littered)
-    assert outcome.code == 0 and [name in outcome.err for name in ("foreign0", "foreign1", "foreign3")] == [True] * 3
-    assert outcome.err.count("skipped") == 4 and outcome.err.count("\n") == 4  # {}, too, says nothing of a stage
+    assert outcome.code == 0 and all(name in outcome.err for name in ("foreign0", "foreign1", "foreign3", "foreign7"))
+    assert outcome.err.count("skipped") == 5 and outcome.err.count("\n") == 5  # {}, too, says nothing of a stage
     ours, before = results.sparse_runs(littered), results.sparse_runs(runs)
     assert ours.drop(columns="path").equals(before.drop(columns="path"))
     assert len(results.dense_runs(littered)) == len(results.dense_runs(runs))
