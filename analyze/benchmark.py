@@ -1,41 +1,55 @@
 """How fast this code is against the plain way, measured side by side in one run.
 
-    python -m analyze.benchmark
+    python -m analyze.benchmark [--device cuda] [--out benchmark.csv]
 
-Every row runs both ways in turn, several times, and prints the medians and the median of the paired ratios:
-training (data included) of dense and masked networks against an fp32 NCHW loop with PIL transforms in a
-DataLoader and torch.nn.utils.prune hooks; what a mask costs; the line between two networks
-with REPAIR; one-pass matching against layer by layer, for
-ResNet20 and for ResNet50 at 224 px; weight matching against its algorithm as it reads.
+Every row runs both ways in turn, several times, and prints the medians of the rates and the median of the paired
+ratios: training, data included, of dense and masked networks against an fp32 NCHW loop with PIL transforms in a
+DataLoader and torch.nn.utils.prune hooks (analyze/plain.py), with the arithmetic that it reaches; what a mask costs;
+networks side by side against one after the other; the data alone; the line between two networks with REPAIR; one-pass
+matching against layer by layer, for ResNet20 and for ResNet50 at 224 px; weight matching against its algorithm as it
+reads. Last, from the rates of a few steps of each network: how long the presets of run_all.sh take on this machine.
 """
 
 import contextlib
 import copy
 import io
+import json
+import os
+import resource
+import shlex
 import statistics
+import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, fx, nn
+from torch import nn
+from torch.func import functional_call, grad_and_value, stack_module_state, vmap
 from torch.nn import functional as F
 from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
 
 from analyze import interpolation
-from common import cli, masking
-from common.axes import find_axes, trace
+from analyze.plain import BATCH, PilImages, match_layer_by_layer, match_weights_plainly, plain_epoch, plain_line
+from common import checkpoint, cli, masking
+from common.axes import find_axes
 from common.data import Batches, Resident
-from common.matching import Moments, assign, channels_last, match_activations, match_weights, matched_weights, objective
+from common.masking import Mask
+from common.matching import match_activations, match_weights, matched_weights
 from common.models import build_model
-from common.permutation import Axes, identity, permute
+from common.parallel import pick_count, run_all
 from common.training import pick_device, pick_precision, train
 
-BATCH, SPARSITY = 128, 0.9
-PARTS = ("training", "line", "matching", "resnet50", "weights")
+SPARSITY = 0.9
+PARTS = ("training", "parallel", "stacked", "data", "line", "matching", "resnet50", "weights", "hours")
+PRESETS = ("quick", "cifar10", "cifar100", "vgg11", "svhn", "imagenet")
+IMAGES = {"glyphs": 10_000, "cifar10": 50_000, "cifar100": 50_000, "svhn": 73_257, "imagenet": 1_281_167}
+Rate = Callable[[], float]  # runs something once; how much of it a second
 
 
 def random_images(count: int, size: int, device: torch.device) -> Resident:
@@ -49,233 +63,192 @@ def random_images(count: int, size: int, device: torch.device) -> Resident:
     return Resident(*(part.to(device) for part in parts), pad, True, description)
 
 
-# ---------------------------------------------------------------- the plain way
+def network(name: str, width: float, size: int, seed: int = 0) -> nn.Module:
+    return build_model(name, width, 1000 if name == "resnet50" else 10, (3, size, size), seed)
 
 
-class PilImages(torch.utils.data.Dataset):
-    """The training images as PIL images with torchvision's transforms, one at a time."""
-
-    def __init__(self, data: Resident, augment: bool = True):
-        from PIL import Image
-
-        from common.vision import torchvision
-
-        transforms, pad = torchvision.transforms, data.pad
-        size = data.input_shape[-1]
-        images = data.train[:, :, pad:-pad, pad:-pad].permute(0, 2, 3, 1).cpu().numpy()
-        self.images, self.labels = [Image.fromarray(image) for image in images], data.train_labels.tolist()
-        augmentation = [transforms.RandomCrop(size, pad), transforms.RandomHorizontalFlip()] if augment else []
-        finish = [transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.25,) * 3)]
-        self.transform = transforms.Compose([*augmentation, *finish])
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(self.images[index]), self.labels[index]
+def magnitude_mask(model: nn.Module) -> Mask:
+    state = model.state_dict()
+    whole = masking.dense_mask(state, masking.prunable(model))
+    return masking.prune_by_magnitude(state, whole, masking.keep_count(masking.size(whole), SPARSITY))
 
 
-def plain_epoch(model: nn.Module, images: PilImages, device: torch.device) -> None:
-    """One epoch as research code often writes it: fp32, NCHW, two loader workers, `.item()` at every step."""
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4)
-    loader = torch.utils.data.DataLoader(images, BATCH, shuffle=True, drop_last=True, num_workers=2)
-    model.train()
-    total = 0.0
-    for x, y in loader:
-        x, y = x.to(device), y.to(device)
-        loss = F.cross_entropy(model(x), y)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        total += loss.item()
+def flops(model: nn.Module, size: int) -> float:
+    """Floating-point operations of a training step, an image: forward and backward, a multiply-add as two."""
+    model, images = copy.deepcopy(model), torch.randn(2, 3, size, size)
+    with FlopCounterMode(display=False) as counter:
+        model(images).sum().backward()
+    return counter.get_total_flops() / len(images)
 
 
-@torch.no_grad()
-def plain_line(model: nn.Module, ends: list[dict[str, Tensor]], alphas: Any, images: PilImages, device: torch.device) -> list:  # fmt: skip
-    """What `interpolation.along` measures, on one set of images as both splits, a pass of the loader for each number."""
-    loader = torch.utils.data.DataLoader(images, 250, num_workers=2)
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-
-    def test() -> tuple[float, float]:
-        model.eval()
-        loss = correct = 0.0
-        for x, y in loader:
-            logits = model(x.to(device))
-            loss += F.cross_entropy(logits, y.to(device), reduction="sum").item()
-            correct += (logits.argmax(1).cpu() == y).sum().item()
-        return loss / len(images), 100 * correct / len(images)
-
-    rows = []
-    for alpha in alphas:
-        model.load_state_dict(interpolation.line(*ends, float(alpha)))
-        rows += [test(), test()]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None
-        model.train()
-        for x, _ in loader:
-            model(x.to(device))
-        rows += [test(), test()]
-    return rows
+# ---------------------------------------------------------------- rates
 
 
-def match_layer_by_layer(
-    source: nn.Module, target: nn.Module, axes: Axes, batches: Callable[[], Any]
-) -> dict[str, Tensor]:
-    """Match one axis after the other through ever longer sub-networks, each time over all batches.
-
-    After each axis the source is permuted by what is known so far, as published re-basin codes do.
-    """
-    source = copy.deepcopy(source)
-    original = {name: value.clone() for name, value in source.state_dict().items()}
-    position = {node.name: i for i, node in enumerate(trace(source).graph.nodes)}
-    permutation: dict[str, Tensor] = {}
-    for axis in sorted(axes.sizes, key=lambda axis: position[axes.carriers[axis][-1].node]):
-        carrier = axes.carriers[axis][-1]
-        heads = [cut(model, carrier.node) for model in (target, source)]
-        moments = Moments()
-        with torch.no_grad():
-            for images in batches():
-                moments.add(*(channels_last(head(images), carrier, axes.sizes[axis]) for head in heads))
-        permutation[axis] = assign(moments.correlation())
-        source.load_state_dict(permute(original, axes.dims, permutation))
-    return permutation
+def timed(work: float, run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return work / (time.perf_counter() - start)
 
 
-def match_weights_plainly(
-    source: dict[str, Tensor], target: dict[str, Tensor], axes: Axes, seed: int = 0
-) -> tuple[dict[str, Tensor], float]:
-    """Weight matching as Algorithm 1 of Ainsworth et al. (2023) reads: every sweep solves every axis anew.
+def training_rate(
+    models: list[nn.Module], data: Resident, batch: int = BATCH, mask: Mask | None = None, parallel: str | None = None,
+    compiled: bool = False,
+) -> float:  # fmt: skip
+    """Images a second of all `models` together, in the second of two epochs; the first sets everything up."""
+    precision, images = pick_precision(None, data.device), data.steps(batch) * batch
 
-    Knows ordinary axes only, one block each. Returns the permutation and the objective that it reaches.
-    """
-    permutation = identity(axes)
-    generator = torch.Generator().manual_seed(seed)
-    best, improved = objective(source, target), True
-    while improved:
-        improved = False
-        for position in torch.randperm(len(axes.sizes), generator=generator).tolist():
-            axis, size = list(axes.sizes.items())[position]
-            moved = permute(source, axes.dims, permutation)
-            similarity = torch.zeros(size, size, dtype=torch.float64)
-            for name, layouts in axes.dims.items():
-                for dim, layout in enumerate(layouts if name in source else ()):
-                    if layout and layout[0].axis == axis:
-                        here, there = (tensors[name].movedim(dim, 0).reshape(size, -1) for tensors in (target, moved))
-                        similarity += here @ there.T
-            candidate = permutation | {axis: permutation[axis][assign(similarity)]}
-            reached = objective(permute(source, axes.dims, candidate), target)
-            if reached > best + 1e-7 * abs(best):
-                permutation, best, improved = candidate, reached, True
-    return permutation, best
+    def run(model: nn.Module, folder: Path) -> None:
+        ends: list[float] = []
+        with contextlib.redirect_stdout(io.StringIO()):
+            train(
+                copy.deepcopy(model), data, [0.02] * 2, name="benchmark", folder=folder, seed=0, batch_size=batch, momentum=0.9,
+                weight_decay=5e-4, precision=precision, mask=mask, at_epoch=lambda epoch: ends.append(time.perf_counter()),
+                compiled=compiled, progress=False,
+            )  # fmt: skip
+        checkpoint.save_json(ends[1] - ends[0], folder / "seconds.json")
+
+    with tempfile.TemporaryDirectory() as place:
+        folders = [Path(place) / str(number) for number in range(len(models))]
+        run_all({str(f): partial(run, model, f) for model, f in zip(models, folders)}, parallel, 1, data.device)
+        seconds = [json.loads((folder / "seconds.json").read_text()) for folder in folders]
+    return len(models) * images / sum(seconds) if parallel is None else sum(images / each for each in seconds)
 
 
-def cut(model: nn.Module, last: str) -> fx.GraphModule:
-    """The sub-network from the input to the graph node called `last`."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    traced = trace(model)
-    for node in traced.graph.nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-        if node.name == last:
-            graph.output(copies[node])
-            break
-    return fx.GraphModule(traced, graph)
+def stacked_rate(models: list[nn.Module], data: Resident) -> float:
+    """Images a second of all `models` together, their parameters stacked and the step mapped over them by vmap."""
+    device, base = data.device, models[0]
+    dtype = torch.bfloat16 if pick_precision(None, device) == "bf16" else torch.float32
+    for model in models:
+        model.to(device)
+    parameters, buffers = stack_module_state(models)
+    momenta = {name: torch.zeros_like(value) for name, value in parameters.items()}
+
+    def cast(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:  # vmap knows no autocast of BatchNorm
+        return {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
+
+    def loss(weights: dict, statistics: dict, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = functional_call(base, (cast(weights), cast(statistics)), (images.to(dtype),))
+        return F.cross_entropy(logits.float(), labels)
+
+    step = vmap(grad_and_value(loss))
+    draws = [data.draw(seed, 0) for seed in range(len(models))]
+
+    def epoch() -> None:
+        for start in range(0, data.steps(BATCH) * BATCH, BATCH):
+            batches = [data.batch(draw, slice(start, start + BATCH)) for draw in draws]
+            gradients, _ = step(parameters, buffers, *(torch.stack(part) for part in zip(*batches)))
+            with torch.no_grad():
+                for name, value in parameters.items():
+                    momenta[name].mul_(0.9).add_(gradients[name] + 5e-4 * value)
+                    value.sub_(0.02 * momenta[name])
+
+    epoch()
+    return timed(len(models) * data.steps(BATCH) * BATCH, epoch)
 
 
-# ---------------------------------------------------------------- measuring
+# ---------------------------------------------------------------- rows
 
 
 def compare(
-    name: str, ours: Callable[[], None], other: Callable[[], None], work: int, unit: str, repeats: int, warm_up: int = 1
+    name: str, ours: Rate, other: Rate, unit: str, repeats: int, warm_up: int = 1, work: float = 0
 ) -> dict[str, Any]:
-    """Run both in turn after a warm-up; medians of the rates and of the paired ratio ours / other."""
-    times: list[tuple[float, float]] = []
-    for repeat in range(warm_up + repeats):
-        pair = []
-        for run in (ours, other):
-            start = time.perf_counter()
-            run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            pair.append(time.perf_counter() - start)
-        if repeat >= warm_up:
-            times.append(tuple(pair))
-    ratios = sorted(b / a for a, b in times)
-    rates = [work / statistics.median(column) for column in zip(*times)]
+    """Run both in turn after a warm-up; medians of the rates and of the paired ratio ours / other.
+
+    `work` is in floating-point operations a unit, where their rate says something.
+    """
+    pairs = [(ours(), other()) for _ in range(warm_up + repeats)][warm_up:]
+    ratios = sorted(a / b for a, b in pairs)
+    rates = [statistics.median(column) for column in zip(*pairs)]
     return {
-        "measure": name,
-        "ours": rates[0],
-        "other": rates[1],
-        "unit": unit,
-        "ratio": statistics.median(ratios),
-        "min": ratios[0],
-        "max": ratios[-1],
-    }
+        "measure": name, "ours": rates[0], "other": rates[1], "unit": unit, "ratio": statistics.median(ratios), "min": ratios[0],
+        "max": ratios[-1], "TFLOP/s": rates[0] * work / 1e12 or None,
+    }  # fmt: skip
 
 
-def training_rows(size: int, steps: int, repeats: int, device: torch.device) -> list[dict[str, Any]]:
+def training_rows(width: float, size: int, steps: int, repeats: int, device: torch.device) -> Iterator[dict[str, Any]]:
     """Dense and masked training against the plain way, and masked against dense."""
-    data = random_images(steps * BATCH, size, device)
-    pil = PilImages(data)
-    precision = pick_precision(None, device)
-    model = build_model("resnet20", 1, 10, data.input_shape)
-    mask = masking.dense_mask(model.state_dict(), masking.prunable(model))
-    mask = masking.prune_by_magnitude(model.state_dict(), mask, masking.keep_count(masking.size(mask), SPARSITY))
-
-    def ours(with_mask: bool) -> None:
-        network = copy.deepcopy(model)
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            train(
-                network, data, [0.02], name="benchmark", folder=Path(folder), seed=0, batch_size=BATCH, momentum=0.9,
-                weight_decay=5e-4, precision=precision, mask=mask if with_mask else None,
-            )  # fmt: skip
-
+    data, model = random_images(steps * BATCH, size, device), network("resnet20", width, size)
+    pil, mask, work = PilImages(data), magnitude_mask(model), flops(model, size)
     plain, hooked = copy.deepcopy(model).to(device), copy.deepcopy(model).to(device)
     for name, entry in mask.items():
         module, _, parameter = name.rpartition(".")
         prune.custom_from_mask(hooked.get_submodule(module), parameter, entry.to(device))
-    images = steps * BATCH
-    about = f"resnet20 x1, {size} px, {precision}"
-    return [
-        compare(
-            f"dense training, {about}",
-            lambda: ours(False),
-            lambda: plain_epoch(plain, pil, device),
-            images,
-            "images/s",
-            repeats,
-        ),
-        compare(
-            f"masked training, {about}",
-            lambda: ours(True),
-            lambda: plain_epoch(hooked, pil, device),
-            images,
-            "images/s",
-            repeats,
-        ),
-        compare(
-            f"masked over dense, {about}", lambda: ours(True), lambda: ours(False), images, "images/s", 2 * repeats
-        ),
-    ]
+    about = f"training, resnet20 x{width:g}, {size} px"
+    dense, masked = (partial(training_rate, [model], data, mask=one) for one in (None, mask))
+    others = [partial(timed, steps * BATCH, partial(plain_epoch, one, pil, device)) for one in (plain, hooked)]
+    yield compare(f"dense {about}", dense, others[0], "images/s", repeats, work=work)
+    yield compare(f"masked {about}", masked, others[1], "images/s", repeats, work=work)
+    yield compare(f"masked over dense {about}", masked, dense, "images/s", repeats)
+
+
+def large_rows(repeats: int, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Networks that fill a GPU by themselves: what part of its arithmetic they reach, and whether --compile pays."""
+    for name, width, size, batch in (("resnet20", 16, 32, 128), ("vgg11", 1, 32, 128), ("resnet50", 1, 224, 256)):
+        data, model = random_images(10 * batch, size, device), network(name, width, size)
+        eager, compiled = (partial(training_rate, [model], data, batch, compiled=one) for one in (False, True))
+        about = f"eager over --compile, {name} x{width:g}, {size} px, batch {batch}"
+        yield compare(about, eager, compiled, "images/s", repeats, warm_up=0, work=flops(model, size))
+
+
+def parallel_rows(
+    counts: list[int], size: int, steps: int, repeats: int, device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """Networks side by side against one after the other, as the stages run them."""
+    data = random_images(steps * BATCH, size, device)
+    for count in counts:
+        models = [network("resnet20", 1, size, seed) for seed in range(count)]
+        together = partial(training_rate, models, data, parallel=str(count))
+        yield compare(
+            f"{count} side by side over one after the other, resnet20 x1, {size} px", together,
+            partial(training_rate, models[:2], data), "images/s", repeats, work=flops(models[0], size),
+        )  # fmt: skip
+
+
+def stacked_row(count: int, size: int, steps: int, repeats: int, device: torch.device) -> dict[str, Any]:
+    """The other way to train networks at once, which the stages do not take."""
+    data = random_images(steps * BATCH, size, device)
+    models = [network("resnet20", 1, size, seed) for seed in range(count)]
+    together = partial(training_rate, models, data, parallel=str(count))
+    return compare(
+        f"{count} side by side over stacked by vmap, resnet20 x1, {size} px", together,
+        partial(stacked_rate, copy.deepcopy(models), data), "images/s", repeats,
+    )  # fmt: skip
+
+
+def data_row(size: int, steps: int, repeats: int, device: torch.device) -> dict[str, Any]:
+    """The augmented batches of an epoch, with no network."""
+    data = random_images(steps * BATCH, size, device)
+    loader = torch.utils.data.DataLoader(PilImages(data), BATCH, shuffle=True, drop_last=True, num_workers=2)
+
+    def consume(batches: Any) -> None:
+        for images, labels in batches:
+            images.to(device), labels.to(device)
+
+    ours = partial(timed, steps * BATCH, lambda: consume(data.train_batches(BATCH, 0, 0)))
+    return compare(f"data alone, {size} px", ours, partial(timed, steps * BATCH, lambda: consume(loader)), "images/s", repeats)  # fmt: skip
 
 
 def line_row(size: int, images: int, repeats: int, device: torch.device) -> dict[str, Any]:
     """Three points of a line between two networks, with and without REPAIR, on `images` images as test and as train."""
     data = random_images(images, size, device)
     pil, precision, alphas = PilImages(data, augment=False), pick_precision(None, device), (0.0, 0.5, 1.0)
-    ends = [build_model("resnet20", 1, 10, data.input_shape, seed).state_dict() for seed in (0, 1)]
-    model = build_model("resnet20", 1, 10, data.input_shape)
-    plain = copy.deepcopy(model).to(device)
-    model.to(device, memory_format=torch.channels_last)
+    ends = [network("resnet20", 1, size, seed).to(device).state_dict() for seed in (0, 1)]
+    model, plain = (
+        network("resnet20", 1, size).to(device, memory_format=torch.channels_last),
+        network("resnet20", 1, size),
+    )
+    plain.to(device)
 
     def batches() -> Batches:
         return data.eval_batches("train")
 
+    work = 5 * len(alphas) * images
     return compare(
-        f"line with REPAIR, resnet20 x1, {size} px, {precision}",
-        lambda: interpolation.along(model, *ends, alphas, batches, batches, precision),
-        lambda: plain_line(plain, ends, alphas, pil, device), 5 * len(alphas) * images, "images/s", repeats,
+        f"line with REPAIR, resnet20 x1, {size} px",
+        lambda: timed(work, lambda: interpolation.along(model, *ends, alphas, batches, batches, precision)),
+        lambda: timed(work, lambda: plain_line(plain, ends, alphas, pil, device)), "images/s", repeats,
     )  # fmt: skip
 
 
@@ -284,59 +257,163 @@ def matching_row(
 ) -> dict[str, Any]:
     """One pass against layer by layer, on the same images."""
     data = random_images(images, size, device)
-    source, target = (
-        build_model(name, 1, 10, data.input_shape, seed).to(device, memory_format=torch.channels_last)
-        for seed in (0, 1)
-    )
+    source, target = (network(name, 1, size, seed).to(device, memory_format=torch.channels_last) for seed in (0, 1))
     axes = find_axes(source, data.input_shape)
 
     def batches() -> Any:
         return (x for x, _ in data.eval_batches("train", batch))
 
     return compare(
-        f"matching in one pass, {name} x1, {size} px", lambda: match_activations(source, target, axes, batches()),
-        lambda: match_layer_by_layer(source, target, axes, batches), images, "images/s", repeats, warm_up,
+        f"matching in one pass, {name} x1, {size} px",
+        lambda: timed(images, lambda: match_activations(source, target, axes, batches())),
+        lambda: timed(images, lambda: match_layer_by_layer(source, target, axes, batches)), "images/s", repeats, warm_up,
     )  # fmt: skip
 
 
 def weight_matching_row(width: float, repeats: int, device: torch.device) -> dict[str, Any]:
     """Our weight matching against the algorithm as it reads, from the same start in the same order."""
-    networks = [build_model("resnet20", width, seed=seed).to(device) for seed in (0, 1)]
+    networks = [network("resnet20", width, 32, seed).to(device) for seed in (0, 1)]
     axes, names = find_axes(networks[0], (3, 32, 32)), matched_weights(networks[0])
-    ends = [{name: network.state_dict()[name] for name in names} for network in networks]
+    ends = [{name: one.state_dict()[name] for name in names} for one in networks]
     return compare(
-        f"weight matching, resnet20 x{width:g}", lambda: match_weights(*ends, axes),
-        lambda: match_weights_plainly(*ends, axes), 1, "runs/s", repeats,
+        f"weight matching, resnet20 x{width:g}", lambda: timed(1, lambda: match_weights(*ends, axes)),
+        lambda: timed(1, lambda: match_weights_plainly(*ends, axes)), "runs/s", repeats,
     )  # fmt: skip
+
+
+# ---------------------------------------------------------------- presets
+
+
+def epochs(preset: str) -> dict[tuple[str, float, str], float]:
+    """Epochs that a preset of run_all.sh trains, by (model, width, data set), read off the commands that it prints."""
+    script = Path(__file__).parents[1] / "run_all.sh"
+    plain = {key: value for key, value in os.environ.items() if key in ("PATH", "HOME")}
+    dry = subprocess.run(["bash", script, preset], env=plain | {"DRY_RUN": "1"}, capture_output=True, text=True, check=True)  # fmt: skip
+    total: dict[tuple[str, float, str], float] = {}
+    dense: dict[str, tuple] = {}  # what each dense folder holds, and the epochs it was trained
+    for line in dry.stdout.splitlines():
+        words = shlex.split(line)
+        flags = {
+            word: [value for value in _until_flag(words[place + 1 :])]
+            for place, word in enumerate(words) if word.startswith("--")
+        }  # fmt: skip
+        if words[1] == "train_dense.py":
+            (name,), (model,), (width,), (seed,), (out,) = (flags[key] for key in ("--dataset", "--model", "--width", "--seed", "--out"))  # fmt: skip
+            key = (model, float(width), name)
+            count = int(flags.get("--epochs", [cli.paper_value(cli.PAPER["dense"]["epochs"], name)])[0])
+            share = int(flags["--limit-train"][0]) / IMAGES[name] if "--limit-train" in flags else 1
+            dense[f"{out}/seed{seed}"] = (key, count, share)
+        elif words[1] in ("prune_imp.py", "train_sparse.py"):
+            key, whole, share = dense[flags.get("--dense", flags.get("--weights"))[0]]
+            sparsities = [float(value) for value in flags["--sparsity"]]
+            if words[1] == "prune_imp.py":
+                each = int(flags.get("--epochs", [cli.paper_value(cli.PAPER["imp"]["epochs"], key[2])])[0])
+                count = rounds(sparsities) * each
+            else:
+                count = len(sparsities) * sum(whole - int(k) for k in flags["--rewind"])
+        else:
+            continue
+        total[key] = total.get(key, 0) + count * share
+    return total
+
+
+def _until_flag(words: list[str]) -> list[str]:
+    return words[: next((place for place, word in enumerate(words) if word.startswith("--")), len(words))]
+
+
+def rounds(sparsities: list[float]) -> int:
+    """Rounds of an IMP chain through all of `sparsities`, at 20% of the remaining weights a round."""
+    left, count = 1.0, 0
+    for sparsity in sorted(sparsities):
+        while left > 1 - sparsity + 1e-9:
+            left, count = max(0.8 * left, 1 - sparsity), count + 1
+    return count
+
+
+def hours(presets: tuple[str, ...], steps: int, device: torch.device) -> pd.DataFrame:
+    """A row a preset and network: epochs, images a second measured over a few steps, and hours, training alone."""
+    rates: dict[tuple, float] = {}
+    rows = []
+    for preset in presets:
+        for (model, width, name), count in epochs(preset).items():
+            size = {"imagenet": 224, "glyphs": 16}.get(name, 32)
+            batch = {"imagenet": 256 if device.type == "cuda" else 16}.get(name, BATCH)
+            key = (model, width, size)
+            if key not in rates:
+                many = pick_count("auto", 99, width, device) if name != "imagenet" else 1
+                few = max(1, round(steps / width**2)) if device.type == "cpu" else steps
+                few = 1 if name == "imagenet" and device.type == "cpu" else few
+                data = random_images(few * batch, size, device)
+                models = [network(model, width, size, seed) for seed in range(many)]
+                rates[key] = training_rate(models, data, batch, parallel=str(many) if many > 1 else None)
+            rows.append({
+                "preset": preset, "model": model, "width": width, "dataset": name, "epochs": round(count), "images/s": rates[key],
+                "hours": count * IMAGES[name] / rates[key] / 3600,
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def show(table: pd.DataFrame) -> str:
+    forms = {name: "{:,.4g}".format for name in ("ours", "other", "images/s", "hours")}
+    return table.to_string(index=False, na_rep="", formatters=forms, float_format="{:.2f}".format)
 
 
 def main() -> None:
     parser = cli.Parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
     parser.add_argument("--size", type=cli.number(int, 8), default=32, help="image size in px (default: %(default)s)")
-    parser.add_argument("--steps", type=cli.positive, default=15, help="training steps a repeat (default: %(default)s)")
-    parser.add_argument("--repeats", type=cli.positive, default=5, help="default: %(default)s")
+    parser.add_argument("--steps", type=cli.positive, help="training steps a repeat (default: 15 on a CPU, else 200)")
+    parser.add_argument("--repeats", type=cli.positive, help="default: 5 on a CPU, else 3")
+    parser.add_argument("--widths", type=float, nargs="+", help="to train at (default: 1 on a CPU, else 1 4 16)")
+    parser.add_argument("--out", type=Path, help="write the table as CSV too, as far as it has come")
     cli.add_device(parser)
     args = parser.parse_args()
     device = pick_device(args.device)
-    rows = training_rows(args.size, args.steps, args.repeats, device) if "training" in args.only else []
-    few = max(1, args.repeats // 2)
-    if "line" in args.only:
-        rows.append(line_row(args.size, 5000, few, device))
-    if "matching" in args.only:
-        rows.append(matching_row("resnet20", args.size, 2000, 250, few, device))
-    if "resnet50" in args.only:
-        rows.append(matching_row("resnet50", 7 * args.size, 32, 16, 1, device, warm_up=0))
-    if "weights" in args.only:
-        rows.append(weight_matching_row(4, few, device))
-    print(
-        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.repeats} repeats; ratio: median, min and max of the pairs"
-    )
-    print(
-        pd.DataFrame(rows).to_string(
-            index=False, formatters={"ours": "{:,.4g}".format, "other": "{:,.4g}".format}, float_format="{:.2f}".format
-        )
-    )
+    cpu = device.type == "cpu"
+    steps, repeats = args.steps or (15 if cpu else 200), args.repeats or (5 if cpu else 3)
+    few, size = max(1, repeats // 2), args.size
+    cores = pick_count("auto", 99, 1, device)
+
+    def measured() -> Iterator[dict[str, Any]]:
+        if "training" in args.only:
+            for width in args.widths or ((1,) if cpu else (1, 4, 16)):
+                yield from training_rows(width, size, max(1, round(steps / width)), repeats, device)
+            if not cpu:
+                yield from large_rows(few, device)
+        if "parallel" in args.only:
+            yield from parallel_rows([cores] if cpu else [4, 16], size, steps, few, device)
+        if "stacked" in args.only:
+            yield stacked_row(cores, size, max(1, steps // 4), few, device)
+        if "data" in args.only:
+            yield data_row(size, steps, few, device)
+        if "line" in args.only:
+            yield line_row(size, 5000, few, device)
+        if "matching" in args.only:
+            yield matching_row("resnet20", size, 2000, 250, few, device)
+        if "resnet50" in args.only:
+            yield matching_row("resnet50", 7 * size, 32, 16, 1, device, warm_up=0)
+        if "weights" in args.only:
+            yield weight_matching_row(4, few, device)
+
+    name = checkpoint.environment(device)["device"]
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {pick_precision(None, device)}, {repeats} repeats; ratio: median, min and max of the pairs")  # fmt: skip
+    rows = []
+    for row in measured():
+        if not cpu:
+            row["GB"] = torch.cuda.max_memory_allocated(device) / 1e9
+            torch.cuda.reset_peak_memory_stats(device)
+        rows.append(row)
+        print(show(pd.DataFrame([row])), flush=True)
+        if args.out:
+            checkpoint.save_text(pd.DataFrame(rows).to_csv(index=False), args.out)
+    if rows:
+        print("\n" + show(pd.DataFrame(rows)))
+    print(f"peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")
+    if "hours" in args.only:
+        table = hours(PRESETS, max(1, steps // 5), device)
+        print("\nhours of training, networks side by side as --parallel auto does:\n" + show(table))
+        if args.out:
+            checkpoint.save_text(table.to_csv(index=False), args.out.with_stem(args.out.stem + "_hours"))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ ANALYSES = {
 }
 COSTLY = {  # the flags of those that evaluate networks
     "interpolation": ("device", "data_dir", "points", "images"),
-    "imp_barrier": ("device", "data_dir", "images"),
+    "imp_barrier": ("device", "data_dir", "points", "images"),
     "landscape": ("device", "data_dir", "grid", "images"),
     "diversity": ("device", "data_dir"),
 }

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from analyze.benchmark import match_layer_by_layer, match_weights_plainly
+from analyze.plain import match_layer_by_layer, match_weights_plainly
 from common.axes import find_axes
 from common.matching import (
     Moments,
