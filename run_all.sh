@@ -10,6 +10,7 @@
 #   CONTROLS="shuffled random-permutation imp-target signs" adds control arms.
 #   ENSEMBLE=5 makes the networks of Table 1 in runs/<preset>-ensemble instead: one source, five targets for naive and
 #   permuted, five data orders for LTH, IMP from five seeds. Copy dense/ there to train no dense network again.
+#   PARALLEL=auto trains the networks of a command side by side, which fills a GPU (--parallel of the stages).
 #   SOURCE_DATASET=cifar10 trains and prunes the sources on another data set: are masks reused? (Table 16, preset svhn)
 #   DRY_RUN=1 prints the commands, in order, so that they can be fed to a job queue.
 # Called again, it does what is missing; a run that was cut off goes on from its last epoch.
@@ -48,6 +49,7 @@ DATASET=${DATASET-$dataset} SOURCE_DATASET=${SOURCE_DATASET-$source_dataset} MOD
 DENSE_FLAGS=${DENSE_FLAGS-$dense_flags} IMP_FLAGS=${IMP_FLAGS-$imp_flags} SPARSE_FLAGS=${SPARSE_FLAGS-$sparse_flags}
 ALIGN_FLAGS=${ALIGN_FLAGS-$align_flags} INTERPOLATION_FLAGS=${INTERPOLATION_FLAGS-$interpolation_flags}
 REPORT_FLAGS=${REPORT_FLAGS-} METHODS=${METHODS-$methods} CONTROLS=${CONTROLS-$controls}
+PARALLEL=${PARALLEL-} # and one command a stage trains all its networks
 JOBS=${JOBS-$jobs}  # processes side by side; on a CPU each then gets its share of the cores
 DRY_RUN=${DRY_RUN-}
 for name in $CONTROLS; do case $name in
@@ -88,6 +90,11 @@ pruned() { # seeds of the networks to prune
   if [ -n "$ENSEMBLE" ]; then seq 0 $((ENSEMBLE - 1)); else sources; fi
   if control imp-target; then pairs | cut -d ' ' -f 2; fi
 }
+networks() { # a line a command: a data set, and the seeds of the dense networks to train on it
+  { sources | sed "s/^/${SOURCE_DATASET:-$DATASET} /"; pairs | cut -d ' ' -f 2 | sed "s/^/$DATASET /"; } | sort -k 2,2n -u |
+    if [ -n "$PARALLEL" ]; then awk '{ of[$1] = of[$1] " " $2 } END { for (set in of) print set of[set] }'; else cat; fi
+}
+beside=${PARALLEL:+--parallel $PARALLEL}
 rewinds() { # of a width: the paper's grid is coarser for the widest networks
   case "$preset $1" in
     "cifar10 8" | "cifar10 16") echo "${REWIND-0 10 25 50 100}" ;;
@@ -98,15 +105,15 @@ control() { case " $CONTROLS " in *" $1 "*) ;; *) return 1 ;; esac; } # whether 
 start=$(date +%s)
 
 roots | while read -r w R; do
-  for seed in $(pairs | tr ' ' '\n' | sort -nu); do
-    case " $(sources | tr '\n' ' ')" in *" $seed "*) set="${SOURCE_DATASET:-$DATASET}" ;; *) set=$DATASET ;; esac
-    echo "$python train_dense.py --dataset $set --data-dir '$DATA_DIR' --model $MODEL --width $w --seed $seed --out '$R/dense' --save-epochs $(rewinds "$w") $DENSE_FLAGS"
+  networks | while read -r set seeds; do
+    echo "$python train_dense.py --dataset $set --data-dir '$DATA_DIR' --model $MODEL --width $w --seed $seeds --out '$R/dense' --save-epochs $(rewinds "$w") $DENSE_FLAGS $beside"
   done
 done | run
 
 roots | while read -r w R; do
-  for seed in $(pruned | sort -nu); do
-    echo "$python prune_imp.py --dense '$R/dense/seed$seed' --data-dir '$DATA_DIR' --sparsity $SPARSITY --out '$R/imp/seed$seed' $IMP_FLAGS"
+  pruned | sort -nu | { if [ -n "$PARALLEL" ]; then xargs; else cat; fi; } | while read -r seeds; do
+    folders() { for seed in $seeds; do printf "'%s' " "$R/$1/seed$seed"; done; }
+    echo "$python prune_imp.py --dense $(folders dense)--data-dir '$DATA_DIR' --sparsity $SPARSITY --out $(folders imp)$IMP_FLAGS $beside"
   done
 done | run
 
@@ -119,7 +126,7 @@ roots | while read -r w R; do
 done | run
 
 roots | while read -r w R; do
-  grid="--data-dir '$DATA_DIR' --sparsity $SPARSITY --rewind $(rewinds "$w") $SPARSE_FLAGS"
+  grid="--data-dir '$DATA_DIR' --sparsity $SPARSITY --rewind $(rewinds "$w") $SPARSE_FLAGS $beside"
   sparse() { # arm, weights, masks, folder
     echo "$python train_sparse.py --arm $1 --weights '$R/dense/seed$2' --masks '$R/$3' --out '$R/sparse/$4' $grid ${5-}"
   }

@@ -67,6 +67,15 @@ def network(name: str, width: float, size: int, seed: int = 0) -> nn.Module:
     return build_model(name, width, 1000 if name == "resnet50" else 10, (3, size, size), seed)
 
 
+def plain_network(width: float, size: int, mask: Mask | None, device: torch.device) -> nn.Module:
+    """A network whose masks are hooks of torch.nn.utils.prune."""
+    model = network("resnet20", width, size).to(device)
+    for name, entry in (mask or {}).items():
+        module, _, parameter = name.rpartition(".")
+        prune.custom_from_mask(model.get_submodule(module), parameter, entry.to(device))
+    return model
+
+
 def magnitude_mask(model: nn.Module) -> Mask:
     state = model.state_dict()
     whole = masking.dense_mask(state, masking.prunable(model))
@@ -171,13 +180,12 @@ def training_rows(width: float, size: int, steps: int, repeats: int, device: tor
     """Dense and masked training against the plain way, and masked against dense."""
     data, model = random_images(steps * BATCH, size, device), network("resnet20", width, size)
     pil, mask, work = PilImages(data), magnitude_mask(model), flops(model, size)
-    plain, hooked = copy.deepcopy(model).to(device), copy.deepcopy(model).to(device)
-    for name, entry in mask.items():
-        module, _, parameter = name.rpartition(".")
-        prune.custom_from_mask(hooked.get_submodule(module), parameter, entry.to(device))
     about = f"training, resnet20 x{width:g}, {size} px"
     dense, masked = (partial(training_rate, [model], data, mask=one) for one in (None, mask))
-    others = [partial(timed, steps * BATCH, partial(plain_epoch, one, pil, device)) for one in (plain, hooked)]
+    others = [
+        partial(timed, steps * BATCH, partial(plain_epoch, plain_network(width, size, one, device), pil, device))
+        for one in (None, mask)
+    ]
     yield compare(f"dense {about}", dense, others[0], "images/s", repeats, work=work)
     yield compare(f"masked {about}", masked, others[1], "images/s", repeats, work=work)
     yield compare(f"masked over dense {about}", masked, dense, "images/s", repeats)
@@ -195,15 +203,20 @@ def large_rows(repeats: int, device: torch.device) -> Iterator[dict[str, Any]]:
 def parallel_rows(
     counts: list[int], size: int, steps: int, repeats: int, device: torch.device
 ) -> Iterator[dict[str, Any]]:
-    """Networks side by side against one after the other, as the stages run them."""
+    """Networks side by side, as the stages run them, against one after the other and against the plain way."""
     data = random_images(steps * BATCH, size, device)
+    pil, mask = PilImages(data), magnitude_mask(network("resnet20", 1, size))
+    plain = {kept is not None: plain_network(1, size, kept, device) for kept in (None, mask)}
     for count in counts:
         models = [network("resnet20", 1, size, seed) for seed in range(count)]
+        about, work = f"resnet20 x1, {size} px", flops(models[0], size)
         together = partial(training_rate, models, data, parallel=str(count))
-        yield compare(
-            f"{count} side by side over one after the other, resnet20 x1, {size} px", together,
-            partial(training_rate, models[:2], data), "images/s", repeats, work=flops(models[0], size),
-        )  # fmt: skip
+        alone = partial(training_rate, models[:2], data)
+        yield compare(f"{count} side by side over one after the other, {about}", together, alone, "images/s", repeats, work=work)  # fmt: skip
+        for kind, kept in (("dense", None), ("masked", mask)):
+            other = partial(timed, steps * BATCH, partial(plain_epoch, plain[kept is not None], pil, device))
+            name = f"{count} side by side, {kind}, over the plain way, {about}"
+            yield compare(name, partial(together, mask=kept), other, "images/s", repeats, work=work)
 
 
 def stacked_row(count: int, size: int, steps: int, repeats: int, device: torch.device) -> dict[str, Any]:

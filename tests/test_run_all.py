@@ -92,6 +92,25 @@ def test_an_ensemble_has_one_source_and_five_of_the_rest():
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and wrong in done.stderr
 
 
+def test_side_by_side_one_command_trains_all_networks_of_a_stage():
+    usual = run_all("svhn", DRY_RUN="1", PAIRS="0 1", METHODS="activation", CONTROLS="imp-target").stdout.splitlines()
+    lines = run_all("svhn", DRY_RUN="1", PAIRS="0 1", METHODS="activation", CONTROLS="imp-target", PARALLEL="auto").stdout.splitlines()  # fmt: skip
+    trained = sorted(shlex.split(line) for line in lines if "train_dense.py" in line)
+    seeds = [words[words.index("--seed") + 1 : words.index("--out")] for words in trained]
+    assert seeds == [["0", "2"], ["1", "3"]] and trained[0][3] == "cifar10" and trained[1][3] == "svhn"
+    (chains,) = (shlex.split(line) for line in lines if "prune_imp.py" in line)
+    folders = [f"runs/svhn/{{}}/seed{seed}" for seed in range(4)]
+    place = chains.index("--dense") + 1
+    assert chains[place : place + 4] == [folder.format("dense") for folder in folders]
+    place = chains.index("--out") + 1
+    assert chains[place : place + 4] == [folder.format("imp") for folder in folders]
+    sparse = [line for line in lines if "train_sparse.py" in line]
+    assert all("--parallel auto" in line for line in lines if "train_" in line or "prune_" in line)
+    assert [line.split() for line in usual if "train_sparse" in line] == [
+        [word for word in line.split() if word not in ("--parallel", "auto")] for line in sparse
+    ]
+
+
 def test_svhn_reuses_the_masks_of_cifar10():
     lines = run_all("svhn", DRY_RUN="1", PAIRS="0 1", METHODS="activation").stdout.splitlines()
     trained = [shlex.split(line) for line in lines if "train_dense.py" in line]

@@ -1,0 +1,81 @@
+"""What only a GPU can show: a captured graph computes what single launches do, alone and beside others."""
+
+import pytest
+import torch
+
+from common import checkpoint, masking, parallel, training
+from common.models import build_model
+from common.training import GraphedStep, train
+from tests.test_data import resident
+from tests.test_training import SETTINGS
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+RATES = [0.05, 0.02]
+
+
+def data(device="cuda"):
+    found = resident(count=64, pad=1, flip=True, mean=0.3, std=0.2)
+    return type(found)(
+        *(part.to(device) for part in (found.train, found.train_labels, found.test, found.test_labels)),
+        found.pad, found.flip, found.description,
+    )  # fmt: skip
+
+
+def trained(folder, seed=0, **settings):
+    torch.backends.cudnn.deterministic = True
+    model = build_model("resnet20", 0.5, 2, (3, 8, 8), seed)
+    mask = masking.dense_mask(model.state_dict(), masking.prunable(model))
+    mask = masking.prune_by_magnitude(model.state_dict(), mask, masking.size(mask) // 5)
+    settings = SETTINGS | {"batch_size": 16, "seed": seed, "progress": False} | settings
+    rows = train(model, data(), RATES, folder=folder, mask=mask, **settings)
+    checkpoint.save(training.cpu_state(model), folder / "end.pt")
+    return rows
+
+
+def distance(one, other):
+    """Of two networks, relative to the first."""
+    a, b = (
+        torch.cat([value.double().flatten() for value in checkpoint.load(path / "end.pt").values()])
+        for path in (one, other)
+    )
+    return float((a - b).norm() / a.norm())
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 3e-2)])
+def test_a_graph_computes_what_single_launches_do(tmp_path, monkeypatch, capfd, precision, tolerance):
+    rows = trained(tmp_path / "graph", precision=precision)
+    assert "no CUDA graph" not in capfd.readouterr().out
+    monkeypatch.setattr(training, "GRAPHED", ())
+    plain = trained(tmp_path / "plain", precision=precision)
+    assert distance(tmp_path / "plain", tmp_path / "graph") < tolerance
+    assert rows[-1]["train_loss"] == pytest.approx(plain[-1]["train_loss"], rel=10 * tolerance)
+    trained(tmp_path / "other", seed=1, precision=precision)
+    assert distance(tmp_path / "plain", tmp_path / "other") > 2 * tolerance  # what the tolerance can tell apart
+
+
+def test_the_host_never_waits_within_an_epoch():
+    total, images = torch.zeros((), device="cuda"), data()
+
+    def work(x, y):
+        total.add_(x.sum() + y.sum())
+
+    step = GraphedStep(work, images, 16, [total])
+    step.start(0, 0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(images.steps(16)):
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = sum(float(x.sum() + y.sum()) for x, y in images.train_batches(16, 0, 0))
+    assert float(total) == pytest.approx(expected, rel=1e-4)
+
+
+def test_networks_side_by_side_are_those_of_the_run_alone(tmp_path):
+    for seed in range(8):
+        trained(tmp_path / f"alone{seed}", seed=seed)
+    runs = {f"run{seed}": (lambda seed=seed: trained(tmp_path / f"run{seed}", seed=seed)) for seed in range(8)}
+    parallel.side_by_side(runs, 4, torch.device("cuda"))
+    for seed in range(8):
+        assert distance(tmp_path / f"alone{seed}", tmp_path / f"run{seed}") < 1e-4
+    assert distance(tmp_path / "alone0", tmp_path / "alone1") > 1e-2
