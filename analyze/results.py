@@ -149,6 +149,12 @@ def by_pair(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts).pivot_table(index=[*CELL, *seeds], columns="variant", values="test_acc")
 
 
+def baseline(variant: str) -> str:
+    """What a variant is compared with: the naive use of masks of the same data set."""
+    _, foreign, mask = variant.partition(" [")
+    return "naive" + foreign + mask.partition("]")[0] + "]" * bool(foreign)
+
+
 def against_naive(pairs: pd.DataFrame) -> dict[str, dict[str, float]]:
     """For every variant: its difference to naive, mean and standard error over pairs, and the share of the gap closed.
 
@@ -158,8 +164,7 @@ def against_naive(pairs: pd.DataFrame) -> dict[str, dict[str, float]]:
     """
     found = {}
     for variant in pairs.columns:
-        _, foreign, mask = variant.partition(" [")
-        naive = "naive" + foreign + mask.partition("]")[0] + "]" * bool(foreign)
+        naive = baseline(variant)
         if variant == naive or naive not in pairs or pairs[[variant, naive]].dropna().empty:
             continue
         difference = (pairs[variant] - pairs[naive]).dropna()
@@ -256,7 +261,7 @@ def render(runs: pd.DataFrame) -> str:
             rows += [("all", "all", same.set_index("variant"))] if len(same) else []
         lines += [f"{model} x{width:g} on {dataset}", "", "test accuracy in percent, mean ± sample standard deviation"]
         lines += _grid(names, rows, lambda row: _mean(row["mean"], row["std"]))
-        others = [name for name in names if name != "naive"]
+        others = [name for name in names if name != baseline(name)]
         lines += ["", "minus naive, mean ± standard error over pairs of seeds, and share of the LTH-naive gap closed"]
         lines += _grid(others, rows, _difference)
         lines += ["* the 95% interval (Student, paired by seeds) excludes 0; the intervals are in summary.csv"]

@@ -82,6 +82,23 @@ def test_repair_at_the_endpoints_changes_nothing_and_interpolation_meets_them(na
         assert [middle[f"{split}_loss"], middle[f"{split}_acc"]] == pytest.approx(list(evaluate(model, batches)))
 
 
+def test_the_line_is_measured_in_the_precision_of_the_runs():
+    model = build_model("resnet20", 0.25, 3, (3, 8, 8))
+    ends = [build_model("resnet20", 0.25, 3, (3, 8, 8), seed).state_dict() for seed in (0, 1)]
+    images = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    batches = [(images, torch.arange(16) % 3)]
+    measured = {}
+    for precision in ("fp32", "bf16"):
+        rows = along(model, *ends, np.array([0.0, 1.0]), lambda: iter(batches), lambda: iter(batches), precision)
+        model.load_state_dict(ends[0])
+        assert rows[0]["test_loss"] == evaluate(model, batches, precision)[0]  # the metrics of the run itself
+        repair.recompute_batch_norm(model, [images], precision)
+        assert rows[1]["train_loss"] == evaluate(model, batches, precision)[0]
+        measured[precision] = model.state_dict()["bn1.running_mean"].clone()
+    assert not torch.equal(measured["fp32"], measured["bf16"])
+    assert torch.allclose(measured["fp32"], measured["bf16"], atol=0.02)
+
+
 def frame(rows):
     keys = {
         "model": "m",

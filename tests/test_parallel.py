@@ -113,6 +113,20 @@ def test_a_killed_process_is_named(capfd):
         parallel.side_by_side(runs, 2, CPU)
 
 
+def test_a_run_side_by_side_has_one_thread_whatever_the_others_have():
+    def run():
+        assert torch.get_num_threads() == 1
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for count in (1, 2):
+            parallel.side_by_side({"a": run, "b": run}, count, CPU)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_how_many_run_side_by_side():
     assert parallel.pick_count("3", 9, 1, CPU) == 3 and parallel.pick_count("3", 2, 1, CPU) == 2
     assert parallel.pick_count("auto", 99, 1, CPU) == min(99, len(os.sched_getaffinity(0)))
