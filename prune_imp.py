@@ -62,8 +62,9 @@ def main() -> None:
     for dense, out in zip(args.dense, args.out):
         if chain := prepare(argparse.Namespace(**vars(args) | {"dense": dense, "out": out}), device, read):
             chains[str(out)] = chain
-    width = max(checkpoint.load_dense(folder)["model"]["width"] for folder in args.dense)
-    run_all(chains, args.parallel, width, device)
+    if chains:
+        one = checkpoint.load_dense(args.dense[0])
+        run_all(chains, args.parallel, one["model"]["width"], read(one["dataset"]))
 
 
 def prepare(args: argparse.Namespace, device: torch.device, read: Callable) -> Callable[[], None] | None:

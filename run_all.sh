@@ -49,7 +49,8 @@ DATASET=${DATASET-$dataset} SOURCE_DATASET=${SOURCE_DATASET-$source_dataset} MOD
 DENSE_FLAGS=${DENSE_FLAGS-$dense_flags} IMP_FLAGS=${IMP_FLAGS-$imp_flags} SPARSE_FLAGS=${SPARSE_FLAGS-$sparse_flags}
 ALIGN_FLAGS=${ALIGN_FLAGS-$align_flags} INTERPOLATION_FLAGS=${INTERPOLATION_FLAGS-$interpolation_flags}
 REPORT_FLAGS=${REPORT_FLAGS-} METHODS=${METHODS-$methods} CONTROLS=${CONTROLS-$controls}
-PARALLEL=${PARALLEL-} # and one command a stage trains all its networks
+PARALLEL=${PARALLEL-} # then one command trains all dense networks, one all chains, and one the grid of an arm and pair
+if [ -n "$PARALLEL" ]; then jobs=1; fi
 JOBS=${JOBS-$jobs}  # processes side by side; on a CPU each then gets its share of the cores
 DRY_RUN=${DRY_RUN-}
 for name in $CONTROLS; do case $name in
@@ -86,8 +87,10 @@ pairs() { # source and target seed of each pair
   else for p in $PAIRS; do echo "$((2 * p)) $((2 * p + 1))"; done; fi
 }
 sources() { pairs | cut -d ' ' -f 1 | uniq; }
+reused=0
+if [ "${SOURCE_DATASET:-$DATASET}" != "$DATASET" ]; then reused=1; fi
 pruned() { # seeds of the networks to prune
-  if [ -n "$ENSEMBLE" ]; then seq 0 $((ENSEMBLE - 1)); else sources; fi
+  if [ -n "$ENSEMBLE" ]; then seq 0 $((reused ? ENSEMBLE : ENSEMBLE - 1)); else sources; fi # a reused mask's network is no member
   if control imp-target; then pairs | cut -d ' ' -f 2; fi
 }
 networks() { # a line a command: a data set, and the seeds of the dense networks to train on it
@@ -126,11 +129,12 @@ roots | while read -r w R; do
 done | run
 
 roots | while read -r w R; do
-  grid="--data-dir '$DATA_DIR' --sparsity $SPARSITY --rewind $(rewinds "$w") $SPARSE_FLAGS $beside"
+  grid="--data-dir '$DATA_DIR' --sparsity $SPARSITY --rewind $(rewinds "$w") $SPARSE_FLAGS"
+  if [ "$(echo $SPARSITY $(rewinds "$w") | wc -w)" -gt 2 ]; then grid+=" $beside"; fi # a single run gets all threads
   sparse() { # arm, weights, masks, folder
     echo "$python train_sparse.py --arm $1 --weights '$R/dense/seed$2' --masks '$R/$3' --out '$R/sparse/$4' $grid ${5-}"
   }
-  for a in $([ -n "$SOURCE_DATASET" ] || sources); do # where the source saw other images, LTH is no comparison
+  for a in $([ $reused = 1 ] || sources); do # where the source saw other images, LTH is no comparison
     lth() { sparse lth "$a" "imp/seed$a" "lth/seed$a-seed$a${1-}" "${2-}"; }
     if [ -z "$ENSEMBLE" ]; then lth; else for order in $(seq 0 $((ENSEMBLE - 1))); do lth "/order$order" "--seed $order"; done; fi
   done

@@ -86,7 +86,7 @@ def main() -> None:
         checkpoint.finish(folder, "train_dense", arguments | {"seed": seed}, rows, device, precision)
 
     todo = {str(folder): partial(run, seed, folder) for seed, folder in runs.items() if folder not in finished}
-    run_all(todo, args.parallel, args.width, device)
+    run_all(todo, args.parallel, args.width, data)
 
 
 if __name__ == "__main__":

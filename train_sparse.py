@@ -106,7 +106,7 @@ def main() -> None:
         )
 
     runs = {str(folder): partial(run, folder, *more) for folder, *more in todo}
-    run_all(runs, args.parallel, dense["model"]["width"], device)
+    run_all(runs, args.parallel, dense["model"]["width"], data)
 
 
 def start_weights(weights: dict[str, Tensor], mask: dict[str, Any], signs: bool, fan_in: bool) -> dict[str, Tensor]:

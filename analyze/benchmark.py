@@ -39,6 +39,7 @@ from analyze.plain import BATCH, PilImages, match_layer_by_layer, match_weights_
 from common import checkpoint, cli, masking
 from common.axes import find_axes
 from common.data import Batches, Resident
+from common.errors import UserError
 from common.masking import Mask
 from common.matching import match_activations, match_weights, matched_weights
 from common.models import build_model
@@ -110,17 +111,17 @@ def training_rate(
 
     def run(model: nn.Module, folder: Path) -> None:
         ends: list[float] = []
-        with contextlib.redirect_stdout(io.StringIO()):
-            train(
-                copy.deepcopy(model), data, [0.02] * 2, name="benchmark", folder=folder, seed=0, batch_size=batch, momentum=0.9,
-                weight_decay=5e-4, precision=precision, mask=mask, at_epoch=lambda epoch: ends.append(time.perf_counter()),
-                compiled=compiled, progress=False,
-            )  # fmt: skip
+        train(
+            copy.deepcopy(model), data, [0.02] * 2, name="benchmark", folder=folder, seed=0, batch_size=batch, momentum=0.9,
+            weight_decay=5e-4, precision=precision, mask=mask, at_epoch=lambda epoch: ends.append(time.perf_counter()),
+            compiled=compiled, progress=False,
+        )  # fmt: skip
         checkpoint.save_json(ends[1] - ends[0], folder / "seconds.json")
 
     with tempfile.TemporaryDirectory() as place:
         folders = [Path(place) / str(number) for number in range(len(models))]
-        run_all({str(f): partial(run, model, f) for model, f in zip(models, folders)}, parallel, 1, data.device)
+        with contextlib.redirect_stdout(io.StringIO()):  # here, because it holds for all threads
+            run_all({str(f): partial(run, model, f) for model, f in zip(models, folders)}, parallel, 1, data)
         seconds = [json.loads((folder / "seconds.json").read_text()) for folder in folders]
     return len(models) * images / sum(seconds) if parallel is None else sum(images / each for each in seconds)
 
@@ -353,10 +354,10 @@ def hours(presets: tuple[str, ...], steps: int, device: torch.device) -> pd.Data
             batch = {"imagenet": 256 if device.type == "cuda" else 16}.get(name, BATCH)
             key = (model, width, size)
             if key not in rates:
-                many = pick_count("auto", 99, width, device) if name != "imagenet" else 1
                 few = max(1, round(steps / width**2)) if device.type == "cpu" else steps
                 few = 1 if name == "imagenet" and device.type == "cpu" else few
                 data = random_images(few * batch, size, device)
+                many = pick_count("auto", 99, width, data) if name != "imagenet" else 1
                 models = [network(model, width, size, seed) for seed in range(many)]
                 rates[key] = training_rate(models, data, batch, parallel=str(many) if many > 1 else None)
             rows.append({
@@ -385,7 +386,9 @@ def main() -> None:
     cpu = device.type == "cpu"
     steps, repeats = args.steps or (15 if cpu else 200), args.repeats or (5 if cpu else 3)
     few, size = max(1, repeats // 2), args.size
-    cores = pick_count("auto", 99, 1, device)
+    cores = pick_count("auto", 99, 1, random_images(1, 8, device))
+    if cpu and torch.cuda.is_available():
+        raise UserError("to measure the CPU of a machine with a GPU, hide the GPU: set CUDA_VISIBLE_DEVICES to nothing")
 
     def measured() -> Iterator[dict[str, Any]]:
         if "training" in args.only:

@@ -91,7 +91,9 @@ def main() -> None:
         dense = readable(checkpoint.load, run["dense"], checkpoint.WEIGHTS)
         if None in (pruned, dense):
             continue
-        cache = path.with_name(f"barrier_{path.stem}_{checkpoint.digest(path)[:8]}_{args.points}_{args.images}.csv")
+        cache = path.with_name(
+            f"barrier_{path.stem}_{checkpoint.digest(path)[:8]}_{args.points}_{args.images}_{run['precision']}.csv"
+        )
         if not cache.is_file():
             curve = measure((dense, pruned), {}, read(pruned["dataset"]), args.points, args.images, run["precision"])
             checkpoint.save_text(curve.to_csv(index=False), cache)

@@ -137,7 +137,7 @@ def alignments(root: Path) -> list[dict]:
 
 def caches(run: dict, points: int | str, images: int | str) -> dict[str, Path]:
     """Where the curves of an alignment are kept; that of the source itself serves all of its permutations."""
-    end = f"{points}_{images}.csv"
+    end = f"{points}_{images}_{run['precision']}.csv"
     digests = {role: checkpoint.digest(run[role])[:8] for role in ("source", "target", "path")}
     return {
         "naive": run["target"].with_name(f"line_{digests['source']}_{digests['target']}_{end}"),

@@ -65,7 +65,7 @@ def barriers(run: dict[str, Any]) -> dict[str, dict[str, float]]:
     """
     found: dict[str, dict[str, float]] = {}
     for curve, pattern in caches(run, "*", "*").items():
-        measured = {tuple(map(int, path.stem.split("_")[-2:])): path for path in pattern.parent.glob(pattern.name)}
+        measured = {tuple(map(int, path.stem.split("_")[-3:-1])): path for path in pattern.parent.glob(pattern.name)}
         if measured:
             for repaired, rows in pd.read_csv(measured[max(measured)]).groupby("repair"):
                 name = "barrier, REPAIR" if repaired else "barrier"

@@ -7,9 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from common.errors import UserError
+from common.errors import explain
 
 # The paper's settings (section 5 and appendix): (small images, ImageNet).
 PAPER: dict[str, dict[str, tuple[Any, Any]]] = {
@@ -50,13 +48,10 @@ def run(main: Callable[[], None]) -> None:
     name = Path(sys.argv[0]).name
     try:
         main()
-    except UserError as error:
-        sys.exit(_complain(name, " ".join(str(error).split())))
-    except PermissionError as error:
-        sys.exit(_complain(name, f"{error.filename}: {error.strerror}"))
-    except torch.OutOfMemoryError as error:
-        reason = str(error).split(".")[0]
-        sys.exit(_complain(name, f"out of GPU memory: use smaller batches or a smaller width ({reason})"))
+    except Exception as error:
+        if (line := explain(error)) is None:
+            raise
+        sys.exit(_complain(name, line))
     except KeyboardInterrupt:
         print(f"{name}: stopped; the same command goes on from the last epoch", file=sys.stderr)
         sys.exit(130)

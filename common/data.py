@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from common.errors import UserError
 from common.folder import folder_splits, read_folder
+from common.seeding import seeded
 
 DATASETS = ("glyphs", "cifar10", "cifar100", "svhn", "imagenet", "folder")
 NO_FLIP = ("glyphs", "svhn")  # a mirrored digit is another sign
@@ -336,7 +337,12 @@ class Streamed:
 
     def _load(self, items: Any, batch_size: int, drop_last: bool) -> Batches:
         loader = torch.utils.data.DataLoader(
-            items, batch_size, drop_last=drop_last, num_workers=self.workers, pin_memory=self.device.type == "cuda"
+            items,
+            batch_size,
+            drop_last=drop_last,
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # or it would draw from the global one, beside other threads
         )
         for images, labels in loader:
             images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
@@ -353,6 +359,5 @@ class _Seeded(torch.utils.data.Dataset):
         return len(self.order)
 
     def __getitem__(self, position: int) -> Any:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(epoch_seed(self.seed, self.epoch, position + 1))
+        with seeded(epoch_seed(self.seed, self.epoch, position + 1)):
             return self.items[self.order[position]]

@@ -1,5 +1,18 @@
-"""The one exception for what a user can mend."""
+"""The one exception for what a user can mend, and how errors are told."""
+
+import torch
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; a script shows it as one line and exits with code 2."""
+    """A problem that the user can mend; its message names the thing and the mend, on one line."""
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for what the user can mend, or None for a bug of ours."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    if isinstance(error, PermissionError):
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of GPU memory: use smaller batches, a smaller width or fewer side by side ({str(error).split('.')[0]})"
+    return None

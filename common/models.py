@@ -4,13 +4,11 @@ All can be traced by torch.fx, which is how their permutation axes are found (co
 To add a network: write a function (width, classes, input_shape) -> module here and name it in MODELS.
 """
 
-import threading
-
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.errors import UserError
+from common.seeding import seeded
 
 
 def channels(base: int, width: float) -> int:
@@ -133,7 +131,6 @@ def resnet50(width: float, classes: int, input_shape: tuple[int, int, int]) -> n
     return model
 
 
-_seeding = threading.Lock()  # the generator that initialises is one for all threads
 MODELS = {"mlp": mlp, "vgg11": vgg11, "resnet20": ResNet20, "resnet50": resnet50}
 
 
@@ -146,6 +143,5 @@ def build_model(
     """
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
-    with _seeding, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return MODELS[name](width, classes, tuple(input_shape))

@@ -4,45 +4,53 @@ Runs share nothing but the data, which nobody writes, so each gives the same num
 """
 
 import contextlib
+import ctypes
 import multiprocessing
+import multiprocessing.connection
 import os
+import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from common.errors import UserError
+from common.data import Resident, Streamed
+from common.errors import UserError, explain
 
 Run = Callable[[], None]
 
 
-def pick_count(asked: str, runs: int, width: float, device: torch.device) -> int:
-    """How many runs go side by side: the number asked for, or for `auto` one a core, on a GPU as many as fill it."""
-    if asked != "auto":
-        count = int(asked)
-    elif device.type == "cpu":
-        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    else:
-        count = round(16 / width)  # a step of ResNet20 x1 uses a small part of a GPU, one of x16 all of it
-    return max(1, min(count, runs))
+MOST_STREAMS = 32  # that CUDA hands out before it hands out the first again
+Data = Resident | Streamed
 
 
-def run_all(runs: dict[str, Run], asked: str | None, width: float, device: torch.device) -> None:
+def run_all(runs: dict[str, Run], asked: str | None, width: float, data: Data) -> None:
     """Call each of `runs`, one after the other, or side by side as `--parallel` asks."""
     if asked is None:
         for run in runs.values():
             run()
     else:
-        side_by_side(runs, pick_count(asked, len(runs), width, device), device)
+        side_by_side(runs, pick_count(asked, len(runs), width, data), data.device)
+
+
+def pick_count(asked: str, runs: int, width: float, data: Data) -> int:
+    """How many runs go side by side: the number asked for, or for `auto` one a core, on a GPU as many as fill it."""
+    if asked != "auto":
+        count = int(asked)
+    elif data.device.type == "cpu":
+        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    else:  # a step of ResNet20 x1 on small images uses a small part of a GPU, one of x16 or of ImageNet's all of it
+        count = round(16 / width) if isinstance(data, Resident) else 1
+    return max(1, min(count, runs, MOST_STREAMS))
 
 
 def side_by_side(runs: dict[str, Run], count: int, device: torch.device) -> None:
     """Call each of `runs`, `count` at a time; one that fails stops no other.
 
-    Raises UserError when runs ended in one, and RuntimeError when one had a bug, after all others have ended.
+    Raises UserError when runs ended in what the user can mend, and RuntimeError when one had a bug, after all others
+    have ended.
     """
     failed = (_in_processes if device.type == "cpu" else _in_threads)(runs, count, device)
     bugs = [name for name, code in failed.items() if code != 2]
@@ -54,42 +62,47 @@ def side_by_side(runs: dict[str, Run], count: int, device: torch.device) -> None
 def _in_processes(runs: dict[str, Run], count: int, device: torch.device) -> dict[str, int]:
     """Exit codes of the runs that failed, by name. Forked, so that the data are read once and held once."""
     context = multiprocessing.get_context("fork")
-    slots, failed = threading.Semaphore(count), {}
+    waiting, running, failed = list(runs.items()), {}, {}
 
     def child(name: str, run: Run) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # Linux: a run does not outlive the command
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)
         torch.set_num_threads(1)  # of any count, so that the number of runs side by side changes no bit
         os._exit(_outcome(name, run))
 
-    def watch(name: str, process: multiprocessing.Process) -> None:
-        process.join()
-        if process.exitcode:
-            failed[name] = process.exitcode
-        slots.release()
-
-    watchers = []
-    for name, run in runs.items():
-        slots.acquire()
-        process = context.Process(target=child, args=(name, run), daemon=True)
-        process.start()
-        watchers.append(threading.Thread(target=watch, args=(name, process)))
-        watchers[-1].start()
-    for watcher in watchers:
-        watcher.join()
+    try:
+        while waiting or running:
+            while waiting and len(running) < count:
+                name, run = waiting.pop(0)
+                process = context.Process(target=child, args=(name, run))
+                process.start()
+                running[process.sentinel] = name, process
+            for sentinel in multiprocessing.connection.wait(list(running)):
+                name, process = running.pop(sentinel)
+                process.join()
+                if process.exitcode:
+                    failed[name] = process.exitcode
+    finally:
+        for _, process in running.values():
+            process.terminate()
     return failed
 
 
 def _in_threads(runs: dict[str, Run], count: int, device: torch.device) -> dict[str, int]:
-    """Exit codes of the runs that failed, by name. Kernels of different streams share the GPU."""
+    """Exit codes of the runs that failed, by name. Each thread has a stream; kernels of all streams share the GPU."""
 
-    def work(name: str, run: Run) -> int:
-        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
-            return _outcome(name, run)
+    def prepare() -> None:
+        if device.type == "cuda":
+            torch.cuda.set_stream(torch.cuda.Stream(device))
 
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # the data were written on another stream
-    with ThreadPoolExecutor(count) as pool:
-        codes = dict(zip(runs, pool.map(work, runs, runs.values())))
+    try:
+        with ThreadPoolExecutor(count, initializer=prepare) as pool:
+            codes = dict(zip(runs, pool.map(_outcome, runs, runs.values())))
+    except KeyboardInterrupt:  # threads cannot be stopped, but files are written whole or not at all
+        print("stopped; the same command goes on from the last epoch", file=sys.stderr, flush=True)
+        os._exit(130)
     return {name: code for name, code in codes.items() if code}
 
 
@@ -97,14 +110,12 @@ def _outcome(name: str, run: Run) -> int:
     """Call a run; its exit code, after the reason for it was printed."""
     try:
         run()
-    except UserError as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
-    except Exception:
-        print(f"{name}:\n{traceback.format_exc()}", file=sys.stderr)
-        return 1
+    except Exception as error:
+        line = explain(error)
+        print(f"{name}: error: {line}" if line else f"{name}:\n{traceback.format_exc()}", file=sys.stderr)
+        return 2 if line else 1
     finally:
         sys.stdout.flush(), sys.stderr.flush()
     return 0

@@ -21,6 +21,7 @@ from common.errors import UserError
 from common.masking import Mask, Masker
 
 GRAPHED = ("cuda",)  # devices on which a step is captured
+TRIALS = 3  # of a step, before it is captured
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -224,19 +225,12 @@ class GraphedStep:
 
         def whole() -> None:
             step(*data.batch(self.draw, self.rows))
-            self.rows.add_(batch_size)
+            self.rows.add_(batch_size).remainder_(self.steps * batch_size)
 
-        self.replay = whole
         with torch.no_grad():
             before = [value.clone() for value in changed]
         with self.capturing:
-            if data.device.type == "cuda":
-                try:
-                    self.replay = _capture(whole, data.device)
-                except RuntimeError as error:
-                    tqdm.write(f"steps run one by one, which is slower: no CUDA graph ({str(error).splitlines()[0]})")
-            else:
-                whole()
+            self.replay = _capture(whole, data.device)
         with torch.no_grad():
             for value, kept in zip(changed, before):
                 value.copy_(kept)
@@ -253,17 +247,28 @@ class GraphedStep:
 
 
 def _capture(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """Capture `work`, which is called a few times before, as a CUDA graph; returns what replays it."""
-    current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        for _ in range(3):  # libraries set themselves up at the first calls, which no graph may hold
+    """Call `work` a few times and then capture it as a CUDA graph; returns what replays it, elsewhere `work` itself."""
+    if device.type != "cuda":
+        for _ in range(TRIALS):
             work()
-    current.wait_stream(side)
-    torch.cuda.synchronize(device)
+        return work
+    current = torch.cuda.current_stream(device)
+    # No graph may hold what libraries do at first, nor be captured on the default stream; a run side by side has its own.
+    side = torch.cuda.Stream(device) if current == torch.cuda.default_stream(device) else current
+    side.wait_stream(current)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-        work()
+    with torch.cuda.stream(side):
+        for _ in range(TRIALS):
+            work()
+        torch.cuda.synchronize(device)
+        try:
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+                work()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise RuntimeError("no CUDA graph of a step: with GRAPHED = () in common/training.py steps are launched one by one") from error  # fmt: skip
+    current.wait_stream(side)
     return graph.replay
 
 

@@ -1,8 +1,13 @@
 """Runs side by side and captured steps: the same numbers as one run after the other, one operation after the other."""
 
+import dataclasses
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+import types
 
 import pytest
 import torch
@@ -10,12 +15,16 @@ import torch
 from common import checkpoint, masking, parallel, training
 from common.errors import UserError
 from common.models import build_model
+from common.seeding import seeded
 from common.training import train
 from tests.conftest import ROOT, TINY, call, sparse, succeed
 from tests.test_data import resident
 from tests.test_training import SETTINGS
 
 CPU = torch.device("cpu")
+# Where there is a GPU, a process that has trained cannot fork one that trains: the stages never do, but tests here would.
+forks = pytest.mark.skipif(torch.cuda.is_available(), reason="trains before it forks")
+HOWS = [pytest.param(parallel._in_processes, marks=forks), parallel._in_threads]
 
 
 def network(seed=0):
@@ -59,6 +68,15 @@ def test_a_graphed_step_trains_as_the_plain_loop(tmp_path, monkeypatch, masked):
     assert without_time(rows) == without_time(expected) and same(plain.state_dict(), graphed.state_dict())
 
 
+def test_a_set_of_fewer_batches_than_trials_is_tried_and_put_back(tmp_path, monkeypatch):
+    data = resident(count=6)
+    plain, graphed = network(), network()
+    train(plain, data, [0.25], folder=tmp_path / "a", **SETTINGS)
+    monkeypatch.setattr(training, "GRAPHED", ("cpu",))
+    train(graphed, data, [0.25], folder=tmp_path / "b", **SETTINGS)
+    assert data.steps(4) < training.TRIALS and same(plain.state_dict(), graphed.state_dict())
+
+
 def test_the_order_of_an_epoch_is_read_by_slices_and_by_tensors_alike():
     data = resident(count=20, pad=1, flip=True)
     draw = data.draw(3, 7)
@@ -69,7 +87,7 @@ def test_the_order_of_an_epoch_is_read_by_slices_and_by_tensors_alike():
         assert torch.equal(again[0], images) and torch.equal(again[1], labels)
 
 
-@pytest.mark.parametrize("how", [parallel._in_processes, parallel._in_threads])
+@pytest.mark.parametrize("how", HOWS)
 def test_runs_side_by_side_are_those_of_the_run_alone(tmp_path, how):
     data, states = resident(count=32, pad=1), {}
 
@@ -88,7 +106,7 @@ def test_runs_side_by_side_are_those_of_the_run_alone(tmp_path, how):
     assert not same(states[0], states[1])
 
 
-@pytest.mark.parametrize("how", [parallel._in_processes, parallel._in_threads])
+@pytest.mark.parametrize("how", HOWS)
 def test_a_run_that_fails_stops_no_other(tmp_path, how, monkeypatch, capfd):
     def user():
         raise UserError("the disk\nis full")
@@ -128,12 +146,63 @@ def test_a_run_side_by_side_has_one_thread_whatever_the_others_have():
 
 
 def test_how_many_run_side_by_side():
-    assert parallel.pick_count("3", 9, 1, CPU) == 3 and parallel.pick_count("3", 2, 1, CPU) == 2
-    assert parallel.pick_count("auto", 99, 1, CPU) == min(99, len(os.sched_getaffinity(0)))
-    gpu = torch.device("cuda")
-    assert [parallel.pick_count("auto", 99, width, gpu) for width in (0.5, 1, 4, 16, 32)] == [32, 16, 4, 1, 1]
+    data = resident()
+    assert parallel.pick_count("3", 9, 1, data) == 3 and parallel.pick_count("3", 2, 1, data) == 2
+    assert parallel.pick_count("auto", 99, 1, data) == min(99, len(os.sched_getaffinity(0)))
+    gpu = dataclasses.replace(data, train=data.train.to("meta"))  # any device that is no CPU
+    assert [parallel.pick_count("auto", 99, width, gpu) for width in (0.25, 1, 4, 16, 32)] == [32, 16, 4, 1, 1]
+    streamed = types.SimpleNamespace(device=torch.device("cuda"))  # ImageNet
+    assert parallel.pick_count("auto", 99, 1, streamed) == 1 and parallel.pick_count("2", 99, 1, streamed) == 2
 
 
+def test_the_generator_of_one_thread_is_not_moved_by_another():
+    expected = network(1).state_dict()
+    stop = threading.Event()
+
+    def disturb():
+        while not stop.is_set():
+            with seeded(7):
+                torch.rand(1)
+
+    other = threading.Thread(target=disturb)
+    other.start()
+    try:
+        assert all(same(network(1).state_dict(), expected) for _ in range(30))
+    finally:
+        stop.set()
+        other.join()
+
+
+def test_a_stop_reaches_every_run(tmp_path):
+    command = [
+        sys.executable,
+        "train_dense.py",
+        *TINY,
+        "--epochs",
+        "100000",
+        "--seed",
+        "0",
+        "1",
+        "--parallel",
+        "2",
+        "--out",
+        tmp_path,
+    ]
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("*/resume.pt"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)  # to the command alone, not to its runs
+    assert "goes on from the last epoch" in process.communicate(timeout=60)[1] and process.returncode == 130
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.killpg(process.pid, 0)  # any of the group
+            time.sleep(0.1)
+
+
+@forks
 def test_every_stage_gives_the_same_whatever_runs_beside_it(runs, tmp_path):
     """The tiny pipeline runs on one thread, as every run side by side does."""
     succeed("train_dense", *TINY, "--epochs", 3, "--save-epochs", 1, "--seed", 0, 1, 2, "--parallel", 2, "--out", tmp_path / "dense")  # fmt: skip

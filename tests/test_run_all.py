@@ -87,6 +87,21 @@ def test_an_ensemble_has_one_source_and_five_of_the_rest():
     trained = [words for words in lines if words[1] == "train_sparse.py"]
     assert [words[-2:] for words in trained[:5]] == [["--seed", str(n)] for n in range(5)]
     assert all("--sparsity 0.9 --rewind 25" in " ".join(words) for words in trained)
+    alone = run_all("quick", DRY_RUN="1", ENSEMBLE="2", PARALLEL="auto").stdout.splitlines()
+    assert not any("--parallel" in line for line in alone if "train_sparse" in line)  # one run a command
+    assert all("--parallel auto" in line for line in alone if "train_dense" in line or "prune_imp" in line)
+    members = [
+        shlex.split(line)
+        for line in run_all("svhn", DRY_RUN="1", ENSEMBLE="2").stdout.splitlines()
+        if "prune_imp" in line
+    ]
+    assert [words[words.index("--out") + 1][-5:] for words in members] == [
+        "seed0",
+        "seed1",
+        "seed2",
+    ]  # seed 0 saw CIFAR-10
+    same = run_all("svhn", DRY_RUN="1", SOURCE_DATASET="svhn").stdout
+    assert "--arm lth" in same and "cifar10" not in same
     for wrong in ("1", "five"):
         done = run_all("quick", ENSEMBLE=wrong)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and wrong in done.stderr
