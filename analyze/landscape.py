@@ -90,9 +90,11 @@ def plot(table: pd.DataFrame, corners: np.ndarray, title: str) -> style.Figure:
         values = table.pivot_table(index="y", columns="x", values=metric)
         # Far from the networks the loss explodes; levels follow the inner part, where they are.
         low, high = values.to_numpy().min(), np.quantile(values.to_numpy(), 0.9)
-        levels = np.linspace(low, high if high > low else low + 1, 15)  # a network that learned nothing is flat
+        levels = style.plt.MaxNLocator(14).tick_values(
+            low, high if high > low else low + 1
+        )  # where nothing was learned it is flat
         filled = axis.contourf(values.columns, values.index, values.to_numpy(), levels, cmap="cividis", extend="max")
-        figure.colorbar(filled, ax=axis, label=label, shrink=0.75, ticks=style.plt.MaxNLocator(6))
+        figure.colorbar(filled, ax=axis, label=label, shrink=0.75, ticks=levels[::3])
         for (x, y), name, marker in zip(corners, ("π(LTH)", "permuted", "π(A)"), ("o", "^", "*")):
             axis.plot(x, y, marker, color="white", markeredgecolor="black", markersize=9)
             axis.annotate(

@@ -189,13 +189,17 @@ def test_a_stop_reaches_every_run(tmp_path):
         tmp_path,
     ]
     process = subprocess.Popen(
-        list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background it would be ignored
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while len(list(tmp_path.glob("*/resume.pt"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)  # to the command alone, not to its runs
-    assert "goes on from the last epoch" in process.communicate(timeout=60)[1] and process.returncode == 130
+    try:
+        assert "goes on from the last epoch" in process.communicate(timeout=60)[1] and process.returncode == 130
+    finally:
+        process.kill()
     with pytest.raises(ProcessLookupError):
         for _ in range(100):
             os.killpg(process.pid, 0)  # any of the group
