@@ -56,11 +56,7 @@ def plot(table: pd.DataFrame, title: str) -> tuple[style.Figure, pd.DataFrame]:
         ["mean", "std", "count"]
     )
     for (width, repaired), group in points.groupby(level=["width", "repair"]):
-        look = {
-            "color": style.width_colour(width),
-            "linestyle": "-" if repaired else ":",
-            "marker": "o" if repaired else ".",
-        }
+        look = style.width_look(width) | {"linestyle": "-" if repaired else ":", "markersize": 4 if repaired else 2.5}
         x = 100 * group.index.get_level_values("sparsity")
         for axis, metric in zip(axes, ("error_barrier", "loss_barrier")):
             mean, spread = group[metric]["mean"], group[metric]["std"].fillna(0)

@@ -199,11 +199,11 @@ def plot_widths(table: pd.DataFrame, title: str) -> style.Figure:
         here = table[table["repair"] == repaired]
         for (width, curve), rows in here.groupby(["width", "curve"]):
             loss = rows.groupby("alpha")["test_loss"].agg(["mean", "std"])
-            colour, start = style.width_colour(width), "A" if curve == "naive" else "π(A)"
-            line = ":" if curve == "naive" else "-"
-            axis.plot(loss.index, loss["mean"], line, color=colour, label=f"width {width:g}, {start} to B")
+            look, start = style.width_look(width), "A" if curve == "naive" else "π(A)"
+            look |= {"linestyle": ":" if curve == "naive" else "-", "markersize": 3}
+            axis.plot(loss.index, loss["mean"], **look, label=f"width {width:g}, {start} to B")
             low, high = (loss["mean"] + sign * loss["std"].fillna(0) for sign in (-1, 1))
-            axis.fill_between(loss.index, low, high, color=colour, alpha=0.12, linewidth=0)
+            axis.fill_between(loss.index, low, high, color=look["color"], alpha=0.12, linewidth=0)
         axis.set_title("with REPAIR" if repaired else "without REPAIR")
         axis.set_xlabel("α (0: A, 1: B)")
     axes[0, 0].set_ylabel("test loss (nats)")
