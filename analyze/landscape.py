@@ -3,7 +3,7 @@
 For every pair of seeds, sparsity and rewind epoch that has an LTH and a permuted network: π(LTH), the permuted
 network, and π(A), the dense source, all in the frame of B. The plane lies in weight space, with orthonormal axes;
 BatchNorm statistics are recomputed at each point. Filled contours of the test loss and of the 0-1 loss, the three
-networks marked. Draws the first pair of each (network, sparsity, rewind epoch); --all draws every pair. Writes
+networks marked; a plane is kept beside its permuted network. Draws the first pair of each (network, sparsity, rewind epoch); --all draws every pair. Writes
 figures/landscape_*.
 """
 
@@ -83,8 +83,10 @@ def measure(model: nn.Module, states: list[dict[str, Tensor]], data: Resident | 
     return pd.DataFrame(rows), corners
 
 
-def plot(table: pd.DataFrame, corners: np.ndarray, title: str) -> style.Figure:
-    """Two panels, test loss and 0-1 loss, the three networks marked."""
+def plot(table: pd.DataFrame, title: str) -> style.Figure:
+    """Two panels, test loss and 0-1 loss; the rows of `table` that name a network are its marks."""
+    corners = table.loc[table["network"].notna(), ["x", "y"]].to_numpy()
+    table = table[table["network"].isna()]
     figure, axes = style.plt.subplots(1, 2, figsize=(8.4, 3.6), sharey=True)
     for axis, metric, label in zip(axes, ("test_loss", "test_error"), ("test loss (nats)", "0-1 loss (%)")):
         values = table.pivot_table(index="y", columns="x", values=metric)
@@ -169,12 +171,18 @@ def main() -> None:
             name: permute(entries[name]["state_dict"], axes.dims, found["permutation"]) for name in ("lth", "dense")
         }
         states = [moved["lth"], entries["permuted"]["state_dict"], moved["dense"]]
-        table, corners = measure(model, states, data, args.grid, args.images, triple["precision"])
+        files = "".join(checkpoint.digest(triple[name])[:4] for name in ("lth", "permuted", "dense", "permutation"))
+        settings = f"{args.grid}_{args.images}_{triple['precision']}"
+        cache = triple["permuted"].with_name(f"plane_{files}_{settings}.csv")
+        if not cache.is_file():
+            table, corners = measure(model, states, data, args.grid, args.images, triple["precision"])
+            marks = pd.DataFrame(corners, columns=["x", "y"]).assign(network=["lth", "permuted", "dense"])
+            checkpoint.save_text(pd.concat([table, marks]).to_csv(index=False), cache)
+        table = pd.read_csv(cache)
         name = f"{triple['model']}x{triple['width']:g}_{triple['dataset']}_{triple['method']}_s{checkpoint.label(triple['sparsity'])}_k{triple['rewind']:03d}"
         name += f"_{triple['source_seed']}-{triple['target_seed']}_matched{triple['match_epoch']}"
         title = f"{triple['model']} x{triple['width']:g} on {triple['dataset']}, {100 * triple['sparsity']:g}% sparse, k = {triple['rewind']}, seeds {triple['source_seed']} and {triple['target_seed']}"
-        marks = pd.DataFrame(corners, columns=["x", "y"]).assign(network=["lth", "permuted", "dense"])
-        style.save(plot(table, corners, title), pd.concat([table, marks]), args.root / "figures", f"landscape_{name}")
+        style.save(plot(table, title), table, args.root / "figures", f"landscape_{name}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import itertools
 import math
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -123,8 +124,10 @@ def train(
     are zero before and after every step, and every epoch checks it. After each epoch the state goes to
     `folder`/resume.pt, from where the run called `name` goes on if it is cut off; the caller removes it in the end.
     On CUDA a step on resident data is one captured graph, and the host waits for the device once an epoch only.
-    Raises RuntimeError when a pruned weight is not zero.
+    Raises RuntimeError when a pruned weight is not zero, UserError when `compiled` finds no compiler.
     """
+    if compiled and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise UserError("--compile needs a C++ compiler, and none is here: install g++ or leave --compile out")
     device, last = data.device, first_epoch + len(rates)
     graphed = device.type in GRAPHED and isinstance(data, Resident)
     model.to(device, memory_format=torch.channels_last)

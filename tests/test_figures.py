@@ -146,6 +146,11 @@ def test_landscape_passes_through_its_three_networks(matched_early):
     assert (matched_early / f"figures/{name}.pdf").is_file()
     table = pd.read_csv(matched_early / f"figures/{name}.csv")
     assert len(table) == 9 + 3 and table["network"].dropna().tolist() == ["lth", "permuted", "dense"]
+    caches = {path: path.stat().st_mtime_ns for path in matched_early.rglob("plane_*_3_100_fp32.csv")}
+    assert len(caches) == len(list(matched_early.glob("figures/landscape_*.csv")))
+    succeed("analyze.landscape", matched_early, "--grid", 3, "--images", 100, "--device", "cpu")
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in caches.items())
+    assert table.equals(pd.read_csv(matched_early / f"figures/{name}.csv"))
     triple = landscape.triples(matched_early)[0]
     assert (triple["source_seed"], triple["target_seed"]) == (0, 1) and "seed0-seed0" in str(triple["lth"])
 

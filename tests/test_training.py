@@ -1,4 +1,5 @@
 import math
+import shutil
 
 import pytest
 import torch
@@ -100,6 +101,20 @@ def test_a_run_that_was_cut_off_ends_with_the_same_numbers(tmp_path, masked, net
     mixed = other | {"precision": "bf16" if network == "mlp" else "fp32"}
     with pytest.raises(UserError, match="was trained in"):
         train(tiny(), data, rates, folder=tmp_path / "cut", **mixed)
+
+
+def test_a_compiled_network_trains_as_the_plain_one(tmp_path, monkeypatch):
+    data, plain, compiled = resident(count=16, mean=0.1), tiny(), tiny()
+    expected = train(plain, data, [0.01], folder=tmp_path / "a", **SETTINGS)
+    if shutil.which("g++"):
+        rows = train(compiled, data, [0.01], folder=tmp_path / "b", compiled=True, **SETTINGS)
+        assert rows[0]["train_loss"] == pytest.approx(expected[0]["train_loss"], rel=1e-4)
+        assert compiled.state_dict().keys() == plain.state_dict().keys()
+        for name, value in compiled.state_dict().items():
+            assert torch.allclose(value, plain.state_dict()[name], rtol=1e-3, atol=1e-5)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="--compile needs a C"):
+        train(tiny(), data, [0.01], folder=tmp_path / "c", compiled=True, **SETTINGS)
 
 
 def test_training_learns(tmp_path):
