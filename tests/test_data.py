@@ -1,3 +1,4 @@
+import dataclasses
 import os
 
 import numpy as np
@@ -226,3 +227,18 @@ def test_imagenet_streams_the_same_batches_whatever_the_workers(pictures):
     assert torch.bincount(torch.cat([y for _, y in alone.eval_batches("train", limit=4)])).tolist() == [2, 2]
     with pytest.raises(UserError, match="imagenet"):
         load_data("imagenet", str(pictures), limit_train=3)
+
+
+def test_a_batch_is_cropped_and_mirrored_as_drawn():
+    data = resident(count=12, pad=2, flip=True)
+    data = dataclasses.replace(
+        data, train=torch.randint(256, data.train.shape, dtype=torch.uint8)
+    )  # no two crops alike
+    order, y, x, mirror = data.draw(0, 3)
+    (images, labels), *_ = data.train_batches(12, 0, 3)
+    assert (y != x).any() and mirror.any() and not mirror.all()
+    for place, image in enumerate(order):
+        top, left = int(y[image]), int(x[image])
+        expected = data.train[image, :, top : top + 8, left : left + 8].float()
+        assert torch.equal(images[place].round(), expected.flip(2) if mirror[image] else expected)
+        assert labels[place] == data.train_labels[image]
