@@ -64,7 +64,9 @@ def test_a_planted_permutation_is_recovered_exactly(name, width, size):
     undone = inverse(planted)
     alive = 0
     for axis, index in found.items():
-        varies = matrices[axis].abs().sum(1) > 0  # a dead channel may go anywhere among the dead ones
+        # Dead channels, and those that only the same one image wakes, may go anywhere among their like.
+        alike = matrices[axis] > matrices[axis].max(1, keepdim=True).values - 1e-6
+        varies = alike.sum(1) == 1
         assert torch.equal(index[varies], undone[axis][varies]), axis
         alive += int(varies.sum())
     assert alive > 0.5 * sum(axes.sizes.values())
