@@ -378,7 +378,12 @@ def main() -> None:
     parser.add_argument("--size", type=cli.number(int, 8), default=32, help="image size in px (default: %(default)s)")
     parser.add_argument("--steps", type=cli.positive, help="training steps a repeat (default: 15 on a CPU, else 200)")
     parser.add_argument("--repeats", type=cli.positive, help="default: 5 on a CPU, else 3")
-    parser.add_argument("--widths", type=float, nargs="+", help="to train at (default: 1 on a CPU, else 1 4 16)")
+    parser.add_argument(
+        "--widths",
+        type=cli.number(float, 0, open_low=True),
+        nargs="+",
+        help="to train at (default: 1 on a CPU, else 1 4 16)",
+    )
     parser.add_argument("--out", type=Path, help="write the table as CSV too, as far as it has come")
     cli.add_device(parser)
     args = parser.parse_args()
