@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from common.axes import trace
 from common.masking import LAYERS
-from common.training import autocast
+from common.training import computing
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -32,7 +32,7 @@ def recompute_batch_norm(model: nn.Module, batches: Iterable[Tensor], precision:
         module.momentum = None  # cumulative average
     model.train()
     for images in batches:
-        with autocast(images.device, precision):
+        with computing(model, images.device, precision):
             model(images)
     model.eval()
     for module, momentum in zip(norms, momenta):

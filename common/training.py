@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common import checkpoint
+from common import checkpoint, onednn
 from common.data import Batches, Resident, Streamed
 from common.errors import UserError
 from common.masking import Mask, Masker
@@ -65,8 +65,16 @@ def pick_precision(name: str | None, device: torch.device) -> str:
     return "bf16" if fast else "fp32"
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+@contextlib.contextmanager
+def computing(model: nn.Module, device: torch.device, precision: str) -> Iterator[None]:
+    """For forward passes of `model`, in fp32 or, where that is safe, in bf16."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with onednn.Blocked() if _blocked(model, device, precision) else contextlib.nullcontext():
+            yield
+
+
+def _blocked(model: nn.Module, device: torch.device, precision: str) -> bool:
+    return device.type == "cpu" and precision == "bf16" and onednn.suits(model)
 
 
 def learning_rates(schedule: str, lr: float, epochs: int, warmup: int = 0) -> list[float]:
@@ -87,7 +95,7 @@ def evaluate(model: nn.Module, batches: Batches, precision: str = "fp32") -> tup
     model.eval()
     loss = correct = count = 0
     for images, labels in batches:
-        with autocast(images.device, precision):
+        with computing(model, images.device, precision):
             logits = model(images).float()
         loss += F.cross_entropy(logits, labels, reduction="sum").double()
         correct += (logits.argmax(1) == labels).sum()
@@ -130,7 +138,9 @@ def train(
         raise UserError("--compile needs a C++ compiler, and none is here: install g++ or leave --compile out")
     device, last = data.device, first_epoch + len(rates)
     graphed = device.type in GRAPHED and isinstance(data, Resident)
-    model.to(device, memory_format=torch.channels_last)
+    forward = torch.compile(model) if compiled else model
+    blocked = _blocked(forward, device, precision)
+    model.to(device, memory_format=torch.contiguous_format if blocked else torch.channels_last)
     optimiser = torch.optim.SGD(
         model.parameters(),
         lr=torch.zeros((), device=device) if graphed else 0.0,  # a tensor is read by the graph at every step
@@ -145,11 +155,10 @@ def train(
     rows = _resume(folder, name, model, optimiser, precision)
     if masker:
         masker.apply()
-    forward = torch.compile(model) if compiled else model
     loss_sum, correct = (torch.zeros((), device=device) for _ in range(2))  # summed on the device, read once an epoch
 
     def step(images: Tensor, labels: Tensor) -> None:
-        with autocast(device, precision):
+        with computing(forward, device, precision):
             logits = forward(images)
         loss = F.cross_entropy(logits.float(), labels)
         optimiser.zero_grad(set_to_none=True)
