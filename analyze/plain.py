@@ -40,10 +40,16 @@ class PilImages(torch.utils.data.Dataset):
         return self.transform(self.images[index]), self.labels[index]
 
 
-def plain_epoch(model: nn.Module, images: PilImages, device: torch.device) -> None:
-    """One epoch as research code often writes it: fp32, NCHW, two loader workers, `.item()` at every step."""
+def plain_loader(images: PilImages) -> torch.utils.data.DataLoader:
+    """Shuffled batches from two workers, which stay from epoch to epoch: starting them would weigh much in a short one."""
+    return torch.utils.data.DataLoader(
+        images, BATCH, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True
+    )
+
+
+def plain_epoch(model: nn.Module, loader: torch.utils.data.DataLoader, device: torch.device) -> None:
+    """One epoch as research code often writes it: fp32, NCHW, `.item()` at every step."""
     optimiser = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4)
-    loader = torch.utils.data.DataLoader(images, BATCH, shuffle=True, drop_last=True, num_workers=2)
     model.train()
     total = 0.0
     for x, y in loader:
@@ -56,9 +62,9 @@ def plain_epoch(model: nn.Module, images: PilImages, device: torch.device) -> No
 
 
 @torch.no_grad()
-def plain_line(model: nn.Module, ends: list[dict[str, Tensor]], alphas: Any, images: PilImages, device: torch.device) -> list:  # fmt: skip
+def plain_line(model: nn.Module, ends: list[dict[str, Tensor]], alphas: Any, loader: torch.utils.data.DataLoader, device: torch.device) -> list:  # fmt: skip
     """What `interpolation.along` measures, on one set of images as both splits, a pass of the loader for each number."""
-    loader = torch.utils.data.DataLoader(images, 250, num_workers=2)
+    images = len(loader.dataset)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
     def test() -> tuple[float, float]:
@@ -68,7 +74,7 @@ def plain_line(model: nn.Module, ends: list[dict[str, Tensor]], alphas: Any, ima
             logits = model(x.to(device))
             loss += F.cross_entropy(logits, y.to(device), reduction="sum").item()
             correct += (logits.argmax(1).cpu() == y).sum().item()
-        return loss / len(images), 100 * correct / len(images)
+        return loss / images, 100 * correct / images
 
     rows = []
     for alpha in alphas:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from analyze import benchmark, repair, results
+from analyze import hours, rates, repair, results
 from analyze.interpolation import along, barrier, line
 from common.models import build_model
 from common.training import evaluate
@@ -301,18 +301,21 @@ def test_benchmark_prints_ratios(tmp_path):
     assert len(table) == 9 and (table["ratio"] == table["min"]).all() and table["ours"].min() > 0
 
 
-def test_arithmetic_and_epochs_of_a_preset_by_hand():
+def test_arithmetic_and_epochs_of_a_preset_by_hand(monkeypatch):
     layer = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Flatten(), torch.nn.Linear(256, 2))
     forward = 2 * (64 * 3 * 4 * 9 + 256 * 2)  # images need no gradient: the first layer goes backward once, not twice
-    assert benchmark.flops(layer, 8) == 3 * forward - 2 * 64 * 3 * 4 * 9
-    assert benchmark.rounds([0.2]) == 1 and benchmark.rounds([0.3, 0.36]) == 3 and benchmark.rounds([0.8, 0.9]) == 12
+    assert rates.flops(layer, 8) == 3 * forward - 2 * 64 * 3 * 4 * 9
+    assert hours.rounds([0.2]) == 1 and hours.rounds([0.3, 0.36]) == 3 and hours.rounds([0.8, 0.9]) == 12
     # quick: six dense networks of 9 epochs, three chains of 12 rounds, 3 pairs x 3 arms x 2 sparsities x 2 epochs; of 3,000 images.
     share = 3000 / 10_000
-    assert benchmark.epochs("quick") == {("resnet20", 2.0, "glyphs"): pytest.approx(share * (54 + 36 + 36))}
+    assert hours.epochs("quick") == {("resnet20", 2.0, "glyphs"): pytest.approx(share * (54 + 36 + 36))}
     # imagenet: two dense networks, a chain of 8 + 4 + 4 rounds, three arms of three sparsities at k = 10, 25, 50.
     expected = 2 * 80 + 16 * 20 + 9 * (70 + 55 + 30)
-    assert benchmark.epochs("imagenet") == {("resnet50", 1.0, "imagenet"): expected}
-    table = benchmark.hours(("quick",), 1, torch.device("cpu"))
+    assert hours.epochs("imagenet") == {("resnet50", 1.0, "imagenet"): expected}
+    monkeypatch.setattr(
+        hours, "measured", lambda rate, device: rate()
+    )  # this process has used threads, and cannot fork
+    table = hours.hours(("quick",), 1, torch.device("cpu"))
     assert table["hours"].item() == pytest.approx(
         table["epochs"].item() * 10_000 / table["images/s"].item() / 3600, rel=0.02
     )
