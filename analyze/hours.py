@@ -22,7 +22,7 @@ def epochs(preset: str) -> dict[tuple[str, float, str], float]:
     """Epochs that a preset of run_all.sh trains, by (model, width, data set), read off the commands that it prints."""
     script = Path(__file__).parents[1] / "run_all.sh"
     plain = {key: value for key, value in os.environ.items() if key in ("PATH", "HOME")}
-    dry = subprocess.run(["bash", script, preset], env=plain | {"DRY_RUN": "1"}, capture_output=True, text=True, check=True)  # fmt: skip
+    dry = subprocess.run(["bash", script, preset], env=plain | {"DRY_RUN": "1", "PARALLEL": ""}, capture_output=True, text=True, check=True)  # fmt: skip
     total: dict[tuple[str, float, str], float] = {}
     dense: dict[str, tuple] = {}  # what each dense folder holds, and the epochs it was trained
     for line in dry.stdout.splitlines():

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy.special import stdtrit  # Student's t; scipy.stats takes a second to import
 
 from analyze import style
 from common import checkpoint, cli
@@ -182,7 +182,7 @@ def against_naive(pairs: pd.DataFrame) -> dict[str, dict[str, float]]:
 
 def t_interval(values: pd.Series) -> tuple[float, float]:
     """The 95% interval of the mean (Student); missing for a single value."""
-    half = stats.t.ppf(0.975, len(values) - 1) * values.sem() if len(values) > 1 else math.nan
+    half = stdtrit(len(values) - 1, 0.975) * values.sem() if len(values) > 1 else math.nan
     return values.mean() - half, values.mean() + half
 
 
@@ -195,7 +195,7 @@ def ratio_interval(numerators: pd.Series, denominators: pd.Series) -> tuple[floa
     if count < 2:
         return math.nan, math.nan
     (aa, ab), (_, bb) = np.cov(numerators, denominators) / count
-    t, mean = stats.t.ppf(0.975, count - 1), denominators.mean()
+    t, mean = stdtrit(count - 1, 0.975), denominators.mean()
     g = t**2 * bb / mean**2 if mean else math.inf
     if g >= 1:
         return math.nan, math.nan

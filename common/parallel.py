@@ -36,11 +36,12 @@ def run_all(runs: dict[str, Run], asked: str | None, width: float, data: Data) -
 
 
 def pick_count(asked: str, runs: int, width: float, data: Data) -> int:
-    """How many runs go side by side: the number asked for, or for `auto` one a core, on a GPU as many as fill it."""
+    """How many runs go side by side: the number asked for, or for `auto` about one a core, on a GPU as many as fill it."""
     if asked != "auto":
         count = int(asked)
     elif data.device.type == "cpu":
-        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        count = cores if runs >= 2 * cores else runs  # few share the cores, rather than leave some idle at the end
     else:  # a step of ResNet20 x1 on small images uses a small part of a GPU, one of x16 or of ImageNet's all of it
         count = round(16 / width) if isinstance(data, Resident) else 1
     return max(1, min(count, runs, MOST_STREAMS))
