@@ -40,11 +40,9 @@ class PilImages(torch.utils.data.Dataset):
         return self.transform(self.images[index]), self.labels[index]
 
 
-def plain_loader(images: PilImages) -> torch.utils.data.DataLoader:
-    """Shuffled batches from two workers, which stay from epoch to epoch: starting them would weigh much in a short one."""
-    return torch.utils.data.DataLoader(
-        images, BATCH, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True
-    )
+def plain_loader(images: PilImages, batch: int = BATCH, shuffle: bool = True) -> torch.utils.data.DataLoader:
+    """Batches from two workers, which stay from epoch to epoch: starting them would weigh much in a short one."""
+    return torch.utils.data.DataLoader(images, batch, shuffle, drop_last=shuffle, num_workers=2, persistent_workers=True)  # fmt: skip
 
 
 def plain_epoch(model: nn.Module, loader: torch.utils.data.DataLoader, device: torch.device) -> None:

@@ -286,19 +286,23 @@ def test_an_empty_folder_is_one_line(tmp_path, module):
 
 def test_benchmark_prints_ratios(tmp_path):
     tiny = ("--size", 8, "--steps", 1, "--repeats", 1, "--device", "cpu", "--out", tmp_path / "table.csv")
-    out = succeed("analyze.benchmark", "--only", "training", "parallel", "data", "matching", "weights", *tiny)
+    out = succeed(
+        "analyze.benchmark", "--only", "training", "parallel", "stacked", "data", "line", "matching", "weights", *tiny
+    )
     for row in (
         "dense training",
         "masked training",
         "masked over dense",
         "side by side over one",
         "side by side, masked, over the plain way",
+        "over stacked by vmap",
         "data alone",
+        "line with REPAIR",
         "matching in one pass",
     ):
         assert row in out
     table = pd.read_csv(tmp_path / "table.csv")
-    assert len(table) == 9 and (table["ratio"] == table["min"]).all() and table["ours"].min() > 0
+    assert len(table) == 11 and (table["ratio"] == table["min"]).all() and table["ours"].min() > 0
 
 
 def test_arithmetic_and_epochs_of_a_preset_by_hand(monkeypatch):

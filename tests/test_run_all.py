@@ -53,9 +53,9 @@ def test_every_preset_prints_commands_that_the_stages_accept():
 
 
 def test_methods_and_controls_add_their_runs():
-    usual = run_all("quick", DRY_RUN="1", PAIRS="1").stdout.splitlines()
+    usual = run_all("quick", DRY_RUN="1", PAIRS="1", PARALLEL="").stdout.splitlines()
     more = run_all(
-        "quick", DRY_RUN="1", PAIRS="1", METHODS="activation masked",
+        "quick", DRY_RUN="1", PAIRS="1", PARALLEL="", METHODS="activation masked",
         CONTROLS="shuffled random-permutation imp-target signs",
     ).stdout.splitlines()  # fmt: skip
     assert [line for line in more if line in usual] == usual  # nothing else changes
@@ -87,7 +87,7 @@ def test_an_ensemble_has_one_source_and_five_of_the_rest():
     trained = [words for words in lines if words[1] == "train_sparse.py"]
     assert [words[-2:] for words in trained[:5]] == [["--seed", str(n)] for n in range(5)]
     assert all("--sparsity 0.9 --rewind 25" in " ".join(words) for words in trained)
-    alone = run_all("quick", DRY_RUN="1", ENSEMBLE="2", PARALLEL="auto").stdout.splitlines()
+    alone = run_all("quick", DRY_RUN="1", ENSEMBLE="2", PARALLEL="auto", JOBS="1").stdout.splitlines()
     assert not any("--parallel" in line for line in alone if "train_sparse" in line)  # one run a command
     assert all("--parallel auto" in line for line in alone if "train_dense" in line or "prune_imp" in line)
     members = [
@@ -124,6 +124,22 @@ def test_side_by_side_one_command_trains_all_networks_of_a_stage():
     assert [line.split() for line in usual if "train_sparse" in line] == [
         [word for word in line.split() if word not in ("--parallel", "auto")] for line in sparse
     ]
+
+
+def test_quick_fills_the_cores_and_leaves_a_gpu_to_processes(tmp_path):
+    def stages(**environment):
+        printed = run_all("quick", DRY_RUN="1", **environment).stdout.splitlines()
+        return [[line for line in printed if stage in line] for stage in ("train_dense", "prune_imp", "train_sparse")]
+
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    with_gpu = stages(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert [len(lines) for lines in with_gpu] == [6, 3, 9] and "--parallel" not in str(with_gpu)
+    dense, chains, sparse = stages(PARALLEL="auto", JOBS="2")  # the default on a CPU of two cores
+    assert [len(lines) for lines in (dense, chains, sparse)] == [1, 1, 9]
+    assert "--parallel auto" in dense[0] and "--parallel auto" in chains[0]
+    assert "--parallel" not in str(sparse)  # two commands at a time fill the cores
+    assert str(stages(PARALLEL="auto", JOBS="1")[2]).count("--parallel auto") == 9
 
 
 def test_svhn_reuses_the_masks_of_cifar10():
