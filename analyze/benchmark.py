@@ -219,7 +219,7 @@ def main() -> None:
         if "data" in args.only:
             yield data_row(size, steps, few, device)
         if "line" in args.only:
-            yield line_row(size, 5000, few, device)
+            yield line_row(size, 2000, few, device)
         if "matching" in args.only:
             yield matching_row("resnet20", size, 2000, 250, few, device)
         if "resnet50" in args.only:

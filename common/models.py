@@ -82,6 +82,8 @@ class Block(nn.Module):
 class ResNet20(nn.Module):
     """The paper's CIFAR ResNet: 16, 32, 64 channels times width, three blocks a stage."""
 
+    in_onednn = True  # on a CPU, where that is 1.15 times as fast (common/onednn.py)
+
     def __init__(self, width: float, classes: int, input_shape: tuple[int, int, int]):
         super().__init__()
         stem, *_, last = sizes = [channels(base, width) for base in (16, 32, 64)]

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from common.errors import UserError
+
 # What stays in the layout; all else is slow in it, as pooling, or does not know it.
 SINGLE = {F.batch_norm, F.relu, torch.relu, Tensor.relu}
 PAIR = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__}
@@ -15,27 +17,45 @@ ASKING = {Tensor.dim, Tensor.size} | {getattr(Tensor, name).__get__ for name in 
 
 
 def suits(model: nn.Module) -> bool:
-    """Whether the layout is there on this machine, in bf16, and has something to do in `model`."""
+    """Whether `model` asks for the layout, by a true attribute `in_onednn`, and this machine has it in bf16."""
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     compiled = hasattr(model, "_orig_mod")  # such a network lays out its tensors itself
-    return not compiled and any(isinstance(layer, nn.Conv2d) and layer.bias is None for layer in model.modules())
+    return getattr(model, "in_onednn", False) and not compiled
 
 
 class Blocked(TorchFunctionMode):
     """Within it, and autocast to bf16, a network enters the layout at a convolution without bias and leaves it where it has to.
 
-    The backward pass follows by itself.
+    The backward pass follows by itself. Raises UserError for what would have to change a tensor of the layout in place.
     """
 
     def __torch_function__(self, function: Callable, types: Any, args: Sequence = (), kwargs: dict[str, Any] | None = None) -> Any:  # fmt: skip
         kwargs = kwargs or {}
         if function is torch.conv2d and not kwargs and _enters(*args):
             return _convolve(*args)
-        there = [isinstance(value, Tensor) and value.is_mkldnn for value in args]
-        if any(there) and function not in ASKING and not (function in SINGLE or function in PAIR and all(there[:2])):
-            args = [value.to_dense() if is_there else value for value, is_there in zip(args, there)]
-        return function(*args, **kwargs)
+        if function in ASKING or function in SINGLE or function in PAIR and _alike(*args):
+            return function(*args, **kwargs)
+        name = getattr(function, "__name__", "")
+        in_place = name == "__setitem__" or name.endswith("_") and not name.endswith("__")
+        if in_place and args and _is_blocked(args[0]):
+            raise UserError(f"{name} changes in place what oneDNN's layout holds: write it out of place, or set in_onednn = False in the network's class")  # fmt: skip
+        return function(*_plain(args), **{key: _plain(value) for key, value in kwargs.items()})
+
+
+def _is_blocked(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_mkldnn
+
+
+def _alike(first: Any, second: Any = None, *_: Any) -> bool:
+    """Whether oneDNN can add two values: it does not broadcast."""
+    return _is_blocked(first) and _is_blocked(second) and first.shape == second.shape
+
+
+def _plain(value: Any) -> Any:
+    if type(value) in (list, tuple):  # as torch.cat takes
+        return type(value)(_plain(each) for each in value)
+    return value.to_dense() if _is_blocked(value) else value
 
 
 def _enters(images: Tensor, weight: Tensor, bias: Tensor | None = None, *where: Any) -> bool:

@@ -8,15 +8,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from common import onednn
+from common.errors import UserError
 from common.models import build_model
 from common.training import computing
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(not onednn.suits(nn.Conv2d(1, 1, 1, bias=False)), reason="no oneDNN in bf16 here")
+pytestmark = pytest.mark.skipif(not onednn.suits(build_model("resnet20")), reason="no oneDNN in bf16 here")
 
 
 class Mixture(nn.Module):
     """Operations that stay in the layout, leave it, come back, and never enter."""
+
+    in_onednn = True
 
     def __init__(self):
         super().__init__()
@@ -25,6 +28,7 @@ class Mixture(nn.Module):
         self.biased = nn.Conv2d(4, 4, 1)
         self.same = nn.Conv2d(4, 4, 3, padding="same", bias=False)
         self.dilated = nn.Conv2d(8, 4, 3, padding=2, dilation=2, bias=False)
+        self.whole = nn.Conv2d(4, 4, 4, bias=False)
         self.relu = nn.ReLU(inplace=True)
         self.out = nn.Linear(4, 3)
 
@@ -33,8 +37,11 @@ class Mixture(nn.Module):
         y = F.relu(self.strided(x)) + F.conv2d(x, self.strided.weight, stride=2, padding=1, groups=2)
         y += F.max_pool2d(x, 2)
         y = y + self.strided(x)
+        w = self.strided(x)
+        y += w + self.whole(w)  # broadcasts
         assert y.shape[1:] == (4, 4, 4) and y.size(1) == 4
-        y = self.dilated(torch.cat([self.biased(y), y.roll(1, 1)], 1)) + self.same(y)
+        z = torch.add(self.strided(x), other=torch.cat([self.strided(x), y], 1)[:, :4])
+        y = self.dilated(torch.cat([self.biased(y), y.roll(1, 1)], dim=1)) + self.same(y) + z
         return self.out((y + 1).amax((2, 3)))
 
 
@@ -61,9 +68,9 @@ def gradients(model, images, labels, precision, blocked=True):
 
 def test_whole_numbers_go_through_exactly():
     model = integers(Mixture())
-    images = torch.randint(-2, 3, (3, 2, 8, 8), generator=torch.Generator().manual_seed(1)).float()
+    images = torch.randint(-1, 2, (3, 2, 8, 8), generator=torch.Generator().manual_seed(1)).float()
     seen = []
-    for layer in (model.first, model.strided, model.biased, model.same, model.dilated):
+    for layer in (model.first, model.strided, model.biased, model.same, model.dilated, model.whole):
         layer.register_forward_hook(lambda layer, inputs, output: seen.append(output.is_mkldnn))
     expected = model(images)
     assert not any(seen) and expected.abs().max() > 4 and expected.abs().max() < 256
@@ -71,7 +78,16 @@ def test_whole_numbers_go_through_exactly():
     with computing(model, CPU, "bf16"):
         logits = model(images)
     assert torch.equal(logits.float(), expected)
-    assert seen == [True, True, True, False, True, False]  # the order of forward: a bias and "same" stay outside
+    assert seen == [
+        True,
+        True,
+        True,
+        True,
+        True,
+        False,
+        True,
+        False,
+    ]  # the order of forward: a bias and "same" stay outside
     weights = list(model.parameters())
     ours, theirs = (torch.autograd.grad(out.float().square().sum(), weights) for out in (logits, expected))
     for some, others in zip(ours, theirs):
@@ -105,9 +121,31 @@ def test_a_step_of_resnet20_is_as_near_to_fp32_as_outside(form):
     assert error([ours], [models[0](images)]) < 0.05
 
 
+def double(x):
+    x.mul_(2)
+
+
+def clear(x):
+    x[:, 0] = 0
+
+
+@pytest.mark.parametrize(("change", "name"), [(double, "mul_"), (clear, "__setitem__")])
+def test_what_would_change_the_layout_in_place_is_an_error(change, name):
+    class Careless(Mixture):
+        def forward(self, x):
+            x = self.first(x)
+            change(x)
+            return x
+
+    model = Careless()
+    model(torch.ones(1, 2, 8, 8))
+    with computing(model, CPU, "bf16"), pytest.raises(UserError, match=name):
+        model(torch.ones(1, 2, 8, 8))
+
+
 def test_networks_that_gain_nothing_stay_outside():
     assert onednn.suits(build_model("resnet20", 1))
-    for name in ("mlp", "vgg11"):
+    for name in ("mlp", "vgg11", "resnet50"):
         assert not onednn.suits(build_model(name, 0.25))
     compiled = build_model("resnet20", 1)
     compiled._orig_mod = nn.Identity()
