@@ -40,7 +40,7 @@ class Mixture(nn.Module):
         w = self.strided(x)
         y += w + self.whole(w)  # broadcasts
         assert y.shape[1:] == (4, 4, 4) and y.size(1) == 4
-        z = torch.add(self.strided(x), other=torch.cat([self.strided(x), y], 1)[:, :4])
+        z = torch.add(torch.cat([self.strided(x), y], 1)[:, :4], other=self.strided(x))
         y = self.dilated(torch.cat([self.biased(y), y.roll(1, 1)], dim=1)) + self.same(y) + z
         return self.out((y + 1).amax((2, 3)))
 
