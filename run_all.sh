@@ -10,8 +10,7 @@
 #   CONTROLS="shuffled random-permutation imp-target signs" adds control arms.
 #   ENSEMBLE=5 makes the networks of Table 1 in runs/<preset>-ensemble instead: one source, five targets for naive and
 #   permuted, five data orders for LTH, IMP from five seeds. Copy dense/ there to train no dense network again.
-#   PARALLEL=auto trains the networks of a command side by side, which fills a GPU (--parallel of the stages);
-#   JOBS=2 runs two commands at a time where several remain.
+#   PARALLEL=auto trains the networks of a command side by side, which fills a GPU (--parallel of the stages).
 #   SOURCE_DATASET=cifar10 trains and prunes the sources on another data set: are masks reused? (Table 16, preset svhn)
 #   DRY_RUN=1 prints the commands, in order, so that they can be fed to a job queue.
 # Called again, it does what is missing; a run that was cut off goes on from its last epoch.
@@ -30,8 +29,8 @@ case $preset in
     dense_flags="--image-size 16 --limit-train 3000 --epochs 9 --batch-size 64 --lr 0.05 --warmup 2"
     imp_flags="--epochs 1 --batch-size 64 --lr 0.02" sparse_flags="--batch-size 64 --lr 0.01"
     methods="activation" interpolation_flags="--points 5 --images 500" analyses="results accuracy interpolation masks methods"
-    jobs=$(getconf _NPROCESSORS_ONLN) jobs=$((jobs < 4 ? jobs : 4))
-    command -v nvidia-smi > /dev/null || parallel=auto ;; # not measured on a GPU yet
+    cores=$(getconf _NPROCESSORS_ONLN) jobs=$((cores < 4 ? cores : 4))
+    if [ "$cores" -le 4 ] && ! command -v nvidia-smi > /dev/null; then parallel=auto; fi ;; # not measured on a GPU yet
   cifar10)  dataset=cifar10 widths="1 4 8 16" ;;
   cifar100) dataset=cifar100 widths="1 4 8 16" rewind="0 10 25 50 100" ;;
   vgg11)    dataset=cifar10 model=vgg11 sparsity="0.8 0.9" rewind="0 5 10 15 20 25 50" ;;
@@ -51,7 +50,8 @@ DATASET=${DATASET-$dataset} SOURCE_DATASET=${SOURCE_DATASET-$source_dataset} MOD
 DENSE_FLAGS=${DENSE_FLAGS-$dense_flags} IMP_FLAGS=${IMP_FLAGS-$imp_flags} SPARSE_FLAGS=${SPARSE_FLAGS-$sparse_flags}
 ALIGN_FLAGS=${ALIGN_FLAGS-$align_flags} INTERPOLATION_FLAGS=${INTERPOLATION_FLAGS-$interpolation_flags}
 REPORT_FLAGS=${REPORT_FLAGS-} METHODS=${METHODS-$methods} CONTROLS=${CONTROLS-$controls}
-PARALLEL=${PARALLEL-$parallel} # then one command trains all dense networks, one all chains, and one the grid of an arm and pair
+asked=${PARALLEL-} PARALLEL=${PARALLEL-$parallel} # then one command trains all dense networks, and one all chains;
+if [ -n "$asked" ]; then jobs=1; fi                # where it was asked for, one the grid of an arm and pair, too
 JOBS=${JOBS-$jobs}  # processes side by side; on a CPU each then gets its share of the cores
 DRY_RUN=${DRY_RUN-}
 for name in $CONTROLS; do case $name in
@@ -131,8 +131,7 @@ done | run
 
 roots | while read -r w R; do
   grid="--data-dir '$DATA_DIR' --sparsity $SPARSITY --rewind $(rewinds "$w") $SPARSE_FLAGS"
-  # A single run gets all threads, and several commands fill the machine by themselves.
-  if [ "$JOBS" = 1 ] && [ "$(echo $SPARSITY $(rewinds "$w") | wc -w)" -gt 2 ]; then grid+=" $beside"; fi
+  if [ -n "$asked" ] && [ "$(echo $SPARSITY $(rewinds "$w") | wc -w)" -gt 2 ]; then grid+=" $beside"; fi # a single run gets all threads
   sparse() { # arm, weights, masks, folder
     echo "$python train_sparse.py --arm $1 --weights '$R/dense/seed$2' --masks '$R/$3' --out '$R/sparse/$4' $grid ${5-}"
   }

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from common.errors import UserError
 
 # What stays in the layout; all else is slow in it, as pooling, or does not know it.
-SINGLE = {F.batch_norm, F.relu, torch.relu, Tensor.relu}
+SINGLE = {F.relu, torch.relu, Tensor.relu, Tensor.register_hook, Tensor.retain_grad}
 PAIR = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__}
 ASKING = {Tensor.dim, Tensor.size} | {getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "is_mkldnn", "requires_grad")}  # fmt: skip
 
@@ -34,7 +34,10 @@ class Blocked(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is torch.conv2d and not kwargs and _enters(*args):
             return _convolve(*args)
-        if function in ASKING or function in SINGLE or function in PAIR and _alike(*args):
+        stays = (
+            function in SINGLE or function in PAIR and _alike(*args) or function is F.batch_norm and _learns(**kwargs)
+        )
+        if stays or function in ASKING:
             return function(*args, **kwargs)
         name = getattr(function, "__name__", "")
         in_place = name == "__setitem__" or name.endswith("_") and not name.endswith("__")
@@ -52,6 +55,11 @@ def _alike(first: Any, second: Any = None, *_: Any) -> bool:
     return _is_blocked(first) and _is_blocked(second) and first.shape == second.shape
 
 
+def _learns(weight: Any = None, bias: Any = None, training: bool = False, **_: Any) -> bool:
+    """Whether oneDNN can do a BatchNorm: not without scale and shift, nor backward where its statistics are fixed."""
+    return weight is not None and bias is not None and (training or not torch.is_grad_enabled())
+
+
 def _plain(value: Any) -> Any:
     if type(value) in (list, tuple):  # as torch.cat takes
         return type(value)(_plain(each) for each in value)
@@ -61,6 +69,7 @@ def _plain(value: Any) -> Any:
 def _enters(images: Tensor, weight: Tensor, bias: Tensor | None = None, *where: Any) -> bool:
     """Whether the layout takes a convolution: as nn.Conv2d calls it, and without bias, which autocast alone makes bf16."""
     known = images.dim() == 4 and images.dtype in (torch.float32, torch.bfloat16) and weight.dtype == torch.float32
+    known = known and torch.is_autocast_enabled("cpu")  # a part of the network may want fp32
     return known and bias is None and len(where) == 4 and all(isinstance(value, tuple) for value in where[:3])
 
 

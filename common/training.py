@@ -132,7 +132,8 @@ def train(
     are zero before and after every step, and every epoch checks it. After each epoch the state goes to
     `folder`/resume.pt, from where the run called `name` goes on if it is cut off; the caller removes it in the end.
     On CUDA a step on resident data is one captured graph, and the host waits for the device once an epoch only.
-    Raises RuntimeError when a pruned weight is not zero, UserError when `compiled` finds no compiler.
+    Raises RuntimeError when a pruned weight is not zero, UserError when weights are not finite or `compiled` finds no
+    compiler.
     """
     if compiled and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise UserError("--compile needs a C++ compiler, and none is here: install g++ or leave --compile out")
@@ -188,6 +189,10 @@ def train(
             bar.update(batch_size)
         if masker:
             masker.check()
+        if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+            raise UserError(
+                f"{name} diverged in epoch {epoch + 1}, its weights are no numbers any more: try a smaller --lr or more --warmup"
+            )
         test_loss, test_acc = evaluate(model, data.eval_batches("test"), precision)
         row = {
             "epoch": epoch + 1,

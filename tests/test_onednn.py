@@ -7,10 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from analyze.repair import recompute_batch_norm
 from common import onednn
 from common.errors import UserError
 from common.models import build_model
-from common.training import computing
+from common.training import computing, train
+from tests.test_data import resident
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not onednn.suits(build_model("resnet20")), reason="no oneDNN in bf16 here")
@@ -110,6 +112,60 @@ def test_a_step_of_resnet20_is_as_near_to_fp32_as_outside(form):
     with torch.no_grad(), computing(models[1], CPU, "bf16"):
         ours = models[1](images).float()
     assert error([ours], [models[0](images)]) < 0.05
+
+
+def test_what_stays_in_the_layout():
+    model, images = build_model("resnet20", 0.25, 10, (3, 8, 8)), torch.randn(4, 3, 8, 8)
+    norm, plain = model.bn1, nn.BatchNorm2d(4, affine=False)
+    with computing(model, CPU, "bf16"):
+        x = model.conv1(images)
+        for value in (
+            x,
+            norm(x),
+            F.relu(x),
+            torch.relu(x),
+            x.relu(),
+            x + x,
+            x.add(x),
+            torch.add(x, x),
+            model.blocks[0](x),
+        ):
+            assert value.is_mkldnn
+        for value in (plain(x), norm.eval()(x), x + 1, x * x, x + x.sum((2, 3), keepdim=True), F.max_pool2d(x, 2)):
+            assert not value.is_mkldnn
+        with torch.no_grad():
+            assert norm(x).is_mkldnn
+        (norm(x) + plain(x)).sum().backward()
+        for other in (images[0], images.double()):
+            assert not F.conv2d(other, model.conv1.weight.to(other.dtype), None, (1, 1), (1, 1), (1, 1), 1).is_mkldnn
+        with torch.autocast("cpu", enabled=False):
+            assert model.conv1(images).dtype == torch.float32
+        seen, x = [], model.conv1(images)
+        x.register_hook(seen.append)
+        x.sum().backward()
+        assert len(seen) == 1
+
+
+def test_training_evaluation_and_repair_are_in_the_layout(tmp_path):
+    data = resident(count=8, pad=1)
+    model = build_model("resnet20", 0.25, 2, data.input_shape)
+    seen = []
+    model.conv1.register_forward_hook(lambda layer, inputs, output: seen.append(output.is_mkldnn))
+    about = {"name": "test", "folder": tmp_path, "seed": 0, "batch_size": 4, "momentum": 0.9, "weight_decay": 0.01}
+    train(model, data, [0.1], precision="bf16", **about)
+    recompute_batch_norm(model, [images for images, _ in data.eval_batches("train")], "bf16")
+    assert seen == [True] * 4 and model.conv1.weight.is_contiguous()  # two steps, an evaluation, and REPAIR
+
+
+def test_a_network_that_diverges_is_an_error(tmp_path):
+    """oneDNN's ReLU makes zeros of what is no number, so that a loss tells nothing."""
+    data = resident(count=8, pad=1)
+    about = {"name": "test", "folder": tmp_path, "seed": 0, "batch_size": 4, "momentum": 0.9, "weight_decay": 0.01}
+    for precision in ("bf16", "fp32"):
+        model = build_model("resnet20", 0.25, 2, data.input_shape)
+        with pytest.raises(UserError, match="diverged in epoch 1"):
+            train(model, data, [1e20], precision=precision, **about)
+    assert not list(tmp_path.iterdir())
 
 
 def double(x):

@@ -150,6 +150,8 @@ def test_how_many_run_side_by_side(monkeypatch):
     assert parallel.pick_count("3", 9, 1, data) == 3 and parallel.pick_count("3", 2, 1, data) == 2
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {4, 5})  # two cores
     assert [parallel.pick_count("auto", runs, 1, data) for runs in (1, 2, 3, 4, 5, 99)] == [1, 2, 3, 2, 2, 2]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(16))
+    assert [parallel.pick_count("auto", runs, 1, data) for runs in (3, 16, 17, 31)] == [3, 16, 16, 16]
     gpu = dataclasses.replace(data, train=data.train.to("meta"))  # any device that is no CPU
     assert [parallel.pick_count("auto", 99, width, gpu) for width in (0.25, 1, 4, 16, 32)] == [32, 16, 4, 1, 1]
     streamed = types.SimpleNamespace(device=torch.device("cuda"))  # ImageNet

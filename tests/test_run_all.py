@@ -1,5 +1,6 @@
 import os
 import shlex
+import shutil
 import subprocess
 
 from tests.conftest import ROOT, call
@@ -126,20 +127,29 @@ def test_side_by_side_one_command_trains_all_networks_of_a_stage():
     ]
 
 
-def test_quick_fills_the_cores_and_leaves_a_gpu_to_processes(tmp_path):
-    def stages(**environment):
-        printed = run_all("quick", DRY_RUN="1", **environment).stdout.splitlines()
+def test_quick_fills_a_few_cores_and_leaves_a_gpu_to_processes(tmp_path):
+    def stages(preset="quick", **environment):
+        printed = run_all(preset, DRY_RUN="1", **environment).stdout.splitlines()
         return [[line for line in printed if stage in line] for stage in ("train_dense", "prune_imp", "train_sparse")]
 
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    with_gpu = stages(PATH=f"{tmp_path}:{os.environ['PATH']}")
-    assert [len(lines) for lines in with_gpu] == [6, 3, 9] and "--parallel" not in str(with_gpu)
-    dense, chains, sparse = stages(PARALLEL="auto", JOBS="2")  # the default on a CPU of two cores
-    assert [len(lines) for lines in (dense, chains, sparse)] == [1, 1, 9]
-    assert "--parallel auto" in dense[0] and "--parallel auto" in chains[0]
-    assert "--parallel" not in str(sparse)  # two commands at a time fill the cores
-    assert str(stages(PARALLEL="auto", JOBS="1")[2]).count("--parallel auto") == 9
+    def command(name, prints):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {prints}\n")
+        (tmp_path / name).chmod(0o755)
+
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    if shutil.which("nvidia-smi") is None:
+        command("getconf", 2)
+        dense, chains, sparse = stages(PATH=path)
+        assert [len(lines) for lines in (dense, chains, sparse)] == [1, 1, 9] and "--parallel" not in str(sparse)
+        assert "--parallel auto" in dense[0] and "--parallel auto" in chains[0]
+        command("getconf", 16)  # each process gets several of so many
+        assert [len(lines) for lines in stages(PATH=path)] == [6, 3, 9]
+        command("getconf", 2)
+    command("nvidia-smi", "")
+    assert [len(lines) for lines in stages(PATH=path)] == [6, 3, 9] and "--parallel" not in str(stages(PATH=path))
+    for environment in ({}, {"JOBS": "2"}):
+        for lines in stages("svhn", PARALLEL="auto", PAIRS="0", **environment):
+            assert lines and all("--parallel auto" in line for line in lines)
 
 
 def test_svhn_reuses_the_masks_of_cifar10():

@@ -1,6 +1,7 @@
 """Every stage through its command line, at a tiny budget."""
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -629,7 +630,12 @@ def test_extreme_sparsities_and_diverged_networks_are_refused(runs, tmp_path):
         ),
         "has passed 0.6",
     )
-    assert dense(tmp_path / "wild", "--lr", 1e6, "--epochs", 2).code == 0
+    refused(dense(tmp_path / "wild", "--lr", 1e6, "--epochs", 2), "diverged")
+    shutil.copytree(runs / "dense/seed0", tmp_path / "wild/seed0", dirs_exist_ok=True)
+    path = tmp_path / "wild/seed0/epoch_0003.pt"
+    entry = state(path)
+    next(iter(entry["state_dict"].values())).fill_(math.nan)
+    torch.save(entry, path)
     refused(
         call("prune_imp", "--dense", tmp_path / "wild/seed0", "--sparsity", 0.5, "--out", tmp_path / "o"), "diverged"
     )
