@@ -138,6 +138,8 @@ def test_what_stays_in_the_layout():
         (norm(x) + plain(x)).sum().backward()
         for other in (images[0], images.double()):
             assert not F.conv2d(other, model.conv1.weight.to(other.dtype), None, (1, 1), (1, 1), (1, 1), 1).is_mkldnn
+        with pytest.raises(RuntimeError, match="type"):
+            model.conv1(images.double())  # as outside
         with torch.autocast("cpu", enabled=False):
             assert model.conv1(images).dtype == torch.float32
         seen, x = [], model.conv1(images)
