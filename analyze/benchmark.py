@@ -44,7 +44,7 @@ from common.matching import match_activations, match_weights, matched_weights
 from common.parallel import pick_count
 from common.training import pick_device, pick_precision
 
-PARTS = ("training", "parallel", "stacked", "data", "line", "matching", "resnet50", "weights", "hours")
+PARTS = ("training", "parallel", "large", "stacked", "data", "line", "matching", "resnet50", "weights", "hours")
 
 
 def compare(
@@ -210,10 +210,10 @@ def main() -> None:
         if "training" in args.only:
             for width in args.widths or ((1,) if cpu else (1, 4, 16)):
                 yield from training_rows(width, size, max(1, round(steps / width)), repeats, device)
-            if not cpu:
-                yield from large_rows(few, device)
         if "parallel" in args.only:
             yield from parallel_rows([cores] if cpu else [4, 16], size, steps, few, device)
+        if "large" in args.only and not cpu:
+            yield from large_rows(few, device)
         if "stacked" in args.only:
             yield stacked_row(cores, size, max(1, steps // 4), few, device)
         if "data" in args.only:

@@ -264,7 +264,10 @@ class GraphedStep:
 
 
 def _capture(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """Call `work` a few times and then capture it as a CUDA graph; returns what replays it, elsewhere `work` itself."""
+    """Call `work` a few times and then capture it as a CUDA graph; returns what replays it.
+
+    Elsewhere than on CUDA, or where `work` cannot be captured, that is `work` itself.
+    """
     if device.type != "cuda":
         for _ in range(TRIALS):
             work()
@@ -283,8 +286,11 @@ def _capture(work: Callable[[], None], device: torch.device) -> Callable[[], Non
                 work()
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
-            raise RuntimeError("no CUDA graph of a step: with GRAPHED = () in common/training.py steps are launched one by one") from error  # fmt: skip
+        except RuntimeError as error:  # an edited step may ask the device for a value
+            tqdm.write(
+                f"steps are launched one by one, which is slower: no CUDA graph of them ({str(error).splitlines()[0]})"
+            )
+            return work
     current.wait_stream(side)
     return graph.replay
 

@@ -42,8 +42,9 @@ def distance(one, other):
 
 
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 3e-2)])
-def test_a_graph_computes_what_single_launches_do(tmp_path, monkeypatch, precision, tolerance):
+def test_a_graph_computes_what_single_launches_do(tmp_path, monkeypatch, capfd, precision, tolerance):
     rows = trained(tmp_path / "graph", precision=precision)
+    assert "one by one" not in capfd.readouterr().out
     monkeypatch.setattr(training, "GRAPHED", ())
     plain = trained(tmp_path / "plain", precision=precision)
     assert distance(tmp_path / "plain", tmp_path / "graph") < tolerance
@@ -59,6 +60,7 @@ def test_the_host_never_waits_within_an_epoch():
         total.add_(x.sum() + y.sum())
 
     step = GraphedStep(work, images, 16, [total])
+    assert isinstance(step.replay.__self__, torch.cuda.CUDAGraph)
     step.start(0, 0)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -68,6 +70,15 @@ def test_the_host_never_waits_within_an_epoch():
         torch.cuda.set_sync_debug_mode("default")
     expected = sum(float(x.sum() + y.sum()) for x, y in images.train_batches(16, 0, 0))
     assert float(total) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_step_that_asks_the_device_for_a_value_is_launched_one_by_one(capfd):
+    total, images = torch.zeros((), device="cuda"), data()
+    step = GraphedStep(lambda x, y: total.add_(float(x.sum())), images, 16, [total])
+    assert "one by one" in capfd.readouterr().out and float(total) == 0
+    for _ in step.start(0, 0):
+        step()
+    assert float(total) == pytest.approx(sum(float(x.sum()) for x, _ in images.train_batches(16, 0, 0)), rel=1e-4)
 
 
 def test_networks_side_by_side_are_those_of_the_run_alone(tmp_path):

@@ -1,5 +1,6 @@
 """Runs side by side and captured steps: the same numbers as one run after the other, one operation after the other."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -75,6 +76,33 @@ def test_a_set_of_fewer_batches_than_trials_is_tried_and_put_back(tmp_path, monk
     monkeypatch.setattr(training, "GRAPHED", ("cpu",))
     train(graphed, data, [0.25], folder=tmp_path / "b", **SETTINGS)
     assert data.steps(4) < training.TRIALS and same(plain.state_dict(), graphed.state_dict())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_step_that_no_graph_takes_is_launched_bit_by_bit(monkeypatch, capfd, fails):
+    """On a stand-in for CUDA: what a capture runs is not computed, and one that fails leaves the step as it is."""
+    steps, replays = [], []
+
+    class Capture(contextlib.nullcontext):
+        def __exit__(self, *error):
+            del steps[-1]
+            if fails:
+                raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    def stream(device=None):
+        return types.SimpleNamespace(wait_stream=lambda other: None)
+
+    fake = types.SimpleNamespace(
+        Stream=stream, current_stream=stream, default_stream=stream, synchronize=stream, stream=contextlib.nullcontext,
+        CUDAGraph=lambda: types.SimpleNamespace(replay=lambda: replays.append(1)), graph=lambda *_, **__: Capture(),
+    )  # fmt: skip
+    monkeypatch.setattr(torch, "cuda", fake)
+    replay = training._capture(lambda: steps.append(1), torch.device("cuda"))
+    assert len(steps) == training.TRIALS
+    replay()
+    assert (len(steps) - training.TRIALS, len(replays)) == ((1, 0) if fails else (0, 1))
+    told = capfd.readouterr().out
+    assert told.count("\n") == fails and ("stream is capturing" in told) == fails
 
 
 def test_the_order_of_an_epoch_is_read_by_slices_and_by_tensors_alike():
