@@ -11,16 +11,20 @@
 #   ENSEMBLE=5 makes the networks of Table 1 in runs/<preset>-ensemble instead: one source, five targets for naive and
 #   permuted, five data orders for LTH, IMP from five seeds. Copy dense/ there to train no dense network again.
 #   PARALLEL=auto trains the networks of a command side by side, which fills a GPU (--parallel of the stages).
+#   On several GPUs (those of CUDA_VISIBLE_DEVICES, or all) each has a command of its own: JOBS is their number.
 #   SOURCE_DATASET=cifar10 trains and prunes the sources on another data set: are masks reused? (Table 16, preset svhn)
 #   DRY_RUN=1 prints the commands, in order, so that they can be fed to a job queue.
 # Called again, it does what is missing; a run that was cut off goes on from its last epoch.
 set -euo pipefail
 cd "$(dirname "$0")"
 preset=${1:-quick}
+if [ $# -gt 1 ]; then echo "run_all.sh: error: unexpected '$2': give one preset, and settings before the command (DRY_RUN=1 bash run_all.sh)" >&2; exit 2; fi
 
 # ---------------------------------------------------------------- settings
+gpus=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | paste -sd , - || true)}
+gpu_count=$(echo "$gpus" | awk -F , '{ print NF }')
 # Pair p has source seed 2p and target seed 2p+1, so that pairs are independent.
-dense_flags="" imp_flags="" align_flags="" sparse_flags="" interpolation_flags="" jobs=1 parallel="" methods="activation masked" controls=""
+dense_flags="" imp_flags="" align_flags="" sparse_flags="" interpolation_flags="" jobs=$((gpu_count > 1 ? gpu_count : 1)) parallel="" methods="activation masked" controls=""
 analyses="results report" source_dataset=""
 pairs="0 1 2" widths="1" sparsity="0.8 0.9 0.95 0.97" rewind="0 5 10 15 20 25 50 75 100" model=resnet20
 case $preset in
@@ -30,7 +34,7 @@ case $preset in
     imp_flags="--epochs 1 --batch-size 64 --lr 0.02" sparse_flags="--batch-size 64 --lr 0.01"
     methods="activation" interpolation_flags="--points 5 --images 500" analyses="results accuracy interpolation masks methods"
     cores=$(getconf _NPROCESSORS_ONLN) jobs=$((cores < 4 ? cores : 4))
-    if [ "$cores" -le 4 ] && ! command -v nvidia-smi > /dev/null; then parallel=auto; fi ;; # not measured on a GPU yet
+    if [ "$cores" -le 4 ] && [ "$gpu_count" = 0 ]; then parallel=auto; fi ;; # not measured on a GPU yet
   cifar10)  dataset=cifar10 widths="1 4 8 16" ;;
   cifar100) dataset=cifar100 widths="1 4 8 16" rewind="0 10 25 50 100" ;;
   vgg11)    dataset=cifar10 model=vgg11 sparsity="0.8 0.9" rewind="0 5 10 15 20 25 50" ;;
@@ -51,7 +55,7 @@ DENSE_FLAGS=${DENSE_FLAGS-$dense_flags} IMP_FLAGS=${IMP_FLAGS-$imp_flags} SPARSE
 ALIGN_FLAGS=${ALIGN_FLAGS-$align_flags} INTERPOLATION_FLAGS=${INTERPOLATION_FLAGS-$interpolation_flags}
 REPORT_FLAGS=${REPORT_FLAGS-} METHODS=${METHODS-$methods} CONTROLS=${CONTROLS-$controls}
 asked=${PARALLEL-} PARALLEL=${PARALLEL-$parallel} # then one command trains all dense networks, and one all chains;
-if [ -n "$asked" ]; then jobs=1; fi                # where it was asked for, one the grid of an arm and pair, too
+if [ -n "$asked" ]; then jobs=$((gpu_count > 1 ? gpu_count : 1)); fi # where asked for, one the grid of an arm and pair
 JOBS=${JOBS-$jobs}  # processes side by side; on a CPU each then gets its share of the cores
 DRY_RUN=${DRY_RUN-}
 for name in $CONTROLS; do case $name in
@@ -78,7 +82,11 @@ fi
 
 # ---------------------------------------------------------------- the experiment
 run() { # run the commands on standard input, one a line, JOBS at a time
-  if [ -n "$DRY_RUN" ]; then cat; else tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" sh -c 'eval "$0" || exit 255'; fi
+  if [ -n "$DRY_RUN" ]; then cat
+  elif [ "$gpu_count" -gt 1 ]; then # the command in slot n has the n-th GPU to itself
+    tr '\n' '\0' | GPUS=$gpus xargs -0 -n 1 -P "$JOBS" --process-slot-var=slot sh -c '
+      export CUDA_VISIBLE_DEVICES=$(echo "$GPUS" | awk -F , "{ print \$($slot % NF + 1) }"); eval "$0" || exit 255'
+  else tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" sh -c 'eval "$0" || exit 255'; fi
 }
 roots() { # width and folder of each width
   for w in $WIDTHS; do [ "$WIDTHS" = "$w" ] && echo "$w $OUT" || echo "$w $OUT/w$w"; done
@@ -94,9 +102,15 @@ pruned() { # seeds of the networks to prune
   if [ -n "$ENSEMBLE" ]; then seq 0 $((reused ? ENSEMBLE : ENSEMBLE - 1)); else sources; fi # a reused mask's network is no member
   if control imp-target; then pairs | cut -d ' ' -f 2; fi
 }
-networks() { # a line a command: a data set, and the seeds of the dense networks to train on it
-  { sources | sed "s/^/${SOURCE_DATASET:-$DATASET} /"; pairs | cut -d ' ' -f 2 | sed "s/^/$DATASET /"; } | sort -k 2,2n -u |
-    if [ -n "$PARALLEL" ]; then awk '{ of[$1] = of[$1] " " $2 } END { for (set in of) print set of[set] }'; else cat; fi
+networks() { # a line a dense network: its data set and seed
+  { sources | sed "s/^/${SOURCE_DATASET:-$DATASET} /"; pairs | cut -d ' ' -f 2 | sed "s/^/$DATASET /"; } | sort -k 2,2n -u
+}
+together() { # networks that one command trains side by side: lines of one first word become one line, or one a GPU
+  if [ -z "$PARALLEL" ]; then cat; else awk -v lines=$((gpu_count > 1 ? gpu_count : 1)) '
+    { of[$1] = of[$1] " " $2 }
+    END { for (set in of) { count = split(of[set], seeds); for (line = 0; line < lines && line < count; line++) {
+      printf "%s", set; for (i = line + 1; i <= count; i += lines) printf " %s", seeds[i]; print "" } } }'
+  fi
 }
 beside=${PARALLEL:+--parallel $PARALLEL}
 rewinds() { # of a width: the paper's grid is coarser for the widest networks
@@ -109,13 +123,13 @@ control() { case " $CONTROLS " in *" $1 "*) ;; *) return 1 ;; esac; } # whether 
 start=$(date +%s)
 
 roots | while read -r w R; do
-  networks | while read -r set seeds; do
+  networks | together | while read -r set seeds; do
     echo "$python train_dense.py --dataset $set --data-dir '$DATA_DIR' --model $MODEL --width $w --seed $seeds --out '$R/dense' --save-epochs $(rewinds "$w") $DENSE_FLAGS $beside"
   done
 done | run
 
 roots | while read -r w R; do
-  pruned | sort -nu | { if [ -n "$PARALLEL" ]; then xargs; else cat; fi; } | while read -r seeds; do
+  pruned | sort -nu | sed "s/^/chain /" | together | while read -r _ seeds; do
     folders() { for seed in $seeds; do printf "'%s' " "$R/$1/seed$seed"; done; }
     echo "$python prune_imp.py --dense $(folders dense)--data-dir '$DATA_DIR' --sparsity $SPARSITY --out $(folders imp)$IMP_FLAGS $beside"
   done

@@ -1,16 +1,17 @@
 import os
 import shlex
-import shutil
 import subprocess
 
 from tests.conftest import ROOT, call
 
 
 def run_all(*arguments, **environment):
+    """The script as on a machine without GPUs, unless CUDA_VISIBLE_DEVICES is None: then they are nvidia-smi's."""
     keep = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
-    return subprocess.run(
-        ["bash", str(ROOT / "run_all.sh"), *arguments], env=keep | environment, capture_output=True, text=True
-    )
+    settings = {
+        key: value for key, value in (keep | {"CUDA_VISIBLE_DEVICES": ""} | environment).items() if value is not None
+    }
+    return subprocess.run(["bash", str(ROOT / "run_all.sh"), *arguments], env=settings, capture_output=True, text=True)
 
 
 def test_dry_run_prints_the_whole_experiment_in_order():
@@ -36,7 +37,7 @@ def test_dry_run_prints_the_whole_experiment_in_order():
     )
 
 
-def test_every_preset_prints_commands_that_the_stages_accept():
+def test_every_preset_prints_commands_that_the_stages_accept(tmp_path):
     for preset, dataset, model in (("quick", "glyphs", "resnet20"), ("cifar100", "cifar100", "resnet20"), ("vgg11", "cifar10", "vgg11"),
                                    ("svhn", "svhn", "resnet20"), ("imagenet", "imagenet", "resnet50")):  # fmt: skip
         done = run_all(preset, DRY_RUN="1")
@@ -46,7 +47,7 @@ def test_every_preset_prints_commands_that_the_stages_accept():
             and f"--model {model} " in done.stdout
             and f"runs/{preset}" in done.stdout
         )
-        for line in done.stdout.splitlines():
+        for line in run_all(preset, DRY_RUN="1", OUT=str(tmp_path)).stdout.splitlines():
             words = shlex.split(line)
             if words[1].endswith(".py"):  # every flag is known: the stages get as far as the missing files
                 outcome = call(words[1].removesuffix(".py"), *words[2:], "--device", "nowhere")
@@ -127,29 +128,62 @@ def test_side_by_side_one_command_trains_all_networks_of_a_stage():
     ]
 
 
+def command(folder, name, script):
+    """A command that stands in for another; returns the PATH on which it is found first."""
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
 def test_quick_fills_a_few_cores_and_leaves_a_gpu_to_processes(tmp_path):
     def stages(preset="quick", **environment):
-        printed = run_all(preset, DRY_RUN="1", **environment).stdout.splitlines()
+        printed = run_all(preset, DRY_RUN="1", **{"CUDA_VISIBLE_DEVICES": None} | environment).stdout.splitlines()
         return [[line for line in printed if stage in line] for stage in ("train_dense", "prune_imp", "train_sparse")]
 
-    def command(name, prints):
-        (tmp_path / name).write_text(f"#!/bin/sh\necho {prints}\n")
-        (tmp_path / name).chmod(0o755)
-
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    if shutil.which("nvidia-smi") is None:
-        command("getconf", 2)
-        dense, chains, sparse = stages(PATH=path)
-        assert [len(lines) for lines in (dense, chains, sparse)] == [1, 1, 9] and "--parallel" not in str(sparse)
-        assert "--parallel auto" in dense[0] and "--parallel auto" in chains[0]
-        command("getconf", 16)  # each process gets several of so many
-        assert [len(lines) for lines in stages(PATH=path)] == [6, 3, 9]
-        command("getconf", 2)
-    command("nvidia-smi", "")
+    path = command(tmp_path, "nvidia-smi", "echo no devices >&2; exit 6")
+    command(tmp_path, "getconf", "echo 2")
+    dense, chains, sparse = stages(PATH=path)
+    assert [len(lines) for lines in (dense, chains, sparse)] == [1, 1, 9] and "--parallel" not in str(sparse)
+    assert "--parallel auto" in dense[0] and "--parallel auto" in chains[0]
+    command(tmp_path, "getconf", "echo 16")  # each process gets several of so many
+    assert [len(lines) for lines in stages(PATH=path)] == [6, 3, 9]
+    command(tmp_path, "getconf", "echo 2")
+    command(tmp_path, "nvidia-smi", "echo 0")
     assert [len(lines) for lines in stages(PATH=path)] == [6, 3, 9] and "--parallel" not in str(stages(PATH=path))
+    assert [len(lines) for lines in stages(PATH=path, CUDA_VISIBLE_DEVICES="")] == [1, 1, 9]
     for environment in ({}, {"JOBS": "2"}):
         for lines in stages("svhn", PARALLEL="auto", PAIRS="0", **environment):
             assert lines and all("--parallel auto" in line for line in lines)
+
+
+def test_each_of_several_gpus_has_a_command_of_its_own(tmp_path):
+    path = command(tmp_path, "nvidia-smi", "printf '0\\n1\\n2\\n'")
+    command(
+        tmp_path, "python3", f'echo "$1 ${{CUDA_VISIBLE_DEVICES-all}}" >> {tmp_path}/log; [ "$1" = -c ] || sleep 0.4'
+    )
+
+    def used(**environment):
+        (tmp_path / "log").unlink(missing_ok=True)
+        environment = {"CUDA_VISIBLE_DEVICES": None} | environment
+        done = run_all("cifar10", PATH=path, WIDTHS="1", OUT=str(tmp_path / "runs"), **environment)
+        assert done.returncode == 0, done.stderr
+        lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+        return [device for script, device in lines if script == "train_dense.py"]
+
+    assert sorted(used()) == list("001122")
+    assert set(used(JOBS="2")) == {"0", "1"}
+    assert set(used(JOBS="4")) == {"0", "1", "2"}  # the fourth shares the first GPU
+    assert set(used(CUDA_VISIBLE_DEVICES="GPU-5,7")) == {"GPU-5", "7"}
+    assert set(used(CUDA_VISIBLE_DEVICES="7")) == {"7"}
+    lines = run_all(
+        "svhn", CUDA_VISIBLE_DEVICES="0,1,2", DRY_RUN="1", PARALLEL="auto", PAIRS="0 1 2 3"
+    ).stdout.splitlines()
+    trained = [shlex.split(line) for line in lines if "train_dense" in line]
+    seeds = [words[words.index("--seed") + 1 : words.index("--out")] for words in trained]
+    assert sorted(seeds) == [["0", "6"], ["1", "7"], ["2"], ["3"], ["4"], ["5"]]
+    chains = [shlex.split(line) for line in lines if "prune_imp" in line]
+    networks = [words[words.index("--dense") + 1 : words.index("--data-dir")] for words in chains]
+    assert [[name[-5:] for name in line] for line in networks] == [["seed0", "seed6"], ["seed2"], ["seed4"]]
 
 
 def test_svhn_reuses_the_masks_of_cifar10():
@@ -162,6 +196,8 @@ def test_svhn_reuses_the_masks_of_cifar10():
 
 
 def test_unknown_presets_and_controls_are_refused():
+    done = run_all("quick", "DRY_RUN=1")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "'DRY_RUN=1'" in done.stderr
     done = run_all("cifar11")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cifar11" in done.stderr
     done = run_all("quick", CONTROLS="signs shuffle")
