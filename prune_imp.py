@@ -153,9 +153,8 @@ def prepare(args: argparse.Namespace, device: torch.device, read: Callable) -> C
         chains = [checkpoint.load(path)["rows"] for path in args.out.glob("sparse_*.pt")]
         rows = sorted({row["kept"]: row for chain in chains for row in chain}.values(), key=lambda row: -row["kept"])
         checkpoint.finish(args.out, "prune_imp", arguments, rows, device, precision)
-        for path in args.out.glob("round_*.pt"):
-            if not args.keep_rounds or int(path.stem.split("_")[1]) > rows[-1]["round"]:  # of a chain that was given up
-                path.unlink()
+        kept = range(rows[-1]["round"] + 1) if args.keep_rounds else ()  # later ones are of a chain that was given up
+        checkpoint.remove(path for path in args.out.glob("round_*.pt") if int(path.stem.split("_")[1]) not in kept)
 
     return run
 
@@ -176,4 +175,4 @@ def sparsest(folder: Path, goal: int, stops: list[int]) -> dict[str, Any] | None
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, spreads=True)

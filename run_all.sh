@@ -12,6 +12,7 @@
 #   permuted, five data orders for LTH, IMP from five seeds. Copy dense/ there to train no dense network again.
 #   PARALLEL=auto trains the networks of a command side by side, which fills a GPU (--parallel of the stages).
 #   On several GPUs (those of CUDA_VISIBLE_DEVICES, or all) each has a command of its own: JOBS is their number.
+#   SPREAD=4 trains each network on four GPUs (torchrun) instead, one after the other: for ResNet50 on ImageNet.
 #   SOURCE_DATASET=cifar10 trains and prunes the sources on another data set: are masks reused? (Table 16, preset svhn)
 #   DRY_RUN=1 prints the commands, in order, so that they can be fed to a job queue.
 # Called again, it does what is missing; a run that was cut off goes on from its last epoch.
@@ -56,6 +57,11 @@ ALIGN_FLAGS=${ALIGN_FLAGS-$align_flags} INTERPOLATION_FLAGS=${INTERPOLATION_FLAG
 REPORT_FLAGS=${REPORT_FLAGS-} METHODS=${METHODS-$methods} CONTROLS=${CONTROLS-$controls}
 asked=${PARALLEL-} PARALLEL=${PARALLEL-$parallel} # then one command trains all dense networks, and one all chains;
 if [ -n "$asked" ]; then jobs=$((gpu_count > 1 ? gpu_count : 1)); fi # where asked for, one the grid of an arm and pair
+SPREAD=${SPREAD-} # GPUs that share a network
+if [ -n "$SPREAD" ]; then
+  case "$SPREAD-$PARALLEL" in 0* | *[!0-9]*-* | *-?*) echo "run_all.sh: error: SPREAD=$SPREAD: give the number of GPUs that share a network, without PARALLEL" >&2; exit 2 ;; esac
+  jobs=1
+fi
 JOBS=${JOBS-$jobs}  # processes side by side; on a CPU each then gets its share of the cores
 DRY_RUN=${DRY_RUN-}
 for name in $CONTROLS; do case $name in
@@ -83,7 +89,7 @@ fi
 # ---------------------------------------------------------------- the experiment
 run() { # run the commands on standard input, one a line, JOBS at a time
   if [ -n "$DRY_RUN" ]; then cat
-  elif [ "$gpu_count" -gt 1 ]; then # the command in slot n has the n-th GPU to itself
+  elif [ "$gpu_count" -gt 1 ] && [ "$JOBS" -gt 1 ]; then # the command in slot n has the n-th GPU to itself
     tr '\n' '\0' | GPUS=$gpus xargs -0 -n 1 -P "$JOBS" --process-slot-var=slot sh -c '
       export CUDA_VISIBLE_DEVICES=$(echo "$GPUS" | awk -F , "{ print \$($slot % NF + 1) }"); eval "$0" || exit 255'
   else tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" sh -c 'eval "$0" || exit 255'; fi
@@ -120,18 +126,20 @@ rewinds() { # of a width: the paper's grid is coarser for the widest networks
   esac
 }
 control() { case " $CONTROLS " in *" $1 "*) ;; *) return 1 ;; esac; } # whether a control is asked for
+train=$python
+if [ -n "$SPREAD" ]; then train+=" -m torch.distributed.run --standalone --nproc-per-node $SPREAD"; fi
 start=$(date +%s)
 
 roots | while read -r w R; do
   networks | together | while read -r set seeds; do
-    echo "$python train_dense.py --dataset $set --data-dir '$DATA_DIR' --model $MODEL --width $w --seed $seeds --out '$R/dense' --save-epochs $(rewinds "$w") $DENSE_FLAGS $beside"
+    echo "$train train_dense.py --dataset $set --data-dir '$DATA_DIR' --model $MODEL --width $w --seed $seeds --out '$R/dense' --save-epochs $(rewinds "$w") $DENSE_FLAGS $beside"
   done
 done | run
 
 roots | while read -r w R; do
   pruned | sort -nu | sed "s/^/chain /" | together | while read -r _ seeds; do
     folders() { for seed in $seeds; do printf "'%s' " "$R/$1/seed$seed"; done; }
-    echo "$python prune_imp.py --dense $(folders dense)--data-dir '$DATA_DIR' --sparsity $SPARSITY --out $(folders imp)$IMP_FLAGS $beside"
+    echo "$train prune_imp.py --dense $(folders dense)--data-dir '$DATA_DIR' --sparsity $SPARSITY --out $(folders imp)$IMP_FLAGS $beside"
   done
 done | run
 
@@ -147,7 +155,7 @@ roots | while read -r w R; do
   grid="--data-dir '$DATA_DIR' --sparsity $SPARSITY --rewind $(rewinds "$w") $SPARSE_FLAGS"
   if [ -n "$asked" ] && [ "$(echo $SPARSITY $(rewinds "$w") | wc -w)" -gt 2 ]; then grid+=" $beside"; fi # a single run gets all threads
   sparse() { # arm, weights, masks, folder
-    echo "$python train_sparse.py --arm $1 --weights '$R/dense/seed$2' --masks '$R/$3' --out '$R/sparse/$4' $grid ${5-}"
+    echo "$train train_sparse.py --arm $1 --weights '$R/dense/seed$2' --masks '$R/$3' --out '$R/sparse/$4' $grid ${5-}"
   }
   for a in $([ $reused = 1 ] || sources); do # where the source saw other images, LTH is no comparison
     lth() { sparse lth "$a" "imp/seed$a" "lth/seed$a-seed$a${1-}" "${2-}"; }

@@ -153,4 +153,4 @@ def load_mask(folder: Path, sparsity: float, arm: str, dense: dict[str, Any], mo
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, spreads=True)

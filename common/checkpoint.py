@@ -8,13 +8,14 @@ import json
 import os
 import pickle
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from common import distributed
 from common.errors import UserError
 
 WEIGHTS = ("model", "dataset", "seed", "epoch", "state_dict")
@@ -50,9 +51,16 @@ def label(sparsity: float) -> str:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[io.BufferedWriter]:
-    """Open a temporary file beside `path` that takes its place when the block ends well."""
+    """Open a temporary file beside `path` that takes its place when the block ends well.
+
+    Of several processes (common/distributed.py) the first alone writes, when all have asked what there was before.
+    """
+    distributed.wait()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if distributed.RANK:
+            yield io.BytesIO()
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             yield file
@@ -62,6 +70,15 @@ def replacing(path: Path) -> Iterator[io.BufferedWriter]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        distributed.wait()
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Delete files, those that are there."""
+    distributed.wait()
+    for path in paths if distributed.RANK == 0 else ():
+        path.unlink(missing_ok=True)
+    distributed.wait()
 
 
 def save(content: Any, path: Path) -> None:
@@ -193,8 +210,7 @@ def is_finished(folder: Path, arguments: dict[str, Any]) -> bool:
 def claim(folder: Path, arguments: dict[str, Any]) -> None:
     """Record in `folder`, before anything else, which experiment it holds; clear what a killed writer left."""
     folder = Path(folder)
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+    remove(folder.glob(".*.tmp"))
     if not (folder / "arguments.json").is_file():
         save_json(arguments, folder / "arguments.json")
 
@@ -215,16 +231,17 @@ def finish(
     seconds = sum(row["seconds"] for row in rows)
     result = {"stage": stage, "arguments": arguments, **more, **final, "seconds": seconds, "precision": precision}
     save_json(result | environment(device), folder / "result.json")
-    (folder / "resume.pt").unlink(missing_ok=True)
+    remove([folder / "resume.pt"])
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a result depends on beside its arguments: device, threads and versions."""
+    """What a result depends on beside its arguments: device, threads, processes and versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     versions = {package: metadata.version(package) for package in ("torch", "torchvision", "numpy", "scipy")}
     return {
         "device": f"{device.type}: {name}",
         "threads": torch.get_num_threads(),
+        "processes": distributed.PROCESSES,
         "versions": {"python": platform.python_version()} | versions,
     }
 

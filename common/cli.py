@@ -1,13 +1,16 @@
 """What the command lines of the stages share: argument groups with the paper's defaults, and errors as one line."""
 
 import argparse
+import contextlib
+import io
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common.errors import explain
+from common import distributed
+from common.errors import UserError, explain
 
 # The paper's settings (section 5 and appendix): (small images, ImageNet).
 PAPER: dict[str, dict[str, tuple[Any, Any]]] = {
@@ -43,14 +46,23 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call a script's main; what the user can mend ends in one line and exit code 2, a bug in its traceback."""
+def run(main: Callable[[], None], spreads: bool = False) -> None:
+    """Call a script's main; what the user can mend ends in one line and exit code 2, a bug in its traceback.
+
+    `spreads` says whether the script can be several processes (common/distributed.py), of which the first alone prints.
+    """
     name = Path(sys.argv[0]).name
     try:
-        main()
+        if distributed.PROCESSES > 1 and not spreads:
+            raise UserError("this is a single process: start it without torchrun")
+        with contextlib.redirect_stdout(io.StringIO()) if distributed.RANK else contextlib.nullcontext():
+            main()
+            distributed.leave()
     except Exception as error:
         if (line := explain(error)) is None:
             raise
+        if distributed.RANK and isinstance(error, UserError):  # which the first process tells
+            sys.exit(2)
         sys.exit(_complain(name, line))
     except KeyboardInterrupt:
         print(f"{name}: stopped; the same command goes on from the last epoch", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Data sets: small images resident on the training device, ImageNet streamed.
 
-Both kinds offer the same two methods, `train_batches` and `eval_batches`, and a `description` for checkpoints.
+Both kinds offer the same two methods, `train_batches` and `eval_batches`, and a `description` for checkpoints. Where
+several processes train one network (common/distributed.py), both give each process its share.
 The order and augmentation of an epoch depend on (seed, epoch) alone.
 """
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from common import distributed
 from common.errors import UserError
 from common.folder import folder_splits, read_folder
 from common.seeding import seeded
@@ -125,15 +127,13 @@ class Resident:
 
     def steps(self, batch_size: int) -> int:
         """Batches an epoch; the last short one is dropped."""
-        if len(self.train) < batch_size:
-            raise UserError(f"--batch-size {batch_size} is larger than the {len(self.train)} training images")
-        return len(self.train) // batch_size
+        return _steps(len(self.train), batch_size)
 
     def train_batches(self, batch_size: int, seed: int, epoch: int) -> Batches:
         """Shuffled, cropped, flipped and normalised batches (images fp32 channels-last, labels)."""
-        draw = self.draw(seed, epoch)
+        draw, part = self.draw(seed, epoch), distributed.share(batch_size)
         for start in range(0, self.steps(batch_size) * batch_size, batch_size):
-            yield self.batch(draw, slice(start, start + batch_size))
+            yield self.batch(draw, slice(start + part.start, start + part.stop))
 
     def draw(self, seed: int, epoch: int) -> Draw:
         """The order and augmentation of an epoch, drawn on the CPU, so that every device sees the same."""
@@ -162,7 +162,7 @@ class Resident:
         if limit is not None and limit < len(labels):
             chosen = balanced(labels.cpu(), limit).to(self.device)
             images, labels = images[chosen], labels[chosen]
-        for start in range(0, len(labels), batch_size):
+        for start in range(distributed.RANK * batch_size, len(labels), distributed.PROCESSES * batch_size):
             yield self._normalise(images[start : start + batch_size]), labels[start : start + batch_size]
 
     def _normalise(self, images: Tensor) -> Tensor:
@@ -179,6 +179,13 @@ class Resident:
 def epoch_seed(seed: int, epoch: int, item: int = 0) -> int:
     """A 64-bit generator seed that depends on seed, epoch and item alone."""
     return int(np.random.SeedSequence([seed, epoch, item]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _steps(images: int, batch_size: int) -> int:
+    if images < batch_size:
+        raise UserError(f"--batch-size {batch_size} is larger than the {images} training images")
+    distributed.share(batch_size)
+    return images // batch_size
 
 
 def balanced(labels: Tensor, limit: int) -> Tensor:
@@ -319,27 +326,27 @@ class Streamed:
         }
 
     def steps(self, batch_size: int) -> int:
-        if len(self.augmented) < batch_size:
-            raise UserError(f"--batch-size {batch_size} is larger than the {len(self.augmented)} training images")
-        return len(self.augmented) // batch_size
+        return _steps(len(self.augmented), batch_size)
 
     def train_batches(self, batch_size: int, seed: int, epoch: int) -> Batches:
         generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
         order = torch.randperm(len(self.augmented), generator=generator).tolist()
-        items = _Seeded(self.augmented, order, seed, epoch)
-        yield from self._load(items, batch_size, drop_last=True)
+        items, part = _Seeded(self.augmented, order, seed, epoch), distributed.share(batch_size)
+        starts = range(0, self.steps(batch_size) * batch_size, batch_size)
+        mine = [start + place for start in starts for place in range(part.start, part.stop)]
+        yield from self._load(torch.utils.data.Subset(items, mine), part.stop - part.start)
 
     def eval_batches(self, split: str = "test", batch_size: int = 250, limit: int | None = None) -> Batches:
         images = self.plain[split]
         if limit is not None and limit < len(images):
             images = torch.utils.data.Subset(images, balanced(torch.tensor(images.targets), limit).tolist())
-        yield from self._load(images, batch_size, drop_last=False)
+        mine = range(distributed.RANK, len(images), distributed.PROCESSES)
+        yield from self._load(torch.utils.data.Subset(images, mine), batch_size)
 
-    def _load(self, items: Any, batch_size: int, drop_last: bool) -> Batches:
+    def _load(self, items: Any, batch_size: int) -> Batches:
         loader = torch.utils.data.DataLoader(
             items,
             batch_size,
-            drop_last=drop_last,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # or it would draw from the global one, beside other threads

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from common import distributed
 from common.data import Resident, Streamed
 from common.errors import UserError, explain
 
@@ -27,7 +28,11 @@ Data = Resident | Streamed
 
 
 def run_all(runs: dict[str, Run], asked: str | None, width: float, data: Data) -> None:
-    """Call each of `runs`, one after the other, or side by side as `--parallel` asks."""
+    """Call each of `runs`, one after the other, or side by side as `--parallel` asks; the latter is not for torchrun."""
+    if distributed.PROCESSES > 1 and asked is not None:
+        raise UserError(
+            "--parallel trains several networks on one GPU, and torchrun one network on several: choose one"
+        )
     if asked is None:
         for run in runs.values():
             run()

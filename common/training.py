@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common import checkpoint, onednn
+from common import checkpoint, distributed, onednn
 from common.data import Batches, Resident, Streamed
 from common.errors import UserError
 from common.masking import Mask, Masker
@@ -26,7 +26,7 @@ TRIALS = 3  # of a step, before it is captured
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The named device, or CUDA where there is one; raises UserError when it is not there."""
+    """The named device, or CUDA where there is one, and each process's own GPU; raises UserError when it is not there."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -39,7 +39,7 @@ def pick_device(name: str | None) -> torch.device:
     torch.backends.cudnn.deterministic = True  # the same numbers on every run
     if device.type == "cpu":
         keep_freed_memory()
-    return device
+    return distributed.join(device)
 
 
 def keep_freed_memory() -> None:
@@ -91,7 +91,7 @@ def learning_rates(schedule: str, lr: float, epochs: int, warmup: int = 0) -> li
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Batches, precision: str = "fp32") -> tuple[float, float]:
-    """Mean cross-entropy in nats and accuracy in percent, in evaluation mode."""
+    """Mean cross-entropy in nats and accuracy in percent, in evaluation mode, over the batches of all processes."""
     model.eval()
     loss = correct = count = 0
     for images, labels in batches:
@@ -100,7 +100,8 @@ def evaluate(model: nn.Module, batches: Batches, precision: str = "fp32") -> tup
         loss += F.cross_entropy(logits, labels, reduction="sum").double()
         correct += (logits.argmax(1) == labels).sum()
         count += len(labels)
-    return float(loss) / count, 100 * float(correct) / count
+    loss, correct, count = distributed.total(loss, correct, count)
+    return loss / count, 100 * correct / count
 
 
 def cpu_state(model: nn.Module) -> dict[str, Tensor]:
@@ -138,10 +139,11 @@ def train(
     if compiled and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise UserError("--compile needs a C++ compiler, and none is here: install g++ or leave --compile out")
     device, last = data.device, first_epoch + len(rates)
-    graphed = device.type in GRAPHED and isinstance(data, Resident)
+    graphed = device.type in GRAPHED and isinstance(data, Resident) and distributed.PROCESSES == 1
     forward = torch.compile(model) if compiled else model
     blocked = _blocked(forward, device, precision)
     model.to(device, memory_format=torch.contiguous_format if blocked else torch.channels_last)
+    forward = distributed.spread(forward, device)
     optimiser = torch.optim.SGD(
         model.parameters(),
         lr=torch.zeros((), device=device) if graphed else 0.0,  # a tensor is read by the graph at every step
@@ -177,7 +179,7 @@ def train(
         step = GraphedStep(step, data, batch_size, [*changed, loss_sum, correct])
     bar = tqdm(
         total=len(rates) * steps * batch_size, initial=len(rows) * steps * batch_size, desc=name, unit="img", unit_scale=True,
-        disable=None if progress else True, leave=False, dynamic_ncols=True,
+        disable=None if progress and distributed.RANK == 0 else True, leave=False, dynamic_ncols=True,
     )  # fmt: skip
     for epoch in range(first_epoch + len(rows), last):
         start = time.perf_counter()
@@ -194,11 +196,12 @@ def train(
                 f"{name} diverged in epoch {epoch + 1}, its weights are no numbers any more: try a smaller --lr or more --warmup"
             )
         test_loss, test_acc = evaluate(model, data.eval_batches("test"), precision)
+        loss, right = distributed.total(loss_sum, correct)
         row = {
             "epoch": epoch + 1,
             "lr": rates[epoch - first_epoch],
-            "train_loss": float(loss_sum) / steps,
-            "train_acc": 100 * float(correct) / (steps * batch_size),
+            "train_loss": loss / (steps * distributed.PROCESSES),
+            "train_acc": 100 * right / (steps * batch_size),
             "test_loss": test_loss,
             "test_acc": test_acc,
             "seconds": time.perf_counter() - start,

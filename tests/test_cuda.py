@@ -1,11 +1,15 @@
 """What only a GPU can show: a captured graph computes what single launches do, alone and beside others."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from common import checkpoint, masking, parallel, training
 from common.models import build_model
 from common.training import GraphedStep, train
+from tests.conftest import ROOT, TINY
 from tests.test_data import resident
 from tests.test_training import SETTINGS
 
@@ -90,6 +94,18 @@ def test_networks_side_by_side_are_those_of_the_run_alone(tmp_path):
     for n in range(48):
         assert distance(tmp_path / f"alone{n % 8}", tmp_path / f"run{n}") < 1e-4
     assert distance(tmp_path / "alone0", tmp_path / "alone1") > 1e-2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_what_one_does(tmp_path):
+    """A network with BatchNorm, whose statistics are taken over both."""
+    dense = [*TINY, "--model", "resnet20", "--width", "0.5", "--device", "cuda", "--epochs", "2", "--save-epochs", "0"]
+    for name, count in (("one", 1), ("two", 2)):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        subprocess.run([*launch, "train_dense.py", *dense, "--out", str(tmp_path / name)], cwd=ROOT, check=True)
+    one, two = (checkpoint.load_dense(tmp_path / name / "seed0")["state_dict"] for name in ("one", "two"))
+    a, b = (torch.cat([value.double().flatten() for value in state.values()]) for state in (one, two))
+    assert float((a - b).norm() / a.norm()) < 1e-3
 
 
 def test_a_set_of_fewer_batches_than_trials_is_captured(tmp_path):

@@ -175,6 +175,7 @@ def test_each_of_several_gpus_has_a_command_of_its_own(tmp_path):
     assert set(used(JOBS="4")) == {"0", "1", "2"}  # the fourth shares the first GPU
     assert set(used(CUDA_VISIBLE_DEVICES="GPU-5,7")) == {"GPU-5", "7"}
     assert set(used(CUDA_VISIBLE_DEVICES="7")) == {"7"}
+    assert sorted(used(PARALLEL="auto")) == list("012")
     lines = run_all(
         "svhn", CUDA_VISIBLE_DEVICES="0,1,2", DRY_RUN="1", PARALLEL="auto", PAIRS="0 1 2 3"
     ).stdout.splitlines()
@@ -184,6 +185,19 @@ def test_each_of_several_gpus_has_a_command_of_its_own(tmp_path):
     chains = [shlex.split(line) for line in lines if "prune_imp" in line]
     networks = [words[words.index("--dense") + 1 : words.index("--data-dir")] for words in chains]
     assert [[name[-5:] for name in line] for line in networks] == [["seed0", "seed6"], ["seed2"], ["seed4"]]
+
+
+def test_gpus_that_share_a_network_are_started_by_torchrun():
+    usual, shared = (
+        run_all("imagenet", DRY_RUN="1", CUDA_VISIBLE_DEVICES="0,1,2,3", **more).stdout.splitlines()
+        for more in ({}, {"SPREAD": "4"})
+    )
+    launch = "python3 -m torch.distributed.run --standalone --nproc-per-node 4 "
+    assert [line.replace(launch, "python3 ") for line in shared] == usual
+    assert all(line.startswith(launch) == (" train_" in line or " prune_" in line) for line in shared)
+    for wrong in ({"SPREAD": "two"}, {"SPREAD": "0"}, {"SPREAD": "2", "PARALLEL": "auto"}):
+        done = run_all("imagenet", DRY_RUN="1", **wrong)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "SPREAD" in done.stderr
 
 
 def test_svhn_reuses_the_masks_of_cifar10():
