@@ -228,16 +228,12 @@ def load_masks(folder: Path, source: dict[str, Any], target: dict[str, Any]) -> 
         raise UserError(f"source and target are the same network, of seed {source['seed']}")
     masks = {}
     for path in sorted(folder.glob("mask_*.pt")):
-        entry = masks[path.name] = checkpoint.load(path, checkpoint.MASKS) | {"unpermuted": checkpoint.digest(path)}
-        if entry["model"] != source["model"]:
-            raise UserError(f"{path} is for {entry['model']}, and the source is {source['model']}")
-        for part in ("mask", "signs"):
-            masking.check_fits(entry[part], source["state_dict"], path)
+        entry = masking.load(path, source)
+        masks[path.name] = entry | {"unpermuted": entry.pop("sha256")}
         if (entry["source_seed"], entry["target_seed"]) != (source["seed"], None):
             made = f"made from seed {entry['source_seed']}, target {entry['target_seed']}"
             raise UserError(f"{path} is no mask of the source: {made}")
-        if any(not torch.equal(sign, source["state_dict"][name] > 0) for name, sign in entry["signs"].items()):
-            raise UserError(f"{path} was pruned from another network than the source, though of the same seed")
+        masking.check_source(entry, source, path)
     if not masks:
         raise UserError(f"no mask_*.pt in {folder}: run prune_imp.py first")
     return masks

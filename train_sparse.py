@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from common import checkpoint, cli, masking
@@ -58,10 +57,9 @@ def main() -> None:
     cli.paper_defaults(args, "sparse", dense["dataset"]["name"])
     total = args.epochs or dense["result"]["arguments"]["epochs"]
     seed = dense["seed"] if args.seed is None else args.seed
-    model = build_model(**dense["model"], seed=dense["seed"])
 
     # Read and check every input before the first run starts.
-    masks = {s: load_mask(args.masks, s, args.arm, dense, model) for s in sorted(set(args.sparsity))}
+    masks = {s: load_mask(args.masks, s, args.arm, dense) for s in sorted(set(args.sparsity))}
     rewound = {k: checkpoint.load_dense(args.weights, k) for k in sorted(set(args.rewind))}
     if max(rewound) >= total:
         raise UserError(f"--rewind {max(rewound)} leaves no epoch to train: T is {total}")
@@ -119,14 +117,10 @@ def start_weights(weights: dict[str, Tensor], mask: dict[str, Any], signs: bool,
     return start
 
 
-def load_mask(folder: Path, sparsity: float, arm: str, dense: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
+def load_mask(folder: Path, sparsity: float, arm: str, dense: dict[str, Any]) -> dict[str, Any]:
     """Read the mask of a sparsity; raises UserError when it does not fit the network or contradicts the arm."""
     path = checkpoint.mask_file(folder, sparsity)
-    mask = checkpoint.load(path, checkpoint.MASKS)
-    if mask["model"] != dense["model"]:
-        raise UserError(f"{path} is a mask for {mask['model']}, and the weights are {dense['model']}")
-    for part in ("mask", "signs"):
-        masking.check_fits(mask[part], model.state_dict(), path)
+    mask = masking.load(path, dense)
     if abs(masking.sparsity(mask["mask"]) - sparsity) > 1 / masking.size(mask["mask"]):
         raise UserError(
             f"{path} prunes {masking.sparsity(mask['mask']):.4%}, not {sparsity:.2%}: it was changed after stage 2"
@@ -145,11 +139,11 @@ def load_mask(folder: Path, sparsity: float, arm: str, dense: dict[str, Any], mo
             "unpermuted" if target is None else f"permuted onto seed {target} by {mask['method']}"
         )
         raise UserError(f"--arm {arm} contradicts the files: {path} is of {made}, and the weights are of seed {seed}")
-    if own and any(not torch.equal(entry, dense["state_dict"][name] > 0) for name, entry in mask["signs"].items()):
-        raise UserError(f"{path} was pruned from another network than the one in --weights, though of the same seed")
+    if own:
+        masking.check_source(mask, dense, path)
     if arm == "shuffled":
         mask["mask"] = masking.shuffle(mask["mask"], seed)
-    return mask | {"sha256": checkpoint.digest(path)}
+    return mask
 
 
 if __name__ == "__main__":

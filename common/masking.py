@@ -3,9 +3,13 @@
 A mask is data with the shape of the weights, so `common.permutation.permute` moves it as it moves weights.
 """
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from common import checkpoint
 from common.errors import UserError
 
 Mask = dict[str, Tensor]
@@ -88,6 +92,25 @@ def check_fits(mask: Mask, weights: dict[str, Tensor], path: object) -> None:
     for name, entry in mask.items():
         if name not in weights or weights[name].shape != entry.shape or entry.dtype != torch.bool:
             raise UserError(f"{path} does not fit the network: {name} is {tuple(entry.shape)} {entry.dtype} there")
+
+
+def load(path: Path, dense: dict[str, Any]) -> dict[str, Any]:
+    """Read the mask file at `path` for the network of a checkpoint; adds `sha256`, its digest.
+
+    Raises UserError when it is no mask file or is for another network.
+    """
+    entry = checkpoint.load(path, checkpoint.MASKS)
+    if entry["model"] != dense["model"]:
+        raise UserError(f"{path} is a mask for {entry['model']}, and the network is {dense['model']}")
+    for part in ("mask", "signs"):
+        check_fits(entry[part], dense["state_dict"], path)
+    return entry | {"sha256": checkpoint.digest(path)}
+
+
+def check_source(entry: dict[str, Any], dense: dict[str, Any], path: Path) -> None:
+    """Raise UserError unless the mask at `path` was pruned from these very weights, whose signs it keeps."""
+    if any(not torch.equal(positive, dense["state_dict"][name] > 0) for name, positive in entry["signs"].items()):
+        raise UserError(f"{path} was pruned from another network of seed {dense['seed']} than the one given here")
 
 
 def from_prune(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Mask]:

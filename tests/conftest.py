@@ -33,6 +33,9 @@ TINY = [
 ]
 
 
+IMP = ("--epochs", 1, "--batch-size", 64, "--device", "cpu", "--precision", "fp32")
+
+
 class Outcome(NamedTuple):
     code: int
     out: str
@@ -58,6 +61,23 @@ def succeed(script: str, *arguments: object) -> str:
     outcome = call(script, *arguments)
     assert outcome.code == 0, outcome.err
     return outcome.out
+
+
+def refused(outcome: Outcome, *words: object) -> None:
+    """The script ended in one line that says all of `words`."""
+    assert outcome.code == 2, outcome
+    assert outcome.err.count("\n") == 1 and "Traceback" not in outcome.err, outcome.err
+    for word in words:
+        assert str(word) in outcome.err, outcome.err
+
+
+def state(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def same(one: dict, other: dict) -> bool:
+    """Whether two state dicts hold the same bits."""
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -107,3 +127,14 @@ def sparse(arm: str, weights: Path, masks: Path, out: Path, *more: object) -> Ou
         *tiny,
         *(more or ("--sparsity", 0.5, 0.7, "--rewind", 0, 1)),
     )
+
+
+@pytest.fixture(scope="session")
+def aligned(runs, tmp_path_factory) -> Path:
+    """The masks of seed 0 permuted onto seed 1 by every method. Tests must not write into it."""
+    root = tmp_path_factory.mktemp("aligned")
+    for method in ("weight", "masked", "random", "identity"):
+        ends = ("--source", runs / "dense/seed0", "--target", runs / "dense/seed1", "--masks", runs / "imp/seed0")
+        out = succeed("align_mask", *ends, "--method", method, "--device", "cpu", "--out", root / method)
+        assert "objective" in out and "same function" in out
+    return root

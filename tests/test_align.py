@@ -10,16 +10,7 @@ from torch.nn.utils import prune
 from common import masking
 from common.axes import find_axes
 from common.permutation import permute
-from tests.conftest import call, succeed
-
-
-def state(path):
-    return torch.load(path, weights_only=True)
-
-
-def refused(outcome, *words):
-    assert outcome.code == 2 and len(outcome.err.splitlines()) == 1, outcome
-    assert all(str(word) in outcome.err for word in words), outcome.err
+from tests.conftest import call, refused, state, succeed
 
 
 @pytest.fixture(scope="module")

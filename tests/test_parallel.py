@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.models import build_model
 from common.seeding import seeded
 from common.training import train
-from tests.conftest import ROOT, TINY, call, sparse, succeed
+from tests.conftest import ROOT, TINY, call, same, sparse, succeed
 from tests.test_data import resident
 from tests.test_training import SETTINGS
 
@@ -30,10 +30,6 @@ HOWS = [pytest.param(parallel._in_processes, marks=forks), parallel._in_threads]
 
 def network(seed=0):
     return build_model("resnet20", 0.25, 2, (3, 8, 8), seed)
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def without_time(rows):
