@@ -22,8 +22,9 @@ preset=${1:-quick}
 if [ $# -gt 1 ]; then echo "run_all.sh: error: unexpected '$2': give one preset, and settings before the command (DRY_RUN=1 bash run_all.sh)" >&2; exit 2; fi
 
 # ---------------------------------------------------------------- settings
-gpus=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | paste -sd , - || true)}
-gpu_count=$(echo "$gpus" | awk -F , '{ print NF }')
+gpus=$(echo "${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | grep -x '[0-9]*')}" |
+  tr , '\n' | grep -v -e '^ *$' -e '^ *-1' || true)
+gpu_count=$(echo $gpus | wc -w)
 # Pair p has source seed 2p and target seed 2p+1, so that pairs are independent.
 dense_flags="" imp_flags="" align_flags="" sparse_flags="" interpolation_flags="" jobs=$((gpu_count > 1 ? gpu_count : 1)) parallel="" methods="activation masked" controls=""
 analyses="results report" source_dataset=""
@@ -34,7 +35,8 @@ case $preset in
     dense_flags="--image-size 16 --limit-train 3000 --epochs 9 --batch-size 64 --lr 0.05 --warmup 2"
     imp_flags="--epochs 1 --batch-size 64 --lr 0.02" sparse_flags="--batch-size 64 --lr 0.01"
     methods="activation" interpolation_flags="--points 5 --images 500" analyses="results accuracy interpolation masks methods"
-    cores=$(getconf _NPROCESSORS_ONLN) jobs=$((cores < 4 ? cores : 4))
+    cores=$(getconf _NPROCESSORS_ONLN)
+    if [ "$gpu_count" -le 1 ]; then jobs=$((cores < 4 ? cores : 4)); fi
     if [ "$cores" -le 4 ] && [ "$gpu_count" = 0 ]; then parallel=auto; fi ;; # not measured on a GPU yet
   cifar10)  dataset=cifar10 widths="1 4 8 16" ;;
   cifar100) dataset=cifar100 widths="1 4 8 16" rewind="0 10 25 50 100" ;;
@@ -59,8 +61,8 @@ asked=${PARALLEL-} PARALLEL=${PARALLEL-$parallel} # then one command trains all 
 if [ -n "$asked" ]; then jobs=$((gpu_count > 1 ? gpu_count : 1)); fi # where asked for, one the grid of an arm and pair
 SPREAD=${SPREAD-} # GPUs that share a network
 if [ -n "$SPREAD" ]; then
-  case "$SPREAD-$PARALLEL" in 0* | *[!0-9]*-* | *-?*) echo "run_all.sh: error: SPREAD=$SPREAD: give the number of GPUs that share a network, without PARALLEL" >&2; exit 2 ;; esac
-  jobs=1
+  case "$SPREAD-$asked${JOBS-}" in 0* | *[!0-9]*-* | *-?*) echo "run_all.sh: error: SPREAD=$SPREAD: give the number of GPUs that share a network, without PARALLEL and JOBS" >&2; exit 2 ;; esac
+  jobs=1 PARALLEL=
 fi
 JOBS=${JOBS-$jobs}  # processes side by side; on a CPU each then gets its share of the cores
 DRY_RUN=${DRY_RUN-}
@@ -91,7 +93,7 @@ run() { # run the commands on standard input, one a line, JOBS at a time
   if [ -n "$DRY_RUN" ]; then cat
   elif [ "$gpu_count" -gt 1 ] && [ "$JOBS" -gt 1 ]; then # the command in slot n has the n-th GPU to itself
     tr '\n' '\0' | GPUS=$gpus xargs -0 -n 1 -P "$JOBS" --process-slot-var=slot sh -c '
-      export CUDA_VISIBLE_DEVICES=$(echo "$GPUS" | awk -F , "{ print \$($slot % NF + 1) }"); eval "$0" || exit 255'
+      set -- $GPUS; shift $((slot % $#)); export CUDA_VISIBLE_DEVICES=$1; eval "$0" || exit 255'
   else tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" sh -c 'eval "$0" || exit 255'; fi
 }
 roots() { # width and folder of each width
@@ -111,8 +113,8 @@ pruned() { # seeds of the networks to prune
 networks() { # a line a dense network: its data set and seed
   { sources | sed "s/^/${SOURCE_DATASET:-$DATASET} /"; pairs | cut -d ' ' -f 2 | sed "s/^/$DATASET /"; } | sort -k 2,2n -u
 }
-together() { # networks that one command trains side by side: lines of one first word become one line, or one a GPU
-  if [ -z "$PARALLEL" ]; then cat; else awk -v lines=$((gpu_count > 1 ? gpu_count : 1)) '
+together() { # networks that one command trains side by side: lines of one first word become one line, or one a GPU in use
+  if [ -z "$PARALLEL" ]; then cat; else awk -v lines=$((gpu_count > 1 ? JOBS : 1)) '
     { of[$1] = of[$1] " " $2 }
     END { for (set in of) { count = split(of[set], seeds); for (line = 0; line < lines && line < count; line++) {
       printf "%s", set; for (i = line + 1; i <= count; i += lines) printf " %s", seeds[i]; print "" } } }'

@@ -57,20 +57,24 @@ def replacing(path: Path) -> Iterator[io.BufferedWriter]:
     """
     distributed.wait()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    done = False
     try:
         if distributed.RANK:
             yield io.BytesIO()
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            yield file
-        os.replace(temporary, path)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                yield file
+            os.replace(temporary, path)
+        done = True
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        distributed.wait()
+        (failed,) = distributed.total(not done)
+    if failed:
+        raise UserError(f"cannot write {path}: the first process says why")
 
 
 def remove(paths: Iterable[Path]) -> None:

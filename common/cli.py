@@ -43,6 +43,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> None:
+        distributed.after_the_first()
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
@@ -59,10 +60,9 @@ def run(main: Callable[[], None], spreads: bool = False) -> None:
             main()
             distributed.leave()
     except Exception as error:
+        distributed.after_the_first()
         if (line := explain(error)) is None:
             raise
-        if distributed.RANK and isinstance(error, UserError):  # which the first process tells
-            sys.exit(2)
         sys.exit(_complain(name, line))
     except KeyboardInterrupt:
         print(f"{name}: stopped; the same command goes on from the last epoch", file=sys.stderr)

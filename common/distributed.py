@@ -5,49 +5,60 @@ there is one process, which has all of every batch, and nothing here does anythi
 """
 
 import os
+import sys
+import time
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from common.errors import UserError
 
-_launched = distributed.is_torchelastic_launched()
+_launched = distributed.is_available() and distributed.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if _launched else 0  # of this process
 PROCESSES = int(os.environ["WORLD_SIZE"]) if _launched else 1
+PATIENCE = 10  # seconds
 
 
-def join(device: torch.device) -> torch.device:
-    """Meet the other processes; returns the device of this one. Raises UserError when there are more of them than GPUs."""
-    if PROCESSES == 1:
+def own(device: torch.device) -> torch.device:
+    """This process's own device of a kind; raises UserError when there are fewer GPUs than processes on this machine."""
+    if PROCESSES == 1 or device.type != "cuda":
         return device
-    if device.type == "cuda":
-        place, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if device.index is not None or place >= count:
-            raise UserError(f"torchrun gives every process a GPU of its own: leave {device} out, and start at most {count} here")  # fmt: skip
-        device = torch.device("cuda", place)
-        torch.cuda.set_device(device)
-    if not distributed.is_initialized():
-        distributed.init_process_group()
-    return device
+    here, count = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if device.index is not None or 0 < count < here:
+        raise UserError(f"torchrun started {here} processes, each for a GPU of its own, and {count} GPUs are here: start as many, without a number in --device")  # fmt: skip
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+
+
+def join(device: torch.device) -> None:
+    """Meet the other processes, each on its own device."""
+    if PROCESSES > 1 and not distributed.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
 def leave() -> None:
-    """Part from the other processes, when all are done."""
-    if distributed.is_initialized():
+    """Part from the other processes when all are done, and end this one."""
+    if PROCESSES > 1 and distributed.is_initialized():
         wait()
         distributed.destroy_process_group()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(0)  # gloo's threads may live on, and would abort an interpreter that ends under them
 
 
 def spread(model: nn.Module, device: torch.device) -> nn.Module:
     """What trains `model`, which is on `device`, as one process would with the whole batch.
 
-    Gradients are averaged over the processes, and on GPUs BatchNorm takes its statistics over all of them. On CPUs,
-    for which torch has no such BatchNorm, they are each process's own.
+    Gradients are averaged over the processes, and BatchNorm takes its statistics over all of them. Raises UserError
+    for BatchNorm on CPUs, where torch cannot do that.
     """
     if PROCESSES == 1:
         return model
     if device.type == "cuda":
         return nn.parallel.DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(model), [device])
+    if any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise UserError("several processes train a network with BatchNorm on GPUs only: start it without torchrun")
     return nn.parallel.DistributedDataParallel(model)
 
 
@@ -60,14 +71,19 @@ def share(batch_size: int) -> slice:
 
 
 def total(*values: Tensor | float) -> list[float]:
-    """The sum of each value over all processes."""
+    """The sum of each value over all processes that have joined."""
     sums = torch.tensor([float(value) for value in values], dtype=torch.float64)
-    if PROCESSES > 1:
+    if PROCESSES > 1 and distributed.is_initialized():
         distributed.all_reduce(sums)
     return sums.tolist()
 
 
+def after_the_first() -> None:
+    """Before an error is told: the first process tells most errors, and torchrun then ends the others."""
+    if RANK:
+        time.sleep(PATIENCE)
+
+
 def wait() -> None:
     """Until every process is here."""
-    if PROCESSES > 1 and distributed.is_initialized():
-        total(0)
+    total(0)

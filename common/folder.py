@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from common import checkpoint
+from common import checkpoint, distributed
 from common.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
@@ -47,8 +47,9 @@ def read_folder(folder: Path, size: int | None) -> tuple:
         for row, (path, _) in enumerate(tqdm(pairs, f"decoding {folder}", unit="img", disable=None, leave=False)):
             images[row] = _decode(path, size, given=cache != native)
         parts += [torch.from_numpy(images), torch.tensor([label for _, label in pairs])]
-    with contextlib.suppress(UserError):  # a read-only data folder only costs time
-        checkpoint.save({"stamp": stamp, "parts": parts}, cache)
+    if distributed.PROCESSES == 1:  # of several, one might have found what another command has just written
+        with contextlib.suppress(UserError):  # a read-only data folder only costs time
+            checkpoint.save({"stamp": stamp, "parts": parts}, cache)
     return *parts, classes, checksum
 
 

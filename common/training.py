@@ -30,7 +30,7 @@ def pick_device(name: str | None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = distributed.own(torch.device(name))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
@@ -39,7 +39,8 @@ def pick_device(name: str | None) -> torch.device:
     torch.backends.cudnn.deterministic = True  # the same numbers on every run
     if device.type == "cpu":
         keep_freed_memory()
-    return distributed.join(device)
+    distributed.join(device)
+    return device
 
 
 def keep_freed_memory() -> None:
@@ -290,9 +291,8 @@ def _capture(work: Callable[[], None], device: torch.device) -> Callable[[], Non
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # an edited step may ask the device for a value
-            tqdm.write(
-                f"steps are launched one by one, which is slower: no CUDA graph of them ({str(error).splitlines()[0]})"
-            )
+            cause = str(error.__context__ or error).partition("\n")[0]  # the end of a broken capture raises in turn
+            tqdm.write(f"steps are launched one by one, which is slower: no CUDA graph of them ({cause})")
             return work
     current.wait_stream(side)
     return graph.replay

@@ -77,13 +77,21 @@ def test_a_set_of_fewer_batches_than_trials_is_tried_and_put_back(tmp_path, monk
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_step_that_no_graph_takes_is_launched_bit_by_bit(monkeypatch, capfd, fails):
     """On a stand-in for CUDA: what a capture runs is not computed, and one that fails leaves the step as it is."""
-    steps, replays = [], []
+    steps, replays, capturing = [], [], []
+
+    def work():
+        steps.append(1)
+        if fails and capturing:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     class Capture(contextlib.nullcontext):
+        def __enter__(self):
+            capturing.append(1)
+
         def __exit__(self, *error):
-            del steps[-1]
-            if fails:
-                raise RuntimeError("operation not permitted when stream is capturing\nand more")
+            del steps[-1], capturing[-1]
+            if error[1]:
+                raise RuntimeError("capture was invalidated") from None
 
     def stream(device=None):
         return types.SimpleNamespace(wait_stream=lambda other: None)
@@ -93,7 +101,7 @@ def test_a_step_that_no_graph_takes_is_launched_bit_by_bit(monkeypatch, capfd, f
         CUDAGraph=lambda: types.SimpleNamespace(replay=lambda: replays.append(1)), graph=lambda *_, **__: Capture(),
     )  # fmt: skip
     monkeypatch.setattr(torch, "cuda", fake)
-    replay = training._capture(lambda: steps.append(1), torch.device("cuda"))
+    replay = training._capture(work, torch.device("cuda"))
     assert len(steps) == training.TRIALS
     replay()
     assert (len(steps) - training.TRIALS, len(replays)) == ((1, 0) if fails else (0, 1))

@@ -1,13 +1,15 @@
 import os
 import shlex
 import subprocess
+import sys
+from pathlib import Path
 
 from tests.conftest import ROOT, call
 
 
 def run_all(*arguments, **environment):
     """The script as on a machine without GPUs, unless CUDA_VISIBLE_DEVICES is None: then they are nvidia-smi's."""
-    keep = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
+    keep = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": os.environ.get("HOME", "")}
     settings = {
         key: value for key, value in (keep | {"CUDA_VISIBLE_DEVICES": ""} | environment).items() if value is not None
     }
@@ -140,7 +142,7 @@ def test_quick_fills_a_few_cores_and_leaves_a_gpu_to_processes(tmp_path):
         printed = run_all(preset, DRY_RUN="1", **{"CUDA_VISIBLE_DEVICES": None} | environment).stdout.splitlines()
         return [[line for line in printed if stage in line] for stage in ("train_dense", "prune_imp", "train_sparse")]
 
-    path = command(tmp_path, "nvidia-smi", "echo no devices >&2; exit 6")
+    path = command(tmp_path, "nvidia-smi", "printf 'No devices were found\\n\\n'; exit 6")
     command(tmp_path, "getconf", "echo 2")
     dense, chains, sparse = stages(PATH=path)
     assert [len(lines) for lines in (dense, chains, sparse)] == [1, 1, 9] and "--parallel" not in str(sparse)
@@ -150,7 +152,8 @@ def test_quick_fills_a_few_cores_and_leaves_a_gpu_to_processes(tmp_path):
     command(tmp_path, "getconf", "echo 2")
     command(tmp_path, "nvidia-smi", "echo 0")
     assert [len(lines) for lines in stages(PATH=path)] == [6, 3, 9] and "--parallel" not in str(stages(PATH=path))
-    assert [len(lines) for lines in stages(PATH=path, CUDA_VISIBLE_DEVICES="")] == [1, 1, 9]
+    for none in ("", "-1"):
+        assert [len(lines) for lines in stages(PATH=path, CUDA_VISIBLE_DEVICES=none)] == [1, 1, 9]
     for environment in ({}, {"JOBS": "2"}):
         for lines in stages("svhn", PARALLEL="auto", PAIRS="0", **environment):
             assert lines and all("--parallel auto" in line for line in lines)
@@ -159,23 +162,25 @@ def test_quick_fills_a_few_cores_and_leaves_a_gpu_to_processes(tmp_path):
 def test_each_of_several_gpus_has_a_command_of_its_own(tmp_path):
     path = command(tmp_path, "nvidia-smi", "printf '0\\n1\\n2\\n'")
     command(
-        tmp_path, "python3", f'echo "$1 ${{CUDA_VISIBLE_DEVICES-all}}" >> {tmp_path}/log; [ "$1" = -c ] || sleep 0.4'
+        tmp_path, "python3", f'echo "$1 ${{CUDA_VISIBLE_DEVICES-all}}" >> {tmp_path}/log; [ "$1" = -c ] || sleep 0.3'
     )
 
     def used(**environment):
         (tmp_path / "log").unlink(missing_ok=True)
         environment = {"CUDA_VISIBLE_DEVICES": None} | environment
-        done = run_all("cifar10", PATH=path, WIDTHS="1", OUT=str(tmp_path / "runs"), **environment)
+        settings = {"WIDTHS": "1", "METHODS": "", "OUT": str(tmp_path / "runs")} | environment
+        done = run_all("cifar10", PATH=path, **settings)
         assert done.returncode == 0, done.stderr
-        lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+        lines = [line.split(maxsplit=1) for line in (tmp_path / "log").read_text().splitlines()]
         return [device for script, device in lines if script == "train_dense.py"]
 
     assert sorted(used()) == list("001122")
     assert set(used(JOBS="2")) == {"0", "1"}
     assert set(used(JOBS="4")) == {"0", "1", "2"}  # the fourth shares the first GPU
-    assert set(used(CUDA_VISIBLE_DEVICES="GPU-5,7")) == {"GPU-5", "7"}
+    assert set(used(CUDA_VISIBLE_DEVICES="GPU-5, 7,")) == {"GPU-5", "7"}
     assert set(used(CUDA_VISIBLE_DEVICES="7")) == {"7"}
     assert sorted(used(PARALLEL="auto")) == list("012")
+    assert len(used(PARALLEL="auto", JOBS="2")) == 2 and used(PARALLEL="auto", JOBS="1") == ["all"]
     lines = run_all(
         "svhn", CUDA_VISIBLE_DEVICES="0,1,2", DRY_RUN="1", PARALLEL="auto", PAIRS="0 1 2 3"
     ).stdout.splitlines()
@@ -195,7 +200,13 @@ def test_gpus_that_share_a_network_are_started_by_torchrun():
     launch = "python3 -m torch.distributed.run --standalone --nproc-per-node 4 "
     assert [line.replace(launch, "python3 ") for line in shared] == usual
     assert all(line.startswith(launch) == (" train_" in line or " prune_" in line) for line in shared)
-    for wrong in ({"SPREAD": "two"}, {"SPREAD": "0"}, {"SPREAD": "2", "PARALLEL": "auto"}):
+    assert "--parallel" not in run_all("quick", DRY_RUN="1", SPREAD="2").stdout
+    for wrong in (
+        {"SPREAD": "two"},
+        {"SPREAD": "0"},
+        {"SPREAD": "2", "PARALLEL": "auto"},
+        {"SPREAD": "2", "JOBS": "2"},
+    ):
         done = run_all("imagenet", DRY_RUN="1", **wrong)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "SPREAD" in done.stderr
 
@@ -219,7 +230,7 @@ def test_unknown_presets_and_controls_are_refused():
 
 
 def test_a_stage_that_fails_stops_the_experiment(tmp_path):
-    done = run_all("quick", PAIRS="0", OUT=str(tmp_path), DENSE_FLAGS="--epochs 0", PATH=os.environ["PATH"])
+    done = run_all("quick", PAIRS="0", OUT=str(tmp_path), DENSE_FLAGS="--epochs 0")
     assert (
         done.returncode != 0
         and "--epochs" in done.stderr
