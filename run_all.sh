@@ -23,10 +23,10 @@ if [ $# -gt 1 ]; then echo "run_all.sh: error: unexpected '$2': give one preset,
 
 # ---------------------------------------------------------------- settings
 gpus=$(echo "${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | grep -x '[0-9]*')}" |
-  tr , '\n' | grep -v -e '^ *$' -e '^ *-1' || true)
+  tr , '\n' | grep -v '^ *-1' || true)
 gpu_count=$(echo $gpus | wc -w)
 # Pair p has source seed 2p and target seed 2p+1, so that pairs are independent.
-dense_flags="" imp_flags="" align_flags="" sparse_flags="" interpolation_flags="" jobs=$((gpu_count > 1 ? gpu_count : 1)) parallel="" methods="activation masked" controls=""
+dense_flags="" imp_flags="" align_flags="" sparse_flags="" interpolation_flags="" jobs=1 parallel="" methods="activation masked" controls=""
 analyses="results report" source_dataset=""
 pairs="0 1 2" widths="1" sparsity="0.8 0.9 0.95 0.97" rewind="0 5 10 15 20 25 50 75 100" model=resnet20
 case $preset in
@@ -35,8 +35,7 @@ case $preset in
     dense_flags="--image-size 16 --limit-train 3000 --epochs 9 --batch-size 64 --lr 0.05 --warmup 2"
     imp_flags="--epochs 1 --batch-size 64 --lr 0.02" sparse_flags="--batch-size 64 --lr 0.01"
     methods="activation" interpolation_flags="--points 5 --images 500" analyses="results accuracy interpolation masks methods"
-    cores=$(getconf _NPROCESSORS_ONLN)
-    if [ "$gpu_count" -le 1 ]; then jobs=$((cores < 4 ? cores : 4)); fi
+    cores=$(getconf _NPROCESSORS_ONLN) jobs=$((cores < 4 ? cores : 4))
     if [ "$cores" -le 4 ] && [ "$gpu_count" = 0 ]; then parallel=auto; fi ;; # not measured on a GPU yet
   cifar10)  dataset=cifar10 widths="1 4 8 16" ;;
   cifar100) dataset=cifar100 widths="1 4 8 16" rewind="0 10 25 50 100" ;;
@@ -58,7 +57,8 @@ DENSE_FLAGS=${DENSE_FLAGS-$dense_flags} IMP_FLAGS=${IMP_FLAGS-$imp_flags} SPARSE
 ALIGN_FLAGS=${ALIGN_FLAGS-$align_flags} INTERPOLATION_FLAGS=${INTERPOLATION_FLAGS-$interpolation_flags}
 REPORT_FLAGS=${REPORT_FLAGS-} METHODS=${METHODS-$methods} CONTROLS=${CONTROLS-$controls}
 asked=${PARALLEL-} PARALLEL=${PARALLEL-$parallel} # then one command trains all dense networks, and one all chains;
-if [ -n "$asked" ]; then jobs=$((gpu_count > 1 ? gpu_count : 1)); fi # where asked for, one the grid of an arm and pair
+if [ -n "$asked" ]; then jobs=1; fi                # where it was asked for, one the grid of an arm and pair, too
+if [ "$gpu_count" -gt 1 ]; then jobs=$gpu_count; fi
 SPREAD=${SPREAD-} # GPUs that share a network
 if [ -n "$SPREAD" ]; then
   case "$SPREAD-$asked${JOBS-}" in 0* | *[!0-9]*-* | *-?*) echo "run_all.sh: error: SPREAD=$SPREAD: give the number of GPUs that share a network, without PARALLEL and JOBS" >&2; exit 2 ;; esac

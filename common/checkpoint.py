@@ -57,7 +57,6 @@ def replacing(path: Path) -> Iterator[io.BufferedWriter]:
     """
     distributed.wait()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    done = False
     try:
         if distributed.RANK:
             yield io.BytesIO()
@@ -66,15 +65,12 @@ def replacing(path: Path) -> Iterator[io.BufferedWriter]:
             with open(temporary, "wb") as file:
                 yield file
             os.replace(temporary, path)
-        done = True
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        (failed,) = distributed.total(not done)
-    if failed:
-        raise UserError(f"cannot write {path}: the first process says why")
+        distributed.wait()
 
 
 def remove(paths: Iterable[Path]) -> None:
