@@ -183,7 +183,7 @@ def show(table: pd.DataFrame) -> str:
 
 def main() -> None:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all; large: GPUs only)")
     parser.add_argument("--size", type=cli.number(int, 8), default=32, help="image size in px (default: %(default)s)")
     parser.add_argument("--steps", type=cli.positive, help="training steps a repeat (default: 40 on a CPU, else 200)")
     parser.add_argument("--repeats", type=cli.positive, help="default: 5 on a CPU, else 3")
