@@ -193,9 +193,13 @@ Loaded = tuple[
 
 
 def load_runs(args: argparse.Namespace, device: torch.device) -> Loaded:
-    """Dense runs of stage 1 and masks of stage 2."""
+    """Dense runs of stage 1 and masks of stage 2; raises UserError when they do not fit together."""
     source, target = checkpoint.load_dense(args.source), checkpoint.load_dense(args.target, args.target_epoch)
-    masks = load_masks(args.masks, source, target)
+    if source["model"] != target["model"]:
+        raise UserError(f"source and target are different networks: {source['model']} and {target['model']}")
+    if (source["seed"], source["dataset"]["name"]) == (target["seed"], target["dataset"]["name"]):
+        raise UserError(f"source and target are the same network, of seed {source['seed']}")
+    masks = masking.load_all(args.masks, source)
     networks = [build_model(**entry["model"], seed=entry["seed"]) for entry in (source, target)]
     return (
         (source, target),
@@ -218,25 +222,6 @@ def load_own(args: argparse.Namespace, device: torch.device) -> Loaded:
     )
     masks = foreign.load_masks(args.masks or args.source, source, networks[0])
     return (source, target), masks, networks, lambda: images
-
-
-def load_masks(folder: Path, source: dict[str, Any], target: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Read all masks of the source; raises UserError when they, the source and the target do not fit together."""
-    if source["model"] != target["model"]:
-        raise UserError(f"source and target are different networks: {source['model']} and {target['model']}")
-    if (source["seed"], source["dataset"]["name"]) == (target["seed"], target["dataset"]["name"]):
-        raise UserError(f"source and target are the same network, of seed {source['seed']}")
-    masks = {}
-    for path in sorted(folder.glob("mask_*.pt")):
-        entry = masking.load(path, source)
-        masks[path.name] = entry | {"unpermuted": entry.pop("sha256")}
-        if (entry["source_seed"], entry["target_seed"]) != (source["seed"], None):
-            made = f"made from seed {entry['source_seed']}, target {entry['target_seed']}"
-            raise UserError(f"{path} is no mask of the source: {made}")
-        masking.check_source(entry, source, path)
-    if not masks:
-        raise UserError(f"no mask_*.pt in {folder}: run prune_imp.py first")
-    return masks
 
 
 if __name__ == "__main__":

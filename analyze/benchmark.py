@@ -183,7 +183,9 @@ def show(table: pd.DataFrame) -> str:
 
 def main() -> None:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all; large: GPUs only)")
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all; large: GPUs only)"
+    )
     parser.add_argument("--size", type=cli.number(int, 8), default=32, help="image size in px (default: %(default)s)")
     parser.add_argument("--steps", type=cli.positive, help="training steps a repeat (default: 40 on a CPU, else 200)")
     parser.add_argument("--repeats", type=cli.positive, help="default: 5 on a CPU, else 3")
@@ -203,6 +205,8 @@ def main() -> None:
     steps, repeats = args.steps or (40 if cpu else 200), args.repeats or (5 if cpu else 3)
     few, size = max(1, repeats // 2), args.size
     cores = pick_count("auto", 99, 1, random_images(1, 8, device))
+    if cpu and list(args.only) == ["large"]:
+        raise UserError("--only large measures networks that fill a GPU: name one with --device")
     if cpu and torch.cuda.is_available():
         raise UserError("to measure the CPU of a machine with a GPU, hide the GPU: set CUDA_VISIBLE_DEVICES to nothing")
 

@@ -113,6 +113,25 @@ def check_source(entry: dict[str, Any], dense: dict[str, Any], path: Path) -> No
         raise UserError(f"{path} was pruned from another network of seed {dense['seed']} than the one given here")
 
 
+def load_all(folder: Path, dense: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Read the masks that stage 2 pruned from the network of a checkpoint, by file name; `unpermuted` is each one's digest.
+
+    Raises UserError when there is none, or one is of another network or permuted.
+    """
+    masks = {}
+    for path in sorted(folder.glob("mask_*.pt")):
+        entry = load(path, dense)
+        if (entry["source_seed"], entry["target_seed"]) != (dense["seed"], None):
+            made = f"made from seed {entry['source_seed']}, target {entry['target_seed']}"
+            raise UserError(f"{path} is no mask of the source: {made}")
+        check_source(entry, dense, path)
+        digest = entry.pop("sha256")
+        masks[path.name] = entry | {"unpermuted": digest}
+    if not masks:
+        raise UserError(f"no mask_*.pt in {folder}: run prune_imp.py first")
+    return masks
+
+
 def from_prune(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Mask]:
     """Split a state dict as torch.nn.utils.prune leaves it (`weight_orig`, `weight_mask`) into weights and mask.
 

@@ -46,9 +46,8 @@ def pick_count(asked: str, runs: int, width: float, data: Data) -> int:
         count = int(asked)
     elif data.device.type == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        count = (
-            runs if runs < 2 * cores <= 8 else cores
-        )  # a few share a few cores, rather than leave some idle at the end
+        # Few runs share a few cores, rather than leave some idle at the end.
+        count = runs if runs < 2 * cores <= 8 else cores
     else:  # a step of ResNet20 x1 on small images uses a small part of a GPU, one of x16 or of ImageNet's all of it
         count = round(16 / width) if isinstance(data, Resident) else 1
     return max(1, min(count, runs, MOST_STREAMS))

@@ -12,7 +12,7 @@ from analyze import hours, rates, repair, results
 from analyze.interpolation import along, barrier, line
 from common.models import build_model
 from common.training import evaluate
-from tests.conftest import call, succeed
+from tests.conftest import call, refused, succeed
 
 
 def test_barrier_by_hand():
@@ -303,6 +303,7 @@ def test_benchmark_prints_ratios(tmp_path):
         assert row in out
     table = pd.read_csv(tmp_path / "table.csv")
     assert len(table) == 11 and (table["ratio"] == table["min"]).all() and table["ours"].min() > 0
+    refused(call("analyze.benchmark", "--only", "large", "--device", "cpu"), "--only large")
 
 
 def test_arithmetic_and_epochs_of_a_preset_by_hand(monkeypatch):

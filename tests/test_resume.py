@@ -10,6 +10,10 @@ import pandas as pd
 from tests.conftest import IMP, ROOT, TINY, call, same, sparse, state, succeed
 
 
+def ends(root):
+    return "--source", root / "dense/seed0", "--target", root / "dense/seed1", "--masks", root / "imp/seed0"
+
+
 def test_called_again_a_stage_does_nothing_and_says_so(runs, tmp_path):
     root = tmp_path / "copy"
     shutil.copytree(runs, root)
@@ -28,17 +32,7 @@ def test_called_again_a_stage_does_nothing_and_says_so(runs, tmp_path):
             "--out",
             root / "imp/seed0",
         ),
-        call(
-            "align_mask",
-            "--source",
-            root / "dense/seed0",
-            "--target",
-            root / "dense/seed1",
-            "--masks",
-            root / "imp/seed0",
-            "--out",
-            root / "align/activation/seed0-seed1",
-        ),
+        call("align_mask", *ends(root), "--out", root / "align/activation/seed0-seed1"),
         sparse("naive", root / "dense/seed1", root / "imp/seed0", root / "sparse/naive/seed0-seed1"),
     ]
     for outcome in calls:
@@ -67,17 +61,7 @@ def test_a_mask_that_came_later_is_permuted_without_matching_again(runs, tmp_pat
     shutil.copytree(runs, root)
     aligned = root / "align/activation/seed0-seed1"
     (aligned / "mask_0.70.pt").unlink()
-    out = succeed(
-        "align_mask",
-        "--source",
-        root / "dense/seed0",
-        "--target",
-        root / "dense/seed1",
-        "--masks",
-        root / "imp/seed0",
-        "--out",
-        aligned,
-    )
+    out = succeed("align_mask", *ends(root), "--out", aligned)
     assert "objective" not in out and "mask_0.70.pt" in out and "mask_0.50.pt" not in out
     assert same(
         state(aligned / "mask_0.70.pt")["mask"], state(runs / "align/activation/seed0-seed1/mask_0.70.pt")["mask"]
