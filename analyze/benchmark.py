@@ -59,7 +59,7 @@ def compare(
     rates = [statistics.median(column) for column in zip(*pairs)]
     return {
         "measure": name, "ours": rates[0], "other": rates[1], "unit": unit, "ratio": statistics.median(ratios), "min": ratios[0],
-        "max": ratios[-1], "TFLOP/s": rates[0] * work / 1e12 or None,
+        "max": ratios[-1], "TFLOP/s": rates[0] * work / 1e12 or float("nan"),
     }  # fmt: skip
 
 

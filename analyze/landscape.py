@@ -66,7 +66,7 @@ def measure(model: nn.Module, states: list[dict[str, Tensor]], data: Resident | 
     """
     names = [name for name, _ in model.named_parameters()]
     directions, corners = plane([flatten(state, names) for state in states])
-    origin = flatten(states[0], names).double()
+    origin, along_x, along_y = (part.to(data.device) for part in (flatten(states[0], names).double(), *directions))
     xs, ys = grid(corners, resolution)
     model.load_state_dict(states[0])
     test = list(data.eval_batches("test", limit=images))
@@ -75,7 +75,7 @@ def measure(model: nn.Module, states: list[dict[str, Tensor]], data: Resident | 
     )
     rows = []
     for x, y in tqdm([(x, y) for y in ys for x in xs], "plane", unit="point", disable=None, leave=False):
-        nn.utils.vector_to_parameters((origin + x * directions[0] + y * directions[1]).float(), model.parameters())
+        nn.utils.vector_to_parameters((origin + x * along_x + y * along_y).float(), model.parameters())
         if calibration:
             repair.recompute_batch_norm(model, calibration, precision)
         loss, accuracy = evaluate(model, test, precision)

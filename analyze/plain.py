@@ -1,6 +1,7 @@
 """The plain way to do what this project does fast, to measure against: training, evaluation and matching."""
 
 import copy
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -41,8 +42,9 @@ class PilImages(torch.utils.data.Dataset):
 
 
 def plain_loader(images: PilImages, batch: int = BATCH, shuffle: bool = True) -> torch.utils.data.DataLoader:
-    """Batches from two workers, which stay from epoch to epoch: starting them would weigh much in a short one."""
-    return torch.utils.data.DataLoader(images, batch, shuffle, drop_last=shuffle, num_workers=2, persistent_workers=True)  # fmt: skip
+    """Batches from a worker a core, at most 8, which stay from epoch to epoch: starting them would weigh much in a short one."""
+    workers = min(os.cpu_count() or 1, 8)
+    return torch.utils.data.DataLoader(images, batch, shuffle, drop_last=shuffle, num_workers=workers, persistent_workers=True)  # fmt: skip
 
 
 def plain_epoch(model: nn.Module, loader: torch.utils.data.DataLoader, device: torch.device) -> None:
@@ -131,7 +133,7 @@ def match_weights_plainly(
                 for dim, layout in enumerate(layouts if name in source else ()):
                     if layout and layout[0].axis == axis:
                         here, there = (tensors[name].movedim(dim, 0).reshape(size, -1) for tensors in (target, moved))
-                        similarity += here @ there.T
+                        similarity += (here @ there.T).cpu()
             candidate = permutation | {axis: permutation[axis][assign(similarity)]}
             reached = objective(permute(source, axes.dims, candidate), target)
             if reached > best + 1e-7 * abs(best):

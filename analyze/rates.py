@@ -28,6 +28,7 @@ from common.parallel import run_all
 from common.training import pick_precision, train
 
 SPARSITY = 0.9
+SETUP = 300  # seconds that networks side by side wait for the slowest to have its first epoch behind it
 THREADS = torch.get_num_threads()  # of a measurement on a CPU
 Rate = Callable[[], float]  # runs something twice; how much of it a second, the second time
 
@@ -63,11 +64,11 @@ def flops(model: nn.Module, size: int) -> float:
 
 def timed(work: float, run: Callable[[], Any]) -> float:
     """`work` by the seconds that a second call of `run` takes."""
-    run()
-    start = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    for _ in range(2):
+        start = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
     return work / (time.perf_counter() - start)
 
 
@@ -97,24 +98,34 @@ def training_rate(
     models: list[nn.Module], data: Resident, batch: int = BATCH, mask: Mask | None = None, parallel: str | None = None,
     compiled: bool = False,
 ) -> float:  # fmt: skip
-    """Images a second of all `models` together, in the second of two epochs; the first sets everything up."""
+    """Images a second of all `models` together, in the second of two epochs; the first sets everything up.
+
+    Side by side they start their second epochs together, so that none is measured while it has the device to itself.
+    """
     precision, images = pick_precision(None, data.device), data.steps(batch) * batch
+    together = multiprocessing.get_context("fork").Barrier(len(models) if parallel else 1)
 
     def run(model: nn.Module, folder: Path) -> None:
-        ends: list[float] = []
+        times: list[float] = []
+
+        def at_epoch(epoch: int) -> None:
+            if epoch == 1:
+                together.wait(SETUP)
+            times.append(time.perf_counter())  # one clock for all processes
+
         train(
             copy.deepcopy(model), data, [0.02] * 2, name="benchmark", folder=folder, seed=0, batch_size=batch, momentum=0.9,
-            weight_decay=5e-4, precision=precision, mask=mask, at_epoch=lambda epoch: ends.append(time.perf_counter()),
-            compiled=compiled, progress=False,
+            weight_decay=5e-4, precision=precision, mask=mask, at_epoch=at_epoch, compiled=compiled, progress=False,
         )  # fmt: skip
-        checkpoint.save_json(ends[1] - ends[0], folder / "seconds.json")
+        checkpoint.save_json(times, folder / "times.json")
 
     with tempfile.TemporaryDirectory() as place:
         folders = [Path(place) / str(number) for number in range(len(models))]
         with contextlib.redirect_stdout(io.StringIO()):  # here, because it holds for all threads
             run_all({str(f): partial(run, model, f) for model, f in zip(models, folders)}, parallel, 1, data)
-        seconds = [json.loads((folder / "seconds.json").read_text()) for folder in folders]
-    return len(models) * images / sum(seconds) if parallel is None else sum(images / each for each in seconds)
+        starts, ends = zip(*(json.loads((folder / "times.json").read_text()) for folder in folders))
+    seconds = max(ends) - min(starts) if parallel else sum(ends) - sum(starts)
+    return len(models) * images / seconds
 
 
 def plain_rate(width: float, data: Resident, mask: Mask | None = None) -> float:

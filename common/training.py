@@ -21,7 +21,6 @@ from common.data import Batches, Resident, Streamed
 from common.errors import UserError
 from common.masking import Mask, Masker
 
-GRAPHED = ("cuda",)  # devices on which a step is captured
 TRIALS = 3  # of a step, before it is captured
 
 
@@ -140,7 +139,7 @@ def train(
     if compiled and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise UserError("--compile needs a C++ compiler, and none is here: install g++ or leave --compile out")
     device, last = data.device, first_epoch + len(rates)
-    graphed = device.type in GRAPHED and isinstance(data, Resident) and distributed.PROCESSES == 1
+    graphed = device.type == "cuda" and isinstance(data, Resident) and distributed.PROCESSES == 1
     forward = torch.compile(model) if compiled else model
     blocked = _blocked(forward, device, precision)
     model.to(device, memory_format=torch.contiguous_format if blocked else torch.channels_last)
@@ -232,9 +231,8 @@ def _set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
 class GraphedStep:
     """A training step on resident data as one CUDA graph, which a single launch replays.
 
-    The graph reads the order and augmentation of the epoch, and the place in it, from tensors of its own. Elsewhere than
-    on CUDA the same operations run one by one. `changed` are the tensors that a step changes: trying it out before it is
-    captured must leave no trace.
+    The graph reads the order and augmentation of the epoch, and the place in it, from tensors of its own. `changed` are the
+    tensors that a step changes: trying it out before it is captured must leave no trace.
     """
 
     capturing = threading.Lock()  # one capture at a time, whatever other runs do meanwhile
@@ -268,14 +266,7 @@ class GraphedStep:
 
 
 def _capture(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """Call `work` a few times and then capture it as a CUDA graph; returns what replays it.
-
-    Elsewhere than on CUDA, or where `work` cannot be captured, that is `work` itself.
-    """
-    if device.type != "cuda":
-        for _ in range(TRIALS):
-            work()
-        return work
+    """Call `work` a few times and then capture it as a CUDA graph; returns what replays it, or `work` where that fails."""
     current = torch.cuda.current_stream(device)
     # No graph may hold what libraries do at first, nor be captured on the default stream; a run side by side has its own.
     side = torch.cuda.Stream(device) if current == torch.cuda.default_stream(device) else current

@@ -1,6 +1,5 @@
-"""Runs side by side and captured steps: the same numbers as one run after the other, one operation after the other."""
+"""Runs side by side: the same numbers as one run after the other."""
 
-import contextlib
 import dataclasses
 import os
 import signal
@@ -13,7 +12,7 @@ import types
 import pytest
 import torch
 
-from common import checkpoint, masking, parallel, training
+from common import checkpoint, parallel
 from common.errors import UserError
 from common.models import build_model
 from common.seeding import seeded
@@ -30,83 +29,6 @@ HOWS = [pytest.param(parallel._in_processes, marks=forks), parallel._in_threads]
 
 def network(seed=0):
     return build_model("resnet20", 0.25, 2, (3, 8, 8), seed)
-
-
-def without_time(rows):
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_graphed_step_trains_as_the_plain_loop(tmp_path, monkeypatch, masked):
-    """What the graph replays, run one by one: tables, place in the epoch, tensors put back after the trial."""
-    data, rates = resident(count=32, pad=1, flip=True), [0.125, 0.5, 0.25]  # rates that float32 holds exactly
-    mask = None
-    if masked:
-        whole = masking.dense_mask(network().state_dict(), masking.prunable(network()))
-        mask = masking.prune_by_magnitude(network().state_dict(), whole, 300)
-    plain, graphed = network(), network()
-    expected = train(plain, data, rates, folder=tmp_path / "a", mask=mask, first_epoch=2, **SETTINGS)
-    replays = []
-    monkeypatch.setattr(training, "GRAPHED", ("cpu",))
-    real = training.GraphedStep.__call__
-    monkeypatch.setattr(training.GraphedStep, "__call__", lambda self: (replays.append(1), real(self)))
-
-    class Killed(Exception):
-        pass
-
-    def kill(epoch):
-        if epoch == 4:
-            raise Killed
-
-    with pytest.raises(Killed):
-        train(network(), data, rates, folder=tmp_path / "b", mask=mask, first_epoch=2, at_epoch=kill, **SETTINGS)
-    rows = train(graphed, data, rates, folder=tmp_path / "b", mask=mask, first_epoch=2, **SETTINGS)  # resumed
-    assert len(replays) == (2 + 2) * data.steps(4)  # two epochs before it was cut off, of which one counts
-    assert without_time(rows) == without_time(expected) and same(plain.state_dict(), graphed.state_dict())
-
-
-def test_a_set_of_fewer_batches_than_trials_is_tried_and_put_back(tmp_path, monkeypatch):
-    data = resident(count=6)
-    plain, graphed = network(), network()
-    train(plain, data, [0.25], folder=tmp_path / "a", **SETTINGS)
-    monkeypatch.setattr(training, "GRAPHED", ("cpu",))
-    train(graphed, data, [0.25], folder=tmp_path / "b", **SETTINGS)
-    assert data.steps(4) < training.TRIALS and same(plain.state_dict(), graphed.state_dict())
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_step_that_no_graph_takes_is_launched_bit_by_bit(monkeypatch, capfd, fails):
-    """On a stand-in for CUDA: what a capture runs is not computed, and one that fails leaves the step as it is."""
-    steps, replays, capturing = [], [], []
-
-    def work():
-        steps.append(1)
-        if fails and capturing:
-            raise RuntimeError("operation not permitted when stream is capturing\nand more")
-
-    class Capture(contextlib.nullcontext):
-        def __enter__(self):
-            capturing.append(1)
-
-        def __exit__(self, *error):
-            del steps[-1], capturing[-1]
-            if error[1]:
-                raise RuntimeError("capture was invalidated") from None
-
-    def stream(device=None):
-        return types.SimpleNamespace(wait_stream=lambda other: None)
-
-    fake = types.SimpleNamespace(
-        Stream=stream, current_stream=stream, default_stream=stream, synchronize=stream, stream=contextlib.nullcontext,
-        CUDAGraph=lambda: types.SimpleNamespace(replay=lambda: replays.append(1)), graph=lambda *_, **__: Capture(),
-    )  # fmt: skip
-    monkeypatch.setattr(torch, "cuda", fake)
-    replay = training._capture(work, torch.device("cuda"))
-    assert len(steps) == training.TRIALS
-    replay()
-    assert (len(steps) - training.TRIALS, len(replays)) == ((1, 0) if fails else (0, 1))
-    told = capfd.readouterr().out
-    assert told.count("\n") == fails and ("stream is capturing" in told) == fails
 
 
 def test_the_order_of_an_epoch_is_read_by_slices_and_by_tensors_alike():
