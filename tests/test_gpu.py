@@ -1,0 +1,119 @@
+"""Stages, analyses and benchmark on a GPU, a pretended one where there is none: the same results as on a CPU."""
+
+import contextlib
+import shutil
+import threading
+import time
+
+import pandas as pd
+import pytest
+import torch
+
+from analyze import benchmark, rates
+from common import checkpoint
+from common.models import build_model
+from tests.conftest import TINY, same, succeed
+from tests.pretend_gpu import pretend_gpu
+
+
+@pytest.fixture(autouse=True)
+def gpu():
+    with contextlib.nullcontext() if torch.cuda.is_available() else pretend_gpu():
+        yield
+
+
+def distance(one, other):
+    """Of two state dicts, relative to the first."""
+    a, b = (torch.cat([value.double().flatten() for value in weights.values()]) for weights in (one, other))
+    return float((a - b).norm() / a.norm())
+
+
+def test_every_stage_on_a_gpu_does_what_it_does_on_a_cpu(runs, tmp_path):
+    dense = [tmp_path / f"dense/seed{seed}" for seed in (0, 1)]
+    imp, aligned, sparse = (tmp_path / name for name in ("imp/seed0", "align/activation/seed0-seed1", "sparse/permuted/seed0-seed1"))  # fmt: skip
+    ends, tiny = ("--source", dense[0], "--target", dense[1]), ("--batch-size", 64, "--precision", "fp32")
+    grid = ("--sparsity", 0.5, 0.7, "--rewind", 0, 1, "--parallel", "auto", *tiny)
+    epochs = ("--epochs", 3, "--save-epochs", 1, "--seed", 0, 1, "--parallel", 2)
+    out = succeed("train_dense", *TINY[:-1], "cuda", *epochs, "--out", tmp_path / "dense")
+    out += succeed("prune_imp", "--dense", dense[0], "--sparsity", 0.5, 0.7, "--epochs", 1, *tiny, "--out", imp)
+    out += succeed("align_mask", *ends, "--masks", imp, "--out", aligned)  # on the GPU, because it is there
+    out += succeed("train_sparse", "--arm", "permuted", "--weights", dense[1], "--masks", aligned, "--out", sparse, *grid)  # fmt: skip
+    assert "one by one" not in out
+    for path in (dense[1] / "epoch_0003.pt", imp / "sparse_0.70.pt", sparse / "s0.70_k001/final.pt"):
+        mine, theirs = (checkpoint.load(root / path.relative_to(tmp_path))["state_dict"] for root in (tmp_path, runs))
+        assert distance(theirs, mine) < 1e-3
+        assert checkpoint.load_json(path.with_name("result.json"))["device"].startswith("cuda")
+    one, other = (checkpoint.load(folder / "epoch_0003.pt")["state_dict"] for folder in dense)
+    assert distance(one, other) > 0.1  # what the tolerance can tell apart
+    for path in (imp / "mask_0.50.pt", aligned / "mask_0.50.pt"):
+        assert same(*(checkpoint.load(root / path.relative_to(tmp_path))["mask"] for root in (tmp_path, runs)))
+
+
+@pytest.mark.parametrize("method", ["weight", "masked"])
+def test_methods_without_images_on_a_gpu(runs, tmp_path, method):
+    ends = ("--source", runs / "dense/seed0", "--target", runs / "dense/seed1", "--masks", runs / "imp/seed0")
+    for device in ("cpu", "cuda"):
+        succeed("align_mask", *ends, "--method", method, "--device", device, "--out", tmp_path / device)
+    assert same(*(checkpoint.load(tmp_path / device / "mask_0.70.pt")["mask"] for device in ("cpu", "cuda")))
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("interpolation", ("--points", 3, "--images", 100)),
+    ("imp_barrier", ("--points", 3, "--images", 64)),
+    ("landscape", ("--grid", 3, "--images", 100)),
+    ("diversity", ()),
+    ("planted", ("--images", 250)),
+])  # fmt: skip
+def test_analyses_on_a_gpu(runs, tmp_path, name, flags):
+    tables = []
+    for device in ("cpu", "cuda"):
+        root = tmp_path / device
+        shutil.copytree(runs, root)
+        succeed(f"analyze.{name}", root, *flags, "--device", device)
+        (path, *_) = sorted([*root.glob(f"{name}*.csv"), *root.glob(f"figures/{name}*.csv")])
+        tables.append(pd.read_csv(path))
+    pd.testing.assert_frame_equal(*tables, rtol=1e-3, atol=1e-3)
+
+
+# ---------------------------------------------------------------- the benchmark
+
+SMALL = {"resnet20": 0.25, "mlp": 1 / 32}  # widths
+
+
+def test_networks_side_by_side_are_measured_while_all_of_them_train(monkeypatch):
+    """One that is set up early waits for the others, or it would be measured with the device to itself."""
+    training_now, most, lock = [], [], threading.Lock()
+
+    def pretend_to_train(model, data, rates, *, at_epoch, folder, **settings):
+        time.sleep(0.1 * int(folder.name))
+        at_epoch(1)
+        with lock:
+            training_now.append(folder)
+            most.append(len(training_now))
+        time.sleep(0.05)
+        with lock:
+            training_now.remove(folder)
+        at_epoch(2)
+
+    monkeypatch.setattr(rates, "train", pretend_to_train)
+    data = rates.random_images(4, 8, torch.device("cuda"))
+    rate = rates.training_rate([rates.network("mlp", 1 / 32, 8)] * 3, data, batch=2, parallel="3")
+    assert max(most) == 3 and 0 < rate < 3 * 4 / 0.05
+
+
+def test_the_benchmark_on_a_gpu(monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(rates, "build_model", lambda name, width, *rest: build_model(name, SMALL[name], *rest))
+    device = torch.device("cuda")
+    rows = [
+        *benchmark.training_rows(1, 8, 1, 1, device),
+        *benchmark.parallel_rows([2], 8, 1, 1, device),
+        benchmark.stacked_row(2, 8, 1, 1, device),
+        benchmark.line_row(8, 64, 1, device),
+        benchmark.matching_row("mlp", 8, 64, 32, 1, device),
+        benchmark.weight_matching_row(1, 1, device),
+    ]
+    assert len(rows) == 3 + 3 + 4 and all(row["ours"] > 0 and row["other"] > 0 for row in rows)
+    assert "one by one" not in capfd.readouterr().out
+    tiny = ("--size", 8, "--steps", 1, "--repeats", 1, "--device", "cuda", "--out", tmp_path / "table.csv")
+    out = succeed("analyze.benchmark", "--only", "data", *tiny)
+    assert "cuda: " in out and "GB" in pd.read_csv(tmp_path / "table.csv")
