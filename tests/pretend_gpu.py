@@ -1,14 +1,15 @@
 """A GPU that is not there: its tensors say that they are on CUDA, and are computed on the CPU.
 
 It keeps to what differs for a program, not for its numbers: tensors of two devices do not mix; what is captured is not
-computed until it is replayed, from and into the same memory; and the host can ask for no value meanwhile. Streams,
-kernels, memory and speed of a real GPU are beyond it. `python -m tests.pretend_gpu train_dense.py ...` runs a script on it.
+computed until it is replayed, from and into the same memory; the host can ask for no value meanwhile; and a stream that
+reads what another wrote has to wait for it. Kernels, memory and speed of a real GPU are beyond it. `python -m tests.pretend_gpu train_dense.py ...` runs a script on it.
 """
 
 import contextlib
 import runpy
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -67,14 +68,19 @@ class OnGpu(Tensor):
 
 
 class Stream:
-    def __init__(self, device: torch.device | None = None):
-        pass
+    """Work in turn; `seen` counts, for each stream, the work that is done before this one goes on."""
 
-    def wait_stream(self, other: Any) -> None:
-        pass
+    def __init__(self, device: torch.device | None = None):
+        self.seen: Counter[Stream] = Counter()
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.seen |= other.seen
 
 
 DEFAULT = Stream()
+done: Counter[Stream] = Counter()  # as the host knows, because it waited
+writers: dict[int, tuple[Stream, int]] = {}  # of memory, by address: the stream and which of its works it was
+one_at_a_time = threading.Lock()  # for these
 
 
 class Thread(threading.local):
@@ -119,11 +125,19 @@ class Kernels(TorchDispatchMode):
         device = kwargs.get("device") or (INSIDE if gpu else None)  # of the result
         if not gpu and device != INSIDE:
             return function(*args, **kwargs)
+        waits = _waits(function, args, kwargs, device)
+        if waits and thread.graph:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {function}")
         if "device" in kwargs:
             kwargs["device"] = torch.device("cpu")
-        _check(function.overloadpacket, args, tensors, device)
-        args, kwargs = tree_map(lambda value: getattr(value, "held", value), (args, kwargs))
-        result = thread.graph.add(function, args, kwargs) if thread.graph else function(*args, **kwargs)
+        args, kwargs = tree_map(_held, (args, kwargs))
+        if thread.graph:
+            result = thread.graph.add(function, args, kwargs)
+        else:
+            result = compute(function, args, kwargs)
+        if waits:
+            thread.waits += 1
+            done.update(thread.stream.seen - done)
         if function.overloadpacket is aten.copy_:
             return tensors[0]
 
@@ -135,17 +149,56 @@ class Kernels(TorchDispatchMode):
         return tree_map(outside, result)
 
 
-def _check(function: Any, args: tuple, tensors: list[Tensor], device: torch.device) -> None:
-    """Whether CUDA takes these tensors together; count a wait where the host and the GPU have to meet."""
-    indices = [value for value in tree_iter(args[1]) if isinstance(value, Tensor)] if function in INDEXED else []
-    here = [value for value in tensors if not isinstance(value, OnGpu)]
-    if function not in COPIES and any(value.dim() and not any(value is index for index in indices) for value in here):
+def _held(value: Any) -> Any:
+    if isinstance(value, OnGpu):
+        return value.held
+    return value.clone() if isinstance(value, Tensor) and thread.graph else value  # a number of the host, as it is now
+
+
+def _waits(function: Any, args: tuple, kwargs: dict, device: torch.device) -> bool:
+    """Whether the host waits until the GPU has finished this; raises RuntimeError for tensors that do not go together."""
+    packet = function.overloadpacket
+    here = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor) and not isinstance(value, OnGpu)]
+    if packet in COPIES:
+        return bool(here) or device != INSIDE
+    indices = [value for value in tree_iter(args[1]) if isinstance(value, Tensor)] if packet in INDEXED else []
+    numbers = [value for value in here if not any(value is index for index in indices)]  # of the host
+    if any(value.dim() for value in numbers) or not all(
+        isinstance(value, OnGpu) for value in _written(function, args, kwargs)
+    ):
         raise RuntimeError(f"Expected all tensors to be on the same device, in {function}")
-    crosses = function in COPIES and (here or device != INSIDE)
-    if crosses or function in ASKS or any(not index.is_cuda or index.dtype == torch.bool for index in indices):
-        if thread.graph:
-            raise RuntimeError(f"operation not permitted when stream is capturing: {function}")
-        thread.waits += 1
+    return packet in ASKS or any(not index.is_cuda or index.dtype == torch.bool for index in indices)
+
+
+def _written(function: Any, args: tuple, kwargs: dict) -> list[Tensor]:
+    """The tensors that an operation changes in place."""
+    schema = function._schema.arguments
+    given = {argument.name: value for argument, value in zip(schema, args)} | kwargs
+    changed = [given.get(argument.name) for argument in schema if argument.alias_info and argument.alias_info.is_write]
+    return [value for value in tree_iter(changed) if isinstance(value, Tensor)]
+
+
+def compute(function: Any, args: tuple, kwargs: dict) -> Any:
+    """Compute on the current stream; raises RuntimeError where it has not waited for another that wrote what this reads."""
+    stream = thread.stream
+    given = {_address(value): value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)}
+    with one_at_a_time:
+        stream.seen |= done
+        for writer, turn in (writers[address] for address in given.keys() & writers.keys()):
+            if stream.seen[writer] < turn:
+                raise RuntimeError(f"a stream does not wait for what another writes, in {function}")
+    result = function(*args, **kwargs)
+    with one_at_a_time:
+        stream.seen[stream] += 1
+        for value in (*_made(result, given), *_written(function, args, kwargs)):
+            writers[_address(value)] = stream, stream.seen[stream]
+    return result
+
+
+def synchronize(device: torch.device | None = None) -> None:
+    with one_at_a_time:
+        for stream in {stream for stream, _ in writers.values()}:
+            done.update(stream.seen - done)
 
 
 class Graph:
@@ -183,7 +236,7 @@ class Graph:
     @torch.no_grad()
     def replay(self) -> None:
         for function, args, kwargs, given, made in self.work:
-            for old, new in zip(made, _made(function(*args, **kwargs), given), strict=True):
+            for old, new in zip(made, _made(compute(function, args, kwargs), given), strict=True):
                 old.copy_(new)
 
 
@@ -198,8 +251,10 @@ def _made(result: Any, given: dict[int, Tensor]) -> list[Tensor]:
 @contextlib.contextmanager
 def on_stream(stream: Any) -> Iterator[None]:
     before, thread.stream = thread.stream, stream
-    yield
-    thread.stream = before
+    try:
+        yield
+    finally:
+        thread.stream = before
 
 
 def set_stream(stream: Any) -> None:
@@ -218,15 +273,19 @@ def pretend_gpu() -> Iterator[Thread]:
 
     cuda = {
         "is_available": does(True), "is_bf16_supported": does(True), "device_count": does(1), "get_device_name": does("none"),
-        "_lazy_init": does(), "synchronize": does(), "max_memory_allocated": does(0), "reset_peak_memory_stats": does(),
+        "_lazy_init": does(), "synchronize": synchronize, "max_memory_allocated": does(0), "reset_peak_memory_stats": does(),
         "Stream": Stream, "stream": on_stream, "set_stream": set_stream, "default_stream": does(DEFAULT),
         "current_stream": lambda *_: thread.stream, "CUDAGraph": Graph, "graph": Graph.captured,
     }  # fmt: skip
     new_parameters = mock.patch("torch.__future__.get_overwrite_module_params_on_conversion", does(True))
     thread.inside, thread.waits = True, 0
-    with mock.patch.multiple(torch.cuda, **cuda), new_parameters, Devices(), Kernels():
-        yield thread
-    thread.inside = False
+    try:
+        with mock.patch.multiple(torch.cuda, **cuda), new_parameters, Devices(), Kernels():
+            yield thread
+    finally:
+        thread.inside = False
+        for counts in (writers, done, DEFAULT.seen):
+            counts.clear()
 
 
 if __name__ == "__main__":

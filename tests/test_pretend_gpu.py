@@ -45,7 +45,8 @@ def test_tensors_of_two_devices_do_not_mix(gpu):
     here, there = torch.arange(3.0), torch.arange(3.0, device="cuda")
     assert there.device == torch.device("cuda:0") and (there + 1).is_cuda
     assert (there * torch.tensor(2.0)).tolist() == [0, 2, 4]
-    for wrong in (lambda: here + there, lambda: torch.stack([here, there]), lambda: here.add_(there[0])):
+    wrongs = (lambda: here + there, lambda: torch.stack([here, there]), lambda: here[0].add_(there[0]))
+    for wrong in wrongs:
         with pytest.raises(RuntimeError, match="same device"):
             wrong()
     with pytest.raises((RuntimeError, TypeError)):
@@ -70,6 +71,28 @@ def test_what_is_captured_is_computed_when_replayed(gpu):
     for asks in asking:
         with pytest.raises(RuntimeError, match="capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
             asks()
+
+
+def test_a_number_of_the_host_is_captured_as_it_is(gpu):
+    factor, total, graph = torch.tensor(2.0), torch.zeros(1, device="cuda"), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        total.add_(factor)
+    factor.fill_(5)
+    graph.replay()
+    assert total.item() == 2
+
+
+def test_a_stream_waits_for_what_another_writes(gpu):
+    ones, other = torch.ones(2, device="cuda"), torch.cuda.Stream()
+    with torch.cuda.stream(other), pytest.raises(RuntimeError, match="does not wait"):
+        ones + 1
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        twos = ones + 1
+    with pytest.raises(RuntimeError, match="does not wait"):
+        twos.add_(1)
+    torch.cuda.synchronize()
+    assert (twos + 1).tolist() == [3, 3]
 
 
 # ---------------------------------------------------------------- the training step
