@@ -277,7 +277,7 @@ def _capture(work: Callable[[], None], device: torch.device) -> Callable[[], Non
     with torch.cuda.stream(side):
         for _ in range(TRIALS):
             work()
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize(device)  # what follows may be on the default stream again
         try:
             with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 work()
@@ -287,7 +287,6 @@ def _capture(work: Callable[[], None], device: torch.device) -> Callable[[], Non
             cause = str(error.__context__ or error).partition("\n")[0]  # the end of a broken capture raises in turn
             tqdm.write(f"steps are launched one by one, which is slower: no CUDA graph of them ({cause})")
             return work
-    current.wait_stream(side)
     return graph.replay
 
 
