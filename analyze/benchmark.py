@@ -76,9 +76,14 @@ def training_rows(width: float, size: int, steps: int, repeats: int, device: tor
 
 
 def large_rows(repeats: int, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Networks that fill a GPU by themselves: what part of its arithmetic they reach, and whether --compile pays."""
-    for name, width, size, batch in (("resnet20", 16, 32, 128), ("vgg11", 1, 32, 128), ("resnet50", 1, 224, 256)):
-        data, model = random_images(10 * batch, size, device), network(name, width, size)
+    """Whether --compile pays, and what part of a GPU's arithmetic the networks reach that fill it by themselves."""
+    for name, width, size, batch in (
+        ("resnet20", 1, 32, 128),
+        ("resnet20", 16, 32, 128),
+        ("vgg11", 1, 32, 128),
+        ("resnet50", 1, 224, 256),
+    ):
+        data, model = random_images(20 * batch, size, device), network(name, width, size)
         eager, compiled = (partial(training_rate, [model], data, batch, compiled=one) for one in (False, True))
         about = f"eager over --compile, {name} x{width:g}, {size} px, batch {batch}"
         yield compare(about, eager, compiled, "images/s", repeats, device, flops(model, size))
@@ -87,7 +92,7 @@ def large_rows(repeats: int, device: torch.device) -> Iterator[dict[str, Any]]:
 def parallel_rows(
     counts: list[int], size: int, steps: int, repeats: int, device: torch.device
 ) -> Iterator[dict[str, Any]]:
-    """Networks side by side, as the stages run them, against one after the other and against the plain way."""
+    """Networks side by side, as the stages run them, against one after the other; most of them also against the plain way."""
     data = random_images(steps * BATCH, size, device)
     mask = magnitude_mask(network("resnet20", 1, size))
     for count in counts:
@@ -96,10 +101,10 @@ def parallel_rows(
         together = partial(training_rate, models, data, parallel=str(count))
         alone = partial(training_rate, models[:2], data)
         yield compare(f"{count} side by side over one after the other, {about}", together, alone, "images/s", repeats, device, work)  # fmt: skip
-        for kind, kept in (("dense", None), ("masked", mask)):
-            name = f"{count} side by side, {kind}, over the plain way, {about}"
-            other = partial(plain_rate, 1, data, kept)
-            yield compare(name, partial(together, mask=kept), other, "images/s", repeats, device, work)
+    for kind, kept in (("dense", None), ("masked", mask)):
+        name = f"{count} side by side, {kind}, over the plain way, {about}"
+        other = partial(plain_rate, 1, data, kept)
+        yield compare(name, partial(together, mask=kept), other, "images/s", repeats, device, work)
 
 
 def stacked_row(count: int, size: int, steps: int, repeats: int, device: torch.device) -> dict[str, Any]:
@@ -187,8 +192,10 @@ def main() -> None:
         "--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all; large: GPUs only)"
     )
     parser.add_argument("--size", type=cli.number(int, 8), default=32, help="image size in px (default: %(default)s)")
-    parser.add_argument("--steps", type=cli.positive, help="training steps a repeat (default: 40 on a CPU, else 200)")
-    parser.add_argument("--repeats", type=cli.positive, help="default: 5 on a CPU, else 3")
+    parser.add_argument(
+        "--steps", type=cli.positive, help="training steps a repeat at width 1 (default: 40 on a CPU, else 390)"
+    )
+    parser.add_argument("--repeats", type=cli.positive, help="default: 5 on a CPU, else 4")
     parser.add_argument(
         "--widths",
         type=cli.number(float, 0, open_low=True),
@@ -202,7 +209,7 @@ def main() -> None:
     cpu = device.type == "cpu"
     if cpu:
         torch.set_num_threads(1)  # here alone: see `measured`
-    steps, repeats = args.steps or (40 if cpu else 200), args.repeats or (5 if cpu else 3)
+    steps, repeats = args.steps or (40 if cpu else 390), args.repeats or (5 if cpu else 4)
     few, size = max(1, repeats // 2), args.size
     cores = pick_count("auto", 99, 1, random_images(1, 8, device))
     if cpu and list(args.only) == ["large"]:
@@ -248,7 +255,7 @@ def main() -> None:
     print(f"peak memory of a process: {peak / 1e6:.1f} GB")
     if "hours" in args.only:
         table = hours(PRESETS, max(1, steps // 5), device)
-        print("\nhours of training, networks side by side as --parallel auto does:\n" + show(table))
+        print("\nhours of training on images in memory, networks side by side as --parallel auto does:\n" + show(table))
         if args.out:
             checkpoint.save_text(table.to_csv(index=False), args.out.with_stem(args.out.stem + "_hours"))
 

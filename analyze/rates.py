@@ -100,24 +100,28 @@ def training_rate(
 ) -> float:  # fmt: skip
     """Images a second of all `models` together, in the second of two epochs; the first sets everything up.
 
-    Side by side they start their second epochs together, so that none is measured while it has the device to itself.
+    Without the file that is written after each epoch, which would weigh much in a short one. Side by side they start their second epochs together, so that none is measured while it has the device to itself.
     """
     precision, images = pick_precision(None, data.device), data.steps(batch) * batch
     together = multiprocessing.get_context("fork").Barrier(len(models) if parallel else 1)
 
     def run(model: nn.Module, folder: Path) -> None:
-        times: list[float] = []
+        ends: list[float] = []
 
         def at_epoch(epoch: int) -> None:
+            ends.append(time.perf_counter())  # one clock for all processes
             if epoch == 1:
                 together.wait(SETUP)
-            times.append(time.perf_counter())  # one clock for all processes
 
-        train(
-            copy.deepcopy(model), data, [0.02] * 2, name="benchmark", folder=folder, seed=0, batch_size=batch, momentum=0.9,
-            weight_decay=5e-4, precision=precision, mask=mask, at_epoch=at_epoch, compiled=compiled, progress=False,
-        )  # fmt: skip
-        checkpoint.save_json(times, folder / "times.json")
+        try:
+            rows = train(
+                copy.deepcopy(model), data, [0.02] * 2, name="benchmark", folder=folder, seed=0, batch_size=batch, momentum=0.9,
+                weight_decay=5e-4, precision=precision, mask=mask, at_epoch=at_epoch, compiled=compiled, progress=False,
+            )  # fmt: skip
+        except BaseException:
+            together.abort()  # the others need not wait
+            raise
+        checkpoint.save_json([ends[1] - rows[1]["seconds"], ends[1]], folder / "times.json")
 
     with tempfile.TemporaryDirectory() as place:
         folders = [Path(place) / str(number) for number in range(len(models))]

@@ -33,8 +33,6 @@ def own(device: torch.device) -> torch.device:
 def join(device: torch.device) -> None:
     """Meet the other processes, each on its own device."""
     if PROCESSES > 1 and not distributed.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
@@ -56,7 +54,8 @@ def spread(model: nn.Module, device: torch.device) -> nn.Module:
     if PROCESSES == 1:
         return model
     if device.type == "cuda":
-        return nn.parallel.DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(model), [device])
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return nn.parallel.DistributedDataParallel(model, [device], broadcast_buffers=False)  # statistics are the same
     if any(isinstance(module, _BatchNorm) for module in model.modules()):
         raise UserError("several processes train a network with BatchNorm on GPUs only: start it without torchrun")
     return nn.parallel.DistributedDataParallel(model)

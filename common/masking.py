@@ -70,7 +70,7 @@ def prune_by_magnitude(weights: dict[str, Tensor], mask: Mask, keep: int) -> Mas
     magnitude = torch.cat([weights[name].detach().abs().flatten() for name in mask])
     flat = torch.cat([entry.flatten() for entry in mask.values()])
     magnitude[~flat] = -1  # what is pruned already goes first
-    flat[torch.topk(magnitude, flat.numel() - keep, largest=False).indices] = False
+    flat[torch.topk(magnitude, flat.numel() - keep, largest=False, sorted=False).indices] = False
     pieces = flat.split([entry.numel() for entry in mask.values()])
     return {name: piece.view(entry.shape) for (name, entry), piece in zip(mask.items(), pieces)}
 
@@ -191,8 +191,6 @@ class Masker:
     @torch.no_grad()
     def check(self) -> None:
         """Raise RuntimeError if a pruned weight is not zero; a weight that diverged to NaN is no leak."""
-        leaks = sum(
-            int(((p != 0) & (factor == 0) & ~p.isnan()).sum()) for p, factor in zip(self.parameters, self.factors)
-        )
+        leaks = sum(((p != 0) & (factor == 0) & ~p.isnan()).sum() for p, factor in zip(self.parameters, self.factors))
         if leaks:
-            raise RuntimeError(f"{leaks} pruned weights are not zero")
+            raise RuntimeError(f"{int(leaks)} pruned weights are not zero")

@@ -84,7 +84,7 @@ def similarities(
             node = carrier.node if match_on == "post" else carrier.before
             wanted.setdefault(node, []).append((moments[axis][-1], carrier, size))
     last = max(position for position, node in enumerate(pair[0].module.graph.nodes) if node.name in wanted)
-    with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         for images in batches:
             for interpreter in pair:
                 interpreter.env, interpreter.args_iter = {}, iter([images])

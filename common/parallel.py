@@ -99,17 +99,18 @@ def _in_threads(runs: dict[str, Run], count: int, device: torch.device) -> dict[
     """Exit codes of the runs that failed, by name. Each thread has a stream; kernels of all streams share the GPU."""
 
     def prepare() -> None:
+        torch.set_num_threads(1)  # or each would have a team of all cores, in the way of the others
         if device.type == "cuda":
             torch.cuda.set_stream(torch.cuda.Stream(device))
 
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # the data were written on another stream
-    try:
-        with ThreadPoolExecutor(count, initializer=prepare) as pool:
+    with ThreadPoolExecutor(count, initializer=prepare) as pool:
+        try:
             codes = dict(zip(runs, pool.map(_outcome, runs, runs.values())))
-    except KeyboardInterrupt:  # threads cannot be stopped, but files are written whole or not at all
-        print("stopped; the same command goes on from the last epoch", file=sys.stderr, flush=True)
-        os._exit(130)
+        except KeyboardInterrupt:  # threads cannot be stopped, but files are written whole or not at all
+            print("stopped; the same command goes on from the last epoch", file=sys.stderr, flush=True)
+            os._exit(130)
     return {name: code for name, code in codes.items() if code}
 
 

@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ def pick_device(name: str | None) -> torch.device:
     try:
         device = distributed.own(torch.device(name))
         torch.empty(1, device=device)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # for what asks for no device, as torch.cuda.synchronize
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"device {name!r} is not available here ({str(error).splitlines()[0]}): try --device cpu"
@@ -193,7 +196,7 @@ def train(
             bar.update(batch_size)
         if masker:
             masker.check()
-        if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+        if not torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all():
             raise UserError(
                 f"{name} diverged in epoch {epoch + 1}, its weights are no numbers any more: try a smaller --lr or more --warmup"
             )
@@ -219,6 +222,7 @@ def train(
             f"  test loss {test_loss:.3f} acc {test_acc:5.2f}%  {row['seconds']:6.1f} s  {steps * batch_size / row['seconds']:7,.0f} img/s"
         )
     bar.close()
+    optimiser.zero_grad(set_to_none=True)  # gradients lie in the memory of the graph, which can go now
     return rows
 
 
@@ -285,7 +289,9 @@ def _capture(work: Callable[[], None], device: torch.device) -> Callable[[], Non
             raise
         except RuntimeError as error:  # an edited step may ask the device for a value
             cause = str(error.__context__ or error).partition("\n")[0]  # the end of a broken capture raises in turn
-            tqdm.write(f"steps are launched one by one, which is slower: no CUDA graph of them ({cause})")
+            tqdm.write(
+                f"steps are launched one by one, which is slower: no CUDA graph of them ({cause})", file=sys.stderr
+            )
             return work
     return graph.replay
 

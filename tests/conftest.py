@@ -36,6 +36,10 @@ TINY = [
 IMP = ("--epochs", 1, "--batch-size", 64, "--device", "cpu", "--precision", "fp32")
 
 
+# Where there is a GPU, a process that has trained cannot fork one that trains: the stages never do, but tests here would.
+forks = pytest.mark.skipif(torch.cuda.is_available(), reason="trains before it forks")
+
+
 class Outcome(NamedTuple):
     code: int
     out: str

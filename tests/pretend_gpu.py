@@ -273,7 +273,7 @@ def pretend_gpu() -> Iterator[Thread]:
 
     cuda = {
         "is_available": does(True), "is_bf16_supported": does(True), "device_count": does(1), "get_device_name": does("none"),
-        "_lazy_init": does(), "synchronize": synchronize, "max_memory_allocated": does(0), "reset_peak_memory_stats": does(),
+        "_lazy_init": does(), "set_device": does(), "synchronize": synchronize, "max_memory_allocated": does(0), "reset_peak_memory_stats": does(),
         "Stream": Stream, "stream": on_stream, "set_stream": set_stream, "default_stream": does(DEFAULT),
         "current_stream": lambda *_: thread.stream, "CUDAGraph": Graph, "graph": Graph.captured,
     }  # fmt: skip

@@ -12,7 +12,7 @@ from analyze import hours, rates, repair, results
 from analyze.interpolation import along, barrier, line
 from common.models import build_model
 from common.training import evaluate
-from tests.conftest import call, refused, succeed
+from tests.conftest import call, forks, refused, succeed
 
 
 def test_barrier_by_hand():
@@ -284,6 +284,7 @@ def test_an_empty_folder_is_one_line(tmp_path, module):
         assert outcome.code == 2 and words in outcome.err and outcome.err.count("\n") == 1
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="wants the GPU hidden")
 def test_benchmark_prints_ratios(tmp_path):
     tiny = ("--size", 8, "--steps", 1, "--repeats", 1, "--device", "cpu", "--out", tmp_path / "table.csv")
     out = succeed(
@@ -306,6 +307,7 @@ def test_benchmark_prints_ratios(tmp_path):
     refused(call("analyze.benchmark", "--only", "large", "--device", "cpu"), "--only large")
 
 
+@forks
 def test_arithmetic_and_epochs_of_a_preset_by_hand(monkeypatch):
     layer = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Flatten(), torch.nn.Linear(256, 2))
     forward = 2 * (64 * 3 * 4 * 9 + 256 * 2)  # images need no gradient: the first layer goes backward once, not twice

@@ -48,7 +48,7 @@ def distance(one, other):
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 3e-2)])
 def test_a_graph_computes_what_single_launches_do(tmp_path, monkeypatch, capfd, precision, tolerance):
     rows = trained(tmp_path / "graph", precision=precision)
-    assert "one by one" not in capfd.readouterr().out
+    assert "one by one" not in capfd.readouterr().err
     monkeypatch.setattr(training, "_capture", lambda work, device: work)
     plain = trained(tmp_path / "plain", precision=precision)
     assert distance(tmp_path / "plain", tmp_path / "graph") < tolerance
@@ -74,15 +74,6 @@ def test_the_host_never_waits_within_an_epoch():
         torch.cuda.set_sync_debug_mode("default")
     expected = sum(float(x.sum() + y.sum()) for x, y in images.train_batches(16, 0, 0))
     assert float(total) == pytest.approx(expected, rel=1e-4)
-
-
-def test_a_step_that_asks_the_device_for_a_value_is_launched_one_by_one(capfd):
-    total, images = torch.zeros((), device="cuda"), data()
-    step = GraphedStep(lambda x, y: total.add_(float(x.sum())), images, 16, [total])
-    assert "one by one" in capfd.readouterr().out and float(total) == 0
-    for _ in step.start(0, 0):
-        step()
-    assert float(total) == pytest.approx(sum(float(x.sum()) for x, _ in images.train_batches(16, 0, 0)), rel=1e-4)
 
 
 def test_networks_side_by_side_are_those_of_the_run_alone(tmp_path):
@@ -111,3 +102,13 @@ def test_two_gpus_train_what_one_does(tmp_path):
 def test_a_set_of_fewer_batches_than_trials_is_captured(tmp_path):
     assert data().steps(48) < training.TRIALS
     assert len(trained(tmp_path, batch_size=48)) == len(RATES)
+
+
+def test_a_step_that_asks_the_device_for_a_value_is_launched_one_by_one(capfd):
+    """The last one here: torch 2.11 and 2.12 give no memory back after a capture that failed."""
+    total, images = torch.zeros((), device="cuda"), data()
+    step = GraphedStep(lambda x, y: total.add_(float(x.sum())), images, 16, [total])
+    assert "one by one" in capfd.readouterr().err and float(total) == 0
+    for _ in step.start(0, 0):
+        step()
+    assert float(total) == pytest.approx(sum(float(x.sum()) for x, _ in images.train_batches(16, 0, 0)), rel=1e-4)

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from common import folder
-from common.data import Resident, Streamed, balanced, epoch_seed, load_data
+from common.data import IMAGENET_MEAN, IMAGENET_STD, Resident, Streamed, balanced, epoch_seed, load_data
 from common.errors import UserError
 from common.glyphs import glyphs
 
@@ -218,6 +218,8 @@ def test_cifar_svhn_and_cifar100_are_read_as_torchvision_holds_them(tmp_path, mo
 
 
 def test_imagenet_streams_the_same_batches_whatever_the_workers(pictures):
+    from torchvision import transforms
+
     alone, helped = (Streamed(pictures, torch.device("cpu"), workers) for workers in (0, 2))
     one, two = (list(data.train_batches(5, seed=0, epoch=1)) for data in (alone, helped))
     assert len(one) == 2 and one[0][0].shape == (5, 3, 224, 224)  # 12 images: the last 2 are dropped
@@ -225,6 +227,11 @@ def test_imagenet_streams_the_same_batches_whatever_the_workers(pictures):
     assert not torch.equal(one[0][0], next(alone.train_batches(5, seed=0, epoch=2))[0])
     assert sum(len(y) for _, y in alone.eval_batches("test", 4)) == 6
     assert torch.bincount(torch.cat([y for _, y in alone.eval_batches("train", limit=4)])).tolist() == [2, 2]
+    # As torchvision makes them, which the data set does on the device but for the decoding.
+    kinds = alone.plain["test"].transform.transforms[:2]
+    expected = transforms.Compose([*kinds, transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    image = Image.open(alone.plain["test"].samples[0][0]).convert("RGB")
+    assert torch.allclose(next(alone.eval_batches("test", 4))[0][0], expected(image), atol=1e-5)
     with pytest.raises(UserError, match="imagenet"):
         load_data("imagenet", str(pictures), limit_train=3)
 

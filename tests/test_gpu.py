@@ -10,15 +10,18 @@ import pytest
 import torch
 
 from analyze import benchmark, rates
-from common import checkpoint
+from common import checkpoint, masking
 from common.models import build_model
-from tests.conftest import TINY, same, succeed
+from tests.conftest import TINY, call, succeed
 from tests.pretend_gpu import pretend_gpu
+
+REAL = torch.cuda.is_available()
+TOLERANCE = 0.1 if REAL else 1e-3  # a channel or an image that rounding turns is a few percent of these small runs
 
 
 @pytest.fixture(autouse=True)
 def gpu():
-    with contextlib.nullcontext() if torch.cuda.is_available() else pretend_gpu():
+    with contextlib.nullcontext() if REAL else pretend_gpu():
         yield
 
 
@@ -28,17 +31,22 @@ def distance(one, other):
     return float((a - b).norm() / a.norm())
 
 
+def alike(one, other):
+    """Whether two masks agree in all but what rounding decides; of two unlike ones at these sparsities half agree."""
+    return sum(int((one[name] == other[name]).sum()) for name in one) >= (1 - TOLERANCE) * masking.size(one)
+
+
 def test_every_stage_on_a_gpu_does_what_it_does_on_a_cpu(runs, tmp_path):
     dense = [tmp_path / f"dense/seed{seed}" for seed in (0, 1)]
     imp, aligned, sparse = (tmp_path / name for name in ("imp/seed0", "align/activation/seed0-seed1", "sparse/permuted/seed0-seed1"))  # fmt: skip
     ends, tiny = ("--source", dense[0], "--target", dense[1]), ("--batch-size", 64, "--precision", "fp32")
     grid = ("--sparsity", 0.5, 0.7, "--rewind", 0, 1, "--parallel", "auto", *tiny)
     epochs = ("--epochs", 3, "--save-epochs", 1, "--seed", 0, 1, "--parallel", 2)
-    out = succeed("train_dense", *TINY[:-1], "cuda", *epochs, "--out", tmp_path / "dense")
-    out += succeed("prune_imp", "--dense", dense[0], "--sparsity", 0.5, 0.7, "--epochs", 1, *tiny, "--out", imp)
-    out += succeed("align_mask", *ends, "--masks", imp, "--out", aligned)  # on the GPU, because it is there
-    out += succeed("train_sparse", "--arm", "permuted", "--weights", dense[1], "--masks", aligned, "--out", sparse, *grid)  # fmt: skip
-    assert "one by one" not in out
+    succeed("train_dense", *TINY[:-1], "cuda", *epochs, "--out", tmp_path / "dense")
+    succeed("prune_imp", "--dense", dense[0], "--sparsity", 0.5, 0.7, "--epochs", 1, *tiny, "--out", imp)
+    succeed("align_mask", *ends, "--masks", imp, "--out", aligned)  # on the GPU, because it is there
+    last = call("train_sparse", "--arm", "permuted", "--weights", dense[1], "--masks", aligned, "--out", sparse, *grid)  # fmt: skip
+    assert last.code == 0 and "one by one" not in last.err, last.err
     for path in (dense[1] / "epoch_0003.pt", imp / "sparse_0.70.pt", sparse / "s0.70_k001/final.pt"):
         mine, theirs = (checkpoint.load(root / path.relative_to(tmp_path))["state_dict"] for root in (tmp_path, runs))
         assert distance(theirs, mine) < 1e-3
@@ -46,7 +54,7 @@ def test_every_stage_on_a_gpu_does_what_it_does_on_a_cpu(runs, tmp_path):
     one, other = (checkpoint.load(folder / "epoch_0003.pt")["state_dict"] for folder in dense)
     assert distance(one, other) > 0.1  # what the tolerance can tell apart
     for path in (imp / "mask_0.50.pt", aligned / "mask_0.50.pt"):
-        assert same(*(checkpoint.load(root / path.relative_to(tmp_path))["mask"] for root in (tmp_path, runs)))
+        assert alike(*(checkpoint.load(root / path.relative_to(tmp_path))["mask"] for root in (tmp_path, runs)))
 
 
 @pytest.mark.parametrize("method", ["weight", "masked"])
@@ -54,7 +62,7 @@ def test_methods_without_images_on_a_gpu(runs, tmp_path, method):
     ends = ("--source", runs / "dense/seed0", "--target", runs / "dense/seed1", "--masks", runs / "imp/seed0")
     for device in ("cpu", "cuda"):
         succeed("align_mask", *ends, "--method", method, "--device", device, "--out", tmp_path / device)
-    assert same(*(checkpoint.load(tmp_path / device / "mask_0.70.pt")["mask"] for device in ("cpu", "cuda")))
+    assert alike(*(checkpoint.load(tmp_path / device / "mask_0.70.pt")["mask"] for device in ("cpu", "cuda")))
 
 
 @pytest.mark.parametrize("name, flags", [
@@ -72,7 +80,7 @@ def test_analyses_on_a_gpu(runs, tmp_path, name, flags):
         succeed(f"analyze.{name}", root, *flags, "--device", device)
         (path, *_) = sorted([*root.glob(f"{name}*.csv"), *root.glob(f"figures/{name}*.csv")])
         tables.append(pd.read_csv(path))
-    pd.testing.assert_frame_equal(*tables, rtol=1e-3, atol=1e-3)
+    pd.testing.assert_frame_equal(*tables, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 # ---------------------------------------------------------------- the benchmark
@@ -94,6 +102,7 @@ def test_networks_side_by_side_are_measured_while_all_of_them_train(monkeypatch)
         with lock:
             training_now.remove(folder)
         at_epoch(2)
+        return [{"seconds": 0.0}, {"seconds": 0.05}]
 
     monkeypatch.setattr(rates, "train", pretend_to_train)
     data = rates.random_images(4, 8, torch.device("cuda"))
@@ -113,7 +122,7 @@ def test_the_benchmark_on_a_gpu(monkeypatch, tmp_path, capfd):
         benchmark.weight_matching_row(1, 1, device),
     ]
     assert len(rows) == 3 + 3 + 4 and all(row["ours"] > 0 and row["other"] > 0 for row in rows)
-    assert "one by one" not in capfd.readouterr().out
+    assert "one by one" not in capfd.readouterr().err
     tiny = ("--size", 8, "--steps", 1, "--repeats", 1, "--device", "cuda", "--out", tmp_path / "table.csv")
     out = succeed("analyze.benchmark", "--only", "data", *tiny)
     assert "cuda: " in out and "GB" in pd.read_csv(tmp_path / "table.csv")

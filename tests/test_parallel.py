@@ -17,13 +17,11 @@ from common.errors import UserError
 from common.models import build_model
 from common.seeding import seeded
 from common.training import train
-from tests.conftest import ROOT, TINY, call, same, sparse, succeed
+from tests.conftest import ROOT, TINY, call, forks, same, sparse, succeed
 from tests.test_data import resident
 from tests.test_training import SETTINGS
 
 CPU = torch.device("cpu")
-# Where there is a GPU, a process that has trained cannot fork one that trains: the stages never do, but tests here would.
-forks = pytest.mark.skipif(torch.cuda.is_available(), reason="trains before it forks")
 HOWS = [pytest.param(parallel._in_processes, marks=forks), parallel._in_threads]
 
 
@@ -161,6 +159,18 @@ def test_a_stop_reaches_every_run(tmp_path):
         for _ in range(100):
             os.killpg(process.pid, 0)  # any of the group
             time.sleep(0.1)
+
+
+def test_a_stop_ends_threads_too(tmp_path):
+    """As networks side by side on a GPU are: the command does not wait for the others."""
+    code = """
+import _thread, threading, torch
+from common import parallel
+runs = {"waits": threading.Event().wait, "stops": _thread.interrupt_main}
+parallel._in_threads(runs, 2, torch.device("cpu"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 130 and "goes on from the last epoch" in done.stderr
 
 
 @forks

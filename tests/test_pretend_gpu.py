@@ -152,7 +152,7 @@ def test_the_host_never_waits_within_an_epoch(tmp_path, gpu):
 def test_a_step_that_asks_the_device_for_a_value_is_launched_one_by_one(gpu, capfd):
     total, data = torch.zeros((), device="cuda"), data_on("cuda")
     step = GraphedStep(lambda x, y: total.add_(float(x.sum())), data, 16, [total])
-    told = capfd.readouterr().out
+    told = capfd.readouterr().err
     assert told.count("\n") == 1 and "one by one" in told and "stream is capturing" in told and float(total) == 0
     for _ in step.start(0, 0):
         step()
