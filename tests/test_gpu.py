@@ -110,6 +110,19 @@ def test_networks_side_by_side_are_measured_while_all_of_them_train(monkeypatch)
     assert max(most) == 3 and 0 < rate < 3 * 4 / 0.05
 
 
+def test_a_rate_is_of_the_second_epoch_without_its_files(monkeypatch):
+    def pretend_to_train(model, data, rates, *, at_epoch, **settings):
+        at_epoch(1)
+        at_epoch(2)
+        return [{"seconds": 100.0}, {"seconds": 2.0}]
+
+    monkeypatch.setattr(rates, "train", pretend_to_train)
+    data, model = rates.random_images(5, 8, torch.device("cuda")), rates.network("mlp", 1 / 32, 8)
+    for models in (1, 3):  # one after the other
+        assert rates.training_rate([model] * models, data, batch=2) == pytest.approx(4 / 2.0)
+    assert rates.training_rate([model] * 3, data, batch=2, parallel="3") == pytest.approx(3 * 4 / 2.0, rel=0.2)
+
+
 def test_the_benchmark_on_a_gpu(monkeypatch, tmp_path, capfd):
     monkeypatch.setattr(rates, "build_model", lambda name, width, *rest: build_model(name, SMALL[name], *rest))
     device = torch.device("cuda")

@@ -119,6 +119,18 @@ def test_weight_matching_recovers_a_planted_permutation_and_never_loses(name, wi
     assert match_weights(source, target, axes, start=found)[1][-1] == pytest.approx(history[-1])
 
 
+def test_activations_are_matched_by_cudnn_in_whole_fp32():
+    model, seen = build_model("mlp", 1 / 64, 2, (3, 8, 8), 0), []
+
+    def batches():
+        flags = torch.backends.cudnn
+        seen.append((flags.enabled, flags.deterministic, flags.allow_tf32))
+        yield torch.randn(4, 3, 8, 8)
+
+    match_activations(model, model, find_axes(model, (3, 8, 8)), batches())
+    assert seen == [(True, True, False)]
+
+
 def test_weight_matching_by_hand():
     model = torch.nn.Sequential(torch.nn.Linear(1, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
     axes, names = find_axes(model, (1,)), matched_weights(model)

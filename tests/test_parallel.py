@@ -92,6 +92,7 @@ def test_a_run_side_by_side_has_one_thread_whatever_the_others_have():
         torch.set_num_threads(2)
         for count in (1, 2):
             parallel.side_by_side({"a": run, "b": run}, count, CPU)
+        assert parallel._in_threads({"a": run, "b": run}, 2, CPU) == {}
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)

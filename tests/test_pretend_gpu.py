@@ -95,6 +95,13 @@ def test_a_stream_waits_for_what_another_writes(gpu):
     assert (twos + 1).tolist() == [3, 3]
 
 
+def test_the_gpu_that_is_named_is_the_current_one(gpu, monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert training.pick_device("cuda:0") == torch.device("cuda:0") and current == [torch.device("cuda:0")]
+    assert training.pick_device(None).type == "cuda" and len(current) == 1
+
+
 # ---------------------------------------------------------------- the training step
 
 
