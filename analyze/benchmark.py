@@ -92,7 +92,7 @@ def large_rows(repeats: int, device: torch.device) -> Iterator[dict[str, Any]]:
 def parallel_rows(
     counts: list[int], size: int, steps: int, repeats: int, device: torch.device
 ) -> Iterator[dict[str, Any]]:
-    """Networks side by side, as the stages run them, against one after the other; most of them also against the plain way."""
+    """Networks side by side, as the stages run them, against one after the other; the most also against the plain way."""
     data = random_images(steps * BATCH, size, device)
     mask = magnitude_mask(network("resnet20", 1, size))
     for count in counts:

@@ -65,7 +65,7 @@ def rounds(sparsities: list[float]) -> int:
 
 
 def hours(presets: tuple[str, ...], steps: int, device: torch.device) -> pd.DataFrame:
-    """A row a preset and network: epochs, images a second measured over a few steps, and hours, of training alone, on images in memory."""
+    """A row a preset and network: epochs, images a second over a few steps, and hours of training alone, on images in memory."""
     rates: dict[tuple, float] = {}
     rows = []
     for preset in presets:

@@ -100,7 +100,8 @@ def training_rate(
 ) -> float:  # fmt: skip
     """Images a second of all `models` together, in the second of two epochs; the first sets everything up.
 
-    Without the file that is written after each epoch, which would weigh much in a short one. Side by side they start their second epochs together, so that none is measured while it has the device to itself.
+    Without the file that is written after each epoch, which would weigh much in a short one. Side by side they start
+    their second epochs together, so that none is measured while it has the device to itself.
     """
     precision, images = pick_precision(None, data.device), data.steps(batch) * batch
     together = multiprocessing.get_context("fork").Barrier(len(models) if parallel else 1)
