@@ -1,7 +1,6 @@
 """The plain way to do what this project does fast, to measure against: training, evaluation and matching."""
 
 import copy
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from analyze import interpolation
 from common.axes import trace
 from common.data import Resident
 from common.matching import Moments, assign, channels_last, objective
+from common.parallel import cores
 from common.permutation import Axes, identity, permute
 
 BATCH = 128
@@ -43,8 +43,7 @@ class PilImages(torch.utils.data.Dataset):
 
 def plain_loader(images: PilImages, batch: int = BATCH, shuffle: bool = True) -> torch.utils.data.DataLoader:
     """Batches from a worker a core, at most 8, which stay from epoch to epoch: starting them would weigh much in a short one."""
-    workers = min(os.cpu_count() or 1, 8)
-    return torch.utils.data.DataLoader(images, batch, shuffle, drop_last=shuffle, num_workers=workers, persistent_workers=True)  # fmt: skip
+    return torch.utils.data.DataLoader(images, batch, shuffle, drop_last=shuffle, num_workers=min(cores(), 8), persistent_workers=True)  # fmt: skip
 
 
 def plain_epoch(model: nn.Module, loader: torch.utils.data.DataLoader, device: torch.device) -> None:

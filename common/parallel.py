@@ -40,14 +40,18 @@ def run_all(runs: dict[str, Run], asked: str | None, width: float, data: Data) -
         side_by_side(runs, pick_count(asked, len(runs), width, data), data.device)
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def pick_count(asked: str, runs: int, width: float, data: Data) -> int:
     """How many runs go side by side: the number asked for, or for `auto` about one a core, on a GPU as many as fill it."""
     if asked != "auto":
         count = int(asked)
     elif data.device.type == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # Few runs share a few cores, rather than leave some idle at the end.
-        count = runs if runs < 2 * cores <= 8 else cores
+        count = runs if runs < 2 * cores() <= 8 else cores()
     else:  # a step of ResNet20 x1 on small images uses a small part of a GPU, one of x16 or of ImageNet's all of it
         count = round(16 / width) if isinstance(data, Resident) else 1
     return max(1, min(count, runs, MOST_STREAMS))
