@@ -99,11 +99,11 @@ class Devices(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is torch.device:
             return function(*args, **kwargs)
-        args, kwargs = tree_map(_inside, (args, kwargs))
+        args, kwargs = tuple(map(_inside, args)), {name: _inside(value) for name, value in kwargs.items()}
         if function in (torch.tensor, torch.as_tensor) and kwargs.get("device") == INSIDE:
             return function(*args, **kwargs | {"device": "cpu"}).to(INSIDE)
         if function in BF16 and torch.is_autocast_enabled("cuda"):
-            args = tree_map(lambda value: value.bfloat16() if isinstance(value, OnGpu) else value, args)
+            args = tuple(value.bfloat16() if isinstance(value, OnGpu) else value for value in args)
         return function(*args, **kwargs)
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analyze import benchmark, rates
+from analyze import benchmark, hours, rates
 from common import checkpoint, masking
 from common.models import build_model
 from tests.conftest import TINY, call, succeed
@@ -85,7 +85,9 @@ def test_analyses_on_a_gpu(runs, tmp_path, name, flags):
 
 # ---------------------------------------------------------------- the benchmark
 
-SMALL = {"resnet20": 0.25, "mlp": 1 / 32}  # widths
+
+def small(name, width, *rest):
+    return build_model("mlp", 1 / 32, *rest) if name == "mlp" else build_model("resnet20", 0.25, *rest)
 
 
 def test_networks_side_by_side_are_measured_while_all_of_them_train(monkeypatch):
@@ -123,9 +125,23 @@ def test_a_rate_is_of_the_second_epoch_without_its_files(monkeypatch):
     assert rates.training_rate([model] * 3, data, batch=2, parallel="3") == pytest.approx(3 * 4 / 2.0, rel=0.2)
 
 
+def test_large_networks_and_hours_on_a_gpu(monkeypatch):
+    def eager(*arguments, compiled=False, **settings):
+        asked.append(compiled)
+        return rates.training_rate(*arguments, **settings)
+
+    asked, device = [], torch.device("cuda")
+    monkeypatch.setattr(rates, "build_model", small)
+    monkeypatch.setattr(benchmark, "training_rate", eager)
+    monkeypatch.setattr(benchmark, "random_images", lambda count, size, device: rates.random_images(256, 8, device))
+    assert [row["ratio"] > 0 for row in benchmark.large_rows(1, device)] == [True] * 4 and asked == [False, True] * 4
+    (row,) = hours.hours(("quick",), 1, device).to_dict("records")
+    assert row["hours"] == pytest.approx(row["epochs"] * 10_000 / row["images/s"] / 3600, rel=0.02)
+
+
 def test_the_benchmark_on_a_gpu(monkeypatch, tmp_path, capfd):
-    monkeypatch.setattr(rates, "build_model", lambda name, width, *rest: build_model(name, SMALL[name], *rest))
     device = torch.device("cuda")
+    monkeypatch.setattr(rates, "build_model", small)
     rows = [
         *benchmark.training_rows(1, 8, 1, 1, device),
         *benchmark.parallel_rows([2], 8, 1, 1, device),
