@@ -84,6 +84,12 @@ def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+def distance(one: dict, other: dict) -> float:
+    """Of two state dicts, relative to the first."""
+    a, b = (torch.cat([value.double().flatten() for value in weights.values()]) for weights in (one, other))
+    return float((a - b).norm() / a.norm())
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Tiny networks are fastest on one thread, and results then do not depend on the machine's cores."""

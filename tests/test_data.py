@@ -12,13 +12,14 @@ from common.errors import UserError
 from common.glyphs import glyphs
 
 
-def resident(count=6, size=8, pad=1, flip=False, mean=0.0, std=1 / 255):
+def resident(count=6, size=8, pad=1, flip=False, mean=0.0, std=1 / 255, device="cpu"):
     """A set whose normalised pixels are the raw values, each image filled with its own number but for one corner."""
     images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, size, size) + 10
     images[:, :, 0, 0] = 200
     padded = torch.nn.functional.pad(images, (pad,) * 4)
     description = {"mean": [mean] * 3, "std": [std] * 3}
-    return Resident(padded, torch.arange(count) % 2, images, torch.arange(count) % 2, pad, flip, description)
+    labels = torch.arange(count) % 2
+    return Resident(*(part.to(device) for part in (padded, labels, images, labels)), pad, flip, description)
 
 
 def epoch(data, seed, number, batch=4):

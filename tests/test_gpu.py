@@ -12,7 +12,7 @@ import torch
 from analyze import benchmark, hours, rates
 from common import checkpoint, masking
 from common.models import build_model
-from tests.conftest import TINY, call, succeed
+from tests.conftest import TINY, call, distance, succeed
 from tests.pretend_gpu import pretend_gpu
 
 REAL = torch.cuda.is_available()
@@ -23,12 +23,6 @@ TOLERANCE = 0.1 if REAL else 1e-3  # a channel or an image that rounding turns i
 def gpu():
     with contextlib.nullcontext() if REAL else pretend_gpu():
         yield
-
-
-def distance(one, other):
-    """Of two state dicts, relative to the first."""
-    a, b = (torch.cat([value.double().flatten() for value in weights.values()]) for weights in (one, other))
-    return float((a - b).norm() / a.norm())
 
 
 def alike(one, other):

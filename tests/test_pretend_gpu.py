@@ -29,9 +29,7 @@ def network(seed=0):
 
 
 def data_on(device, count=32):
-    found = resident(count=count, pad=1, flip=True)
-    tensors = (part.to(device) for part in (found.train, found.train_labels, found.test, found.test_labels))
-    return type(found)(*tensors, found.pad, found.flip, found.description)
+    return resident(count=count, pad=1, flip=True, device=device)
 
 
 def without_time(rows):
