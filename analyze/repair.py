@@ -24,7 +24,10 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def recompute_batch_norm(model: nn.Module, batches: Iterable[Tensor], precision: str = "fp32") -> None:
-    """Reset the BN statistics of `model` and recompute them as the cumulative average over `batches` of images."""
+    """Reset the BN statistics of `model` and recompute them as the cumulative average over `batches` of images.
+
+    Each batch must be of all classes: within one class activations vary less.
+    """
     norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
     momenta = [module.momentum for module in norms]
     for module in norms:

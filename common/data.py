@@ -154,12 +154,12 @@ class Resident:
         return self._normalise(images), self.train_labels[chosen]
 
     def eval_batches(self, split: str = "test", batch_size: int | None = None, limit: int | None = None) -> Batches:
-        """All images of `split` (or a class-balanced choice of `limit`), in order, not augmented, normalised."""
+        """All images of `split` in order, or a balanced choice of `limit` with the classes mixed, not augmented, normalised."""
         batch_size = batch_size or EVAL_BATCH.get(self.device.type, 500)
         images, labels = (self.test, self.test_labels) if split == "test" else (self.train, self.train_labels)
         if split == "train" and self.pad:
             images = images[:, :, self.pad : -self.pad, self.pad : -self.pad]
-        if limit is not None and limit < len(labels):
+        if limit is not None:
             chosen = balanced(labels.cpu(), limit).to(self.device)
             images, labels = images[chosen], labels[chosen]
         for start in range(distributed.RANK * batch_size, len(labels), distributed.PROCESSES * batch_size):
@@ -196,7 +196,7 @@ def _steps(images: int, batch_size: int) -> int:
 
 
 def balanced(labels: Tensor, limit: int) -> Tensor:
-    """Sorted indices of `limit` images, the same number of every class (to one); always the same choice."""
+    """Indices of `limit` images, or all there are: equally many of every class (to one), in turn; always the same choice."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     shuffled = labels[order]
     # Rank of every image within its class, in shuffled order: take all of rank 0, then of rank 1, ...
@@ -204,7 +204,7 @@ def balanced(labels: Tensor, limit: int) -> Tensor:
     counts = torch.bincount(shuffled)
     rank = torch.empty_like(order)
     rank[by_class] = torch.cat([torch.arange(int(count)) for count in counts])
-    return order[torch.argsort(rank * len(counts) + shuffled)[:limit]].sort().values
+    return order[torch.argsort(rank * len(counts) + shuffled)[:limit]]
 
 
 def _resident(
@@ -234,7 +234,7 @@ def _resident(
     if limit is not None:
         if limit > len(train):
             raise UserError(f"--limit-train {limit} is more than the {len(train)} training images of {name}")
-        chosen = balanced(train_labels, limit)
+        chosen = balanced(train_labels, limit).sort().values
         train, train_labels = train[chosen], train_labels[chosen]
     pad = test.shape[-1] // 8  # 4 px at 32 px, as in the paper
     train = F.pad(train, (pad, pad, pad, pad))
@@ -347,7 +347,7 @@ class Streamed:
 
     def eval_batches(self, split: str = "test", batch_size: int = 250, limit: int | None = None) -> Batches:
         images = self.plain[split]
-        if limit is not None and limit < len(images):
+        if limit is not None:
             images = torch.utils.data.Subset(images, balanced(torch.tensor(images.targets), limit).tolist())
         mine = range(distributed.RANK, len(images), distributed.PROCESSES)
         yield from self._load(torch.utils.data.Subset(images, mine), batch_size)

@@ -320,5 +320,10 @@ def _resume(
     optimiser.load_state_dict(state["optimiser"])
     for group, rate in zip(optimiser.param_groups, rates):
         group["lr"] = rate  # on its device
+    for (
+        parameter
+    ) in model.parameters():  # in the layout of the weights, which the file may not have: fused SGD pairs memory
+        kept = optimiser.state[parameter]
+        kept["momentum_buffer"] = torch.empty_like(parameter).copy_(kept["momentum_buffer"])
     tqdm.write(f"{name}  goes on after epoch {state['rows'][-1]['epoch']}")
     return state["rows"]

@@ -85,13 +85,21 @@ def test_balanced_takes_equally_of_every_class_and_always_the_same():
     labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 20)
     chosen = balanced(labels, 30)
     assert torch.bincount(labels[chosen]).tolist() == [10, 10, 10]
-    assert (
-        torch.equal(chosen, balanced(labels, 30))
-        and torch.equal(chosen, chosen.sort().values)
-        and len(set(chosen.tolist())) == 30
-    )
+    assert torch.equal(chosen, balanced(labels, 30)) and len(set(chosen.tolist())) == 30
+    assert labels[chosen].tolist() == [0, 1, 2] * 10  # and any part of it is balanced
     assert torch.bincount(labels[balanced(labels, 31)]).sum() == 31
     assert torch.bincount(labels[balanced(labels, 90)]).tolist() == [40, 30, 20]  # small classes give what they have
+    assert balanced(labels, 1000).sort().values.tolist() == list(range(100))
+
+
+def test_images_in_order_of_class_are_limited_to_batches_of_all_classes(pictures):
+    """In a batch of few classes activations vary less, and BatchNorm statistics from it would be too small."""
+    small, streamed = load_data("folder", str(pictures), image_size=8), Streamed(pictures, torch.device("cpu"), 0)
+    assert small.train_labels.tolist() == [0] * 6 + [1] * 6
+    for data in (small, streamed):
+        for limit in (8, 12, 100):
+            batches = [sorted(labels.tolist()) for _, labels in data.eval_batches("train", 4, limit)]
+            assert batches == [[0, 0, 1, 1]] * min(limit // 4, 3)
 
 
 def test_glyphs_are_the_same_from_the_same_seed_and_not_flipped():

@@ -103,6 +103,27 @@ def test_a_run_that_was_cut_off_ends_with_the_same_numbers(tmp_path, masked, net
         train(tiny(), data, rates, folder=tmp_path / "cut", **mixed)
 
 
+def test_a_resumed_run_has_the_layout_of_its_own_device(tmp_path):
+    """A run may go on elsewhere, or with --compile, where convolutions lie in memory in another order than in its file."""
+
+    def network():
+        return build_model("resnet20", 0.25, 2, (3, 8, 8), 0)
+
+    data, rates, whole, rest = resident(count=16, mean=0.1), [0.05, 0.05], network(), network()
+    train(whole, data, rates, folder=tmp_path / "whole", **SETTINGS)
+    train(network(), data, rates[:1], folder=tmp_path / "cut", **SETTINGS)
+    state = torch.load(tmp_path / "cut/resume.pt", weights_only=True)
+    changed = 0
+    for kept in state["optimiser"]["state"].values():
+        before = kept["momentum_buffer"]
+        kept["momentum_buffer"] = before.contiguous()
+        changed += before.stride() != kept["momentum_buffer"].stride()
+    assert changed > 10
+    torch.save(state, tmp_path / "cut/resume.pt")
+    train(rest, data, rates, folder=tmp_path / "cut", **SETTINGS)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), rest.state_dict().values()))
+
+
 def test_a_compiled_network_trains_as_the_plain_one(tmp_path, monkeypatch):
     data, plain, compiled = resident(count=16, mean=0.1), tiny(), tiny()
     expected = train(plain, data, [0.01], folder=tmp_path / "a", **SETTINGS)
