@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from common import distributed
 from common.errors import UserError
-from common.folder import folder_splits, read_folder
+from common.folder import folder_splits, opened, read_folder
 from common.seeding import seeded
 
 DATASETS = ("glyphs", "cifar10", "cifar100", "svhn", "imagenet", "folder")
@@ -310,8 +310,8 @@ class Streamed:
     def __init__(self, folder: Path, device: torch.device, workers: int):
         from common.vision import torchvision, v2  # here, because it takes seconds that small images need not pay
 
-        train, test, classes = folder_splits(folder)
-        read = torchvision.datasets.ImageFolder
+        train, test, classes = folder_splits(folder, ("val", "test"))  # ImageNet's own test/ has no labels
+        read = functools.partial(torchvision.datasets.ImageFolder, loader=_read_picture)
         try:  # as uint8, a quarter of what the workers would have to hand over; the device does the rest
             self.augmented = read(
                 train, v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), v2.PILToTensor()])
@@ -320,6 +320,8 @@ class Streamed:
             self.plain = {"train": read(train, plain), "test": read(test, plain)}
         except FileNotFoundError as error:
             raise UserError(str(error).splitlines()[0]) from error
+        if odd := set(self.augmented.classes + self.plain["test"].classes) - set(classes):
+            raise UserError(f"{folder} has folders that are no class: remove {', '.join(sorted(odd))}")
         self.device, self.workers = device, min(workers, os.cpu_count() or 1)
         self.description = {
             "name": "imagenet",
@@ -360,9 +362,17 @@ class Streamed:
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # or it would draw from the global one, beside other threads
         )
-        for images, labels in loader:
-            images = images.to(self.device, non_blocking=True)
-            yield _normalise(images, *self._scale), labels.to(self.device, non_blocking=True)
+        try:
+            for images, labels in loader:
+                images = images.to(self.device, non_blocking=True)
+                yield _normalise(images, *self._scale), labels.to(self.device, non_blocking=True)
+        except UserError as error:  # of a worker: its last line is the message, after a traceback
+            raise UserError(str(error).strip().splitlines()[-1].rpartition("UserError: ")[2]) from None
+
+
+def _read_picture(path: str) -> Any:
+    with opened(path) as image:
+        return image.convert("RGB")
 
 
 class _Seeded(torch.utils.data.Dataset):

@@ -20,7 +20,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".
 
 def read_folder(folder: Path, size: int | None) -> tuple:
     """Read train/<class>/* and test/<class>/* (or val/), and keep the decoded form beside them for the next start."""
-    train, test, classes = folder_splits(folder)
+    train, test, classes = folder_splits(folder, ("test", "val"))
     files = [_images(split, classes) for split in (train, test)]
     # The listing tells one set of files from another wherever it lies; the times tell whether a cache is stale.
     listing, times = hashlib.sha256(), hashlib.sha256()
@@ -53,13 +53,14 @@ def read_folder(folder: Path, size: int | None) -> tuple:
     return *parts, classes, checksum
 
 
-def folder_splits(folder: Path) -> tuple[Path, Path, list[str]]:
-    """Find train/ and test/ (or val/) with equal class folders; raises UserError when they are not so."""
+def folder_splits(folder: Path, tests: tuple[str, ...]) -> tuple[Path, Path, list[str]]:
+    """Find train/ and the first of `tests`, with equal class folders; raises UserError when they are not so."""
     if not folder.is_dir():
         raise UserError(f"no such data folder: {folder} (set --data-dir)")
-    test = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
+    test = next((folder / name for name in tests if (folder / name).is_dir()), None)
     if not (folder / "train").is_dir() or test is None:
-        raise UserError(f"{folder} needs train/ and test/ (or val/), each with one folder of images a class")
+        wanted = f"{tests[0]}/" + "".join(f" (or {name}/)" for name in tests[1:])
+        raise UserError(f"{folder} needs train/ and {wanted}, each with one folder of images a class")
     train_classes, test_classes = (
         sorted(entry.name for entry in split.iterdir() if entry.is_dir() and not entry.name.startswith("."))
         for split in (folder / "train", test)
@@ -85,14 +86,14 @@ def _images(split: Path, classes: list[str]) -> list[tuple[str, int]]:
 
 
 def _common_size(path: str) -> int:
-    with _opened(path) as image:
+    with opened(path) as image:
         if image.width != image.height:
             raise UserError(f"{path} is {image.width}x{image.height}: set --image-size to crop and resize all images")
         return image.width
 
 
 def _decode(path: str, size: int, given: bool) -> np.ndarray:
-    with _opened(path) as image:
+    with opened(path) as image:
         if image.size != (size, size):
             if not given:
                 raise UserError(f"{path} is {image.width}x{image.height} and others {size}x{size}: set --image-size")
@@ -102,10 +103,12 @@ def _decode(path: str, size: int, given: bool) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[Image.Image]:
+def opened(path: str) -> Iterator[Image.Image]:
     """Open an image; what is no image, or a broken one, is a UserError, also when it shows only while decoding."""
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # Pillow would clip it to 8 bits
+                raise UserError(f"{path} has more than 8 bits a channel: save it with 8")
             yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is no image that can be read: {error}") from error

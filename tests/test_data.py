@@ -192,6 +192,30 @@ def test_folder_refuses_what_is_wrong_with_one_line(pictures, tmp_path):
         load_data("folder", str(pictures), image_size=8)
 
 
+def test_a_picture_of_more_than_8_bits_is_refused_rather_than_clipped(pictures):
+    Image.fromarray(np.full((12, 12), 3000, np.uint16)).save(pictures / "train/cat/3.png")
+    with pytest.raises(UserError, match=r"cat/3\.png has more than 8 bits"):
+        load_data("folder", str(pictures), image_size=8)
+
+
+def test_imagenet_takes_val_and_not_its_unlabelled_test(pictures):
+    (pictures / "test").mkdir()
+    Image.new("RGB", (12, 12)).save(pictures / "test/0.png")
+    data = Streamed(pictures, torch.device("cpu"), 0)
+    assert [path for path, _ in data.plain["test"].samples][0] == str(pictures / "val/cat/0.png")
+    (pictures / "train/.ipynb_checkpoints").mkdir()  # would be class 0 and move all others
+    Image.new("RGB", (12, 12)).save(pictures / "train/.ipynb_checkpoints/0.png")
+    with pytest.raises(UserError, match=r"no class: remove \.ipynb_checkpoints"):
+        Streamed(pictures, torch.device("cpu"), 0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_picture_of_imagenet_is_named(pictures, workers):
+    (pictures / "val/dog/1.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"^\S*/val/dog/1\.png is no image that can be read: [^\n]*$"):
+        list(Streamed(pictures, torch.device("cpu"), workers).eval_batches())
+
+
 def test_cifar_is_asked_for_by_name_and_a_missing_network_is_one_line(tmp_path, monkeypatch):
     from common.vision import torchvision
 
