@@ -119,9 +119,9 @@ def load(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
         raise UserError(
-            f"{path} cannot be read: it is cut off or no checkpoint ({type(error).__name__}); make it again"
+            f"{path} cannot be read: it is cut off or no checkpoint of plain tensors ({type(error).__name__}): make it again, or save model.state_dict()"
         ) from error
     missing = [key for key in keys if not isinstance(content, dict) or key not in content]
     if missing:

@@ -85,14 +85,13 @@ def number(
     def parse(text: str) -> Any:
         try:
             value = kind(text)
+            outside = not low <= value <= high or (open_low and value == low) or (open_high and value == high)
+            outside = outside or not math.isfinite(value)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number") from None
-        if (
-            not low <= value <= high
-            or not math.isfinite(value)
-            or (open_low and value == low)
-            or (open_high and value == high)
-        ):
+        except OverflowError:  # a whole number of hundreds of digits
+            outside = True
+        if outside:
             bounds = f"{'above' if open_low else 'at least'} {low:g}"
             bounds += "" if high == float("inf") else f" and {'below' if open_high else 'at most'} {high:g}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bounds}")

@@ -13,6 +13,8 @@ def explain(error: BaseException) -> str | None:
         return " ".join(str(error).split())
     if isinstance(error, PermissionError):
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"out of GPU memory: use smaller batches, a smaller width or fewer side by side ({str(error).split('.')[0]})"
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(
+        error
+    ):  # GPU, numpy, torch
+        return f"out of memory: use smaller batches, a smaller width or fewer side by side ({str(error).partition('. ')[0]})"
     return None

@@ -44,6 +44,7 @@ def load_weights(path: Path, name: str, model: nn.Module, input_shape: list[int]
     UserError when the weights do not fit `model`, which the function `name` built.
     """
     weights, _ = masking.from_prune(_read(path))
+    weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
     expected = model.state_dict()
     for key in expected.keys() | weights.keys():
         shapes = [

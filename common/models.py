@@ -1,6 +1,6 @@
 """The four networks of the project, each with a `width` that multiplies every channel count.
 
-All can be traced by torch.fx, which is how their permutation axes are found (common/permutation.py).
+All can be traced by torch.fx, which is how their permutation axes are found (common/axes.py).
 To add a network: write a function (width, classes, input_shape) -> module here and name it in MODELS.
 """
 
@@ -14,7 +14,7 @@ from common.seeding import seeded
 def channels(base: int, width: float) -> int:
     """Return base * width; raises UserError unless that is a whole number of channels."""
     count = base * width
-    if count < 1 or abs(count - round(count)) > 1e-9:
+    if not 1 <= count < 2**31 or abs(count - round(count)) > 1e-9:
         raise UserError(f"--width {width:g} turns {base} channels into {count:g}: choose one that gives whole channels")
     return round(count)
 

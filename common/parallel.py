@@ -64,7 +64,7 @@ def side_by_side(runs: dict[str, Run], count: int, device: torch.device) -> None
     have ended.
     """
     failed = (_in_processes if device.type == "cpu" else _in_threads)(runs, count, device)
-    bugs = [name for name, code in failed.items() if code != 2]
+    bugs = [name for name, code in failed.items() if code not in (2, -signal.SIGKILL)]
     if failed:
         kind = RuntimeError if bugs else UserError
         raise kind(f"{len(failed)} of {len(runs)} runs failed ({', '.join(bugs or failed)}): see above; the same command does them again")  # fmt: skip
@@ -93,6 +93,9 @@ def _in_processes(runs: dict[str, Run], count: int, device: torch.device) -> dic
                 process.join()
                 if process.exitcode:
                     failed[name] = process.exitcode
+                if process.exitcode < 0:  # it could not say so itself
+                    why = ", as when memory runs out: put fewer side by side" * (process.exitcode == -signal.SIGKILL)
+                    print(f"{name}: error: ended by {signal.Signals(-process.exitcode).name}{why}", file=sys.stderr)
     finally:
         for _, process in running.values():
             process.terminate()

@@ -16,8 +16,7 @@ def _renew() -> None:
     _alone = threading.RLock()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew)
+os.register_at_fork(after_in_child=_renew)
 
 
 @contextlib.contextmanager

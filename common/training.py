@@ -33,7 +33,7 @@ def pick_device(name: str | None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = distributed.own(torch.device(name))
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).cpu()
         if device.index is not None and device.type == "cuda":
             torch.cuda.set_device(device)  # for what asks for no device, as torch.cuda.synchronize
     except (RuntimeError, AssertionError) as error:
@@ -196,7 +196,7 @@ def train(
             bar.update(batch_size)
         if masker:
             masker.check()
-        if not torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all():
+        if not nn.utils.get_total_norm(model.parameters(), math.inf).isfinite():
             raise UserError(
                 f"{name} diverged in epoch {epoch + 1}, its weights are no numbers any more: try a smaller --lr or more --warmup"
             )

@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 from common import masking
 from common.axes import find_axes
 from common.permutation import permute
-from tests.conftest import call, refused, state, succeed
+from tests.conftest import call, refused, same, state, succeed
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,21 @@ def test_networks_of_ones_own(own, tmp_path, method):
             "--model-fn", "my_nets:Net", "--method", method, "--input-shape", 3, 24, 24, "--device", "cpu", "--out", tmp_path,
         )  # fmt: skip
         refused(other, "another experiment", "input_shape")
+
+
+def test_weights_of_half_precision_are_matched_as_their_values(own, tmp_path):
+    for name in ("my_a", "my_b"):
+        half = {key: value.half() for key, value in state(own / f"{name}.pt").items()}
+        torch.save(half, tmp_path / f"{name}.pt")
+        (tmp_path / "float").mkdir(exist_ok=True)
+        torch.save({key: value.float() for key, value in half.items()}, tmp_path / f"float/{name}.pt")
+    found = []
+    for folder in (tmp_path, tmp_path / "float"):
+        ends = "--source", folder / "my_a.pt", "--target", folder / "my_b.pt", "--masks", own / "my_a_pruned.pt"
+        more = "--model-fn", "my_nets:Net", "--method", "weight", "--device", "cpu", "--out", folder / "out"
+        succeed("align_mask", *ends, *more)
+        found.append(state(folder / "out/permutation.pt")["permutation"])
+    assert same(*found)
 
 
 def test_a_pruned_state_dict_and_back():

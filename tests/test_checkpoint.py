@@ -44,6 +44,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     (lambda path: torch.save([1], path), "lacks x"),
     (lambda path: torch.save({"y": 1}, path), "lacks x"),
     (lambda path: torch.save({"x": pytest.raises}, path), "cut off or no checkpoint"),  # arbitrary objects are never loaded
+    (lambda path: torch.save(torch.nn.Linear(2, 2), path), r"save model\.state_dict\(\)"),
 ])  # fmt: skip
 def test_bad_files_are_named(tmp_path, spoil, words):
     path = tmp_path / "file.pt"

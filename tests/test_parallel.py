@@ -77,10 +77,16 @@ def test_a_run_that_fails_stops_no_other(tmp_path, how, monkeypatch, capfd):
     assert "x: error: the disk is full\n" in err and "ZeroDivisionError" in err
 
 
-def test_a_killed_process_is_named(capfd):
-    runs = {"killed": lambda: os.kill(os.getpid(), 9), "well": lambda: None}
-    with pytest.raises(RuntimeError, match=r"1 of 2 runs failed \(killed\)"):
+@pytest.mark.parametrize(
+    "sent, kind, words", [(signal.SIGKILL, UserError, "memory"), (signal.SIGUSR1, RuntimeError, "")]
+)
+def test_a_killed_process_is_named(capfd, sent, kind, words):
+    """SIGKILL is what a machine without memory sends; other signals are bugs."""
+    runs = {"killed": lambda: os.kill(os.getpid(), sent), "well": lambda: None}
+    with pytest.raises(kind, match=r"1 of 2 runs failed \(killed\)"):
         parallel.side_by_side(runs, 2, CPU)
+    err = capfd.readouterr().err
+    assert f"killed: error: ended by {sent.name}" in err and words in err
 
 
 def test_a_run_side_by_side_has_one_thread_whatever_the_others_have():

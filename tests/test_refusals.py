@@ -3,6 +3,7 @@
 import math
 import shutil
 
+import numpy
 import pytest
 import torch
 
@@ -41,6 +42,9 @@ def dense(out, *more):
     (("--model", "lenet"), "lenet"),
     (("--dataset", "mnist"), "mnist"),
     (("--momentum", 1), "--momentum"),
+    (("--width", "1e307"), "--width"),
+    (("--epochs", "9" * 400), "--epochs"),
+    (("--device", "meta"), "meta"),
 ])  # fmt: skip
 def test_dense_refuses(tmp_path, more, words):
     refused(dense(tmp_path / "out", *more), words)
@@ -212,6 +216,12 @@ def test_extreme_sparsities_and_diverged_networks_are_refused(runs, tmp_path):
     succeed("prune_imp", *ends, *IMP, "--out", tmp_path / "few")  # 20% of the last few weights is still one
     mask = state(tmp_path / "few/mask_0.999.pt")["mask"]
     assert masking.kept(mask) == masking.keep_count(masking.size(mask), 0.999) < 5
+
+
+@pytest.mark.parametrize("take", [lambda: torch.empty(10**15), lambda: numpy.empty(10**15)])
+def test_too_little_memory_is_one_line(monkeypatch, take):
+    monkeypatch.setattr("train_dense.load_data", lambda *_, **__: take())
+    refused(call("train_dense", *TINY, "--out", "nowhere"), "out of memory", "smaller")
 
 
 def test_a_bug_of_ours_shows_its_traceback(monkeypatch):
