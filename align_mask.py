@@ -162,11 +162,12 @@ def main() -> None:
     rows = [{"permutation": name} | row for name, found in permutations.items() for row in found["rows"]]
     checkpoint.save_csv(rows, args.out / "log.csv")
     objectives = {name: found["objective"] for name, found in permutations.items()}
+    before = checkpoint.load_json(args.out / "result.json")["seconds"] if finished else 0  # of masks that came earlier
     result = {
         "stage": "align_mask",
         "arguments": arguments,
         "objective": objectives,
-        "seconds": time.perf_counter() - start,
+        "seconds": before + time.perf_counter() - start,
     }
     checkpoint.save_json(result | checkpoint.environment(device), args.out / "result.json")
 

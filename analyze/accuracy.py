@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from analyze import paper, style
-from analyze.results import dense_runs, parse_root, sparse_runs, variants
+from analyze.results import dense_runs, of_one_network, parse_root, sparse_runs, variants
 from common import cli
 
 
@@ -99,7 +99,7 @@ def main() -> None:
         reference = paper.of(paper.accuracies(), model, dataset) if args.paper else None
         if args.paper and reference.empty:
             print(f"the paper has no accuracies of {model} on {dataset}")
-        pairs = group[group["source_seed"] != group["target_seed"]]
+        pairs = group[~of_one_network(group)]
         count = len((pairs if len(pairs) else group)[["source_seed", "target_seed"]].drop_duplicates())
         title = f"{model} on {dataset}, {count} seed pair" + "s" * (count != 1)
         for x, panel in (("rewind", "sparsity"), ("sparsity", "rewind")):

@@ -43,10 +43,9 @@ def idle_units(mask: Mask, model: torch.nn.Module, input_shape: tuple[int, ...])
 
     Weights that are never pruned count as kept.
     """
-    axes = find_axes(model, input_shape)
+    axes, state = find_axes(model, input_shape), model.state_dict()
     weights: dict[str, Tensor] = {
-        name: mask.get(name, torch.ones_like(model.state_dict()[name], dtype=torch.bool))
-        for name in masking.layer_weights(model)
+        name: mask.get(name, torch.ones_like(state[name], dtype=torch.bool)) for name in masking.layer_weights(model)
     }
     counts = {"units": sum(axes.sizes.values()), "without_inputs": 0, "without_outputs": 0}
     for axis, places in find_places(weights, axes).items():
@@ -118,7 +117,8 @@ def main() -> None:
         about = json.dumps(entry["model"])
         if entry["model"].get("width") is None:
             continue  # a network that is not ours: its module is not known here
-        models.setdefault(about, build_model(**entry["model"]))
+        if about not in models:
+            models[about] = build_model(**entry["model"])
         units.append(dict(zip(MASK, key)) | idle_units(entry["mask"], models[about], entry["model"]["input_shape"]))
     layers = [
         dict(zip(MASK, key)) | {"layer": name, "weights": mask.numel(), "layer_sparsity": 1 - int(mask.sum()) / mask.numel()}

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from analyze.results import dense_runs, parse_root
 from common import checkpoint, cli, masking
 from common.axes import find_axes
-from common.data import load_described
+from common.data import reader
 from common.errors import UserError
 from common.matching import match_activations, match_weights, match_weights_best, matched_weights
 from common.models import build_model
@@ -72,11 +72,11 @@ def main() -> None:
     folders = dense_runs(args.root)["folder"]
     if folders.empty:
         raise UserError(f"no finished dense run below {args.root}: run train_dense.py first")
-    rows = []
+    read, rows = reader(args.data_dir, device, args.workers), []
     for folder in tqdm(folders, "networks", unit="network", disable=None):
         dense = checkpoint.load_dense(folder)
-        data = load_described(dense["dataset"], args.data_dir, device, args.workers)
-        about = {"model": dense["model"]["name"], "width": dense["model"]["width"], "seed": dense["seed"]}
+        data = read(dense["dataset"])
+        about = {"model": dense["model"]["name"], "width": dense["model"]["width"], "dataset": dense["dataset"]["name"], "seed": dense["seed"]}  # fmt: skip
         for level in LEVELS:
             rows += [
                 about | {"noise": level, "method": method, "recovered": share}
@@ -84,8 +84,10 @@ def main() -> None:
             ]
     table = pd.DataFrame(rows)
     checkpoint.save_text(table.to_csv(index=False), args.root / "planted.csv")
-    shares = table.groupby(["model", "width", "noise", "method"], sort=False)["recovered"].agg(["mean", "std", "count"])
-    text = shares["mean"].map("{:.1f}".format) + " ± " + shares["std"].map("{:.1f}".format)
+    shares = table.groupby(["model", "width", "dataset", "noise", "method"], sort=False)["recovered"].agg(
+        ["mean", "std", "count"]
+    )
+    text = shares["mean"].map("{:.1f}".format) + shares["std"].map(" ± {:.1f}".format).where(shares["count"] > 1, "")
     print(f"channels put back, in percent, mean ± std over {len(folders)} networks, by noise in standard deviations")
     print(text.unstack("method")[["activation", "weight", "masked"]].to_string())
     print(f"wrote {args.root / 'planted.csv'}")

@@ -7,6 +7,7 @@ settings, the hardware and the cost of each stage. What cannot be made yet is na
 
 import base64
 import html
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,14 +44,19 @@ Block = tuple[str, Any]  # kind (heading, text, code, table, picture) and conten
 
 
 def run(name: str, root: Path, flags: list[str]) -> tuple[bool, str]:
-    """Run one analysis; whether it made its files, and what it printed, or the line that says what is missing."""
-    done = subprocess.run([sys.executable, "-m", f"analyze.{name}", str(root), *flags], capture_output=True, text=True, cwd=Path(__file__).parents[1])  # fmt: skip
+    """Run one analysis; whether it made its files, and what it printed and skipped, or the line that says what is missing."""
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", f"analyze.{name}", str(root), *flags], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )  # fmt: skip
+    told = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]  # none of one that was killed
     if done.returncode == 2:
-        return False, done.stderr.strip().splitlines()[-1].partition("error: ")[2]
+        return False, told[-1].partition("error: ")[2]
     if done.returncode:  # a bug of ours, or of a run; the other analyses still count
         print(done.stderr, file=sys.stderr)
-        return False, f"failed ({done.stderr.strip().splitlines()[-1]})"
+        return False, f"failed ({told[-1]})"
     lines = [line for line in done.stdout.splitlines() if not line.startswith("wrote ")]
+    lines += [line for line in told if line.startswith("skipped ")]
     return True, "\n".join(lines).strip()
 
 

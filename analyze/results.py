@@ -132,13 +132,18 @@ def variants(runs: pd.DataFrame) -> pd.Series:
     return runs.apply(name, axis=1)
 
 
+def of_one_network(runs: pd.DataFrame) -> pd.Series:
+    """Whether a run has the weights and the mask of one network, as LTH has."""
+    return (runs["source_seed"] == runs["target_seed"]) & (runs["mask_dataset"] == runs["dataset"])
+
+
 def by_pair(runs: pd.DataFrame) -> pd.DataFrame:
     """Accuracy by cell and pair of seeds (source, target), a column a variant.
 
-    LTH and other runs of one seed alone stand beside every pair with that source; imp-target beside that target.
+    LTH and other runs of one network stand beside every pair with that source; imp-target beside that target.
     """
     runs = runs.assign(variant=variants(runs))
-    single = runs["source_seed"] == runs["target_seed"]
+    single = of_one_network(runs)
     seeds = ["source_seed", "target_seed"]
     pairs = runs.loc[~single, [*CELL, *seeds]].drop_duplicates()
     side = runs["arm"].map({"imp-target": "target_seed"}).fillna("source_seed")
@@ -315,7 +320,8 @@ def parse_root(doc: str) -> argparse.ArgumentParser:
 def main() -> None:
     root = parse_root(__doc__).parse_args().root
     runs = sparse_runs(root)
-    checkpoint.save_text(runs.to_csv(index=False), root / "results.csv")
+    whole = runs.assign(match_epoch=pd.to_numeric(runs["match_epoch"]).astype("Int64"))  # though some have none
+    checkpoint.save_text(whole.to_csv(index=False), root / "results.csv")
     checkpoint.save_text(summary(runs).to_csv(index=False), root / "summary.csv")
     text = render(runs)
     checkpoint.save_text(text + "\n", root / "table.txt")

@@ -168,6 +168,12 @@ def test_a_foreign_mask_is_compared_with_its_own_naive_use():
     assert found.to_dict() == {"permuted": 1.0, "permuted [e mask]": 4.0}
 
 
+def test_a_mask_of_another_data_set_and_the_same_seed_is_of_another_network():
+    rows = [run("naive", 0, 0, 60.0, mask_dataset="e"), run("permuted", 0, 0, 64.0, mask_dataset="e", method="activation", match_epoch=5)]  # fmt: skip
+    found = results.summary(frame(rows)).set_index("variant")["difference"].dropna()
+    assert found.to_dict() == {"permuted [e mask]": 4.0}
+
+
 def test_one_seed_has_no_spread_and_a_missing_arm_no_difference():
     one = results.render(frame([run("lth", 0, 0, 90.0), run("naive", 0, 1, 80.0)]))
     assert "90.00" in one and "nan" not in one and "90.00 ±" not in one and "+10.00 (100%)" in one
@@ -219,6 +225,7 @@ def test_results_lists_every_finished_run_once(runs, tmp_path):
         table.loc[table["arm"] != "permuted", "method"].isna().all()
         and (table.loc[table["arm"] == "permuted", "method"] == "activation").all()
     )
+    assert ",activation,3," in (root / "results.csv").read_text()  # a whole number, though naive runs have none
     lth = table[table["arm"] == "lth"]
     assert (lth["source_seed"] == lth["target_seed"]).all()
     row = table.iloc[0]

@@ -2,6 +2,8 @@
 
 import math
 import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -178,6 +180,20 @@ def test_the_report_holds_what_there_is_and_names_what_is_missing(runs, tmp_path
         report.markdown([("heading", "A"), ("table", pd.DataFrame({"x": [1.5], "y": [None]}))], root)
         == "# A\n\n| x | y |\n| --- | --- |\n| 1.5 |  |\n"
     )
+
+
+def test_the_report_runs_its_analyses_where_it_was_called(runs, tmp_path, monkeypatch):
+    shutil.copytree(runs, tmp_path / "mine")
+    (tmp_path / "mine/imp/seed0/mask_0.70.pt").write_bytes(b"broken")
+    monkeypatch.chdir(tmp_path)
+    made, text = report.run("masks", Path("mine"), [])
+    assert made and "hidden units" in text and "skipped mine/imp/seed0/mask_0.70.pt cannot be read" in text
+    assert (tmp_path / "mine/units.csv").is_file()
+
+
+def test_the_report_outlives_an_analysis_that_was_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], -9, "", ""))
+    assert report.run("masks", tmp_path, []) == (False, "failed (exit code -9)")
 
 
 def test_the_papers_figures_are_drawn_from_its_numbers(tmp_path):

@@ -115,6 +115,10 @@ def test_planted_permutations_are_recovered_and_counted(runs, tmp_path):
     means = table.groupby(["noise", "method"])["recovered"].mean()
     assert means[0.0, "weight"] == means[0.0, "masked"] == 100
     assert means[0.0, "activation"] > 50 > means[2.0, "activation"]
+    assert set(table["dataset"]) == {"glyphs"} and table.groupby(["noise", "method"])["seed"].nunique().eq(4).all()
+    for seed in (1, 2, 3):
+        shutil.rmtree(root / f"dense/seed{seed}")
+    assert "nan" not in succeed("analyze.planted", root, "--images", 250, "--device", "cpu")  # one has no spread
 
 
 def test_coverage_lists_networks_and_names_what_stands_in_the_way():

@@ -1,5 +1,6 @@
 """Stages that are called again, and stages that were cut off."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -61,11 +62,14 @@ def test_a_mask_that_came_later_is_permuted_without_matching_again(runs, tmp_pat
     shutil.copytree(runs, root)
     aligned = root / "align/activation/seed0-seed1"
     (aligned / "mask_0.70.pt").unlink()
+    result = json.loads((aligned / "result.json").read_text())
+    (aligned / "result.json").write_text(json.dumps(result | {"seconds": 1000}))
     out = succeed("align_mask", *ends(root), "--out", aligned)
     assert "objective" not in out and "mask_0.70.pt" in out and "mask_0.50.pt" not in out
     assert same(
         state(aligned / "mask_0.70.pt")["mask"], state(runs / "align/activation/seed0-seed1/mask_0.70.pt")["mask"]
     )
+    assert 1000 < json.loads((aligned / "result.json").read_text())["seconds"] < 1100  # of both calls
 
 
 def test_a_chain_that_was_cut_off_does_not_leak_into_one_with_more_stops(runs, tmp_path):
