@@ -6,8 +6,8 @@
 # quick (the default) needs no download, no GPU and a few minutes. All else are the paper's settings.
 # Each setting below can be overridden by the environment:
 #   PAIRS="0 1 2" WIDTHS="1 4" OUT=runs/mine DATA_DIR=/data bash run_all.sh cifar10
-#   METHODS="activation weight masked" says how to match (activation is the paper's), and
-#   CONTROLS="shuffled random-permutation imp-target signs" adds control arms.
+#   METHODS="activation weight masked" says how to match (activation is the paper's; activation@20 matches against the
+#   target after 20 epochs: Table 15), and CONTROLS="shuffled random-permutation imp-target signs" adds control arms.
 #   ENSEMBLE=5 makes the networks of Table 1 in runs/<preset>-ensemble instead: one source, five targets for naive and
 #   permuted, five data orders for LTH, IMP from five seeds. Copy dense/ there to train no dense network again.
 #   PARALLEL=auto trains the networks of a command side by side, which fills a GPU (--parallel of the stages).
@@ -66,6 +66,11 @@ if [ -n "$SPREAD" ]; then
 fi
 JOBS=${JOBS-$jobs}  # processes side by side; on a CPU each then gets its share of the cores
 DRY_RUN=${DRY_RUN-}
+for name in $METHODS; do case $name in
+  *@ | *@*[!0-9]*) echo "run_all.sh: error: METHODS: '$name' is no method at an epoch of the target, as activation@20 is" >&2; exit 2 ;;
+  activation | weight | masked | identity | activation@* | weight@* | masked@*) ;;
+  *) echo "run_all.sh: error: unknown method '$name': choose from activation, weight, masked, identity" >&2; exit 2 ;;
+esac; done
 for name in $CONTROLS; do case $name in
   shuffled | random-permutation | imp-target | signs) ;;
   *) echo "run_all.sh: error: unknown control '$name': choose from shuffled, random-permutation, imp-target, signs" >&2; exit 2 ;;
@@ -73,9 +78,11 @@ esac; done
 
 # ---------------------------------------------------------------- set-up
 python=python3
-packages="import torch, torchvision, numpy, scipy, tqdm, pandas, matplotlib, pytest"
-import_check="from common.vision import torchvision; $packages"
-if [ -z "$DRY_RUN" ] && ! "$python" -c "$import_check" 2>/dev/null; then
+packages="torch, torchvision, numpy, scipy, tqdm, pandas, matplotlib, pytest"
+import_check="from common.vision import torchvision; import $packages"
+if [ -n "$DRY_RUN" ]; then # names the interpreter that will be used, and sets nothing up
+  "$python" -c "from importlib.util import find_spec; raise SystemExit(not all(map(find_spec, '$packages'.split(', '))))" 2>/dev/null || python=.venv/bin/python
+elif ! "$python" -c "$import_check" 2>/dev/null; then
   if ! .venv/bin/python -c "$import_check" 2>/dev/null; then
     echo "setting up .venv from requirements.txt (once)"
     "$python" -m venv .venv && .venv/bin/python -m pip install --quiet --requirement requirements.txt
@@ -128,13 +135,14 @@ rewinds() { # of a width: the paper's grid is coarser for the widest networks
   esac
 }
 control() { case " $CONTROLS " in *" $1 "*) ;; *) return 1 ;; esac; } # whether a control is asked for
+early=$(for name in $METHODS; do case $name in *@*) printf ' %s' "${name#*@}" ;; esac; done) # epochs of targets
 train=$python
 if [ -n "$SPREAD" ]; then train+=" -m torch.distributed.run --standalone --nproc-per-node $SPREAD"; fi
 start=$(date +%s)
 
 roots | while read -r w R; do
   networks | together | while read -r set seeds; do
-    echo "$train train_dense.py --dataset $set --data-dir '$DATA_DIR' --model $MODEL --width $w --seed $seeds --out '$R/dense' --save-epochs $(rewinds "$w") $DENSE_FLAGS $beside"
+    echo "$train train_dense.py --dataset $set --data-dir '$DATA_DIR' --model $MODEL --width $w --seed $seeds --out '$R/dense' --save-epochs $(rewinds "$w")$early $DENSE_FLAGS $beside"
   done
 done | run
 
@@ -148,7 +156,8 @@ done | run
 roots | while read -r w R; do
   pairs | while read -r a b; do
     for method in $METHODS $(control random-permutation && echo random); do
-      echo "$python align_mask.py --source '$R/dense/seed$a' --target '$R/dense/seed$b' --masks '$R/imp/seed$a' --data-dir '$DATA_DIR' --method $method --out '$R/align/$method/seed$a-seed$b' $ALIGN_FLAGS"
+      at=${method#"${method%@*}"}
+      echo "$python align_mask.py --source '$R/dense/seed$a' --target '$R/dense/seed$b' --masks '$R/imp/seed$a' --data-dir '$DATA_DIR' --method ${method%@*}${at:+ --target-epoch ${at#@}} --out '$R/align/$method/seed$a-seed$b' $ALIGN_FLAGS"
     done
   done
 done | run

@@ -72,6 +72,22 @@ def test_methods_and_controls_add_their_runs():
     assert [words[-1] for words in added[-3:]] == ["--signs"] * 3
 
 
+def test_a_method_may_match_against_an_early_target():
+    usual = run_all("cifar10", DRY_RUN="1", PAIRS="0", WIDTHS="1", REWIND="25", METHODS="activation")
+    early = run_all("cifar10", DRY_RUN="1", PAIRS="0", WIDTHS="1", REWIND="25", METHODS="activation activation@5")
+    added = [line for line in early.stdout.splitlines() if line not in usual.stdout.splitlines()]
+    assert [line.split()[1] for line in added] == ["train_dense.py"] * 2 + ["align_mask.py", "train_sparse.py"]
+    assert all("--save-epochs 25 5 " in line for line in added[:2])
+    assert "--method activation --target-epoch 5 --out 'runs/cifar10/align/activation@5/seed0-seed1'" in added[2]
+    assert "--masks 'runs/cifar10/align/activation@5/seed0-seed1'" in added[3] and "--target-epoch" not in usual.stdout
+
+
+def test_a_dry_run_names_the_interpreter_that_has_the_packages(tmp_path):
+    assert run_all("quick", DRY_RUN="1").stdout.startswith("python3 train_dense.py")
+    path = command(tmp_path, "python3", "exit 1")
+    assert run_all("quick", DRY_RUN="1", PATH=path).stdout.startswith(".venv/bin/python train_dense.py")
+
+
 def test_an_ensemble_has_one_source_and_five_of_the_rest():
     done = run_all("cifar10", DRY_RUN="1", ENSEMBLE="5", METHODS="activation")
     lines = [shlex.split(line) for line in done.stdout.splitlines()]
@@ -227,6 +243,9 @@ def test_unknown_presets_and_controls_are_refused():
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cifar11" in done.stderr
     done = run_all("quick", CONTROLS="signs shuffle")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "'shuffle'" in done.stderr
+    for wrong in ("activaton", "activation@", "activation@2x", "random"):
+        done = run_all("quick", METHODS=f"weight {wrong}")
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"'{wrong}'" in done.stderr
 
 
 def test_a_stage_that_fails_stops_the_experiment(tmp_path):
