@@ -10,6 +10,7 @@ augmentation. Called again it does what is missing; a run that was cut off goes 
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from common import checkpoint, cli
 from common.data import DATASETS, load_data
@@ -47,12 +48,18 @@ def main() -> None:
         args, "dataset", "image_size", "limit_train", "model", "width", "epochs", "lr", "schedule", "warmup",
         "weight_decay", "batch_size", "momentum", "precision", "save_epochs",
     )  # fmt: skip
-    arguments["data_dir"] = args.data_dir if args.dataset == "folder" else None  # elsewhere the name says which data
-    runs = {seed: args.out / f"seed{seed}" for seed in args.seed}
-    finished = [folder for seed, folder in runs.items() if checkpoint.is_finished(folder, arguments | {"seed": seed})]
-    for folder in finished:
-        print(f"{folder} is finished: nothing to do")
-    if len(finished) == len(runs):
+    arguments["data_dir"] = str(Path(args.data_dir or "data")) if args.dataset == "folder" else None  # elsewhere the name says which data
+    todo = []
+    for seed in args.seed:
+        folder, own = args.out / f"seed{seed}", arguments | {"seed": seed}
+        before = checkpoint.recorded(folder).get("save_epochs", [])
+        if set(args.save_epochs) <= set(before):
+            own["save_epochs"] = before  # a run that keeps more is no other experiment
+        if checkpoint.is_finished(folder, own):
+            print(f"{folder} is finished: nothing to do")
+        else:
+            todo.append((folder, own))
+    if not todo:
         return
 
     device = pick_device(args.device)
@@ -62,9 +69,10 @@ def main() -> None:
     rates = learning_rates(args.schedule, args.lr, args.epochs, args.warmup)
     classes = data.description["classes"]
 
-    def run(seed: int, folder: Path) -> None:
+    def run(folder: Path, arguments: dict[str, Any]) -> None:
+        seed = arguments["seed"]
         model = build_model(args.model, args.width, classes, data.input_shape, seed)
-        checkpoint.claim(folder, arguments | {"seed": seed})
+        checkpoint.claim(folder, arguments)
         shape = list(data.input_shape)
         about = {
             "model": {"name": args.model, "width": args.width, "classes": classes, "input_shape": shape},
@@ -73,7 +81,7 @@ def main() -> None:
         }
 
         def keep(epoch: int) -> None:
-            if epoch in args.save_epochs:
+            if epoch in arguments["save_epochs"]:
                 weights = about | {"epoch": epoch, "state_dict": cpu_state(model)}
                 checkpoint.save(weights, checkpoint.epoch_file(folder, epoch))
 
@@ -83,10 +91,9 @@ def main() -> None:
             batch_size=args.batch_size, momentum=args.momentum, weight_decay=args.weight_decay, precision=precision,
             at_epoch=keep, compiled=args.compile, progress=args.parallel is None,
         )  # fmt: skip
-        checkpoint.finish(folder, "train_dense", arguments | {"seed": seed}, rows, device, precision)
+        checkpoint.finish(folder, "train_dense", arguments, rows, device, precision)
 
-    todo = {str(folder): partial(run, seed, folder) for seed, folder in runs.items() if folder not in finished}
-    run_all(todo, args.parallel, args.width, data)
+    run_all({str(folder): partial(run, folder, own) for folder, own in todo}, args.parallel, args.width, data)
 
 
 if __name__ == "__main__":

@@ -186,15 +186,19 @@ def digest(path: Path) -> str:
 # ---------------------------------------------------------------- run folders
 
 
+def recorded(folder: Path) -> dict[str, Any]:
+    """The arguments of the experiment that `folder` holds; none where it holds none yet."""
+    path = Path(folder) / "arguments.json"
+    return load_json(path) if path.is_file() else {}
+
+
 def is_finished(folder: Path, arguments: dict[str, Any]) -> bool:
     """Whether `folder` holds the finished run that `arguments` describe.
 
     Raises UserError when it holds a different experiment, naming the difference, or foreign files.
     """
     folder = Path(folder)
-    recorded = folder / "arguments.json"
-    if recorded.is_file():
-        before = load_json(recorded)
+    if before := recorded(folder):
         now = json.loads(json.dumps(arguments))
         changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
         if changed:

@@ -8,7 +8,7 @@ import sys
 
 import pandas as pd
 
-from tests.conftest import IMP, ROOT, TINY, call, same, sparse, state, succeed
+from tests.conftest import IMP, ROOT, TINY, call, refused, same, sparse, state, succeed
 
 
 def ends(root):
@@ -39,6 +39,9 @@ def test_called_again_a_stage_does_nothing_and_says_so(runs, tmp_path):
     for outcome in calls:
         assert outcome.code == 0 and "nothing to do" in outcome.out, outcome
     assert stamps == {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+    fewer = call("train_dense", *TINY, "--epochs", 3, "--save-epochs", 0, "--seed", 0, 1, "--out", root / "dense")
+    assert fewer.out.count("nothing to do") == 2 and (root / "dense/seed0/epoch_0001.pt").exists()
+    refused(call("train_dense", *TINY, "--epochs", 3, "--save-epochs", 1, 2, "--out", root / "dense"), "save_epochs")
     more = succeed("train_dense", *TINY, "--epochs", 3, "--save-epochs", 1, "--seed", 0, 4, "--out", root / "dense")
     assert "seed0 is finished" in more and "seed 4  epoch   3/3" in more
     more = sparse(
@@ -170,6 +173,13 @@ def test_stages_that_were_killed_end_with_the_same_numbers(runs, tmp_path):
         for root, imp in ((tmp_path, "imp"), (runs, "imp/seed0"))
     ]
     pd.testing.assert_frame_equal(*logs)
+
+
+def test_a_run_that_goes_on_keeps_the_epochs_it_set_out_to_keep(runs, tmp_path):
+    arguments = [*TINY, "--epochs", 3, "--seed", 0, "--out", tmp_path]
+    kill_when("epoch   1/3", "train_dense", *arguments, "--save-epochs", 0, 1, 2)
+    succeed("train_dense", *arguments, "--save-epochs", 1)
+    assert sorted(path.name for path in tmp_path.glob("seed0/*.pt")) == [f"epoch_000{k}.pt" for k in range(4)]
 
 
 def test_a_resume_file_that_was_cut_off_starts_the_run_over(runs, tmp_path):
