@@ -48,7 +48,9 @@ def main() -> None:
         args, "dataset", "image_size", "limit_train", "model", "width", "epochs", "lr", "schedule", "warmup",
         "weight_decay", "batch_size", "momentum", "precision", "save_epochs",
     )  # fmt: skip
-    arguments["data_dir"] = str(Path(args.data_dir or "data")) if args.dataset == "folder" else None  # elsewhere the name says which data
+    arguments["data_dir"] = (
+        str(Path(args.data_dir or "data")) if args.dataset == "folder" else None
+    )  # elsewhere the name says which data
     todo = []
     for seed in args.seed:
         folder, own = args.out / f"seed{seed}", arguments | {"seed": seed}

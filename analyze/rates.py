@@ -100,13 +100,13 @@ def training_rate(
 ) -> float:  # fmt: skip
     """Images a second of all `models` together, in the second of two epochs; the first sets everything up.
 
-    Without the file that is written after each epoch, which would weigh much in a short one. Side by side they start
+    No state is kept after an epoch, which would weigh much in a short one. Side by side they start
     their second epochs together, so that none is measured while it has the device to itself.
     """
     precision, images = pick_precision(None, data.device), data.steps(batch) * batch
     together = multiprocessing.get_context("fork").Barrier(len(models) if parallel else 1)
 
-    def run(model: nn.Module, folder: Path) -> None:
+    def run(model: nn.Module, result: Path) -> None:
         ends: list[float] = []
 
         def at_epoch(epoch: int) -> None:
@@ -116,19 +116,19 @@ def training_rate(
 
         try:
             rows = train(
-                copy.deepcopy(model), data, [0.02] * 2, name="benchmark", folder=folder, seed=0, batch_size=batch, momentum=0.9,
+                copy.deepcopy(model), data, [0.02] * 2, name="benchmark", folder=None, seed=0, batch_size=batch, momentum=0.9,
                 weight_decay=5e-4, precision=precision, mask=mask, at_epoch=at_epoch, compiled=compiled, progress=False,
             )  # fmt: skip
         except BaseException:
             together.abort()  # the others need not wait
             raise
-        checkpoint.save_json([ends[1] - rows[1]["seconds"], ends[1]], folder / "times.json")
+        checkpoint.save_json([ends[1] - rows[1]["seconds"], ends[1]], result)
 
     with tempfile.TemporaryDirectory() as place:
-        folders = [Path(place) / str(number) for number in range(len(models))]
+        results = [Path(place) / f"{number}.json" for number in range(len(models))]
         with contextlib.redirect_stdout(io.StringIO()):  # here, because it holds for all threads
-            run_all({str(f): partial(run, model, f) for model, f in zip(models, folders)}, parallel, 1, data)
-        starts, ends = zip(*(json.loads((folder / "times.json").read_text()) for folder in folders))
+            run_all({str(file): partial(run, model, file) for model, file in zip(models, results)}, parallel, 1, data)
+        starts, ends = zip(*(json.loads(file.read_text()) for file in results))
     seconds = max(ends) - min(starts) if parallel else sum(ends) - sum(starts)
     return len(models) * images / seconds
 

@@ -24,6 +24,8 @@ from common.errors import UserError
 from common.masking import Mask, Masker
 
 TRIALS = 3  # of a step, before it is captured
+SLOW = 1.0  # seconds; a resume.pt that took longer is not written after every epoch,
+SHARE = 0.05  # but so often that it takes this part of the time
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -120,7 +122,7 @@ def train(
     rates: list[float],
     *,
     name: str,
-    folder: Path,
+    folder: Path | None,
     seed: int,
     batch_size: int,
     momentum: float,
@@ -135,8 +137,8 @@ def train(
     """Train `model` in place by SGD, one epoch for every learning rate in `rates`; return a row of metrics an epoch.
 
     Epochs count from `first_epoch`, and `at_epoch(k)` is called after k epochs. With a mask, the masked weights
-    are zero before and after every step, and every epoch checks it. After each epoch the state goes to
-    `folder`/resume.pt, from where the run called `name` goes on if it is cut off; the caller removes it in the end.
+    are zero before and after every step, and every epoch checks it. After each epoch (some, where it takes long) the state
+    goes to `folder`/resume.pt, from where the run called `name` goes on if it is cut off; the caller removes it in the end.
     On CUDA a step on resident data is one captured graph, and the host waits for the device once an epoch only.
     Raises RuntimeError when a pruned weight is not zero, UserError when weights are not finite or `compiled` finds no
     compiler.
@@ -160,7 +162,7 @@ def train(
     for parameter in model.parameters():
         optimiser.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     masker = Masker(model, mask) if mask is not None else None
-    rows = _resume(folder, name, model, optimiser, precision)
+    rows = _resume(folder, name, model, optimiser, precision) if folder else []
     if masker:
         masker.apply()
     loss_sum, correct = (torch.zeros((), device=device) for _ in range(2))  # summed on the device, read once an epoch
@@ -186,6 +188,7 @@ def train(
         total=len(rates) * steps * batch_size, initial=len(rows) * steps * batch_size, desc=name, unit="img", unit_scale=True,
         disable=None if progress and distributed.RANK == 0 else True, leave=False, dynamic_ncols=True,
     )  # fmt: skip
+    took, saved = 0.0, time.perf_counter()  # the last writing of resume.pt: seconds, and when it ended
     for epoch in range(first_epoch + len(rows), last):
         start = time.perf_counter()
         _set_rate(optimiser, rates[epoch - first_epoch])
@@ -213,9 +216,13 @@ def train(
         }
         rows.append(row)
         at_epoch(epoch + 1)
-        state = {"name": name, "precision": precision, "state_dict": cpu_state(model)}
-        state |= {"optimiser": optimiser.state_dict(), "rows": rows}
-        checkpoint.save(state, folder / "resume.pt")
+        begin = time.perf_counter()
+        if folder and (took < SLOW or SHARE * (begin - saved) > took or epoch + 1 == last):
+            state = {"name": name, "precision": precision, "state_dict": cpu_state(model)}
+            state |= {"optimiser": optimiser.state_dict(), "rows": rows}
+            checkpoint.save(state, folder / "resume.pt")
+            saved = time.perf_counter()
+            took = saved - begin
         bar.set_postfix(test_acc=f"{test_acc:.2f}", test_loss=f"{test_loss:.3f}")
         tqdm.write(
             f"{name}  epoch {epoch + 1:3d}/{last}  lr {row['lr']:.4f}  train loss {row['train_loss']:.3f} acc {row['train_acc']:5.2f}%"

@@ -1,6 +1,7 @@
 """Stages, analyses and benchmark on a GPU, a pretended one where there is none: the same results as on a CPU."""
 
 import contextlib
+import itertools
 import shutil
 import threading
 import time
@@ -86,17 +87,19 @@ def small(name, width, *rest):
 
 def test_networks_side_by_side_are_measured_while_all_of_them_train(monkeypatch):
     """One that is set up early waits for the others, or it would be measured with the device to itself."""
-    training_now, most, lock = [], [], threading.Lock()
+    numbers, training_now, most, lock = itertools.count(), [], [], threading.Lock()
 
     def pretend_to_train(model, data, rates, *, at_epoch, folder, **settings):
-        time.sleep(0.1 * int(folder.name))
+        with lock:
+            number = next(numbers)
+        time.sleep(0.1 * number)
         at_epoch(1)
         with lock:
-            training_now.append(folder)
+            training_now.append(number)
             most.append(len(training_now))
         time.sleep(0.05)
         with lock:
-            training_now.remove(folder)
+            training_now.remove(number)
         at_epoch(2)
         return [{"seconds": 0.0}, {"seconds": 0.05}]
 

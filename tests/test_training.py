@@ -1,5 +1,6 @@
 import math
 import shutil
+import time
 
 import pytest
 import torch
@@ -122,6 +123,29 @@ def test_a_resumed_run_has_the_layout_of_its_own_device(tmp_path):
     torch.save(state, tmp_path / "cut/resume.pt")
     train(rest, data, rates, folder=tmp_path / "cut", **SETTINGS)
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), rest.state_dict().values()))
+
+
+def test_a_file_that_takes_long_is_not_written_after_every_epoch(tmp_path, monkeypatch):
+    written = []
+
+    def save(state, path):
+        written.append(len(state["rows"]))
+        time.sleep(seconds)
+
+    monkeypatch.setattr("common.checkpoint.save", save)
+    monkeypatch.setattr("common.training.SLOW", 0.1)
+    for seconds, expected in ((0.3, [1, 4]), (0, [1, 2, 3, 4])):
+        written.clear()
+        train(tiny(), resident(), [0.1] * 4, folder=tmp_path, **SETTINGS)
+        assert written == expected
+    monkeypatch.setattr("common.training.SHARE", 1e9)  # long ago
+    seconds = 0.3
+    written.clear()
+    train(tiny(), resident(), [0.1] * 3, folder=tmp_path, **SETTINGS)
+    assert written == [1, 2, 3]
+    written.clear()
+    train(tiny(), resident(), [0.1] * 2, folder=None, **SETTINGS)
+    assert not written
 
 
 def test_a_compiled_network_trains_as_the_plain_one(tmp_path, monkeypatch):
