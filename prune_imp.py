@@ -124,7 +124,7 @@ def prepare(args: argparse.Namespace, device: torch.device, read: Callable) -> C
             "sparsity_total": masking.sparsity_total(mask, model),
             "kept": keep,
         }
-        row |= {key: rows[-1][key] for key in ("train_loss", "train_acc", "test_loss", "test_acc")}
+        row |= checkpoint.metrics(rows[-1])
         row |= {"seconds": sum(row["seconds"] for row in rows)}
         return about | {"state_dict": cpu_state(model), "mask": mask, "round": number, "rows": [*network["rows"], row]}
 

@@ -24,10 +24,13 @@ def numbers() -> pd.DataFrame:
     return table.assign(variant=table["method"].map(ARMS)).rename(columns={"rewind_epoch": "rewind"})
 
 
-def accuracies() -> pd.DataFrame:
-    """Test accuracy in percent by model, width, dataset, sparsity, rewind epoch and arm: Tables 5 to 14, and 16 (masks of CIFAR-10)."""
+def accuracies(metrics: tuple[str, ...] = ("test_acc", "top1")) -> pd.DataFrame:
+    """Test accuracy in percent by model, width, dataset, sparsity, rewind epoch and arm: Tables 5 to 14, and 16 (masks of CIFAR-10).
+
+    Of ImageNet with the metric `top5`: how often the label is among five guesses.
+    """
     table = numbers()
-    table = table[table["metric"].isin(["test_acc", "top1"]) & table["variant"].notna() & table["rewind"].notna()]
+    table = table[table["metric"].isin(metrics) & table["variant"].notna() & table["rewind"].notna()]
     table = table[table["match_epoch"].isna() & table["table"].str.fullmatch(r"table([5-9]|1[0-46])")]
     reused = table["table"] == "table16"
     table["variant"] = table["variant"].where(~reused, table["variant"] + " [cifar10 mask]")

@@ -104,8 +104,12 @@ def differences(root: Path) -> pd.DataFrame:
 def beside_paper(root: Path, analysis: str) -> pd.DataFrame:
     """Our numbers beside the paper's, in the cells that both have: Tables 5 to 14 and 16, 1, and 15."""
     if analysis == "results":
-        ours, theirs = summary(sparse_runs(root))[[*CELL, "variant", "mean", "std", "count"]], paper.accuracies()
-        key = [*CELL, "variant"]
+        runs, columns = sparse_runs(root), [*CELL, "variant", "mean", "std", "count"]
+        ours, theirs, key = summary(runs)[columns], paper.accuracies(), [*CELL, "variant"]
+        if runs["test_top5"].notna().any():
+            top5 = summary(runs.assign(test_acc=runs["test_top5"]))[[*key, "mean"]].rename(columns={"mean": "top 5"})
+            ours = ours.merge(top5, "left", key)
+            theirs = theirs.merge(paper.accuracies(("top5",))[[*key, "mean"]].rename(columns={"mean": "top 5"}), "left", key)  # fmt: skip
     elif analysis == "diversity":
         ours, theirs = pd.read_csv(root / "diversity.csv"), paper.ensembles()
         key = [*CELL[:4], "variant"]

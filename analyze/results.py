@@ -24,7 +24,7 @@ from common.errors import UserError
 
 COLUMNS = (
     "arm", "signs", "fan_in", "model", "width", "dataset", "mask_dataset", "sparsity", "sparsity_total", "rewind",
-    "source_seed", "target_seed", "seed", "method", "match_epoch", "test_acc", "test_loss", "seconds", "path",
+    "source_seed", "target_seed", "seed", "method", "match_epoch", "test_acc", "test_loss", "test_top5", "seconds", "path",
 )  # fmt: skip
 CELL = ["model", "width", "dataset", "sparsity", "rewind"]
 RUN = ["arm", "signs", "fan_in", "mask_dataset", "method", "match_epoch", "source_seed", "target_seed", "seed"]
@@ -78,6 +78,7 @@ def sparse_runs(root: Path) -> pd.DataFrame:
 
     def describe(result: dict[str, Any]) -> dict[str, Any]:
         row = {key: result["arguments"].get(key) for key in COLUMNS} | {key: result[key] for key in METRICS}
+        row["test_top5"] = result.get("test_top5")  # of ImageNet
         row |= {key: bool(row[key]) for key in ("signs", "fan_in")}
         row["mask_dataset"] = row["mask_dataset"] or row["dataset"]
         method = row["method"] if row["arm"] in PERMUTED else None

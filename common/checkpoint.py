@@ -231,11 +231,22 @@ def finish(
     """Write log.csv and then, last of all, result.json of a run: arguments, final metrics, seconds, environment."""
     folder = Path(folder)
     save_csv(rows, folder / "log.csv")
-    final = {key: rows[-1][key] for key in ("train_loss", "train_acc", "test_loss", "test_acc")}
     seconds = sum(row["seconds"] for row in rows)
-    result = {"stage": stage, "arguments": arguments, **more, **final, "seconds": seconds, "precision": precision}
+    result = {
+        "stage": stage,
+        "arguments": arguments,
+        **more,
+        **metrics(rows[-1]),
+        "seconds": seconds,
+        "precision": precision,
+    }
     save_json(result | environment(device), folder / "result.json")
     remove([folder / "resume.pt"])
+
+
+def metrics(row: dict[str, Any]) -> dict[str, float]:
+    """Losses and accuracies of an epoch, on training and test images."""
+    return {key: value for key, value in row.items() if key.startswith(("train_", "test_"))}
 
 
 def environment(device: torch.device) -> dict[str, Any]:

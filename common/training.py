@@ -97,18 +97,24 @@ def learning_rates(schedule: str, lr: float, epochs: int, warmup: int = 0) -> li
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Batches, precision: str = "fp32") -> tuple[float, float]:
-    """Mean cross-entropy in nats and accuracy in percent, in evaluation mode, over the batches of all processes."""
+def evaluate(model: nn.Module, batches: Batches, precision: str = "fp32", top: tuple[int, ...] = ()) -> list[float]:
+    """Mean cross-entropy in nats and accuracy in percent, in evaluation mode, over the batches of all processes.
+
+    For every k in `top` also how often, in percent, the label is among the k largest logits.
+    """
     model.eval()
     loss = correct = count = 0
+    among = [0] * len(top)
     for images, labels in batches:
         with computing(model, images.device, precision):
             logits = model(images).float()
         loss += F.cross_entropy(logits, labels, reduction="sum").double()
         correct += (logits.argmax(1) == labels).sum()
+        for place, k in enumerate(top):
+            among[place] += (logits.topk(min(k, logits.shape[1])).indices == labels[:, None]).sum()
         count += len(labels)
-    loss, correct, count = distributed.total(loss, correct, count)
-    return loss / count, 100 * correct / count
+    count, loss, *right = distributed.total(count, loss, correct, *among)
+    return [loss / count, *(100 * hits / count for hits in right)]
 
 
 def cpu_state(model: nn.Module) -> dict[str, Tensor]:
@@ -181,6 +187,7 @@ def train(
 
     model.train()
     steps = data.steps(batch_size)
+    top = (5,) if data.description.get("name") == "imagenet" else ()
     if graphed:
         changed = [*model.state_dict().values(), *(s["momentum_buffer"] for s in optimiser.state.values())]
         step = GraphedStep(step, data, batch_size, [*changed, loss_sum, correct])
@@ -203,7 +210,7 @@ def train(
             raise UserError(
                 f"{name} diverged in epoch {epoch + 1}, its weights are no numbers any more: try a smaller --lr or more --warmup"
             )
-        test_loss, test_acc = evaluate(model, data.eval_batches("test"), precision)
+        test_loss, test_acc, *test_top = evaluate(model, data.eval_batches("test"), precision, top)
         loss, right = distributed.total(loss_sum, correct)
         row = {
             "epoch": epoch + 1,
@@ -212,6 +219,7 @@ def train(
             "train_acc": 100 * right / (steps * batch_size),
             "test_loss": test_loss,
             "test_acc": test_acc,
+            **{f"test_top{k}": value for k, value in zip(top, test_top)},
             "seconds": time.perf_counter() - start,
         }
         rows.append(row)

@@ -1,5 +1,6 @@
 """Figures and tables of the paper beside the accuracy plots: definitions by hand, and every command on tiny runs."""
 
+import json
 import math
 import shutil
 import subprocess
@@ -238,6 +239,27 @@ def test_tables_1_and_15_stand_beside_ours(tmp_path):
     early.to_csv(tmp_path / "early_matching.csv")
     assert report.beside_paper(tmp_path, "early_matching")["mean, paper"].tolist() == [90.49, 90.13]
     assert report.beside_paper(tmp_path, "masks").empty
+
+
+def test_table_10_has_the_best_five_guesses_too(tmp_path):
+    about = {"model": "resnet50", "width": 1, "dataset": "imagenet", "sparsity": 0.8, "rewind": 10, "source_seed": 0, "seed": 0, "signs": False}  # fmt: skip
+    for arm, target, right in (("lth", 0, 70.0), ("naive", 1, 60.0)):
+        result = {
+            "stage": "train_sparse",
+            "arguments": about | {"arm": arm, "target_seed": target, "mask_dataset": "imagenet"},
+        }
+        result |= {
+            "test_acc": right,
+            "test_top5": right + 20,
+            "test_loss": 1,
+            "seconds": 1,
+            "sparsity_total": 0.8,
+        }
+        (tmp_path / arm).mkdir()
+        (tmp_path / arm / "result.json").write_text(json.dumps(result))
+    found = report.beside_paper(tmp_path, "results").set_index("variant")
+    assert found[["mean", "top 5", "mean, paper", "top 5, paper"]].loc["lth"].tolist() == [70, 90, 72.87, 91.13]
+    assert found.loc["naive", ["top 5", "top 5, paper"]].tolist() == [80, 88.85]
 
 
 @pytest.fixture(scope="module")

@@ -251,4 +251,6 @@ def test_imagenet_trains_in_a_process_of_its_own(tmp_path):
     command = [sys.executable, str(ROOT / "train_dense.py"), *flags, "--warmup", "0", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out/seed0/result.json").is_file()
+    result = json.loads((tmp_path / "out/seed0/result.json").read_text())
+    assert result["test_top5"] == 100  # of two classes
+    assert "test_top5" in (tmp_path / "out/seed0/log.csv").read_text()

@@ -37,6 +37,13 @@ def test_evaluation_by_hand():
     loss, accuracy = evaluate(Fixed(), iter(batches))
     assert loss == pytest.approx((3 * math.log(4 / 3) + math.log(4)) / 4) and accuracy == 75
 
+    class Ranked(nn.Module):
+        def forward(self, x):
+            return torch.arange(8.0).repeat(len(x), 1)  # class 7 first, then 6, ...
+
+    batches = [(torch.zeros(4, 1), torch.tensor([7, 6, 3, 2])), (torch.zeros(1, 1), torch.tensor([0]))]
+    assert evaluate(Ranked(), iter(batches), top=(2, 5, 9))[1:] == [20, 40, 60, 100]
+
 
 def test_one_masked_step_by_hand(tmp_path):
     """SGD with momentum 0.9 and weight decay: after two steps the kept weights are those of the formula, the rest 0."""
