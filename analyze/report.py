@@ -25,7 +25,7 @@ STAGES = ("train_dense", "prune_imp", "align_mask", "train_sparse")
 # What is run, and which figures it writes; by the start of their names.
 ANALYSES = {
     "results": ("Accuracy by arm", ""),
-    "accuracy": ("Accuracy against rewind epoch and sparsity (Figures 5-11)", "accuracy_"),
+    "accuracy": ("Accuracy against rewind epoch and sparsity (Figures 5-10)", "accuracy_"),
     "interpolation": ("The line from A to B (Figure 3)", "interpolation_"),
     "imp_barrier": ("Barrier after each pruning round (Figure 4a)", "imp_barrier_"),
     "landscape": ("The plane through three networks (Figure 4b)", "landscape_"),
