@@ -96,6 +96,8 @@ def test_images_in_order_of_class_are_limited_to_batches_of_all_classes(pictures
     """In a batch of few classes activations vary less, and BatchNorm statistics from it would be too small."""
     small, streamed = load_data("folder", str(pictures), image_size=8), Streamed(pictures, torch.device("cpu"), 0)
     assert small.train_labels.tolist() == [0] * 6 + [1] * 6
+    part = load_data("folder", str(pictures), image_size=8, limit_train=8)  # whose places training draws: they stay
+    assert part.train_labels.tolist() == [0] * 4 + [1] * 4
     for data in (small, streamed):
         for limit in (8, 12, 100):
             batches = [sorted(labels.tolist()) for _, labels in data.eval_batches("train", 4, limit)]
