@@ -13,8 +13,7 @@ def explain(error: BaseException) -> str | None:
         return " ".join(str(error).split())
     if isinstance(error, PermissionError):
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(
-        error
-    ):  # GPU, numpy, torch
+    no_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))  # of a GPU, and numpy's
+    if no_memory or "can't allocate memory" in str(error):  # torch's on a CPU
         return f"out of memory: use smaller batches, a smaller width or fewer side by side ({str(error).partition('. ')[0]})"
     return None
