@@ -24,7 +24,7 @@ from common.errors import UserError
 from common.masking import Mask, Masker
 
 TRIALS = 3  # of a step, before it is captured
-SLOW = 1.0  # seconds; a resume.pt that took longer is not written after every epoch,
+SLOW = 1.0  # seconds; a resume.pt that takes longer is not written after every epoch,
 SHARE = 0.05  # but so often that it takes this part of the time
 
 
@@ -225,7 +225,7 @@ def train(
         rows.append(row)
         at_epoch(epoch + 1)
         begin = time.perf_counter()
-        if folder and (took < SLOW or SHARE * (begin - saved) > took or epoch + 1 == last):
+        if folder and (epoch + 1 == last or _due(took, begin - saved)):
             state = {"name": name, "precision": precision, "state_dict": cpu_state(model)}
             state |= {"optimiser": optimiser.state_dict(), "rows": rows}
             checkpoint.save(state, folder / "resume.pt")
@@ -239,6 +239,14 @@ def train(
     bar.close()
     optimiser.zero_grad(set_to_none=True)  # gradients lie in the memory of the graph, which can go now
     return rows
+
+
+def _due(took: float, since: float) -> bool:
+    """Whether to write resume.pt: yes, unless it `took` long the last time, which is too few seconds ago.
+
+    Several processes write it together and would not agree on times, so they write it always.
+    """
+    return took < SLOW or SHARE * since > took or distributed.PROCESSES > 1
 
 
 def _set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:

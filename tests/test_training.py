@@ -9,7 +9,7 @@ from torch import nn
 from common import masking
 from common.errors import UserError
 from common.models import build_model
-from common.training import evaluate, learning_rates, pick_device, pick_precision, train
+from common.training import _due, evaluate, learning_rates, pick_device, pick_precision, train
 from tests.test_data import resident
 
 SETTINGS = {"name": "test", "seed": 0, "batch_size": 4, "momentum": 0.9, "weight_decay": 0.01, "precision": "fp32"}
@@ -145,6 +145,10 @@ def test_a_file_that_takes_long_is_not_written_after_every_epoch(tmp_path, monke
         written.clear()
         train(tiny(), resident(), [0.1] * 4, folder=tmp_path, **SETTINGS)
         assert written == expected
+    with monkeypatch.context() as several:  # processes, which would wait for each other for ever
+        several.setattr("common.distributed.PROCESSES", 2)
+        assert _due(took=9, since=1)
+    assert not _due(took=9, since=1)
     monkeypatch.setattr("common.training.SHARE", 1e9)  # long ago
     seconds = 0.3
     written.clear()
