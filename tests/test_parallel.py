@@ -171,9 +171,10 @@ def test_a_stop_reaches_every_run(tmp_path):
 def test_a_stop_ends_threads_too(tmp_path):
     """As networks side by side on a GPU are: the command does not wait for the others."""
     code = """
-import _thread, threading, torch
+import os, signal, threading, torch
 from common import parallel
-runs = {"waits": threading.Event().wait, "stops": _thread.interrupt_main}
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it would be ignored
+runs = {"waits": threading.Event().wait, "stops": lambda: os.kill(os.getpid(), signal.SIGINT)}
 parallel._in_threads(runs, 2, torch.device("cpu"))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
