@@ -67,7 +67,7 @@ fi
 JOBS=${JOBS-$jobs}  # processes side by side; on a CPU each then gets its share of the cores
 DRY_RUN=${DRY_RUN-}
 for name in $METHODS; do case $name in
-  *@ | *@*[!0-9]*) echo "run_all.sh: error: METHODS: '$name' is no method at an epoch of the target, as activation@20 is" >&2; exit 2 ;;
+  *@ | *@*[!0-9]* | identity@*) echo "run_all.sh: error: METHODS: '$name' is no method at an epoch of the target, as activation@20 is" >&2; exit 2 ;;
   activation | weight | masked | identity | activation@* | weight@* | masked@*) ;;
   *) echo "run_all.sh: error: unknown method '$name': choose from activation, weight, masked, identity" >&2; exit 2 ;;
 esac; done
@@ -82,6 +82,7 @@ packages="torch, torchvision, numpy, scipy, tqdm, pandas, matplotlib, pytest"
 import_check="from common.vision import torchvision; import $packages"
 if [ -n "$DRY_RUN" ]; then # names the interpreter that will be used, and sets nothing up
   "$python" -c "from importlib.util import find_spec; raise SystemExit(not all(map(find_spec, '$packages'.split(', '))))" 2>/dev/null || python=.venv/bin/python
+  [ "$python" = python3 ] || [ -x $python ] || echo "run_all.sh: note: $python is not there yet: bash run_all.sh makes it" >&2
 elif ! "$python" -c "$import_check" 2>/dev/null; then
   if ! .venv/bin/python -c "$import_check" 2>/dev/null; then
     echo "setting up .venv from requirements.txt (once)"
@@ -89,7 +90,10 @@ elif ! "$python" -c "$import_check" 2>/dev/null; then
   fi
   python=.venv/bin/python
 fi
-if [ "$preset" = test ]; then exec "$python" -m pytest -q tests; fi
+if [ "$preset" = test ]; then
+  if [ -n "$DRY_RUN" ]; then echo "$python -m pytest -q tests"; exit; fi
+  exec "$python" -m pytest -q tests
+fi
 if [ "$JOBS" -gt 1 ]; then
   cores=$(getconf _NPROCESSORS_ONLN)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS-$((cores > JOBS ? cores / JOBS : 1))}

@@ -48,9 +48,8 @@ def main() -> None:
         args, "dataset", "image_size", "limit_train", "model", "width", "epochs", "lr", "schedule", "warmup",
         "weight_decay", "batch_size", "momentum", "precision", "save_epochs",
     )  # fmt: skip
-    arguments["data_dir"] = (
-        str(Path(args.data_dir or "data")) if args.dataset == "folder" else None
-    )  # elsewhere the name says which data
+    # Elsewhere the name says which data.
+    arguments["data_dir"] = str(Path(args.data_dir)) if args.data_dir and args.dataset == "folder" else None
     todo = []
     for seed in args.seed:
         folder, own = args.out / f"seed{seed}", arguments | {"seed": seed}

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from analyze import style
+from analyze import repair, style
 from analyze.interpolation import barrier, measure
 from analyze.results import CELL, dense_files, find_results, parse_root, readable, skipped
 from common import checkpoint, cli, masking
@@ -88,7 +88,7 @@ def main() -> None:
         if None in (pruned, dense):
             continue
         cache = path.with_name(
-            f"barrier_{path.stem}_{checkpoint.digest(path)[:8]}_{args.points}_{args.images}_{run['precision']}.csv"
+            f"barrier_{repair.MIXED}_{path.stem}_{checkpoint.digest(path)[:8]}_{args.points}_{args.images}_{run['precision']}.csv"
         )
         if not cache.is_file():
             curve = measure((dense, pruned), {}, read(pruned["dataset"]), args.points, args.images, run["precision"])

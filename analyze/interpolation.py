@@ -140,8 +140,8 @@ def caches(run: dict, points: int | str, images: int | str) -> dict[str, Path]:
     end = f"{points}_{images}_{run['precision']}.csv"
     digests = {role: checkpoint.digest(run[role])[:8] for role in ("source", "target", "path")}
     return {
-        "naive": run["target"].with_name(f"line_{digests['source']}_{digests['target']}_{end}"),
-        "aligned": run["path"].with_name(f"line_{run['path'].stem}_{digests['path']}_{end}"),
+        "naive": run["target"].with_name(f"line_{repair.MIXED}_{digests['source']}_{digests['target']}_{end}"),
+        "aligned": run["path"].with_name(f"line_{repair.MIXED}_{run['path'].stem}_{digests['path']}_{end}"),
     }
 
 

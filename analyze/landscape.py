@@ -173,7 +173,7 @@ def main() -> None:
         states = [moved["lth"], entries["permuted"]["state_dict"], moved["dense"]]
         files = "".join(checkpoint.digest(triple[name])[:4] for name in ("lth", "permuted", "dense", "permutation"))
         settings = f"{args.grid}_{args.images}_{triple['precision']}"
-        cache = triple["permuted"].with_name(f"plane_{files}_{settings}.csv")
+        cache = triple["permuted"].with_name(f"plane_{repair.MIXED}_{files}_{settings}.csv")
         if not cache.is_file():
             table, corners = measure(model, states, data, args.grid, args.images, triple["precision"])
             marks = pd.DataFrame(corners, columns=["x", "y"]).assign(network=["lth", "permuted", "dense"])

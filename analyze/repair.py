@@ -15,6 +15,8 @@ from common.training import computing
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
+MIXED = "mixed"  # in the names of kept curves: earlier ones were of batches in order of class
+
 Statistics = dict[str, tuple[Tensor, Tensor]]  # layer -> (mean, standard deviation) of its output, per channel
 
 
@@ -26,7 +28,7 @@ def has_batch_norm(model: nn.Module) -> bool:
 def recompute_batch_norm(model: nn.Module, batches: Iterable[Tensor], precision: str = "fp32") -> None:
     """Reset the BN statistics of `model` and recompute them as the cumulative average over `batches` of images.
 
-    Each batch must be of all classes: within one class activations vary less.
+    The batches must mix the classes: within one class activations vary less.
     """
     norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
     momenta = [module.momentum for module in norms]

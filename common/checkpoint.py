@@ -99,9 +99,10 @@ def save_json(content: Any, path: Path) -> None:
 
 
 def save_csv(rows: list[dict[str, Any]], path: Path) -> None:
-    """Write dicts of equal keys as a CSV file with a header."""
+    """Write dicts as a CSV file with a header; a row may lack what others have."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    fields = dict.fromkeys(key for row in rows for key in row)
+    writer = csv.DictWriter(text, fields, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     save_text(text.getvalue(), path)

@@ -90,7 +90,7 @@ def number(
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' if kind is int else ''}number") from None
         except OverflowError:  # a whole number of hundreds of digits
-            outside = True
+            raise argparse.ArgumentTypeError("that number is too large") from None
         if outside:
             bounds = f"{'above' if open_low else 'at least'} {low:g}"
             bounds += "" if high == float("inf") else f" and {'below' if open_high else 'at most'} {high:g}"

@@ -196,15 +196,17 @@ def _steps(images: int, batch_size: int) -> int:
 
 
 def balanced(labels: Tensor, limit: int) -> Tensor:
-    """Indices of `limit` images, or all there are: equally many of every class (to one), in turn; always the same choice."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    """Indices of `limit` images, or all there are: equally many of every class (to one), mixed; always the same choice."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(labels), generator=generator)
     shuffled = labels[order]
     # Rank of every image within its class, in shuffled order: take all of rank 0, then of rank 1, ...
     by_class = torch.argsort(shuffled, stable=True)
     counts = torch.bincount(shuffled)
     rank = torch.empty_like(order)
     rank[by_class] = torch.cat([torch.arange(int(count)) for count in counts])
-    return order[torch.argsort(rank * len(counts) + shuffled)[:limit]]
+    chosen = order[torch.argsort(rank * len(counts) + shuffled)[:limit]]
+    return chosen[torch.randperm(len(chosen), generator=generator)]
 
 
 def _resident(

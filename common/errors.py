@@ -15,5 +15,6 @@ def explain(error: BaseException) -> str | None:
         return f"{error.filename}: {error.strerror}"
     no_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))  # of a GPU, and numpy's
     if no_memory or "can't allocate memory" in str(error):  # torch's on a CPU
-        return f"out of memory: use smaller batches, a smaller width or fewer side by side ({str(error).partition('. ')[0]})"
+        what = ". ".join(str(error).rpartition("Allocator: ")[2].split(". ")[:2])
+        return f"out of memory: use smaller batches, a smaller width or fewer side by side ({what or 'Python'})"
     return None

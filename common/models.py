@@ -14,7 +14,9 @@ from common.seeding import seeded
 def channels(base: int, width: float) -> int:
     """Return base * width; raises UserError unless that is a whole number of channels."""
     count = base * width
-    if not 1 <= count < 2**31 or abs(count - round(count)) > 1e-9:
+    if count >= 2**31:
+        raise UserError(f"--width {width:g} is too large: choose a smaller one")
+    if count < 1 or abs(count - round(count)) > 1e-9:
         raise UserError(f"--width {width:g} turns {base} channels into {count:g}: choose one that gives whole channels")
     return round(count)
 

@@ -94,7 +94,7 @@ def _in_processes(runs: dict[str, Run], count: int, device: torch.device) -> dic
                 if process.exitcode:
                     failed[name] = process.exitcode
                 if process.exitcode < 0:  # it could not say so itself
-                    why = ", as when memory runs out: put fewer side by side" * (process.exitcode == -signal.SIGKILL)
+                    why = ", as when memory runs out: train fewer side by side" * (process.exitcode == -signal.SIGKILL)
                     print(f"{name}: error: ended by {signal.Signals(-process.exitcode).name}{why}", file=sys.stderr)
     finally:
         for _, process in running.values():

@@ -143,8 +143,8 @@ def train(
     """Train `model` in place by SGD, one epoch for every learning rate in `rates`; return a row of metrics an epoch.
 
     Epochs count from `first_epoch`, and `at_epoch(k)` is called after k epochs. With a mask, the masked weights
-    are zero before and after every step, and every epoch checks it. After each epoch (some, where it takes long) the state
-    goes to `folder`/resume.pt, from where the run called `name` goes on if it is cut off; the caller removes it in the end.
+    are zero before and after every step, and every epoch checks it. After each epoch the state goes to
+    `folder`/resume.pt (after fewer where writing is slow), from where the run called `name` goes on if it is cut off; the caller removes it in the end.
     On CUDA a step on resident data is one captured graph, and the host waits for the device once an epoch only.
     Raises RuntimeError when a pruned weight is not zero, UserError when weights are not finite or `compiled` finds no
     compiler.
@@ -343,9 +343,8 @@ def _resume(
     optimiser.load_state_dict(state["optimiser"])
     for group, rate in zip(optimiser.param_groups, rates):
         group["lr"] = rate  # on its device
-    for (
-        parameter
-    ) in model.parameters():  # in the layout of the weights, which the file may not have: fused SGD pairs memory
+    # Into the layout of the weights, which the file may not have: fused SGD pairs them by their place in memory.
+    for parameter in model.parameters():
         kept = optimiser.state[parameter]
         kept["momentum_buffer"] = torch.empty_like(parameter).copy_(kept["momentum_buffer"])
     tqdm.write(f"{name}  goes on after epoch {state['rows'][-1]['epoch']}")

@@ -23,6 +23,11 @@ def test_what_is_saved_comes_back(tmp_path):
     assert torch.equal(loaded["x"], content["x"]) and loaded["plain"] == content["plain"]
 
 
+def test_rows_may_have_come_before_a_column(tmp_path):
+    checkpoint.save_csv([{"a": 1}, {"a": 2, "b": 3}], tmp_path / "log.csv")
+    assert (tmp_path / "log.csv").read_text() == "a,b\n1,\n2,3\n"
+
+
 def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     path = tmp_path / "file.pt"
     checkpoint.save({"old": 1}, path)

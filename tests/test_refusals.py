@@ -218,10 +218,19 @@ def test_extreme_sparsities_and_diverged_networks_are_refused(runs, tmp_path):
     assert masking.kept(mask) == masking.keep_count(masking.size(mask), 0.999) < 5
 
 
-@pytest.mark.parametrize("take", [lambda: torch.empty(10**15), lambda: numpy.empty(10**15)])
-def test_too_little_memory_is_one_line(monkeypatch, take):
+def of_a_gpu():
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 7 GiB."
+    )
+
+
+@pytest.mark.parametrize("take, words", [
+    (lambda: torch.empty(10**15), "you tried to allocate 4000000000000000 bytes"), (lambda: numpy.empty(10**15), "7.11 PiB"),
+    (of_a_gpu, "(CUDA out of memory. Tried to allocate 20.00 MiB)"),
+])  # fmt: skip
+def test_too_little_memory_is_one_line(monkeypatch, take, words):
     monkeypatch.setattr("train_dense.load_data", lambda *_, **__: take())
-    refused(call("train_dense", *TINY, "--out", "nowhere"), "out of memory", "smaller")
+    refused(call("train_dense", *TINY, "--out", "nowhere"), "out of memory: use smaller", words)
 
 
 def test_a_bug_of_ours_shows_its_traceback(monkeypatch):

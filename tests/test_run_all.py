@@ -86,6 +86,7 @@ def test_a_dry_run_names_the_interpreter_that_has_the_packages(tmp_path):
     assert run_all("quick", DRY_RUN="1").stdout.startswith("python3 train_dense.py")
     path = command(tmp_path, "python3", "exit 1")
     assert run_all("quick", DRY_RUN="1", PATH=path).stdout.startswith(".venv/bin/python train_dense.py")
+    assert run_all("test", DRY_RUN="1").stdout == "python3 -m pytest -q tests\n"
 
 
 def test_an_ensemble_has_one_source_and_five_of_the_rest():
@@ -243,7 +244,7 @@ def test_unknown_presets_and_controls_are_refused():
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cifar11" in done.stderr
     done = run_all("quick", CONTROLS="signs shuffle")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "'shuffle'" in done.stderr
-    for wrong in ("activaton", "activation@", "activation@2x", "random"):
+    for wrong in ("activaton", "activation@", "activation@2x", "random", "identity@5"):
         done = run_all("quick", METHODS=f"weight {wrong}", DRY_RUN="1")
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"'{wrong}'" in done.stderr
 
