@@ -247,6 +247,7 @@ def test_unknown_presets_and_controls_are_refused():
     for wrong in ("activaton", "activation@", "activation@2x", "random", "identity@5"):
         done = run_all("quick", METHODS=f"weight {wrong}", DRY_RUN="1")
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"'{wrong}'" in done.stderr
+        assert ("epoch of the target" in done.stderr) == ("@" in wrong)
 
 
 def test_a_stage_that_fails_stops_the_experiment(tmp_path):

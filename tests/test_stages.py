@@ -240,6 +240,17 @@ def test_the_seed_of_stage_4_changes_the_data_order_and_nothing_else(runs, tmp_p
     assert "seed is 7 there" in sparse(*ends, tmp_path / "other", *cell).err
 
 
+def test_a_folder_is_the_same_with_a_slash_at_its_end(tmp_path):
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (8, 8), (40 * i, 9, 90)).save(tmp_path / split / name / f"{i}.png")
+    flags = ["--dataset", "folder", "--model", "mlp", "--width", 1 / 64, "--epochs", 1, "--batch-size", 2, "--device", "cpu", "--out", tmp_path / "out"]  # fmt: skip
+    succeed("train_dense", *flags, "--data-dir", tmp_path)
+    assert "nothing to do" in succeed("train_dense", *flags, "--data-dir", f"{tmp_path}/")
+
+
 def test_imagenet_trains_in_a_process_of_its_own(tmp_path):
     """Beside a CPU-only torch, torchvision must come in through common/vision.py alone."""
     for split, count in (("train", 3), ("val", 1)):
