@@ -245,7 +245,7 @@ def test_a_folder_is_the_same_with_a_slash_at_its_end(tmp_path):
         for name in ("cat", "dog"):
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(3):
-                Image.new("RGB", (8, 8), (40 * i, 9, 90)).save(tmp_path / split / name / f"{i}.png")
+                Image.effect_noise((8, 8), 50).convert("RGB").save(tmp_path / split / name / f"{i}.png")
     flags = ["--dataset", "folder", "--model", "mlp", "--width", 1 / 64, "--epochs", 1, "--batch-size", 2, "--device", "cpu", "--out", tmp_path / "out"]  # fmt: skip
     succeed("train_dense", *flags, "--data-dir", tmp_path)
     assert "nothing to do" in succeed("train_dense", *flags, "--data-dir", f"{tmp_path}/")
