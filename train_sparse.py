@@ -10,8 +10,9 @@ Controls: `shuffled` (naive, the mask shuffled within each layer), `random-permu
 of the source at its last epoch, in any arm.
 
 Trains one network for every (sparsity, rewind epoch k), for T - k epochs on a fresh schedule, the mask applied
-after every step. Writes s0.90_k010/final.pt, log.csv and, last of all, result.json. Called again it does what
-is missing; a run that was cut off goes on from its last epoch.
+after every step. Writes s0.90_k010/final.pt, log.csv and, last of all, result.json. A run that diverges ends as a
+result, with the accuracy that it had then, and without final.pt. Called again it does what is missing; a run that was
+cut off goes on from its last epoch.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from common.data import load_described
 from common.errors import UserError
 from common.models import build_model
 from common.parallel import run_all
-from common.training import cpu_state, learning_rates, pick_device, pick_precision, train
+from common.training import Diverged, cpu_state, learning_rates, pick_device, pick_precision, train
 
 ARMS = ("lth", "naive", "permuted", "shuffled", "random-permutation", "imp-target")
 
@@ -89,19 +90,24 @@ def main() -> None:
         rewind, network = arguments["rewind"], build_model(**dense["model"], seed=dense["seed"])
         network.load_state_dict(start_weights(weights["state_dict"], mask, args.signs, args.fan_in))
         checkpoint.claim(folder, arguments)
-        rows = train(
-            network, data, learning_rates(args.schedule, args.lr, total - rewind, args.warmup), folder=folder,
-            name=f"{args.arm} {mask['source_seed']}-{dense['seed']} s{checkpoint.label(arguments['sparsity'])} k{rewind:03d}", seed=seed,
-            batch_size=args.batch_size, momentum=args.momentum, weight_decay=args.weight_decay, precision=precision,
-            first_epoch=rewind, mask=mask["mask"], compiled=args.compile, progress=args.parallel is None,
-        )  # fmt: skip
-        about = {key: dense[key] for key in ("model", "dataset", "seed")}
-        checkpoint.save(
-            about | {"epoch": total, "state_dict": cpu_state(network), "mask": mask["mask"]}, folder / "final.pt"
-        )
+        diverged = None
+        try:
+            rows = train(
+                network, data, learning_rates(args.schedule, args.lr, total - rewind, args.warmup), folder=folder,
+                name=f"{args.arm} {mask['source_seed']}-{dense['seed']} s{checkpoint.label(arguments['sparsity'])} k{rewind:03d}", seed=seed,
+                batch_size=args.batch_size, momentum=args.momentum, weight_decay=args.weight_decay, precision=precision,
+                first_epoch=rewind, mask=mask["mask"], compiled=args.compile, progress=args.parallel is None,
+            )  # fmt: skip
+            about = {key: dense[key] for key in ("model", "dataset", "seed")}
+            checkpoint.save(
+                about | {"epoch": total, "state_dict": cpu_state(network), "mask": mask["mask"]}, folder / "final.pt"
+            )
+        except Diverged as error:  # a result too: naive VGG11 is unstable at 95% (paper, section 5)
+            print(f"{error}; this is recorded as the run's result")
+            rows, diverged = error.rows, error.rows[-1]["epoch"]
         checkpoint.finish(
-            folder, "train_sparse", arguments, rows, device, precision, sparsity_total=mask["sparsity_total"]
-        )
+            folder, "train_sparse", arguments, rows, device, precision, diverged=diverged, sparsity_total=mask["sparsity_total"]
+        )  # fmt: skip
 
     runs = {str(folder): partial(run, folder, *more) for folder, *more in todo}
     run_all(runs, args.parallel, dense["model"]["width"], data)

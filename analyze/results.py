@@ -24,7 +24,7 @@ from common.errors import UserError
 
 COLUMNS = (
     "arm", "signs", "fan_in", "model", "width", "dataset", "mask_dataset", "sparsity", "sparsity_total", "rewind",
-    "source_seed", "target_seed", "seed", "method", "match_epoch", "test_acc", "test_loss", "test_top5", "seconds", "path",
+    "source_seed", "target_seed", "seed", "method", "match_epoch", "test_acc", "test_loss", "test_top5", "diverged", "seconds", "path",
 )  # fmt: skip
 CELL = ["model", "width", "dataset", "sparsity", "rewind"]
 RUN = ["arm", "signs", "fan_in", "mask_dataset", "method", "match_epoch", "source_seed", "target_seed", "seed"]
@@ -79,6 +79,7 @@ def sparse_runs(root: Path) -> pd.DataFrame:
     def describe(result: dict[str, Any]) -> dict[str, Any]:
         row = {key: result["arguments"].get(key) for key in COLUMNS} | {key: result[key] for key in METRICS}
         row["test_top5"] = result.get("test_top5")  # of ImageNet
+        row["diverged"] = result.get("diverged")  # the epoch of that
         row |= {key: bool(row[key]) for key in ("signs", "fan_in")}
         row["mask_dataset"] = row["mask_dataset"] or row["dataset"]
         method = row["method"] if row["arm"] in PERMUTED else None
@@ -271,10 +272,18 @@ def render(runs: pd.DataFrame) -> str:
         lines += ["", "minus naive, mean ± standard error over pairs of seeds, and share of the LTH-naive gap closed"]
         lines += _grid(others, rows, _difference)
         lines += ["* the 95% interval (Student, paired by seeds) excludes 0; the intervals are in summary.csv"]
+        lines += diverged_lines(runs[(runs[CELL[:3]] == list(key)).all(axis=1)])
         if block["count"].max() == 1:
             lines += ["one seed only: there is no spread to tell an effect from chance"]
         lines += [""]
     return "\n".join(lines)
+
+
+def diverged_lines(runs: pd.DataFrame) -> list[str]:
+    """Names the runs that diverged, which count with the accuracy that they had then."""
+    lost = runs[runs["diverged"].notna()]
+    names = [f"{run.path} in epoch {run.diverged:.0f}" for run in lost.itertuples()]
+    return [f"{len(lost)} of {len(runs)} runs diverged, and count as they ended: {', '.join(names)}"] if names else []
 
 
 def _grid(names: list[str], rows: list[tuple[str, str, pd.DataFrame]], show: Callable[[pd.Series], str]) -> list[str]:
@@ -321,7 +330,8 @@ def parse_root(doc: str) -> argparse.ArgumentParser:
 def main() -> None:
     root = parse_root(__doc__).parse_args().root
     runs = sparse_runs(root)
-    whole = runs.assign(match_epoch=pd.to_numeric(runs["match_epoch"]).astype("Int64"))  # though some have none
+    counts = {key: pd.to_numeric(runs[key]).astype("Int64") for key in ("match_epoch", "diverged")}  # which not all have
+    whole = runs.assign(**counts)
     checkpoint.save_text(whole.to_csv(index=False), root / "results.csv")
     checkpoint.save_text(summary(runs).to_csv(index=False), root / "summary.csv")
     text = render(runs)

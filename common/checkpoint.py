@@ -5,6 +5,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import platform
@@ -246,8 +247,9 @@ def finish(
 
 
 def metrics(row: dict[str, Any]) -> dict[str, float]:
-    """Losses and accuracies of an epoch, on training and test images."""
-    return {key: value for key, value in row.items() if key.startswith(("train_", "test_"))}
+    """Losses and accuracies of an epoch, on training and test images; None for NaN and inf, which JSON has not."""
+    found = {key: value for key, value in row.items() if key.startswith(("train_", "test_"))}
+    return {key: value if math.isfinite(value) else None for key, value in found.items()}
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -26,6 +26,18 @@ from common.masking import Mask, Masker
 TRIALS = 3  # of a step, before it is captured
 SLOW = 1.0  # seconds; a resume.pt that takes longer is not written after every epoch,
 SHARE = 0.05  # but so often that it takes this part of the time
+CHANCE = 0.97  # of the loss of guessing: a run that ends above has learned next to nothing
+
+
+class Diverged(UserError):
+    """Weights became NaN or infinite; `rows` are the run's rows of metrics, up to the epoch of that."""
+
+    def __init__(self, name: str, rows: list[dict[str, Any]]):
+        super().__init__(
+            f"{name} diverged in epoch {rows[-1]['epoch']}, its weights are NaN or infinite: "
+            "try a smaller --lr or more --warmup"
+        )
+        self.rows = rows
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -146,8 +158,8 @@ def train(
     are zero before and after every step, and every epoch checks it. After each epoch the state goes to
     `folder`/resume.pt (after fewer where writing is slow), from where the run called `name` goes on if it is cut off; the caller removes it in the end.
     On CUDA a step on resident data is one captured graph, and the host waits for the device once an epoch only.
-    Raises RuntimeError when a pruned weight is not zero, UserError when weights are not finite or `compiled` finds no
-    compiler.
+    Raises RuntimeError when a pruned weight is not zero, Diverged when a weight is not finite after an epoch, and
+    UserError when `compiled` finds no compiler.
     """
     if compiled and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise UserError("--compile needs a C++ compiler, and none is here: install g++ or leave --compile out")
@@ -206,10 +218,6 @@ def train(
             bar.update(batch_size)
         if masker:
             masker.check()
-        if not nn.utils.get_total_norm(model.parameters(), math.inf).isfinite():
-            raise UserError(
-                f"{name} diverged in epoch {epoch + 1}, its weights are no numbers any more: try a smaller --lr or more --warmup"
-            )
         test_loss, test_acc, *test_top = evaluate(model, data.eval_batches("test"), precision, top)
         loss, right = distributed.total(loss_sum, correct)
         row = {
@@ -223,6 +231,9 @@ def train(
             "seconds": time.perf_counter() - start,
         }
         rows.append(row)
+        if not nn.utils.get_total_norm(model.parameters(), math.inf).isfinite():
+            bar.close()
+            raise Diverged(name, rows)
         at_epoch(epoch + 1)
         begin = time.perf_counter()
         if folder and (epoch + 1 == last or _due(took, begin - saved)):
@@ -237,6 +248,12 @@ def train(
             f"  test loss {test_loss:.3f} acc {test_acc:5.2f}%  {row['seconds']:6.1f} s  {steps * batch_size / row['seconds']:7,.0f} img/s"
         )
     bar.close()
+    guessing = math.log(data.description["classes"])
+    if rows and rows[-1]["train_loss"] > CHANCE * guessing:
+        tqdm.write(
+            f"{name}  ends at chance: train loss {rows[-1]['train_loss']:.3f}, and guessing has {guessing:.3f}: "
+            "try another --lr, more --warmup or more --epochs"
+        )
     optimiser.zero_grad(set_to_none=True)  # gradients lie in the memory of the graph, which can go now
     return rows
 

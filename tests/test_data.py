@@ -17,7 +17,7 @@ def resident(count=6, size=8, pad=1, flip=False, mean=0.0, std=1 / 255, device="
     images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, size, size) + 10
     images[:, :, 0, 0] = 200
     padded = torch.nn.functional.pad(images, (pad,) * 4)
-    description = {"mean": [mean] * 3, "std": [std] * 3}
+    description = {"classes": 2, "mean": [mean] * 3, "std": [std] * 3}
     labels = torch.arange(count) % 2
     return Resident(*(part.to(device) for part in (padded, labels, images, labels)), pad, flip, description)
 
