@@ -1,56 +1,56 @@
-"""Stage 2: iterative magnitude pruning of a dense network; one chain gives a mask for every sparsity.
+"""Stage 2: iterative magnitude pruning (IMP) of a dense network; one chain for all sparsities.
 
     python prune_imp.py --dense runs/dense/seed0 --sparsity 0.8 0.9 0.95 0.97 --out runs/imp/seed0
 
-Each round removes 20% of the remaining weights, over all pruned layers at once, then fine-tunes (IMP-FT). A
-round that would pass an asked sparsity stops exactly at it, and the chain goes on from there. Writes
-mask_0.80.pt (the mask, and the signs of the dense weights) and sparse_0.80.pt (the pruned network) for each
-sparsity, log.csv (a row a round) and result.json. Called again with more sparsities it goes on from the
-sparsest network that still has enough weights; a run that was cut off goes on from its last epoch.
+Each round of the chain prunes exactly 20% of the remaining weights, over all pruned layers at once,
+then fine-tunes (IMP-FT). Each asked sparsity branches off: one round to exactly its number of
+weights, from the last round of the chain that has more. So a mask depends on its sparsity alone.
+Writes mask_0.80.pt (the mask, and the signs of the dense weights) and sparse_0.80.pt (the pruned
+network) for each sparsity, log.csv (a row a round) and result.json. Called again with more
+sparsities it goes on from the rounds that are kept; a run that was cut off goes on.
 """
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import nn
 
-from common import checkpoint, cli, masking
-from common.data import reader
+from common import checkpoint, cli, masking, paths, runs
+from common.data import Resident, Streamed, reader
 from common.errors import UserError
 from common.models import build_model
-from common.parallel import run_all
-from common.training import cpu_state, learning_rates, pick_device, pick_precision, train
+from common.runtime.device import pick_device
+from common.runtime.parallel import run_all
+from common.training import cpu_state, learning_rates, sgd, train
 
-PRUNED_A_ROUND = 0.2
+PRUNED_A_ROUND = 0.2  # of the remaining weights
+
+Network = dict[str, Any]  # a checkpoint with mask, round, and the rows of all rounds so far
 
 
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
-    parser.add_argument(
-        "--dense", type=Path, nargs="+", required=True, help="folder of a finished dense run; a chain each"
+    add = parser.add_argument
+    add("--dense", type=Path, nargs="+", required=True, help="finished dense runs; a chain each")
+    add(
+        "--sparsity", type=cli.share, nargs="+", required=True, metavar="S", help="of pruned layers"
     )
-    parser.add_argument(
-        "--sparsity", type=cli.share, nargs="+", required=True, metavar="S", help="of the pruned layers"
-    )
-    parser.add_argument(
-        "--rewind", type=cli.natural, metavar="K", help="rewind weights to epoch K before each training"
-    )
-    parser.add_argument("--one-shot", action="store_true", help="prune to each sparsity in a single round")
-    parser.add_argument("--keep-rounds", action="store_true", help="keep round_NN.pt, the network after every round")
-    parser.add_argument("--out", type=Path, nargs="+", required=True, help="folder for masks and networks, one a chain")
+    add("--rewind", type=cli.natural, metavar="K", help="to epoch K before each training")
+    add("--one-shot", action="store_true", help="prune to each sparsity in a single round")
+    add("--keep-rounds", action="store_true", help="keep round_NN.pt, the network after each round")
+    add("--out", type=Path, nargs="+", required=True, help="folder for masks, one a chain")
     cli.add_training(parser, "imp")
     cli.add_device(parser)
     cli.add_data(parser)
     args = parser.parse_args()
-    if args.rewind is not None and any(
-        value is not None for value in (args.epochs, args.lr, args.schedule, args.warmup)
-    ):
-        parser.error("--rewind trains on the dense run's schedule: leave out --epochs, --lr, --schedule and --warmup")
+    scheduled = (args.epochs, args.lr, args.schedule, args.warmup)
+    if args.rewind is not None and scheduled != (None,) * 4:
+        parser.error("--rewind trains on the dense run's schedule: leave out its flags")
     if len(args.dense) != len(args.out) or len(set(args.out)) != len(args.out):
         parser.error("--out: one folder of its own for each of --dense")
-    args.sparsity = sorted(set(args.sparsity))
     return args
 
 
@@ -59,120 +59,114 @@ def main() -> None:
     device = pick_device(args.device)
     read = reader(args.data_dir, device, args.workers)
     chains = {}
-    for dense, out in zip(args.dense, args.out):
-        if chain := prepare(argparse.Namespace(**vars(args) | {"dense": dense, "out": out}), device, read):
-            chains[str(out)] = chain
+    for folder, out in zip(args.dense, args.out):
+        dense = checkpoint.load_dense(folder)
+        recipe = dense["result"]["arguments"]
+        rewound = checkpoint.load_dense(folder, args.rewind) if args.rewind is not None else None
+        settings = cli.settings(args, "imp", dense["dataset"]["name"], recipe if rewound else {})
+        if rewound and args.rewind >= settings["epochs"]:
+            raise UserError(f"--rewind {args.rewind} is not below the {settings['epochs']} epochs")
+        arguments = {"dense": dense["sha256"], "tag": args.tag or dense.get("tag")} | settings
+        arguments |= cli.hyper(args, "rewind", "one_shot", "keep_rounds", "precision")
+        finished = runs.is_finished(out, arguments)
+        missing = [s for s in sorted({*args.sparsity}) if not paths.mask_file(out, s).is_file()]
+        if finished and not missing:
+            runs.say_finished(out, __file__)
+            continue
+        data = read(dense["dataset"])
+        data.steps(settings["batch_size"])
+        names = masking.prunable(build_model(**dense["model"]))
+        start = {key: dense[key] for key in ("model", "dataset", "seed", "epoch", "state_dict")}
+        start |= {"mask": masking.dense_mask(dense["state_dict"], names), "round": 0, "rows": []}
+        start |= {"signs": masking.signs(dense["state_dict"], names), "tag": arguments["tag"]}
+        goals = masking.keep_counts(start["mask"], missing)
+        how = cli.how_to_train(args, device)
+        chains[str(out)] = partial(prune_chain, start, rewound, goals, out, arguments, data, how)
     if chains:
-        one = checkpoint.load_dense(args.dense[0])
-        run_all(chains, args.parallel, one["model"]["width"], read(one["dataset"]))
+        run_all(chains, args.parallel, dense["model"]["width"], data)
 
 
-def prepare(args: argparse.Namespace, device: torch.device, read: Callable) -> Callable[[], None] | None:
-    """Read and check the inputs of one chain; what runs it, or None when it is finished."""
-    dense = checkpoint.load_dense(args.dense)
-    recipe = dense["result"]["arguments"]
-    rewound = None
-    if args.rewind is not None:  # what is not given is the dense run's
-        rewound = checkpoint.load_dense(args.dense, args.rewind)["state_dict"]
-        vars(args).update({name: recipe[name] for name in cli.PAPER["imp"] if getattr(args, name) is None})
-        if args.rewind >= args.epochs:
-            raise UserError(f"--rewind {args.rewind} is not below the {args.epochs} epochs of {args.dense}")
-    cli.paper_defaults(args, "imp", dense["dataset"]["name"])
+def prune_chain(
+    start: Network,
+    rewound: Network | None,
+    goals: dict[float, int],
+    out: Path,
+    arguments: dict[str, Any],
+    data: Resident | Streamed,
+    how: dict[str, Any],
+) -> None:
+    """Prune round after round as far as needed, with a branch to exactly each goal; write masks.
 
-    arguments = {"dense": dense["sha256"]} | cli.hyper(
-        args, "rewind", "one_shot", "keep_rounds", "epochs", "lr", "schedule", "warmup", "weight_decay", "batch_size", "momentum", "precision"
-    )  # fmt: skip
-    finished = checkpoint.is_finished(args.out, arguments)
-    missing = [s for s in args.sparsity if not checkpoint.mask_file(args.out, s).is_file()]
-    if finished and not missing:
-        print(f"{args.out} is finished: nothing to do")
-        return None
-
-    model = build_model(**dense["model"], seed=dense["seed"])
-    names = masking.prunable(model)
-    everything = masking.dense_mask(dense["state_dict"], names)
-    total = masking.size(everything)
-    goals = {sparsity: masking.keep_count(total, sparsity) for sparsity in args.sparsity}
-    if not 0 < min(goals.values()) <= max(goals.values()) < total:
-        raise UserError(f"--sparsity {args.sparsity}: one of them keeps all or none of the {total} weights")
-    reached = max((float(path.stem.split("_")[1]) for path in args.out.glob("mask_*.pt")), default=0)
-    if args.keep_rounds and min(missing, default=1) < reached:
-        raise UserError(
-            f"the chain in {args.out} has passed {min(missing)} and its rounds are kept: choose another --out"
-        )
-
-    precision = pick_precision(args.precision, device)
-    data = read(dense["dataset"])
-    data.steps(args.batch_size)
-    rates = learning_rates(args.schedule, args.lr, args.epochs, args.warmup)[args.rewind or 0 :]
-
-    def prune_round(network: dict[str, Any], keep: int) -> dict[str, Any]:
-        """Prune `network` to `keep` weights and train it; return the new network."""
-        number = network["round"] + 1
-        mask = masking.prune_by_magnitude(network["state_dict"], network["mask"], keep)
-        model.load_state_dict(masking.apply(rewound or network["state_dict"], mask))
-        # Fine-tuning goes on counting epochs where the dense run ended, so that no round repeats a data order.
-        first_epoch = recipe["epochs"] + (number - 1) * args.epochs if args.rewind is None else args.rewind
-        rows = train(
-            model, data, rates, name=f"IMP seed {dense['seed']} round {number:2d} to {masking.sparsity(mask):.2%}", folder=args.out,
-            seed=dense["seed"], batch_size=args.batch_size, momentum=args.momentum, weight_decay=args.weight_decay,
-            precision=precision, first_epoch=first_epoch, mask=mask, compiled=args.compile, progress=args.parallel is None,
-        )  # fmt: skip
-        row = {
-            "round": number,
-            "sparsity": masking.sparsity(mask),
-            "sparsity_total": masking.sparsity_total(mask, model),
-            "kept": keep,
-        }
-        row |= checkpoint.metrics(rows[-1])
-        row |= {"seconds": sum(row["seconds"] for row in rows)}
-        return about | {"state_dict": cpu_state(model), "mask": mask, "round": number, "rows": [*network["rows"], row]}
-
-    about = {key: dense[key] for key in ("model", "dataset", "seed", "epoch")}
-    start = about | {"state_dict": dense["state_dict"], "mask": everything, "round": 0, "rows": []}
-
-    def run() -> None:
-        checkpoint.claim(args.out, arguments)
-        for sparsity in missing:
-            goal, stops = goals[sparsity], [other for other in goals.values() if other > goals[sparsity]]
-            network = start if args.one_shot else sparsest(args.out, goal, stops) or start
-            while (left := masking.kept(network["mask"])) > goal:
-                step = max(1, round(PRUNED_A_ROUND * left))
-                network = prune_round(network, goal if args.one_shot else max(goal, left - step))
-                checkpoint.save_csv(network["rows"], args.out / "log.csv")
-                if not args.one_shot:
-                    checkpoint.save(network, args.out / f"round_{network['round']:02d}.pt")
-            checkpoint.save(network, args.out / f"sparse_{checkpoint.label(sparsity)}.pt")
-            masks = {
-                "mask": network["mask"], "signs": masking.signs(dense["state_dict"], names), "sparsity": masking.sparsity(network["mask"]),
-                "sparsity_total": masking.sparsity_total(network["mask"], model), "model": dense["model"], "dataset": dense["dataset"],
-                "mask_dataset": dense["dataset"]["name"], "source_seed": dense["seed"], "target_seed": None, "method": None, "match_epoch": None,
-            }  # fmt: skip
-            checkpoint.save(masks, checkpoint.mask_file(args.out, sparsity))
-
-        chains = [checkpoint.load(path)["rows"] for path in args.out.glob("sparse_*.pt")]
-        rows = sorted({row["kept"]: row for chain in chains for row in chain}.values(), key=lambda row: -row["kept"])
-        checkpoint.finish(args.out, "prune_imp", arguments, rows, device, precision)
-        kept = range(rows[-1]["round"] + 1) if args.keep_rounds else ()  # later ones are of a chain that was given up
-        checkpoint.remove(path for path in args.out.glob("round_*.pt") if int(path.stem.split("_")[1]) not in kept)
-
-    return run
-
-
-def sparsest(folder: Path, goal: int, stops: list[int]) -> dict[str, Any] | None:
-    """The sparsest network in `folder` from which the chain can go on to `goal` weights, or None.
-
-    A round that an unfinished chain left does only if that chain stopped at each count in `stops` that it passed.
+    goals: the number of weights that each sparsity keeps. rewound: the weights that every round
+    trains from, in place of those that it prunes. how: further arguments of `train`.
     """
-    best, fewest = None, float("inf")
-    for path in [*folder.glob("sparse_*.pt"), *folder.glob("round_*.pt")]:
-        network = checkpoint.load(path, ("mask", "round", "rows"))
-        left, passed = masking.kept(network["mask"]), {row["kept"] for row in network["rows"]}
-        whole = path.name.startswith("sparse") or all(stop in passed for stop in stops if stop >= left)
-        if whole and goal <= left < fewest:
-            best, fewest = network, left
-    return best
+    stamp = runs.claim(out, arguments, __file__)
+    model, epochs, rewind = build_model(**start["model"]), arguments["epochs"], arguments["rewind"]
+    rates = learning_rates(arguments["schedule"], arguments["lr"], epochs, arguments["warmup"])
+    fine_tune = partial(
+        train,
+        model,
+        data,
+        rates[rewind or 0 :],
+        make_optimiser=sgd(arguments["momentum"], arguments["weight_decay"]),
+        augment=None,
+        folder=out,
+        seed=start["seed"],
+        batch_size=arguments["batch_size"],
+        **how,
+    )
+
+    def next_round(network: Network, keep: int) -> Network:
+        # Epochs go on counting where the dense run ended, so that no round repeats a data order.
+        first = start["epoch"] + network["round"] * epochs if rewind is None else rewind
+        tune = partial(fine_tune, first_epoch=first)
+        return prune_round(network, keep, model, rewound, tune) | stamp
+
+    share = 1 if arguments["one_shot"] else PRUNED_A_ROUND
+    counts, branches = masking.plan(masking.size(start["mask"]), goals, share)
+    network = latest(out, min(branches)) or start
+    for number in range(network["round"], max(branches) + 1):
+        if number > network["round"]:
+            network = next_round(network, counts[number])
+            checkpoint.save(network, paths.chain_file(out))
+            if arguments["keep_rounds"]:
+                checkpoint.save(network, paths.round_file(out, number))
+            checkpoint.save_csv(network["rows"], out / "log.csv")
+        for sparsity in branches.get(number, ()):
+            branch = next_round(network, goals[sparsity])
+            checkpoint.save(branch, paths.imp_file(out, sparsity))
+            checkpoint.save(masking.entry(branch, model) | stamp, paths.mask_file(out, sparsity))
+    histories = [checkpoint.load(path)["rows"] for path in paths.imp_files(out).values()]
+    by_count = {row["kept"]: row for rows in (*histories, network["rows"]) for row in rows}
+    rows = [by_count[kept] for kept in sorted(by_count, reverse=True)]
+    more = {"precision": how["precision"]}
+    runs.finish(out, "prune_imp", arguments, rows, data.device, stamp, **more)
+
+
+def latest(folder: Path, last: int) -> Network | None:
+    """The furthest network of the chain in `folder` that is not beyond round `last`, or None."""
+    files = [path for path in paths.chain_files(folder) if path.is_file()]
+    kept = [checkpoint.load(path, ("mask", "signs", "round", "rows")) for path in files]
+    kept = [network for network in kept if network["round"] <= last]
+    return max(kept, key=lambda network: network["round"], default=None)
+
+
+def prune_round(
+    network: Network, keep: int, model: nn.Module, rewound: Network | None, fine_tune: Callable
+) -> Network:
+    """Prune `network` to exactly `keep` weights and train it; returns the new network."""
+    number, weights = network["round"] + 1, network["state_dict"]
+    mask = masking.prune_exactly(masking.prune_by_magnitude, weights, network["mask"], keep)
+    model.load_state_dict(masking.apply(rewound["state_dict"] if rewound else weights, mask))
+    sparsity = masking.sparsity(mask)
+    name = f"IMP seed {network['seed']} round {number:2d} to {sparsity:.2%}"
+    rows = fine_tune(mask=mask, name=name)
+    row = {"round": number, "sparsity": sparsity, "kept": keep}
+    row |= {"sparsity_total": masking.sparsity_total(mask, model)} | runs.metrics(rows[-1])
+    row |= {"seconds": sum(row["seconds"] for row in rows)}
+    new = {"state_dict": cpu_state(model), "mask": mask, "round": number}
+    return network | new | {"rows": [*network["rows"], row]}
 
 
 if __name__ == "__main__":
-    cli.run(main, spreads=True)
+    cli.run(main, torchrun=True)

@@ -1,1 +1,1 @@
-"""What the four stages and the analysis share: models, data, masks, permutations, training, files."""
+"""What the stages and the analysis share: models, data, masks, permutations, training, files."""

@@ -16,5 +16,6 @@ def explain(error: BaseException) -> str | None:
     no_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))  # of a GPU, and numpy's
     if no_memory or "can't allocate memory" in str(error):  # torch's on a CPU
         what = ". ".join(str(error).rpartition("Allocator: ")[2].split(". ")[:2])
-        return f"out of memory: use smaller batches, a smaller width or fewer side by side ({what or 'Python'})"
+        mend = "use smaller batches, a smaller width or fewer side by side"
+        return f"out of memory: {mend} ({what or 'Python'})"
     return None

@@ -1,15 +1,25 @@
 """Finding the permutation that maps the source network onto the target (paper, section 4.1)."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, fx, nn
 
-from common.axes import trace
+from common.align.axes import trace
+from common.align.permutation import (
+    Axes,
+    Carrier,
+    Place,
+    channel_rows,
+    find_places,
+    identity,
+    permute,
+    random_permutation,
+)
 from common.masking import LAYERS
-from common.permutation import Axes, Carrier, Place, channel_rows, find_places, identity, permute, random_permutation
 
 Permutation = dict[str, Tensor]
 
@@ -17,7 +27,8 @@ Permutation = dict[str, Tensor]
 class Moments:
     """Streaming correlation of the channels of two tensors: batches in fp32, totals in float64.
 
-    Values are shifted by the mean of the first batch, so that large means do not swallow small variances.
+    Values are shifted by the mean of the first batch, so that large means do not swallow small
+    variances.
     """
 
     def __init__(self) -> None:
@@ -27,10 +38,15 @@ class Moments:
         """Take in two (samples, channels) tensors of one batch."""
         if self.count == 0:
             self.shifts = target.mean(0), source.mean(0)
-            self.sums = [torch.zeros(t.shape[1], dtype=torch.float64, device=t.device) for t in (target, source)]
+            self.sums = [
+                torch.zeros(t.shape[1], dtype=torch.float64, device=t.device)
+                for t in (target, source)
+            ]
             self.squares = [total.clone() for total in self.sums]
             self.products = self.sums[0][:, None] * self.sums[1][None, :]
-        rows = max(4096, 2**18 // target.shape[1])  # a piece that stays in a processor's cache: several times faster
+        rows = max(
+            4096, 2**18 // target.shape[1]
+        )  # a piece that stays in a processor's cache: several times faster
         for piece in zip(target.split(rows), source.split(rows)):
             pair = [t - shift for t, shift in zip(piece, self.shifts)]
             for values, total, square in zip(pair, self.sums, self.squares):
@@ -45,7 +61,9 @@ class Moments:
         return (self.products / self.count - means[0][:, None] * means[1][None, :]).cpu()
 
     def correlation(self) -> Tensor:
-        """The (target channels, source channels) correlation; a channel of zero variance correlates 0 with everything."""
+        """The (target channels, source channels) correlation; a channel of zero variance correlates
+        0 with everything.
+        """
         means = [total / self.count for total in self.sums]
         deviations = []
         for mean, square in zip(means, self.squares):
@@ -55,6 +73,44 @@ class Moments:
             deviations.append(torch.where(variance > 1e-7 * second, variance, 0).sqrt())
         scale = (deviations[0][:, None] * deviations[1][None, :]).cpu()
         return torch.where(scale > 0, self.covariance() / scale, 0).clamp(-1, 1)
+
+
+class Correlation(Moments):
+    result = Moments.correlation
+
+
+class Covariance(Moments):
+    result = Moments.covariance
+
+
+class Summed:
+    """A function of the two (samples, channels) tensors of a batch, summed over batches."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]):
+        self.function, self.total = function, 0.0
+
+    def add(self, target: Tensor, source: Tensor) -> None:
+        matrix = self.function(target, source)
+        if matrix.shape != (target.shape[1], source.shape[1]):
+            raise ValueError(
+                f"{self.function.__name__} made a {tuple(matrix.shape)} tensor, not one of "
+                f"(target channels, source channels), {(target.shape[1], source.shape[1])}"
+            )
+        self.total = self.total + matrix.double().cpu()
+
+    def result(self) -> Tensor:
+        return self.total
+
+
+# By the name that --statistic takes: a class with `add` and `result` as above, or a function
+# (target, source) -> (target channels, source channels) matrix that is summed over batches.
+SIMILARITIES: dict[str, Any] = {"correlation": Correlation, "covariance": Covariance}
+
+
+def new_similarity(name: str) -> Any:
+    """What takes in batches by `add(target, source)` and gives the matrix by `result()`."""
+    made = SIMILARITIES[name]
+    return made() if isinstance(made, type) else Summed(made)
 
 
 @torch.no_grad()
@@ -67,47 +123,58 @@ def similarities(
     statistic: str = "correlation",
     stream: str = "last",
 ) -> dict[str, Tensor]:
-    """Correlate the channels of every axis in one pass over `batches` of images, in fp32 and evaluation mode.
+    """Correlate the channels of every axis in one pass over `batches` of images, in fp32 and
+    evaluation mode.
 
-    match_on: `post`, the values after the nonlinearity, or `pre`, before it. statistic: `correlation` or `covariance`.
-    stream: where layers read an axis from several tensors, as from a residual stream, the `last` or the `mean` over all.
-    Returns a (target channels, source channels) float64 matrix for each axis that is seen. One pass is enough: a permuted
-    network computes the same function, so permuting early channels changes no later channel's values.
+    match_on: `post`, the values after the nonlinearity, or `pre`, before it. statistic: a name of
+    SIMILARITIES. stream: where layers read an axis from several tensors, as from a residual stream,
+    the `last` or the `mean` over all. Returns a (target channels, source channels) float64 matrix
+    for each axis that is seen. One pass is enough: a permuted network computes the same function,
+    so permuting early channels changes no later channel's values.
     """
     # Copies, because tracing sets evaluation mode and fp32 must hold whatever the caller trains in.
     pair = [fx.Interpreter(trace(copy.deepcopy(model).float())) for model in (target, source)]
-    moments: dict[str, list[Moments]] = {axis: [] for axis in axes.sizes}
-    wanted: dict[str, list[tuple[Moments, Carrier, int]]] = {}
+    moments: dict[str, list[Any]] = {axis: [] for axis in axes.sizes}
+    wanted: dict[str, list[tuple[Any, Carrier, int]]] = {}
     for axis, size in axes.sizes.items():
         for carrier in axes.carriers[axis] if stream == "mean" else axes.carriers[axis][-1:]:
-            moments[axis].append(Moments())
+            moments[axis].append(new_similarity(statistic))
             node = carrier.node if match_on == "post" else carrier.before
             wanted.setdefault(node, []).append((moments[axis][-1], carrier, size))
-    last = max(position for position, node in enumerate(pair[0].module.graph.nodes) if node.name in wanted)
+    last = max(
+        position for position, node in enumerate(pair[0].module.graph.nodes) if node.name in wanted
+    )
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         for images in batches:
             for interpreter in pair:
                 interpreter.env, interpreter.args_iter = {}, iter([images])
-            # Both networks advance node by node, so that no more activations are alive than a forward pass needs.
-            for position, nodes in enumerate(zip(*(interpreter.module.graph.nodes for interpreter in pair))):
+            # Both networks advance node by node, so that no more activations are alive than a
+            # forward pass needs.
+            for position, nodes in enumerate(
+                zip(*(interpreter.module.graph.nodes for interpreter in pair))
+            ):
                 for interpreter, node in zip(pair, nodes):
                     interpreter.env[node] = interpreter.run_node(node)
                 for moment, carrier, size in wanted.get(nodes[0].name, ()):
-                    moment.add(*(channels_last(i.env[n], carrier, size) for i, n in zip(pair, nodes)))
+                    moment.add(
+                        *(channels_last(i.env[n], carrier, size) for i, n in zip(pair, nodes))
+                    )
                 for interpreter, node in zip(pair, nodes):
                     for dead in interpreter.user_to_last_uses.get(node, ()):
                         del interpreter.env[dead]
                 if position == last:
                     break
     return {
-        axis: sum(getattr(moment, statistic)() for moment in several) / len(several)
+        axis: sum(moment.result() for moment in several) / len(several)
         for axis, several in moments.items()
         if several
     }
 
 
 def channels_last(value: Tensor, carrier: Carrier, size: int) -> Tensor:
-    """View an activation as (samples, channels) of the axis of `size` channels that `carrier` finds in it."""
+    """View an activation as (samples, channels) of the axis of `size` channels that `carrier` finds
+    in it.
+    """
     value = value.movedim(carrier.dim, -1)
     value = value.narrow(-1, carrier.offset, size * carrier.repeat)
     if carrier.repeat > 1:
@@ -116,16 +183,19 @@ def channels_last(value: Tensor, carrier: Carrier, size: int) -> Tensor:
 
 
 def assign(similarity: Tensor) -> Tensor:
-    """The permutation that maximises the summed similarity; index[i] is the source channel for target position i."""
+    """The permutation that maximises the summed similarity; index[i] is the source channel for
+    target position i.
+    """
     return torch.from_numpy(linear_sum_assignment(similarity.numpy(), maximize=True)[1])
 
 
 def assign_blocks(within: list[Tensor], fixed: list[Tensor], blocks: int) -> list[Tensor]:
     """The permutations of axes that share an order of blocks, of the largest summed similarity.
 
-    A source block can go to the place of any target block; the channels of the `within` axes can also be permuted
-    inside it, those of the `fixed` axes not. Exact: the best order inside is found for each pair of blocks, and then
-    the best pairing. Returns a permutation for each of `within`, then for each of `fixed`.
+    A source block can go to the place of any target block; the channels of the `within` axes can
+    also be permuted inside it, those of the `fixed` axes not. Exact: the best order inside is found
+    for each pair of blocks, and then the best pairing. Returns a permutation for each of `within`,
+    then for each of `fixed`.
     """
     score = torch.zeros(blocks, blocks, dtype=torch.float64)
     orders: list[Tensor] = []  # (target block, source block, channel within)
@@ -134,46 +204,56 @@ def assign_blocks(within: list[Tensor], fixed: list[Tensor], blocks: int) -> lis
         pairs = similarity.unflatten(0, (blocks, size)).unflatten(2, (blocks, size)).transpose(1, 2)
         order = torch.arange(size).expand(blocks, blocks, size)
         if position < len(within) and size > 1:
-            order = torch.stack([assign(pair) for pair in pairs.flatten(0, 1)]).view(blocks, blocks, size)
+            order = torch.stack([assign(pair) for pair in pairs.flatten(0, 1)]).view(
+                blocks, blocks, size
+            )
         score += pairs.gather(3, order[..., None]).sum((2, 3))
         orders.append(order)
     placed = assign(score)
-    return [(placed[:, None] * order.shape[2] + order[torch.arange(blocks), placed]).flatten() for order in orders]
+    return [
+        (placed[:, None] * order.shape[2] + order[torch.arange(blocks), placed]).flatten()
+        for order in orders
+    ]
 
 
 def match_activations(
     source: nn.Module, target: nn.Module, axes: Axes, batches: Iterable[Tensor], **how: str
 ) -> tuple[Permutation, list[dict]]:
-    """Activation matching: for every axis the permutation of the source that correlates best with the target.
+    """Activation matching: for every axis the permutation of the source that correlates best with
+    the target.
 
-    `how` goes to `similarities`. Returns the permutation and a row an axis: channels, how many moved, mean matched
-    similarity before and after.
+    `how` goes to `similarities`. Returns the permutation and a row an axis: channels, how many
+    moved, mean matched similarity before and after.
     """
     matrices = similarities(source, target, axes, batches, **how)
     permutation = {}
     for names, blocks in axes.units:
         if matrices.keys() >= set(names):  # inside an attention layer no values are seen
             permutation |= zip(names, assign_blocks([matrices[axis] for axis in names], [], blocks))
+    rows = describe(permutation)
+    for row in rows:
+        matrix, index = matrices[row["axis"]], permutation[row["axis"]]
+        row["before"] = float(matrix.diagonal().mean())
+        row["after"] = float(matrix[torch.arange(len(index)), index].mean())
+    return permutation, rows
+
+
+def describe(permutation: Permutation) -> list[dict[str, Any]]:
+    """A row an axis: how many channels it has, and how many move."""
     rows = []
     for axis, index in permutation.items():
-        matrix, unmoved = matrices[axis], torch.arange(len(index))
-        rows.append(
-            {
-                "axis": axis,
-                "channels": len(index),
-                "moved": int((index != unmoved).sum()),
-                "before": float(matrix.diagonal().mean()),
-                "after": float(matrix[unmoved, index].mean()),
-            }
-        )
-    return permutation, rows
+        moved = int((index != torch.arange(len(index))).sum())
+        rows.append({"axis": axis, "channels": len(index), "moved": moved})
+    return rows
 
 
 # ---------------------------------------------------------------- weight matching
 
 
 def matched_weights(model: nn.Module) -> list[str]:
-    """Names of what weight matching looks at: weights and biases of convolution, linear and attention layers."""
+    """Names of what weight matching looks at: weights and biases of convolution, linear and
+    attention layers.
+    """
     return [
         f"{layer}.{name}"
         for layer, module in model.named_modules()
@@ -184,17 +264,25 @@ def matched_weights(model: nn.Module) -> list[str]:
 
 def objective(source: dict[str, Tensor], target: dict[str, Tensor]) -> float:
     """The inner product <source, target> over all entries of `source`, in float64."""
-    return sum(float((value * target[name]).sum(dtype=torch.float64)) for name, value in source.items())
+    return sum(
+        float((value * target[name]).sum(dtype=torch.float64)) for name, value in source.items()
+    )
 
 
 def match_weights(
-    source: dict[str, Tensor], target: dict[str, Tensor], axes: Axes, start: Permutation | None = None, seed: int = 0
+    source: dict[str, Tensor],
+    target: dict[str, Tensor],
+    axes: Axes,
+    start: Permutation | None = None,
+    seed: int = 0,
 ) -> tuple[Permutation, list[float]]:
-    """Weight matching: raise <π(source), target> axis by axis until no axis improves it (Ainsworth et al. 2023, Alg. 1).
+    """Weight matching: raise <π(source), target> axis by axis until no axis improves it (Ainsworth
+    et al. 2023, Alg. 1).
 
-    `source` and `target` hold the tensors to match, the source's already masked for mask-aware matching. Starts from
-    `start` or the identity, and visits the axes in an order drawn from `seed`. Returns the permutation and the
-    objective at the start and after every sweep, which never falls.
+    `source` and `target` hold the tensors to match, the source's already masked for mask-aware
+    matching. Starts from `start` or the identity, and visits the axes in an order drawn from
+    `seed`. Returns the permutation and the objective at the start and after every sweep, which
+    never falls.
     """
     permutation = identity(axes) | (start or {})
     moved = permute(source, axes.dims, permutation)
@@ -214,13 +302,16 @@ def match_weights(
             seen: set[str] = set()  # a tensor along which several axes of the unit lie counts once
             sums = []
             for member in unit:
-                here = [place for place in places[member] if member == axis or place.tensor not in seen]
+                here = [
+                    place for place in places[member] if member == axis or place.tensor not in seen
+                ]
                 sums.append(_similarity(target, moved, here, axes.sizes[member]))
                 seen |= {place.tensor for place in here}
             touched = {name: moved[name] for name in seen}
             best = objective(touched, target)
-            # Judged by the true gain: where axes of a unit, or one axis twice, share a tensor, their best orders depend
-            # on each other, and the assignment is a proposal. So there are two of them, with the others' orders free or kept.
+            # Judged by the true gain: where axes of a unit, or one axis twice, share a tensor,
+            # their best orders depend on each other, and the assignment is a proposal. So there are
+            # two of them, with the others' orders free or kept.
             for free in sorted({len(unit), 1}, reverse=True):
                 steps = dict(zip(unit, assign_blocks(sums[:free], sums[free:], units[axis].blocks)))
                 candidate = permute(touched, axes.dims, steps)
@@ -228,7 +319,11 @@ def match_weights(
                     for member, step in steps.items():
                         permutation[member] = permutation[member][step]
                     moved |= candidate
-                    stale |= {other for other in names if any(place.tensor in seen for place in places[other])} - {axis}
+                    stale |= {
+                        other
+                        for other in names
+                        if any(place.tensor in seen for place in places[other])
+                    } - {axis}
                     break
         history.append(objective(moved, target))
     return permutation, history
@@ -243,11 +338,16 @@ def match_weights_best(
     return max(tries, key=lambda found: found[1][-1])[0]
 
 
-def _similarity(target: dict[str, Tensor], source: dict[str, Tensor], places: list[Place], size: int) -> Tensor:
-    """(target channels, source channels) inner products, summed over all places of an axis; float64 on the CPU."""
+def _similarity(
+    target: dict[str, Tensor], source: dict[str, Tensor], places: list[Place], size: int
+) -> Tensor:
+    """(target channels, source channels) inner products, summed over all places of an axis; float64
+    on the CPU.
+    """
     total = torch.zeros(size, size, dtype=torch.float64)
     for place in places:
         total += (
-            channel_rows(target[place.tensor], place, size) @ channel_rows(source[place.tensor], place, size).T
+            channel_rows(target[place.tensor], place, size)
+            @ channel_rows(source[place.tensor], place, size).T
         ).cpu()
     return total

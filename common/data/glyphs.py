@@ -1,7 +1,9 @@
-"""Glyphs: a generated ten-class image set of coloured digits, drawn in the fonts that matplotlib ships.
+"""Glyphs: a generated ten-class image set of coloured digits, drawn in the fonts that matplotlib
+ships.
 
-Font, size, place, rotation, shear, colours, clutter and noise vary. All arithmetic is Pillow's and integer
-NumPy's, so the same versions of Pillow and matplotlib draw the same images from the same seed.
+Font, size, place, rotation, shear, colours, clutter and noise vary. All arithmetic is Pillow's and
+integer NumPy's, so the same versions of Pillow and matplotlib draw the same images from the same
+seed.
 """
 
 from pathlib import Path
@@ -11,17 +13,33 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 FONTS = (
-    "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSerif",
-    "DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "cmr10", "cmss10", "cmtt10",
-)  # fmt: skip
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSans-Oblique",
+    "DejaVuSansMono",
+    "DejaVuSansMono-Bold",
+    "DejaVuSerif",
+    "DejaVuSerif-Bold",
+    "DejaVuSerif-Italic",
+    "STIXGeneral",
+    "STIXGeneralBol",
+    "STIXGeneralItalic",
+    "cmr10",
+    "cmss10",
+    "cmtt10",
+)
 TRAIN, TEST = 10_000, 1_000
 CANVAS = 64  # px of the templates, several times the size at which they are drawn
 NOISE = 30  # largest absolute noise, of 255
 CONTRAST = (20, 126)  # of ink above paper in each colour
 
 
-def glyphs(size: int, seed: int = 0, counts: tuple[int, int] = (TRAIN, TEST)) -> tuple[np.ndarray, ...]:
-    """Draw (train images, train labels, test images, test labels): uint8 (N, 3, size, size) and int64 (N,)."""
+def glyphs(
+    size: int, seed: int = 0, counts: tuple[int, int] = (TRAIN, TEST)
+) -> tuple[np.ndarray, ...]:
+    """Draw (train images, train labels, test images, test labels): uint8 (N, 3, size, size) and
+    int64 (N,).
+    """
     templates = _templates()
     parts: list[np.ndarray] = []
     for part, count in enumerate(counts):
@@ -44,7 +62,9 @@ def _templates() -> list[list[Image.Image]]:
     return templates
 
 
-def _draw(templates: list[list[Image.Image]], labels: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+def _draw(
+    templates: list[list[Image.Image]], labels: np.ndarray, size: int, rng: np.random.Generator
+) -> np.ndarray:
     n = len(labels)
     fonts = rng.integers(len(FONTS), size=(3, n))
     digits = np.stack([labels, *rng.integers(10, size=(2, n))])
@@ -60,11 +80,15 @@ def _draw(templates: list[list[Image.Image]], labels: np.ndarray, size: int, rng
     for i in range(n):
         layers = [
             templates[fonts[k, i]][digits[k, i]].transform(
-                (size, size), Image.Transform.AFFINE,
-                _inverse_affine(angle[k, i], shear[k, i], height[k, i] / CANVAS, *shift[k, :, i], size), Image.Resampling.BILINEAR,
+                (size, size),
+                Image.Transform.AFFINE,
+                _inverse_affine(
+                    angle[k, i], shear[k, i], height[k, i] / CANVAS, *shift[k, :, i], size
+                ),
+                Image.Resampling.BILINEAR,
             )
             for k in range(3)
-        ]  # fmt: skip
+        ]
         ink[i] = layers[0]
         clutter[i] = np.maximum(layers[1], layers[2])
     paper, colour, other, slope = _colours(rng, n)
@@ -78,7 +102,9 @@ def _draw(templates: list[list[Image.Image]], labels: np.ndarray, size: int, rng
     return picture.clip(0, 255).astype(np.uint8)
 
 
-def _inverse_affine(angle: float, shear: float, scale: float, dx: float, dy: float, size: int) -> tuple[float, ...]:
+def _inverse_affine(
+    angle: float, shear: float, scale: float, dx: float, dy: float, size: int
+) -> tuple[float, ...]:
     """Pillow maps output to input: undo the shift, then the rotation and shear, then the scale."""
     cos, sin = np.cos(angle) / scale, np.sin(angle) / scale
     a, b, d, e = cos + shear * sin, sin - shear * cos, -sin, cos
@@ -87,7 +113,9 @@ def _inverse_affine(angle: float, shear: float, scale: float, dx: float, dy: flo
 
 
 def _colours(rng: np.random.Generator, n: int) -> tuple[np.ndarray, ...]:
-    """Colours of background, digit and clutter, and the slope of the background, as int32; ink is lighter than paper."""
+    """Colours of background, digit and clutter, and the slope of the background, as int32; ink is
+    lighter than paper.
+    """
     paper = rng.integers(0, 130, (n, 3), dtype=np.int32)
     colour, other = paper + rng.integers(*CONTRAST, (2, n, 3), dtype=np.int32)
     return paper, colour, other, rng.integers(-50, 51, (n, 2), dtype=np.int32)

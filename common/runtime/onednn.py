@@ -1,4 +1,6 @@
-"""Convolutional networks on a CPU in oneDNN's own layout, where BatchNorm, ReLU and additions take half the time or less."""
+"""Convolutional networks on a CPU in oneDNN's own layout, where BatchNorm, ReLU and additions take
+half the time or less.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,11 +15,16 @@ from common.errors import UserError
 # What stays in the layout; all else is slow in it, as pooling, or does not know it.
 SINGLE = {F.relu, torch.relu, Tensor.relu, Tensor.register_hook, Tensor.retain_grad}
 PAIR = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__}
-ASKING = {Tensor.dim, Tensor.size} | {getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "is_mkldnn", "requires_grad")}  # fmt: skip
+ASKING = {Tensor.dim, Tensor.size} | {
+    getattr(Tensor, name).__get__
+    for name in ("shape", "ndim", "dtype", "device", "is_mkldnn", "requires_grad")
+}
 
 
 def suits(model: nn.Module) -> bool:
-    """Whether `model` asks for the layout, by a true attribute `in_onednn`, and this machine has it in bf16."""
+    """Whether `model` asks for the layout, by a true attribute `in_onednn`, and this machine has it
+    in bf16.
+    """
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     compiled = hasattr(model, "_orig_mod")  # such a network lays out its tensors itself
@@ -25,24 +32,39 @@ def suits(model: nn.Module) -> bool:
 
 
 class Blocked(TorchFunctionMode):
-    """Within it, and autocast to bf16, a network enters the layout at a convolution without bias and leaves it where it has to.
+    """Within it, and autocast to bf16, a network enters the layout at a convolution without bias
+    and leaves it where it has to.
 
-    The backward pass follows by itself. Raises UserError for what would have to change a tensor of the layout in place.
+    The backward pass follows by itself. Raises UserError for what would have to change a tensor of
+    the layout in place.
     """
 
-    def __torch_function__(self, function: Callable, types: Any, args: Sequence = (), kwargs: dict[str, Any] | None = None) -> Any:  # fmt: skip
+    def __torch_function__(
+        self,
+        function: Callable,
+        types: Any,
+        args: Sequence = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         if function is torch.conv2d and not kwargs and _enters(*args):
             return _convolve(*args)
         stays = (
-            function in SINGLE or function in PAIR and _alike(*args) or function is F.batch_norm and _learns(**kwargs)
+            function in SINGLE
+            or function in PAIR
+            and _alike(*args)
+            or function is F.batch_norm
+            and _learns(**kwargs)
         )
         if stays or function in ASKING:
             return function(*args, **kwargs)
         name = getattr(function, "__name__", "")
         in_place = name == "__setitem__" or name.endswith("_") and not name.endswith("__")
         if in_place and args and _is_blocked(args[0]):
-            raise UserError(f"{name} changes in place what oneDNN's layout holds: write it out of place, or set in_onednn = False in the network's class")  # fmt: skip
+            raise UserError(
+                f"{name} changes in place what oneDNN's layout holds: write it out of place, or "
+                "set in_onednn = False in the network's class"
+            )
         return function(*_plain(args), **{key: _plain(value) for key, value in kwargs.items()})
 
 
@@ -56,7 +78,9 @@ def _alike(first: Any, second: Any = None, *_: Any) -> bool:
 
 
 def _learns(weight: Any = None, bias: Any = None, training: bool = False, **_: Any) -> bool:
-    """Whether oneDNN can do a BatchNorm: not without scale and shift, nor backward where its statistics are fixed."""
+    """Whether oneDNN can do a BatchNorm: not without scale and shift, nor backward where its
+    statistics are fixed.
+    """
     return weight is not None and bias is not None and (training or not torch.is_grad_enabled())
 
 
@@ -67,13 +91,32 @@ def _plain(value: Any) -> Any:
 
 
 def _enters(images: Tensor, weight: Tensor, bias: Tensor | None = None, *where: Any) -> bool:
-    """Whether the layout takes a convolution: as nn.Conv2d calls it, and without bias, which autocast alone makes bf16."""
-    known = images.dim() == 4 and images.dtype in (torch.float32, torch.bfloat16) and weight.dtype == torch.float32
+    """Whether the layout takes a convolution: as nn.Conv2d calls it, and without bias, which
+    autocast alone makes bf16.
+    """
+    known = (
+        images.dim() == 4
+        and images.dtype in (torch.float32, torch.bfloat16)
+        and weight.dtype == torch.float32
+    )
     known = known and torch.is_autocast_enabled("cpu")  # a part of the network may want fp32
-    return known and bias is None and len(where) == 4 and all(isinstance(value, tuple) for value in where[:3])
+    return (
+        known
+        and bias is None
+        and len(where) == 4
+        and all(isinstance(value, tuple) for value in where[:3])
+    )
 
 
-def _convolve(images: Tensor, weight: Tensor, bias: None, stride: tuple, padding: tuple, dilation: tuple, groups: int) -> Tensor:  # fmt: skip
+def _convolve(
+    images: Tensor,
+    weight: Tensor,
+    bias: None,
+    stride: tuple,
+    padding: tuple,
+    dilation: tuple,
+    groups: int,
+) -> Tensor:
     if not images.is_mkldnn:
         images = images.to_mkldnn(torch.bfloat16)
     # Not conv2d, because autocast would make the weights bf16, which oneDNN takes as fp32 here.

@@ -1,6 +1,7 @@
-"""Permutation axes: which channels of a network move together; and permuting weights, masks and signs by them.
+"""Permutation axes: which channels of a network move together; and permuting weights, masks and
+signs by them.
 
-common/axes.py derives the axes of a network from its traced graph.
+common/align/axes.py derives the axes of a network from its traced graph.
 """
 
 import copy
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 
 class Segment(NamedTuple):
-    """A stretch of a dimension: `size` channels of an axis, each `repeat` entries long (after a flatten over space).
+    """A stretch of a dimension: `size` channels of an axis, each `repeat` entries long (after a
+    flatten over space).
 
-    With `groups` > 1 it is the second dimension of a grouped convolution: the g-th block of rows has `size` entries
-    that stand for the g-th `size` channels of the axis.
+    With `groups` > 1 it is the second dimension of a grouped convolution: the g-th block of rows
+    has `size` entries that stand for the g-th `size` channels of the axis.
     """
 
     axis: str
@@ -28,10 +30,12 @@ Layout = tuple[Segment, ...] | None  # one dimension of a tensor; None: nothing 
 
 
 class Unit(NamedTuple):
-    """Axes that move together: each is cut into `blocks` equal blocks, whose order all of them share.
+    """Axes that move together: each is cut into `blocks` equal blocks, whose order all of them
+    share.
 
-    An ordinary axis is a unit of its own, of one block. Grouped convolutions and GroupNorm need more: channels may
-    be permuted within a block, and whole blocks with the blocks of the other axes.
+    An ordinary axis is a unit of its own, of one block. Grouped convolutions and GroupNorm need
+    more: channels may be permuted within a block, and whole blocks with the blocks of the other
+    axes.
     """
 
     axes: tuple[str, ...]
@@ -39,9 +43,11 @@ class Unit(NamedTuple):
 
 
 class Carrier(NamedTuple):
-    """Where the channels of an axis can be seen: in `dim` of a graph node's output, `repeat` entries each from `offset`.
+    """Where the channels of an axis can be seen: in `dim` of a graph node's output, `repeat`
+    entries each from `offset`.
 
-    node: after the nonlinearity, where one follows. before: the node ahead of that nonlinearity, or the same.
+    node: after the nonlinearity, where one follows. before: the node ahead of that nonlinearity, or
+    the same.
     """
 
     node: str
@@ -55,12 +61,11 @@ class Carrier(NamedTuple):
 class Axes:
     """The permutation axes of a network.
 
-    dims: for every parameter and buffer, one Layout a dimension.
-    sizes: channels of every axis that may be permuted.
-    units: these axes, each once, in the units that move together.
-    carriers: for each of them, the tensors that layers read it from, in graph order; for a residual stream the stem's
-    and every block's.
-    pinned: for every axis that must stay in order, its channels and the reason.
+    dims: for every parameter and buffer, one Layout a dimension. sizes: channels of every axis that
+    may be permuted. units: these axes, each once, in the units that move together. carriers: for
+    each of them, the tensors that layers read it from, in graph order; for a residual stream the
+    stem's and every block's. pinned: for every axis that must stay in order, its channels and the
+    reason.
     """
 
     dims: dict[str, tuple[Layout, ...]]
@@ -75,12 +80,15 @@ def permute(
 ) -> dict[str, Tensor]:
     """Permute weights, buffers, masks or signs; new tensors, the input stays as it is.
 
-    permutation[axis][i] is the channel of the source that lands at position i; an axis without entry stays.
+    permutation[axis][i] is the channel of the source that lands at position i; an axis without
+    entry stays.
     """
     return {name: _permute_one(tensor, dims[name], permutation) for name, tensor in tensors.items()}
 
 
-def _permute_one(tensor: Tensor, layouts: tuple[Layout, ...], permutation: dict[str, Tensor]) -> Tensor:
+def _permute_one(
+    tensor: Tensor, layouts: tuple[Layout, ...], permutation: dict[str, Tensor]
+) -> Tensor:
     for dim, layout in enumerate(layouts):
         if layout and any(segment.axis in permutation for segment in layout):
             if layout[0].groups > 1:
@@ -91,7 +99,9 @@ def _permute_one(tensor: Tensor, layouts: tuple[Layout, ...], permutation: dict[
 
 
 def _permute_within_groups(weight: Tensor, segment: Segment, order: Tensor) -> Tensor:
-    """Permute the second dimension of a grouped convolution's weight, whose rows are in their new places already."""
+    """Permute the second dimension of a grouped convolution's weight, whose rows are in their new
+    places already.
+    """
     blocks = weight.unflatten(0, (segment.groups, -1))
     within = (order % segment.size).view(segment.groups, 1, segment.size, *[1] * (weight.dim() - 2))
     return blocks.gather(2, within.to(weight.device).expand_as(blocks)).flatten(0, 1)
@@ -130,10 +140,16 @@ def find_places(tensors: dict[str, Tensor], axes: Axes) -> dict[str, list[Place]
 
 
 def channel_rows(tensor: Tensor, place: Place, size: int) -> Tensor:
-    """The entries of a tensor as one row a channel of the axis of `size` channels that lies at `place`."""
-    if place.groups > 1:  # (groups * rows, channels a group, ...): the channels of a group meet its rows only
+    """The entries of a tensor as one row a channel of the axis of `size` channels that lies at
+    `place`.
+    """
+    if (
+        place.groups > 1
+    ):  # (groups * rows, channels a group, ...): the channels of a group meet its rows only
         return tensor.unflatten(0, (place.groups, -1)).transpose(1, 2).reshape(size, -1)
-    return tensor.movedim(place.dim, 0).narrow(0, place.offset, size * place.repeat).reshape(size, -1)
+    return (
+        tensor.movedim(place.dim, 0).narrow(0, place.offset, size * place.repeat).reshape(size, -1)
+    )
 
 
 def identity(axes: Axes) -> dict[str, Tensor]:
@@ -159,19 +175,28 @@ def inverse(permutation: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def check_same_function(model: nn.Module, before: dict[str, Tensor], after: dict[str, Tensor], inputs: Tensor) -> float:
-    """Return the largest output difference of two state dicts relative to the largest output, in float64.
+def check_same_function(
+    model: nn.Module, before: dict[str, Tensor], after: dict[str, Tensor], inputs: Tensor
+) -> float:
+    """Return the largest output difference of two state dicts relative to the largest output, in
+    float64.
 
     Raises RuntimeError above 1e-6: the two are then not permutations of each other.
     """
     network = copy.deepcopy(model).cpu().double().eval()
     outputs = []
     for state in (before, after):
-        double = {name: value.cpu().double() if value.is_floating_point() else value for name, value in state.items()}
+        double = {
+            name: value.cpu().double() if value.is_floating_point() else value
+            for name, value in state.items()
+        }
         outputs.append(torch.func.functional_call(network, double, inputs.cpu().double()))
-    difference = float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max().clamp_min(1e-30))
+    difference = float(
+        (outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max().clamp_min(1e-30)
+    )
     if not difference < 1e-6:
         raise RuntimeError(
-            f"the permuted network computes another function: outputs differ by {difference:.1e} of the largest"
+            f"the permuted network computes another function: outputs differ by {difference:.1e} "
+            "of the largest"
         )
     return difference

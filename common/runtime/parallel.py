@@ -15,10 +15,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from tqdm import tqdm
 
-from common import distributed
 from common.data import Resident, Streamed
 from common.errors import UserError, explain
+from common.runtime import distributed
 
 Run = Callable[[], None]
 
@@ -28,10 +29,13 @@ Data = Resident | Streamed
 
 
 def run_all(runs: dict[str, Run], asked: str | None, width: float, data: Data) -> None:
-    """Call each of `runs`, one after the other, or side by side as `--parallel` asks; the latter is not for torchrun."""
-    if distributed.PROCESSES > 1 and asked is not None:
+    """Call each of `runs`, one after the other, or side by side as `--parallel` asks; the latter is
+    not for torchrun.
+    """
+    if distributed.WORLD_SIZE > 1 and asked is not None:
         raise UserError(
-            "--parallel trains several networks on one GPU, and torchrun one network on several: choose one"
+            "--parallel trains several networks on one GPU, and torchrun one network on several: "
+            "choose one"
         )
     if asked is None:
         for run in runs.values():
@@ -46,13 +50,16 @@ def cores() -> int:
 
 
 def pick_count(asked: str, runs: int, width: float, data: Data) -> int:
-    """How many runs go side by side: the number asked for, or for `auto` about one a core, on a GPU as many as fill it."""
+    """How many runs go side by side: the number asked for, or for `auto` about one a core, on a GPU
+    as many as fill it.
+    """
     if asked != "auto":
         count = int(asked)
     elif data.device.type == "cpu":
         # Few runs share a few cores, rather than leave some idle at the end.
         count = runs if runs < 2 * cores() <= 8 else cores()
-    else:  # a step of ResNet20 x1 on small images uses a small part of a GPU, one of x16 or of ImageNet's all of it
+    else:
+        # A step of ResNet20 x1 on small images uses a small part of a GPU, one of x16 all of it.
         count = round(16 / width) if isinstance(data, Resident) else 1
     return max(1, min(count, runs, MOST_STREAMS))
 
@@ -60,27 +67,35 @@ def pick_count(asked: str, runs: int, width: float, data: Data) -> int:
 def side_by_side(runs: dict[str, Run], count: int, device: torch.device) -> None:
     """Call each of `runs`, `count` at a time; one that fails stops no other.
 
-    Raises UserError when runs ended in what the user can mend, and RuntimeError when one had a bug, after all others
-    have ended.
+    Raises UserError when runs ended in what the user can mend, and RuntimeError when one had a bug,
+    after all others have ended.
     """
     failed = (_in_processes if device.type == "cpu" else _in_threads)(runs, count, device)
     bugs = [name for name, code in failed.items() if code not in (2, -signal.SIGKILL)]
     if failed:
         kind = RuntimeError if bugs else UserError
-        raise kind(f"{len(failed)} of {len(runs)} runs failed ({', '.join(bugs or failed)}): see above; the same command does them again")  # fmt: skip
+        raise kind(
+            f"{len(failed)} of {len(runs)} runs failed ({', '.join(bugs or failed)}): see above; "
+            "the same command does them again"
+        )
 
 
 def _in_processes(runs: dict[str, Run], count: int, device: torch.device) -> dict[str, int]:
-    """Exit codes of the runs that failed, by name. Forked, so that the data are read once and held once."""
+    """Exit codes of the runs that failed, by name. Forked, so that the data are read once and held
+    once.
+    """
     context = multiprocessing.get_context("fork")
     waiting, running, failed = list(runs.items()), {}, {}
 
     def child(name: str, run: Run) -> None:
-        with contextlib.suppress(OSError, AttributeError):  # Linux: a run does not outlive the command
+        # On Linux, a run does not outlive the command.
+        with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-        torch.set_num_threads(1)  # of any count, so that the number of runs side by side changes no bit
+        # Whatever the count, so that it changes no bit.
+        torch.set_num_threads(1)
         os._exit(_outcome(name, run))
 
+    bar = tqdm(total=len(runs), unit="run", disable=None, leave=False, dynamic_ncols=True)
     try:
         while waiting or running:
             while waiting and len(running) < count:
@@ -94,16 +109,22 @@ def _in_processes(runs: dict[str, Run], count: int, device: torch.device) -> dic
                 if process.exitcode:
                     failed[name] = process.exitcode
                 if process.exitcode < 0:  # it could not say so itself
-                    why = ", as when memory runs out: train fewer side by side" * (process.exitcode == -signal.SIGKILL)
-                    print(f"{name}: error: ended by {signal.Signals(-process.exitcode).name}{why}", file=sys.stderr)
+                    ended = signal.Signals(-process.exitcode)
+                    why = ", as when memory runs out: train fewer side by side"
+                    why *= ended == signal.SIGKILL
+                    print(f"{name}: error: ended by {ended.name}{why}", file=sys.stderr)
+                bar.update()
     finally:
+        bar.close()
         for _, process in running.values():
             process.terminate()
     return failed
 
 
 def _in_threads(runs: dict[str, Run], count: int, device: torch.device) -> dict[str, int]:
-    """Exit codes of the runs that failed, by name. Each thread has a stream; kernels of all streams share the GPU."""
+    """Exit codes of the runs that failed, by name. Each thread has a stream; kernels of all streams
+    share the GPU.
+    """
 
     def prepare() -> None:
         torch.set_num_threads(1)  # or each would have a team of all cores, in the way of the others
@@ -115,8 +136,10 @@ def _in_threads(runs: dict[str, Run], count: int, device: torch.device) -> dict[
     with ThreadPoolExecutor(count, initializer=prepare) as pool:
         try:
             codes = dict(zip(runs, pool.map(_outcome, runs, runs.values())))
-        except KeyboardInterrupt:  # threads cannot be stopped, but files are written whole or not at all
-            print("stopped; the same command goes on from the last epoch", file=sys.stderr, flush=True)
+        except KeyboardInterrupt:
+            # Threads cannot be stopped, but files are written whole or not at all.
+            said = "stopped; the same command goes on from the last epoch"
+            print(said, file=sys.stderr, flush=True)
             os._exit(130)
     return {name: code for name, code in codes.items() if code}
 
@@ -129,7 +152,8 @@ def _outcome(name: str, run: Run) -> int:
         return 130
     except Exception as error:
         line = explain(error)
-        print(f"{name}: error: {line}" if line else f"{name}:\n{traceback.format_exc()}", file=sys.stderr)
+        told = f"{name}: error: {line}" if line else f"{name}:\n{traceback.format_exc()}"
+        print(told, file=sys.stderr)
         return 2 if line else 1
     finally:
         sys.stdout.flush(), sys.stderr.flush()

@@ -1,0 +1,219 @@
+"""What stage 3 reads: runs of stages 1 and 2, or networks trained elsewhere with their masks."""
+
+import argparse
+import functools
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common import checkpoint, cli, masking, paths
+from common.data import DATASETS, Resident, Streamed, load_data, load_described
+from common.errors import UserError
+from common.models import build_model
+
+# Source, target, masks by file name, the two modules, and what reads the images.
+Inputs = tuple[
+    dict[str, Any],
+    dict[str, Any],
+    dict[str, dict[str, Any]],
+    list[nn.Module],
+    Callable[[], Resident | Streamed | None],
+]
+
+
+def add_external(parser: argparse.ArgumentParser) -> None:
+    """The flags for networks trained elsewhere."""
+    group = parser.add_argument_group("networks trained elsewhere: --source, --target: state dicts")
+    add = group.add_argument
+    add("--model-fn", metavar="M:F", help="function F() of module M that builds the network")
+    add("--dataset", choices=DATASETS, help="to match activations on, by its own normalisation")
+    add("--image-size", type=cli.number(int, 8), metavar="PX", help="of that data set")
+    add("--input-shape", type=cli.positive, nargs="+", help="without --dataset (default: 3 32 32)")
+
+
+def check_flags(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, needs_images: bool
+) -> None:
+    """Whether the flags of runs, or those of networks trained elsewhere, are complete."""
+    if args.model_fn is None and (args.dataset or args.image_size or args.input_shape):
+        parser.error("--dataset, --image-size and --input-shape go with --model-fn")
+    if args.model_fn is None and args.masks is None:
+        parser.error("--masks is needed: the masks folder of the source, from prune_imp.py")
+    if args.model_fn and needs_images and args.dataset is None:
+        parser.error(f"--method {args.method} looks at images: name them with --dataset")
+
+
+def load_runs(args: argparse.Namespace, device: torch.device) -> Inputs:
+    """Runs of stage 1 and masks of stage 2; raises UserError when they do not fit together."""
+    source = checkpoint.load_dense(args.source)
+    target = checkpoint.load_dense(args.target, args.target_epoch)
+    if source["model"] != target["model"]:
+        raise UserError(f"source and target differ: {source['model']} and {target['model']}")
+    if (source["seed"], source["dataset"]["name"]) == (target["seed"], target["dataset"]["name"]):
+        raise UserError(f"source and target are the same network, of seed {source['seed']}")
+    masks = masking.load_all(args.masks, source)
+    networks = [build_model(**entry["model"], seed=entry["seed"]) for entry in (source, target)]
+    images = functools.partial(
+        load_described, target["dataset"], args.data_dir, device, args.workers
+    )
+    return source, target, masks, networks, images
+
+
+def load_external(args: argparse.Namespace, device: torch.device) -> Inputs:
+    """State dicts, and masks in our form or torch.nn.utils.prune's, as the flags name them."""
+    networks = [build(args.model_fn), build(args.model_fn)]
+    images = None
+    if args.dataset:
+        images = load_data(
+            args.dataset, args.data_dir, args.image_size, None, device, workers=args.workers
+        )
+    shape = list(images.input_shape) if images else args.input_shape or [3, 32, 32]
+    files = (args.source, args.target)
+    source, target = (
+        load_weights(path, args.model_fn, network, shape) for path, network in zip(files, networks)
+    )
+    masks = load_masks(args.masks or args.source, source, networks[0])
+    return source, target, masks, networks, lambda: images
+
+
+def build(name: str) -> nn.Module:
+    """The module that the function `package.module:function` makes, looked up from the working
+    directory too.
+
+    Raises UserError when there is no such function, or it makes no module without arguments.
+    """
+    module, _, function = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        made = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise UserError(
+            f"--model-fn {name}: {error}; write it as package.module:function"
+        ) from error
+    if not isinstance(made, nn.Module):
+        raise UserError(f"--model-fn {name} made a {type(made).__name__}, not a torch.nn.Module")
+    return made
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A state dict, or the one under the key `state_dict`; raises UserError for anything else."""
+    content = checkpoint.load(path)
+    content = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(
+        isinstance(value, Tensor) for value in content.values()
+    ):
+        raise UserError(f"{path} is no state dict: save model.state_dict()")
+    return content
+
+
+def load_weights(path: Path, name: str, model: nn.Module, input_shape: list[int]) -> dict[str, Any]:
+    """Read a state dict, or one under the key `state_dict`, as `checkpoint.load_dense` would give
+    it.
+
+    A network pruned by torch.nn.utils.prune is read as what it computes. The seed is the file's
+    name. Raises UserError when the weights do not fit `model`, which the function `name` built.
+    """
+    weights, _ = masking.from_prune(_read(path))
+    weights = {
+        name: value.float() if value.is_floating_point() else value
+        for name, value in weights.items()
+    }
+    expected = model.state_dict()
+    for key in expected.keys() | weights.keys():
+        shapes = [
+            tuple(state[key].shape) if isinstance(state.get(key), Tensor) else None
+            for state in (weights, expected)
+        ]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"{path} does not fit {name}: {key} is {shapes[0]} there and {shapes[1]} in the "
+                "module"
+            )
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise UserError(f"the weights of {path} are not finite")
+    about = {
+        "model": {"name": name, "input_shape": input_shape},
+        "dataset": None,
+        "seed": path.stem,
+        "epoch": None,
+    }
+    return about | {"state_dict": weights, "sha256": checkpoint.digest(path)}
+
+
+def load_masks(path: Path, source: dict[str, Any], model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Read masks of the source by the file name that each gets: from a folder of mask_*.pt, or a
+    pruned network.
+
+    A file of the folder needs no more than `mask`; a single file is a state dict in the form of
+    torch.nn.utils.prune. Raises UserError when there is no mask, or one does not fit.
+    """
+    if path.is_dir():
+        found = {
+            file: checkpoint.load(file, ("mask",))["mask"]
+            for file in sorted(path.glob("mask_*.pt"))
+        }
+    else:
+        _, mask = masking.from_prune(_read(path))
+        found = {path: mask} if mask else {}
+    if not found:
+        raise UserError(
+            f"no masks in {path}: give a folder of mask_*.pt, or a state dict with weight_mask "
+            "entries"
+        )
+    masks = {}
+    for file, mask in found.items():
+        if (
+            not isinstance(mask, dict)
+            or not mask
+            or not all(isinstance(entry, Tensor) for entry in mask.values())
+        ):
+            raise UserError(
+                f"{file} holds no mask: `mask` must name a bool tensor for each pruned weight"
+            )
+        masking.check_fits(mask, source["state_dict"], file)
+        sparsity = masking.sparsity(mask)
+        name = file.name if path.is_dir() else paths.mask_file(path, round(sparsity, 4)).name
+        masks[name] = {
+            "mask": mask,
+            "signs": masking.signs(source["state_dict"], list(mask)),
+            "sparsity": sparsity,
+            "sparsity_total": masking.sparsity_total(mask, model),
+            "model": source["model"],
+            "dataset": source["dataset"],
+            "source_seed": source["seed"],
+            "target_seed": None,
+            "method": None,
+            "match_epoch": None,
+            "unpermuted": checkpoint.digest(file),
+            "tag": None,
+        }
+    return masks
+
+
+def is_permuted(path: Path, mask: dict[str, Any]) -> bool:
+    """Whether `mask` is permuted at `path` already; a UserError when that is of another mask."""
+    if not path.is_file():
+        return False
+    if checkpoint.load(path).get("unpermuted") != mask["unpermuted"]:
+        raise UserError(f"{path} is a permutation of another mask: choose another --out")
+    return True
+
+
+def reusable(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+    """The permutation at `path`, None where there is none; a UserError when not `about` this."""
+    if not path.is_file():
+        return None
+    found = checkpoint.load(path, ("permutation", "objective", "rows"))
+    for key in ("source", "target", "unpermuted", "code"):
+        if found.get(key) != about[key]:
+            raise UserError(
+                f"{path} was made of another {key} ({found.get(key)} then, {about[key]} now): "
+                "choose another --out"
+            )
+    return found

@@ -1,0 +1,91 @@
+"""The names of all files and folders that the stages write: made and read back here alone."""
+
+from pathlib import Path
+
+
+def label(sparsity: float) -> str:
+    """0.9 -> '0.90', 0.995 -> '0.995': at least two decimals, as many as the number has."""
+    return max(f"{sparsity:.2f}", f"{sparsity:.10g}", key=len)
+
+
+def dense_folder(out: Path, seed: int) -> Path:
+    return out / f"seed{seed}"
+
+
+def epoch_file(folder: Path, epoch: int) -> Path:
+    """Weights of a dense run after `epoch` epochs."""
+    return Path(folder) / f"epoch_{epoch:04d}.pt"
+
+
+def epoch_files(folder: Path) -> dict[int, Path]:
+    """The weights that a dense run kept, by epoch."""
+    return {int(path.stem.split("_")[1]): path for path in sorted(folder.glob("epoch_*.pt"))}
+
+
+def mask_file(folder: Path, sparsity: float) -> Path:
+    return Path(folder) / f"mask_{label(sparsity)}.pt"
+
+
+def mask_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("mask_*.pt"))
+
+
+def imp_file(folder: Path, sparsity: float) -> Path:
+    """The network that IMP pruned to a sparsity."""
+    return Path(folder) / f"sparse_{label(sparsity)}.pt"
+
+
+def imp_files(folder: Path) -> dict[float, Path]:
+    """The networks that an IMP chain pruned, by sparsity."""
+    return {float(path.stem.split("_")[1]): path for path in sorted(folder.glob("sparse_*.pt"))}
+
+
+def round_file(folder: Path, number: int) -> Path:
+    """The network after round `number` of an IMP chain."""
+    return Path(folder) / f"round_{number:02d}.pt"
+
+
+def round_files(folder: Path) -> dict[int, Path]:
+    """The networks after each round of an IMP chain that were kept, by number."""
+    found = {int(path.stem.split("_")[1]): path for path in folder.glob("round_*.pt")}
+    return dict(sorted(found.items()))
+
+
+def chain_file(folder: Path) -> Path:
+    """The newest network of an IMP chain, from where it goes on."""
+    return Path(folder) / "chain.pt"
+
+
+def chain_files(folder: Path) -> list[Path]:
+    """Every network of an IMP chain that is there, the newest last."""
+    return [*round_files(folder).values(), *folder.glob("chain.pt")]
+
+
+def permutation_file(folder: Path, mask: str | None = None) -> Path:
+    """The permutation of a folder, or that of the mask file of this name alone."""
+    return folder / (mask.replace("mask", "permutation") if mask else "permutation.pt")
+
+
+def permutation_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("permutation*.pt"))
+
+
+def sparse_folder(out: Path, sparsity: float, rewind: int) -> Path:
+    """The run of stage 4 for a sparsity and a rewind epoch."""
+    return out / f"s{label(sparsity)}_k{rewind:03d}"
+
+
+def final_file(folder: Path) -> Path:
+    """The network of a finished run of stage 4; one that diverged has none."""
+    return Path(folder) / "final.pt"
+
+
+def sparsity_of(path: Path) -> float | None:
+    """The sparsity of a mask, IMP or permutation file; None where it is for all."""
+    _, _, sparsity = path.stem.partition("_")
+    return float(sparsity) if sparsity else None
+
+
+def cache_file(beside: Path, kind: str, *made_by: object, suffix: str = ".csv") -> Path:
+    """What an analysis keeps beside the file that it is of, named by all that it depends on."""
+    return beside.with_name("_".join(map(str, (kind, beside.stem, *made_by))) + suffix)

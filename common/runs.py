@@ -1,0 +1,106 @@
+"""Run folders: each knows which experiment it holds, under which code it was made, and whether it
+is finished.
+
+arguments.json is written first, and result.json last of all.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from common import checkpoint, provenance
+from common.errors import UserError
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """The arguments of the experiment that `folder` holds; none where it holds none yet."""
+    path = Path(folder) / "arguments.json"
+    return checkpoint.load_json(path) if path.is_file() else {}
+
+
+def is_finished(folder: Path, arguments: dict[str, Any]) -> bool:
+    """Whether `folder` holds the finished run that `arguments` describe.
+
+    Raises UserError when it holds a different experiment, naming the difference, or other files.
+    """
+    folder = Path(folder)
+    if before := recorded(folder):
+        now = json.loads(json.dumps(arguments))
+        keys = sorted((before.keys() | now.keys()) - {"code"})
+        changed = [key for key in keys if before.get(key) != now.get(key)]
+        if changed:
+            differences = ", ".join(
+                f"{key} is {before.get(key)} there and {now.get(key)} here" for key in changed
+            )
+            raise UserError(
+                f"{folder} holds another experiment ({differences}): "
+                "choose another --out or remove it"
+            )
+    elif folder.exists() and (
+        not folder.is_dir() or any(not entry.name.endswith(".tmp") for entry in folder.iterdir())
+    ):
+        raise UserError(f"{folder} exists and holds no run of this project: choose another --out")
+    return (folder / "result.json").is_file()
+
+
+def say_finished(folder: Path, script: str) -> None:
+    """Print that there is nothing to do, and when the code was another then."""
+    then, now = made_by(folder), provenance.code_digest(script)
+    if then == now:
+        print(f"{folder} is finished: nothing to do")
+    else:
+        print(
+            f"{folder} is finished, by other code ({then} then, {now} now): nothing to do; "
+            "to run the code as it is now, choose another --out, and a --tag to name it in tables"
+        )
+
+
+def made_by(folder: Path) -> str:
+    """The digests of the code under which the run in `folder` has been, in order, joined by +."""
+    return "+".join(recorded(folder).get("code", [])) or "unknown"
+
+
+def claim(folder: Path, arguments: dict[str, Any], script: str) -> dict[str, Any]:
+    """Record in `folder`, before anything else, which experiment it holds, and under which code.
+
+    Clears what a killed writer left; says so when the code changed since the run was cut off.
+    Returns the stamp of its files: `code`, all digests joined by +, and `commit`.
+    """
+    folder = Path(folder)
+    checkpoint.remove(folder.glob(".*.tmp"))
+    stamp = provenance.stamp(script)
+    codes = recorded(folder).get("code", [])
+    if codes and codes[-1] != stamp["code"]:
+        tqdm.write(f"{folder} goes on under other code ({codes[-1]} then, {stamp['code']} now)")
+    if codes[-1:] != [stamp["code"]]:
+        codes = [*codes, stamp["code"]]
+        checkpoint.save_json(arguments | {"code": codes}, folder / "arguments.json")
+    return stamp | {"code": "+".join(codes)}
+
+
+def finish(
+    folder: Path,
+    stage: str,
+    arguments: dict[str, Any],
+    rows: list[dict[str, Any]],
+    device: torch.device,
+    stamp: dict[str, Any],
+    **more: Any,
+) -> None:
+    """Write log.csv and then, last of all, result.json of a run: what it was, metrics, machine."""
+    checkpoint.save_csv(rows, folder / "log.csv")
+    seconds = sum(row.get("seconds", 0) for row in rows)
+    result = {"stage": stage, "arguments": arguments, "seconds": seconds, **metrics(rows[-1])}
+    result |= more | stamp | provenance.environment(device)
+    checkpoint.save_json(result, folder / "result.json")
+    checkpoint.remove([folder / "resume.pt"])
+
+
+def metrics(row: dict[str, Any]) -> dict[str, float | None]:
+    """Losses and accuracies of an epoch; None for NaN and inf, which JSON has not."""
+    found = {key: value for key, value in row.items() if key.startswith(("train_", "test_"))}
+    return {key: value if math.isfinite(value) else None for key, value in found.items()}

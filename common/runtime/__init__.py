@@ -1,0 +1,1 @@
+"""How and where training runs: devices, several networks, several GPUs."""

@@ -1,0 +1,77 @@
+"""Where and in which precision networks compute."""
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from common.errors import UserError
+from common.runtime import distributed, onednn
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The named device, or CUDA where there is one; under torchrun each process gets its own GPU.
+
+    Raises UserError when the device is not there.
+    """
+    # Otherwise networks side by side share 8 queues to the GPU.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = distributed.local_device(torch.device(name))
+        torch.zeros(1, device=device).cpu()
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)  # for what asks for no device, as torch.cuda.synchronize
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"device {name!r} is not available here ({reason}): try --device cpu"
+        ) from error
+    torch.backends.cudnn.deterministic = True  # the same numbers on every run
+    if device.type == "cpu":
+        keep_freed_memory()
+    distributed.initialise(device)
+    return device
+
+
+def keep_freed_memory() -> None:
+    """Let this process reuse freed activations, where libc is glibc, instead of returning them.
+
+    Faulting large blocks in anew for every layer costs nearly half of a forward pass on a CPU.
+    """
+    m_trim_threshold, m_mmap_max = -1, -4  # of <malloc.h>
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc: only speed is lost
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, -1)
+
+
+def pick_precision(name: str | None, device: torch.device) -> str:
+    """The named precision, or bf16 where the hardware is fast at it and fp32 elsewhere."""
+    if name is not None:
+        return name
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        fast = False
+    return "bf16" if fast else "fp32"
+
+
+def in_onednn_layout(model: nn.Module, device: torch.device, precision: str) -> bool:
+    """Whether `model` computes in oneDNN's own layout (common/runtime/onednn.py)."""
+    return device.type == "cpu" and precision == "bf16" and onednn.suits(model)
+
+
+@contextlib.contextmanager
+def autocast(model: nn.Module, device: torch.device, precision: str) -> Iterator[None]:
+    """For forward passes of `model`, in fp32 or, where that is safe, in bf16."""
+    onednn_layout = in_onednn_layout(model, device, precision)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with onednn.Blocked() if onednn_layout else contextlib.nullcontext():
+            yield

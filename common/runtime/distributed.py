@@ -1,0 +1,112 @@
+"""One network on several GPUs: `torchrun --standalone --nproc-per-node 4 train_dense.py ...` starts
+a process for each.
+
+All processes do the same with their share of every batch; the first alone writes files and prints.
+Without torchrun there is one process, which has all of every batch, and nothing here does anything.
+"""
+
+import os
+import sys
+import time
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from common import checkpoint
+from common.errors import UserError
+
+_launched = distributed.is_available() and distributed.is_torchelastic_launched()
+RANK = int(os.environ["RANK"]) if _launched else 0  # of this process
+WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if _launched else 1
+ERROR_DELAY = 10  # seconds
+
+
+def local_device(device: torch.device) -> torch.device:
+    """This process's own device of a kind; raises UserError when there are fewer GPUs than
+    processes on this machine.
+    """
+    if WORLD_SIZE == 1 or device.type != "cuda":
+        return device
+    here, count = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if device.index is not None or 0 < count < here:
+        raise UserError(
+            f"torchrun started {here} processes, each for a GPU of its own, and {count} GPUs are "
+            "here: start as many, without a number in --device"
+        )
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+
+
+def initialise(device: torch.device) -> None:
+    """Meet the other processes, each on its own device."""
+    if WORLD_SIZE > 1 and not distributed.is_initialized():
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def shut_down() -> None:
+    """Part from the other processes when all are done, and end this one."""
+    if WORLD_SIZE > 1 and distributed.is_initialized():
+        barrier()
+        distributed.destroy_process_group()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(
+            0
+        )  # gloo's threads may live on, and would abort an interpreter that ends under them
+
+
+def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """What trains `model`, which is on `device`, as one process would with the whole batch.
+
+    Gradients are averaged over the processes, and BatchNorm takes its statistics over all of them.
+    Raises UserError for BatchNorm on CPUs, where torch cannot do that.
+    """
+    if WORLD_SIZE == 1:
+        return model
+    if device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return nn.parallel.DistributedDataParallel(
+            model, [device], broadcast_buffers=False
+        )  # statistics are the same
+    if any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise UserError(
+            "several processes train a network with BatchNorm on GPUs only: start it without "
+            "torchrun"
+        )
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def local_slice(batch_size: int) -> slice:
+    """Where this process's part of a batch lies; raises UserError when it has no equal parts."""
+    if batch_size % WORLD_SIZE:
+        raise UserError(f"--batch-size {batch_size} cannot be divided among {WORLD_SIZE} processes")
+    part = batch_size // WORLD_SIZE
+    return slice(RANK * part, (RANK + 1) * part)
+
+
+def all_reduce_sum(*values: Tensor | float) -> list[float]:
+    """The sum of each value over all processes that have joined."""
+    sums = torch.tensor([float(value) for value in values], dtype=torch.float64)
+    if WORLD_SIZE > 1 and distributed.is_initialized():
+        distributed.all_reduce(sums)
+    return sums.tolist()
+
+
+def let_rank_zero_speak() -> None:
+    """Before an error is told: the first process tells most errors, and torchrun then ends the
+    others.
+    """
+    if RANK:
+        time.sleep(ERROR_DELAY)
+
+
+def barrier() -> None:
+    """Until every process is here."""
+    all_reduce_sum(0)
+
+
+def agree(decision: bool) -> bool:
+    """The decision of the first process, in all of them."""
+    return bool(all_reduce_sum(decision and RANK == 0)[0])
+
+
+checkpoint.is_writer, checkpoint.barrier = RANK == 0, barrier
