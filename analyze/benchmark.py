@@ -1,82 +1,182 @@
-"""How fast this code is against the plain way, measured side by side in one run.
+"""How fast this code is against a standard PyTorch baseline, measured side by side in one run.
 
     python -m analyze.benchmark [--device cuda] [--out benchmark.csv]
 
-Every row runs both ways in turn, several times, and prints the medians of the rates and the median of the paired
-ratios: training, data included, of dense and masked networks against an fp32 NCHW loop with PIL transforms in a
-DataLoader and torch.nn.utils.prune hooks (analyze/plain.py), with the arithmetic that it reaches; what a mask costs;
-networks side by side against one after the other; the data alone; the line between two networks with REPAIR; one-pass
-matching against layer by layer, for ResNet20 and for ResNet50 at 224 px; weight matching against its algorithm as it
-reads. Last, from the rates of a few steps of each network: how long the presets of run_all.sh take on this machine.
+Every row runs both in turn, several times, and prints the medians of the rates and the median of
+the paired ratios. `training`: dense and masked networks, data included, against an fp32 NCHW loop
+with PIL transforms in a DataLoader and torch.nn.utils.prune hooks (analyze/lib/baselines.py), and
+what a mask costs. `parallel`: networks side by side against one after the other and against the
+baseline. `line`: the line between two networks with REPAIR. `matching`: one pass against layer by
+layer. `weights`: weight matching against its published algorithm. `large`, on a GPU: networks that
+fill it, eager against --compile. The images are noise.
 """
 
-import resource
+import contextlib
+import copy
+import io
+import math
+import multiprocessing
 import statistics
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
 
-from analyze import interpolation
-from analyze.hours import PRESETS, hours
-from analyze.plain import BATCH, PilImages, match_layer_by_layer, match_weights_plainly, plain_line, plain_loader
-from analyze.rates import (
-    THREADS,
-    Rate,
-    flops,
-    magnitude_mask,
-    measured,
-    network,
-    plain_rate,
-    random_images,
-    stacked_rate,
-    timed,
-    training_rate,
-)  # fmt: skip
-from common import checkpoint, cli
-from common.axes import find_axes
-from common.data import Batches
+from analyze.lib import baselines, lines
+from common import checkpoint, cli, masking, provenance
+from common.align.axes import find_axes
+from common.align.matching import match_activations, match_weights, matched_weights
+from common.data import Resident
 from common.errors import UserError
-from common.matching import match_activations, match_weights, matched_weights
-from common.parallel import pick_count
-from common.training import pick_device, pick_precision
+from common.masking import Mask
+from common.models import build_model
+from common.runtime.device import pick_device, pick_precision
+from common.runtime.parallel import pick_count, run_all
+from common.training import sgd, train
 
-PARTS = ("training", "parallel", "large", "stacked", "data", "line", "matching", "resnet50", "weights", "hours")
+PARTS = ("training", "parallel", "large", "line", "matching", "weights")
+BATCH = 128
+SPARSITY = 0.9
+SETUP = 300  # seconds that networks side by side wait for the slowest to end its first epoch
+THREADS = torch.get_num_threads()  # of a measurement on a CPU
+
+Rate = Callable[[], float]  # runs something twice; how much of it a second, the second time
+Comparison = tuple[str, Rate, Rate, float]  # name, ours, baseline, operations an image
 
 
-def compare(
-    name: str, ours: Rate, other: Rate, unit: str, repeats: int, device: torch.device, work: float = 0
-) -> dict[str, Any]:
-    """Measure both in turn; medians of the rates and of the paired ratio ours / other.
+def random_images(count: int, size: int, device: torch.device) -> Resident:
+    """Noise in the shape of a small-image set, with a test set too small to matter."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (count + 8, 3, size, size), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(10, (count + 8,), generator=generator)
+    pad = size // 8
+    description = {"name": "random", "classes": 10, "mean": [0.5] * 3, "std": [0.25] * 3}
+    parts = (F.pad(images[8:], (pad,) * 4), labels[8:], images[:8], labels[:8])
+    return Resident(*(part.to(device) for part in parts), pad, True, description)
 
-    `work` is in floating-point operations a unit, where their rate says something.
+
+def network(name: str, width: float, size: int, seed: int = 0) -> nn.Module:
+    return build_model(name, width, 10, (3, size, size), seed)
+
+
+def random_mask(model: nn.Module) -> Mask:
+    state = model.state_dict()
+    return {name: torch.rand(state[name].shape) > SPARSITY for name in masking.prunable(model)}
+
+
+def flops(model: nn.Module, size: int) -> float:
+    """Floating-point operations of a training step, an image; a multiply-add is two."""
+    with FlopCounterMode(display=False) as counter:
+        copy.deepcopy(model)(torch.randn(2, 3, size, size)).sum().backward()
+    return counter.get_total_flops() / 2
+
+
+# ---------------------------------------------------------------- rates
+
+
+def timed(work: float, run: Callable[[], Any]) -> float:
+    """`work` by the seconds that a second call of `run` takes."""
+    for _ in range(2):
+        start = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return work / (time.perf_counter() - start)
+
+
+def training_rate(
+    models: list[nn.Module],
+    data: Resident,
+    batch: int = BATCH,
+    mask: Mask | None = None,
+    parallel: str | None = None,
+    compiled: bool = False,
+) -> float:
+    """Images a second of all `models` together, in the second of two epochs; the first sets up.
+
+    The learning rate is 0, which costs what any other does and cannot diverge on images that
+    nothing can be learned from. Side by side the second epochs start together, so that none is
+    measured while it has the device to itself. No state is kept, which would weigh much here.
     """
-    pairs = [(measured(ours, device), measured(other, device)) for _ in range(repeats)]
-    ratios = sorted(a / b for a, b in pairs)
-    rates = [statistics.median(column) for column in zip(*pairs)]
-    return {
-        "measure": name, "ours": rates[0], "other": rates[1], "unit": unit, "ratio": statistics.median(ratios), "min": ratios[0],
-        "max": ratios[-1], "TFLOP/s": rates[0] * work / 1e12 or float("nan"),
-    }  # fmt: skip
+    fork = multiprocessing.get_context("fork")
+    together, spans = fork.Barrier(len(models) if parallel else 1), fork.SimpleQueue()
+    settings = {"make_optimiser": sgd(0.9, 5e-4), "batch_size": batch, "mask": mask, "seed": 0}
+    settings |= {"precision": pick_precision(None, data.device), "compiled": compiled}
+    settings |= {"name": "benchmark", "folder": None, "progress": False}
+
+    def run(model: nn.Module) -> None:
+        ends = []
+
+        def at_epoch(epoch: int) -> None:
+            ends.append(time.perf_counter())  # one clock for all processes
+            if epoch == 1:
+                together.wait(SETUP)
+
+        rows = train(copy.deepcopy(model), data, [0.0, 0.0], at_epoch=at_epoch, **settings)
+        spans.put((ends[1] - rows[1]["seconds"], ends[1]))
+
+    runs = {str(number): partial(run, model) for number, model in enumerate(models)}
+    with contextlib.redirect_stdout(io.StringIO()):  # here, because it holds for all threads
+        run_all(runs, parallel, 1, data)
+    starts, ends = zip(*(spans.get() for _ in models))
+    seconds = max(ends) - min(starts) if parallel else sum(ends) - sum(starts)
+    return len(models) * data.steps(batch) * batch / seconds
 
 
-def training_rows(width: float, size: int, steps: int, repeats: int, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Dense and masked training against the plain way, and masked against dense."""
-    data, model = random_images(steps * BATCH, size, device), network("resnet20", width, size)
-    mask, work = magnitude_mask(model), flops(model, size)
-    about = f"training, resnet20 x{width:g}, {size} px"
-    dense, masked = (partial(training_rate, [model], data, mask=one) for one in (None, mask))
-    others = [partial(plain_rate, width, data, one) for one in (None, mask)]
-    yield compare(f"dense {about}", dense, others[0], "images/s", repeats, device, work)
-    yield compare(f"masked {about}", masked, others[1], "images/s", repeats, device, work)
-    yield compare(f"masked over dense {about}", masked, dense, "images/s", repeats, device)
+def baseline_rate(width: float, data: Resident, mask: Mask | None = None) -> float:
+    """Images a second of the baseline's training; masks are hooks of torch.nn.utils.prune."""
+    model = network("resnet20", width, data.input_shape[-1]).to(data.device)
+    for name, entry in (mask or {}).items():
+        module, _, parameter = name.rpartition(".")
+        prune.custom_from_mask(model.get_submodule(module), parameter, entry.to(data.device))
+    epoch = partial(baselines.train_epoch, model, baselines.loader(data, BATCH), data.device)
+    return timed(data.steps(BATCH) * BATCH, epoch)
 
 
-def large_rows(repeats: int, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Whether --compile pays, and what part of a GPU's arithmetic the networks reach that fill it by themselves."""
+# ---------------------------------------------------------------- comparisons
+
+
+def training(
+    widths: list[float], size: int, steps: int, device: torch.device
+) -> Iterator[Comparison]:
+    for width in widths:
+        data = random_images(max(1, round(steps / width)) * BATCH, size, device)
+        model = network("resnet20", width, size)
+        mask, work = random_mask(model), flops(model, size)
+        about = f"training, resnet20 x{width:g}, {size} px"
+        dense, masked = (partial(training_rate, [model], data, mask=one) for one in (None, mask))
+        yield (f"dense {about}", dense, partial(baseline_rate, width, data), work)
+        yield (f"masked {about}", masked, partial(baseline_rate, width, data, mask), work)
+        yield (f"masked over dense {about}", masked, dense, 0)
+
+
+def parallel(
+    counts: list[int], size: int, steps: int, device: torch.device
+) -> Iterator[Comparison]:
+    data = random_images(steps * BATCH, size, device)
+    models = [network("resnet20", 1, size, seed) for seed in range(max(counts))]
+    mask, work, about = random_mask(models[0]), flops(models[0], size), f"resnet20 x1, {size} px"
+    for count in counts:
+        together = partial(training_rate, models[:count], data, parallel=str(count))
+        alone = partial(training_rate, models[:2], data)
+        name = f"{count} side by side over one after the other, {about}"
+        yield (name, together, alone, work)
+    for kind, one in (("dense", None), ("masked", mask)):
+        name = f"{count} side by side, {kind}, {about}"
+        baseline = partial(baseline_rate, 1, data, one)
+        yield (name, partial(together, mask=one), baseline, work)
+
+
+def large(device: torch.device) -> Iterator[Comparison]:
+    """Whether --compile pays, and the arithmetic reached by networks that fill a GPU."""
     for name, width, size, batch in (
         ("resnet20", 1, 32, 128),
         ("resnet20", 16, 32, 128),
@@ -84,180 +184,148 @@ def large_rows(repeats: int, device: torch.device) -> Iterator[dict[str, Any]]:
         ("resnet50", 1, 224, 256),
     ):
         data, model = random_images(20 * batch, size, device), network(name, width, size)
-        eager, compiled = (partial(training_rate, [model], data, batch, compiled=one) for one in (False, True))
+        eager = partial(training_rate, [model], data, batch)
         about = f"eager over --compile, {name} x{width:g}, {size} px, batch {batch}"
-        yield compare(about, eager, compiled, "images/s", repeats, device, flops(model, size))
+        yield (about, eager, partial(eager, compiled=True), flops(model, size))
 
 
-def parallel_rows(
-    counts: list[int], size: int, steps: int, repeats: int, device: torch.device
-) -> Iterator[dict[str, Any]]:
-    """Networks side by side, as the stages run them, against one after the other; the most also against the plain way."""
-    data = random_images(steps * BATCH, size, device)
-    mask = magnitude_mask(network("resnet20", 1, size))
-    for count in counts:
-        models = [network("resnet20", 1, size, seed) for seed in range(count)]
-        about, work = f"resnet20 x1, {size} px", flops(models[0], size)
-        together = partial(training_rate, models, data, parallel=str(count))
-        alone = partial(training_rate, models[:2], data)
-        yield compare(f"{count} side by side over one after the other, {about}", together, alone, "images/s", repeats, device, work)  # fmt: skip
-    for kind, kept in (("dense", None), ("masked", mask)):
-        name = f"{count} side by side, {kind}, over the plain way, {about}"
-        other = partial(plain_rate, 1, data, kept)
-        yield compare(name, partial(together, mask=kept), other, "images/s", repeats, device, work)
-
-
-def stacked_row(count: int, size: int, steps: int, repeats: int, device: torch.device) -> dict[str, Any]:
-    """The other way to train networks at once, which the stages do not take."""
-    data = random_images(steps * BATCH, size, device)
-    models = [network("resnet20", 1, size, seed) for seed in range(count)]
-    together = partial(training_rate, models, data, parallel=str(count))
-    return compare(
-        f"{count} side by side over stacked by vmap, resnet20 x1, {size} px", together,
-        partial(stacked_rate, models, data), "images/s", repeats, device,
-    )  # fmt: skip
-
-
-def data_row(size: int, steps: int, repeats: int, device: torch.device) -> dict[str, Any]:
-    """The augmented batches of an epoch, with no network."""
-    data = random_images(steps * BATCH, size, device)
-    loader = plain_loader(PilImages(data))
-
-    def consume(batches: Any) -> None:
-        for images, labels in batches:
-            images.to(device), labels.to(device)
-
-    ours = partial(timed, steps * BATCH, lambda: consume(data.train_batches(BATCH, 0, 0)))
-    return compare(f"data alone, {size} px", ours, partial(timed, steps * BATCH, lambda: consume(loader)), "images/s", repeats, device)  # fmt: skip
-
-
-def line_row(size: int, images: int, repeats: int, device: torch.device) -> dict[str, Any]:
-    """Three points of a line between two networks, with and without REPAIR, on `images` images as test and as train."""
-    data = random_images(images, size, device)
-    precision, alphas = pick_precision(None, device), (0.0, 0.5, 1.0)
-    loader = plain_loader(PilImages(data, augment=False), 250, shuffle=False)
-    ends = [network("resnet20", 1, size, seed).to(device).state_dict() for seed in (0, 1)]
-    model, plain = (
-        network("resnet20", 1, size).to(device, memory_format=torch.channels_last),
-        network("resnet20", 1, size),
+def line(size: int, device: torch.device, images: int = 2000) -> Iterator[Comparison]:
+    """Three points of a line, with and without REPAIR, on the same images as test and train."""
+    data, alphas = random_images(images, size, device), (0.0, 0.5, 1.0)
+    model, standard = (network("resnet20", 1, size, seed).to(device) for seed in (0, 1))
+    ends = [copy.deepcopy(one.state_dict()) for one in (model, standard)]
+    model.to(memory_format=torch.channels_last)
+    batches, precision = partial(data.eval_batches, "train"), pick_precision(None, device)
+    loader = baselines.loader(data, 250, train=False)
+    runs = (
+        partial(lines.metrics_along, model, *ends, alphas, batches, batches, precision),
+        partial(baselines.line_with_repair, standard, ends, alphas, loader, device),
     )
-    plain.to(device)
-
-    def batches() -> Batches:
-        return data.eval_batches("train")
-
-    work = 5 * len(alphas) * images
-    return compare(
-        f"line with REPAIR, resnet20 x1, {size} px",
-        lambda: timed(work, lambda: interpolation.along(model, *ends, alphas, batches, batches, precision)),
-        lambda: timed(work, lambda: plain_line(plain, ends, alphas, loader, device)), "images/s", repeats, device,
-    )  # fmt: skip
+    rates = (partial(timed, 5 * len(alphas) * images, run) for run in runs)
+    yield f"line with REPAIR, resnet20 x1, {size} px", *rates, 0
 
 
-def matching_row(name: str, size: int, images: int, batch: int, repeats: int, device: torch.device) -> dict[str, Any]:
-    """One pass against layer by layer, on the same images."""
+def matching(
+    size: int, device: torch.device, name: str = "resnet20", images: int = 2000
+) -> Iterator[Comparison]:
+    """One pass against layer by layer."""
     data = random_images(images, size, device)
-    source, target = (network(name, 1, size, seed).to(device, memory_format=torch.channels_last) for seed in (0, 1))
-    axes = find_axes(source, data.input_shape)
+    pair = [network(name, 1, size, seed).to(device) for seed in (0, 1)]
+    pair = [one.to(memory_format=torch.channels_last) for one in pair]
+    axes = find_axes(pair[0], data.input_shape)
 
-    def batches() -> Any:
-        return (x for x, _ in data.eval_batches("train", batch))
+    def batches() -> Iterator[torch.Tensor]:
+        return (x for x, _ in data.eval_batches("train", 250))
 
-    return compare(
-        f"matching in one pass, {name} x1, {size} px",
-        lambda: timed(images, lambda: match_activations(source, target, axes, batches())),
-        lambda: timed(images, lambda: match_layer_by_layer(source, target, axes, batches)), "images/s", repeats, device,
-    )  # fmt: skip
+    def ours() -> None:
+        match_activations(*pair, axes, batches())
 
-
-def weight_matching_row(width: float, repeats: int, device: torch.device) -> dict[str, Any]:
-    """Our weight matching against the algorithm as it reads, from the same start in the same order."""
-    networks = [network("resnet20", width, 32, seed).to(device) for seed in (0, 1)]
-    axes, names = find_axes(networks[0], (3, 32, 32)), matched_weights(networks[0])
-    ends = [{name: one.state_dict()[name] for name in names} for one in networks]
-    return compare(
-        f"weight matching, resnet20 x{width:g}", lambda: timed(1, lambda: match_weights(*ends, axes)),
-        lambda: timed(1, lambda: match_weights_plainly(*ends, axes)), "runs/s", repeats, device,
-    )  # fmt: skip
+    baseline = partial(baselines.match_layer_by_layer, *pair, axes, batches)
+    rates = (partial(timed, images, run) for run in (ours, baseline))
+    yield f"activation matching, {name} x1, {size} px, over layer by layer", *rates, 0
 
 
-def show(table: pd.DataFrame) -> str:
-    forms = {name: "{:,.4g}".format for name in ("ours", "other", "images/s", "hours")}
-    return table.to_string(index=False, na_rep="", formatters=forms, float_format="{:.2f}".format)
+def weights(width: float, device: torch.device) -> Iterator[Comparison]:
+    """From the same start, in the same order of axes; rates of whole matchings."""
+    pair = [network("resnet20", width, 32, seed).to(device) for seed in (0, 1)]
+    axes, names = find_axes(pair[0], (3, 32, 32)), matched_weights(pair[0])
+    ends = [{name: one.state_dict()[name] for name in names} for one in pair]
+    methods = (match_weights, baselines.match_weights_every_axis)
+    rates = (partial(timed, 1, partial(method, *ends, axes)) for method in methods)
+    yield f"weight matching, resnet20 x{width:g}, over the published algorithm", *rates, 0
+
+
+# ---------------------------------------------------------------- measuring them
+
+
+def measured(rate: Rate, device: torch.device) -> float:
+    """The rate, on a CPU in a new process, away from the memory that another left in pieces.
+
+    This process must have kept to one thread, as threads do not survive a fork. Raises RuntimeError
+    when the new process fails.
+    """
+    if device.type != "cpu":
+        return rate()
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+
+    def child() -> None:
+        torch.set_num_threads(THREADS)
+        results.put(rate())
+
+    process = context.Process(target=child)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError("a measurement failed: see above")
+    return results.get()
+
+
+def compare(comparison: Comparison, repeats: int, device: torch.device) -> dict[str, Any]:
+    """A row: medians of the rates, and median and range of the paired ratios."""
+    name, *rates, operations = comparison
+    pairs = [[measured(rate, device) for rate in rates] for _ in range(repeats)]
+    ratios = [ours / baseline for ours, baseline in pairs]
+    ours, baseline = map(statistics.median, zip(*pairs))
+    row = {"measure": name, "ours /s": ours, "baseline /s": baseline}
+    row |= {"ratio": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+    row["TFLOP/s"] = ours * operations / 1e12 or math.nan
+    if device.type == "cuda":
+        row["GB"] = torch.cuda.max_memory_allocated(device) / 1e9
+        torch.cuda.reset_peak_memory_stats(device)
+    return row
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    forms = {name: "{:,.4g}".format for name in ("ours /s", "baseline /s")}
+    look = {"index": False, "na_rep": "", "float_format": "{:.2f}".format}
+    print(pd.DataFrame(rows).to_string(formatters=forms, **look), flush=True)
 
 
 def main() -> None:
     parser = cli.Parser(__doc__)
-    parser.add_argument(
-        "--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all; large: GPUs only)"
-    )
-    parser.add_argument("--size", type=cli.number(int, 8), default=32, help="image size in px (default: %(default)s)")
-    parser.add_argument(
-        "--steps", type=cli.positive, help="training steps a repeat at width 1 (default: 40 on a CPU, else 390)"
-    )
-    parser.add_argument("--repeats", type=cli.positive, help="default: 5 on a CPU, else 4")
-    parser.add_argument(
-        "--widths",
-        type=cli.number(float, 0, open_low=True),
-        nargs="+",
-        help="to train at (default: 1 on a CPU, else 1 4 16)",
-    )
-    parser.add_argument("--out", type=Path, help="write the table as CSV too, as far as it has come")
+    add = parser.add_argument
+    add("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
+    add("--size", type=cli.number(int, 8), default=32, help="of images, px (default: %(default)s)")
+    add("--steps", type=cli.positive, help="a repeat at width 1 (default: 40 on a CPU, else 390)")
+    add("--repeats", type=cli.positive, help="default: 5 on a CPU, else 4; fewer but for training")
+    width = cli.number(float, 0, open_low=True)
+    add("--widths", type=width, nargs="+", help="of training (default: 1 on a CPU, else 1 4 16)")
+    add("--out", type=Path, help="write the table as CSV too, as far as it has come")
     cli.add_device(parser)
     args = parser.parse_args()
     device = pick_device(args.device)
     cpu = device.type == "cpu"
-    if cpu:
-        torch.set_num_threads(1)  # here alone: see `measured`
-    steps, repeats = args.steps or (40 if cpu else 390), args.repeats or (5 if cpu else 4)
-    few, size = max(1, repeats // 2), args.size
-    cores = pick_count("auto", 99, 1, random_images(1, 8, device))
     if cpu and list(args.only) == ["large"]:
         raise UserError("--only large measures networks that fill a GPU: name one with --device")
     if cpu and torch.cuda.is_available():
-        raise UserError("to measure the CPU of a machine with a GPU, hide the GPU: set CUDA_VISIBLE_DEVICES to nothing")
-
-    def rows_asked_for() -> Iterator[dict[str, Any]]:
-        if "training" in args.only:
-            for width in args.widths or ((1,) if cpu else (1, 4, 16)):
-                yield from training_rows(width, size, max(1, round(steps / width)), repeats, device)
-        if "parallel" in args.only:
-            yield from parallel_rows([cores] if cpu else [4, 16], size, steps, few, device)
-        if "large" in args.only and not cpu:
-            yield from large_rows(few, device)
-        if "stacked" in args.only:
-            yield stacked_row(cores, size, max(1, steps // 4), few, device)
-        if "data" in args.only:
-            yield data_row(size, steps, few, device)
-        if "line" in args.only:
-            yield line_row(size, 2000, few, device)
-        if "matching" in args.only:
-            yield matching_row("resnet20", size, 2000, 250, few, device)
-        if "resnet50" in args.only:
-            yield matching_row("resnet50", 7 * size, 16, 16, 1, device)
-        if "weights" in args.only:
-            yield weight_matching_row(4, few, device)
-
-    name = checkpoint.environment(device)["device"]
-    print(f"{name}, {THREADS} threads, torch {torch.__version__}, {pick_precision(None, device)}, {repeats} repeats; ratio: median, min and max of the pairs")  # fmt: skip
+        raise UserError("to measure the CPU beside a GPU, set CUDA_VISIBLE_DEVICES to nothing")
+    if cpu:
+        torch.set_num_threads(1)  # here alone: see `measured`
+    steps, repeats = args.steps or (40 if cpu else 390), args.repeats or (5 if cpu else 4)
+    widths = args.widths or ([1] if cpu else [1, 4, 16])
+    counts = [pick_count("auto", 99, 1, random_images(1, 8, device))] if cpu else [4, 16]
+    parts = {
+        "training": training(widths, args.size, steps, device),
+        "parallel": parallel(counts, args.size, steps, device),
+        "large": large(device) if not cpu else (),
+        "line": line(args.size, device),
+        "matching": matching(args.size, device),
+        "weights": weights(4, device),
+    }
+    name, precision = provenance.environment(device)["device"], pick_precision(None, device)
+    print(f"{name}, {THREADS} threads, torch {torch.__version__}, {precision}, {repeats} repeats")
+    print("images a second (weight matching: runs); ratio: median, min and max of the pairs")
     rows = []
-    for row in rows_asked_for():
-        if not cpu:
-            row["GB"] = torch.cuda.max_memory_allocated(device) / 1e9
-            torch.cuda.reset_peak_memory_stats(device)
-        rows.append(row)
-        print(show(pd.DataFrame([row])), flush=True)
-        if args.out:
-            checkpoint.save_text(pd.DataFrame(rows).to_csv(index=False), args.out)
-    if rows:
-        print("\n" + show(pd.DataFrame(rows)))
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(f"peak memory of a process: {peak / 1e6:.1f} GB")
-    if "hours" in args.only:
-        table = hours(PRESETS, max(1, steps // 5), device)
-        print("\nhours of training on images in memory, networks side by side as --parallel auto does:\n" + show(table))
-        if args.out:
-            checkpoint.save_text(table.to_csv(index=False), args.out.with_stem(args.out.stem + "_hours"))
+    for part in args.only:
+        few = repeats if part == "training" else max(1, repeats // 2)
+        for comparison in parts[part]:
+            rows.append(compare(comparison, few, device))
+            show(rows[-1:])
+            if args.out:
+                checkpoint.save_csv(rows, args.out)
+    print()
+    show(rows)
 
 
 if __name__ == "__main__":

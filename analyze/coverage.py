@@ -1,8 +1,11 @@
-"""Which channels of torchvision's classification networks can be permuted: `python -m analyze.coverage [model ...]`.
+"""Which channels of torchvision's classification networks can be permuted.
 
-Prints a row a network: its axes, how many channels may move freely, how many within a fixed division into blocks
-(grouped convolutions), how many are pinned (the classes always are), and the seconds that finding them took. A
-network that cannot be followed is named with the layer that stands in the way.
+    python -m analyze.coverage [model ...]
+
+Prints a row a network: its axes, how many channels may move freely, how many within a fixed
+division into blocks (grouped convolutions), how many are pinned (the classes always are), and the
+seconds that finding them took. A network that cannot be followed is named with the layer that
+stands in the way.
 """
 
 import time
@@ -10,9 +13,9 @@ import time
 import torch
 
 from common import cli
-from common.axes import find_axes
+from common.align.axes import find_axes
+from common.align.permutation import Axes
 from common.errors import UserError
-from common.permutation import Axes
 from common.vision import torchvision
 
 CLASSES = 10
@@ -24,10 +27,11 @@ def names() -> list[str]:
 
 
 def build(name: str) -> torch.nn.Module:
-    """A torchvision network for ten classes, without trained weights; raises UserError for an unknown name."""
+    """An untrained torchvision network for ten classes; raises UserError for an unknown name."""
     if name not in names():
-        raise UserError(f"torchvision has no classification network {name!r}: choose from {', '.join(names())}")
-    # Their own initialisation of these two is very slow, and which channels may move does not depend on it.
+        known = ", ".join(names())
+        raise UserError(f"torchvision has no classification network {name!r}: choose from {known}")
+    # Their own initialisation of these two is very slow, and nothing here depends on it.
     slow = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     return torchvision.models.get_model(name, weights=None, num_classes=CLASSES, **slow)
 
@@ -66,7 +70,7 @@ def main() -> None:
                 raise
             print(f"{name:{width}}   {error}")
             continue
-        numbers = f"{found['axes']:6,} {found['free']:8,} {found['in blocks']:10,} {found['pinned']:8,}"
+        numbers = "{axes:6,} {free:8,} {in blocks:10,} {pinned:8,}".format(**found)
         print(f"{name:{width}} {numbers} {time.perf_counter() - start:8.1f}", flush=True)
 
 

@@ -1,8 +1,11 @@
-"""All figures and tables that the runs below a folder allow, in one file: `python -m analyze.report runs/quick`.
+"""All figures and tables that the runs below a folder allow, in one file.
 
-Runs every analysis of this package, and writes report.md and report.html with their tables (beside the paper's
-numbers where the paper has the same cell), their pictures (inlined in the HTML, which opens without a network), the
-settings, the hardware and the cost of each stage. What cannot be made yet is named with what is missing.
+    python -m analyze.report runs/quick
+
+Runs every analysis of this package, and writes report.md and report.html with their tables (beside
+the paper's numbers where the paper has the same cell), their pictures (inlined in the HTML, which
+opens without a network), the settings, the hardware and the cost of each stage. What cannot be made
+yet is named with what is missing.
 """
 
 import base64
@@ -10,14 +13,16 @@ import html
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from tqdm import tqdm
 
-from analyze import paper
-from analyze.results import CELL, find_results, parse_root, sparse_runs, summary
+from analyze.lib import paper_numbers
+from analyze.lib.runs import CELL, find_results, parse_root, sparse_runs
+from analyze.lib.statistics import summary
 from common import checkpoint, cli
 from common.errors import UserError
 
@@ -34,22 +39,28 @@ ANALYSES = {
     "masks": ("Masks", ""),
     "methods": ("Matching methods", ""),
 }
-COSTLY = {  # the flags of those that evaluate networks
-    "interpolation": ("device", "data_dir", "points", "images"),
-    "imp_barrier": ("device", "data_dir", "points", "images"),
-    "landscape": ("device", "data_dir", "grid", "images"),
-    "diversity": ("device", "data_dir"),
+# The flags of those that evaluate networks, beside --device and --data-dir.
+COSTLY = {
+    "interpolation": ("points", "images"),
+    "imp_barrier": ("points", "images"),
+    "landscape": ("grid", "images"),
+    "diversity": (),
 }
-Block = tuple[str, Any]  # kind (heading, text, code, table, picture) and content
+TAGS = {"title": "h1", "heading": "h2", "text": "p", "code": "pre"}
+Block = tuple[str, Any]  # kind (one of TAGS, table, picture) and content
 
 
 def run(name: str, root: Path, flags: list[str]) -> tuple[bool, str]:
-    """Run one analysis; whether it made its files, and what it printed and skipped, or the line that says what is missing."""
+    """Run one analysis: whether it made its files, and what it printed and skipped.
+
+    Of one that made none, the line that says what is missing.
+    """
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", f"analyze.{name}", str(root), *flags], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
-    )  # fmt: skip
-    told = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]  # none of one that was killed
+    command = [sys.executable, "-m", f"analyze.{name}", str(root), *flags]
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    # One that was killed tells nothing.
+    told = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
     if done.returncode == 2:
         return False, told[-1].partition("error: ")[2]
     if done.returncode:  # a bug of ours, or of a run; the other analyses still count
@@ -61,60 +72,71 @@ def run(name: str, root: Path, flags: list[str]) -> tuple[bool, str]:
 
 
 def costs(root: Path) -> pd.DataFrame:
-    """A row a stage: finished runs, seconds in them, devices and versions."""
+    """A row a stage: finished runs, seconds in them, devices, versions, and digests of the code."""
     rows = []
     for stage in STAGES:
         found = find_results(root, stage)
-        if found:
-            devices = sorted(
-                {f"{one['device']}, {one['threads']} threads, torch {one['versions']['torch']}" for one in found}
-            )
-            rows.append({"stage": stage, "runs": len(found), "seconds": round(sum(one["seconds"] for one in found)), "hardware": "; ".join(devices)})  # fmt: skip
-    return pd.DataFrame(rows)
+        hardware = {
+            f"{one['device']}, {one['threads']} threads, torch {one['versions']['torch']}"
+            for one in found
+        }
+        rows.append(
+            {
+                "stage": stage,
+                "runs": len(found),
+                "seconds": round(sum(one["seconds"] for one in found)),
+                "hardware": "; ".join(sorted(hardware)),
+                "code": "; ".join(sorted({one.get("code", "unknown") for one in found})),
+            }
+        )
+    return pd.DataFrame(rows).query("runs > 0")
 
 
 def settings(root: Path) -> pd.DataFrame:
     """The arguments of each stage, every value that its runs had."""
-    rows = []
+    values: dict[tuple[str, str], set[str]] = {}
     for stage in STAGES:
-        values: dict[str, dict[str, None]] = {}
         for found in find_results(root, stage):
             for key, value in found["arguments"].items():
-                values.setdefault(key, {})[str(value)] = None
-        for key, several in values.items():
-            if key not in ("source", "target", "dense", "weights", "mask"):  # checksums
-                rows.append({"stage": stage, "argument": key, "values": ", ".join(sorted(several))})
-    return pd.DataFrame(rows)
+                if key not in ("source", "target", "dense", "weights", "mask"):  # checksums
+                    values.setdefault((stage, key), set()).add(str(value))
+    rows = [(*key, ", ".join(sorted(several))) for key, several in values.items()]
+    return pd.DataFrame(rows, columns=["stage", "argument", "values"])
 
 
 def differences(root: Path) -> pd.DataFrame:
-    """Every variant minus naive in points, and the share of the gap closed in percent, with 95% intervals over pairs."""
+    """Every variant minus naive in points, and percent of the gap closed, with 95% intervals."""
     table = summary(sparse_runs(root)).dropna(subset=["difference"])
 
-    def shown(row: pd.Series, name: str) -> str:
-        low, high = row[f"{name}_low"], row[f"{name}_high"]
+    def shown(value: float, low: float, high: float) -> str:
         interval = "" if pd.isna(low) else f" ({low:.1f} to {high:.1f})"
-        return "" if pd.isna(row[name]) else f"{row[name]:.1f}{interval}"
+        return "" if pd.isna(value) else f"{value:.1f}{interval}"
 
-    for name, column in (("difference", "minus naive"), ("gap", "gap closed, %")):
-        table[column] = [shown(row, name) for _, row in table.rename(columns={"gap_closed": "gap"}).iterrows()]
-    return table[[*CELL, "variant", "pairs", "minus naive", "gap closed, %"]].astype({"pairs": int})
+    for mean, name in (("difference", "difference"), ("gap_closed", "gap")):
+        ends = table[f"{name}_low"], table[f"{name}_high"]
+        table[mean] = list(map(shown, table[mean], *ends))
+    names = {"difference": "minus naive", "gap_closed": "gap closed, %"}
+    return table[[*CELL, "variant", "pairs", *names]].rename(columns=names).astype({"pairs": int})
 
 
 def beside_paper(root: Path, analysis: str) -> pd.DataFrame:
-    """Our numbers beside the paper's, in the cells that both have: Tables 5 to 14 and 16, 1, and 15."""
+    """Our numbers beside the paper's, in the cells that both have: Tables 1, 5 to 14, 15 and 16."""
+    key = [*CELL, "variant"]
     if analysis == "results":
-        runs, columns = sparse_runs(root), [*CELL, "variant", "mean", "std", "count"]
-        ours, theirs, key = summary(runs)[columns], paper.accuracies(), [*CELL, "variant"]
+        runs = sparse_runs(root)
+        ours, theirs = summary(runs), paper_numbers.accuracies()
+        ours = ours[[*key, "mean", "std", "count"]]
         if runs["test_top5"].notna().any():
-            top5 = summary(runs.assign(test_acc=runs["test_top5"]))[[*key, "mean"]].rename(columns={"mean": "top 5"})
-            ours = ours.merge(top5, "left", key)
-            theirs = theirs.merge(paper.accuracies(("top5",))[[*key, "mean"]].rename(columns={"mean": "top 5"}), "left", key)  # fmt: skip
+            top5 = summary(runs.assign(test_acc=runs["test_top5"]))
+            ours, theirs = (
+                table.merge(more[[*key, "mean"]].rename(columns={"mean": "top 5"}), "left", key)
+                for table, more in ((ours, top5), (theirs, paper_numbers.accuracies(("top5",))))
+            )
     elif analysis == "diversity":
-        ours, theirs = pd.read_csv(root / "diversity.csv"), paper.ensembles()
-        key = [*CELL[:4], "variant"]
+        ours, theirs = pd.read_csv(root / "diversity.csv"), paper_numbers.ensembles()
+        key.remove("rewind")
     elif analysis == "early_matching":
-        ours, theirs = pd.read_csv(root / "early_matching.csv"), paper.early_matching()
+        ours, theirs = pd.read_csv(root / "early_matching.csv"), paper_numbers.early_matching()
         key = [*CELL, "arm", "match_epoch"]
     else:
         return pd.DataFrame()
@@ -122,83 +144,90 @@ def beside_paper(root: Path, analysis: str) -> pd.DataFrame:
 
 
 def gather(root: Path, options: dict[str, Any]) -> list[Block]:
-    """The report as blocks, in order; `options` are passed on to the analyses that know them, where they are set."""
-    blocks: list[Block] = [("heading", f"Report on {root.name}")]
+    """The report as blocks, in order.
+
+    `options` are passed on to the analyses that know them, where they are set.
+    """
+    blocks: list[Block] = [("title", f"Report on {root.name}")]
     if (cost := costs(root)).empty:
         raise UserError(f"no finished run below {root}: run the stages first")
-    missing = []
+    missing: list[Block] = []
     for name, (title, prefix) in tqdm(ANALYSES.items(), "analyses", unit="analysis", disable=None):
-        known = {key: options[key] for key in COSTLY.get(name, ()) if options[key] is not None}
-        flags = [part for key, value in known.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+        known = ("device", "data_dir", *COSTLY[name]) if name in COSTLY else ()
+        flags = [f"--{key.replace('_', '-')}={options[key]}" for key in known if options[key]]
         made, text = run(name, root, flags)
         if not made:
-            missing.append(f"{title}: {text}")
+            missing.append(("text", f"{title}: {text}"))
             continue
         blocks += [("heading", title), ("code", text)] if text else [("heading", title)]
         if name == "results" and not (table := differences(root)).empty:
-            blocks += [("text", "Minus naive in points, and share of the LTH-naive gap closed, with 95% intervals:"), ("table", table)]  # fmt: skip
+            said = "Minus naive in points, and share of the LTH-naive gap closed, 95% intervals:"
+            blocks += [("text", said), ("table", table)]
         if not (table := beside_paper(root, name)).empty:
             blocks += [("text", "Beside the paper's numbers:"), ("table", table.round(3))]
         if prefix:
-            blocks += [("picture", path) for path in sorted((root / "figures").glob(f"{prefix}*.png"))]
+            pictures = sorted((root / "figures").glob(f"{prefix}*.png"))
+            blocks += [("picture", path) for path in pictures]
     if missing:
-        blocks += [("heading", "What is missing"), *(("text", line) for line in missing)]
-    blocks += [("heading", "Cost"), ("table", cost), ("heading", "Settings"), ("table", settings(root))]
-    return blocks
+        blocks += [("heading", "What is missing"), *missing]
+    blocks += [("heading", "Cost"), ("table", cost)]
+    return [*blocks, ("heading", "Settings"), ("table", settings(root))]
 
 
 def markdown(blocks: list[Block], root: Path) -> str:
     """The blocks as Markdown; pictures by their path from `root`."""
-    parts = []
-    for number, (kind, content) in enumerate(blocks):
-        if kind == "heading":
-            parts.append(("## " if number else "# ") + content)
-        elif kind == "code":
-            parts.append(f"```\n{content}\n```")
-        elif kind == "table":
-            rows = [content.columns, ["---"] * content.shape[1], *content.fillna("").astype(str).to_numpy()]
-            parts.append(
-                "\n".join("| " + " | ".join(str(entry).replace("|", "\\|") for entry in row) + " |" for row in rows)
-            )
-        elif kind == "picture":
-            parts.append(f"![{content.stem}]({content.relative_to(root).as_posix()})")
-        else:
-            parts.append(content)
-    return "\n\n".join(parts) + "\n"
+
+    def table(content: pd.DataFrame) -> str:
+        rows = [content.columns, ["---"] * content.shape[1], *content.fillna("").to_numpy()]
+        escaped = ((str(entry).replace("|", "\\|") for entry in row) for row in rows)
+        return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
+
+    show: dict[str, Callable[[Any], str]] = {
+        "title": "# {}".format,
+        "heading": "## {}".format,
+        "text": str,
+        "code": "```\n{}\n```".format,
+        "table": table,
+        "picture": lambda path: f"![{path.stem}]({path.relative_to(root).as_posix()})",
+    }
+    return "\n\n".join(show[kind](content) for kind, content in blocks) + "\n"
+
+
+STYLE = """
+body{font:15px/1.5 sans-serif;max-width:72em;margin:2em auto;padding:0 1em}
+pre{background:#f5f5f5;padding:1em;overflow-x:auto;font-size:12px}
+img{max-width:min(100%,52em)} figure{margin:1em 0}
+table{border-collapse:collapse;font-size:13px}
+td,th{padding:.2em .7em;text-align:left;border-bottom:1px solid #ddd}
+"""
 
 
 def page(blocks: list[Block]) -> str:
     """The blocks as one HTML page that needs no other file."""
-    parts = []
-    for number, (kind, content) in enumerate(blocks):
-        if kind == "heading":
-            level = 2 if number else 1
-            parts.append(f"<h{level}>{html.escape(content)}</h{level}>")
-        elif kind == "code":
-            parts.append(f"<pre>{html.escape(content)}</pre>")
-        elif kind == "table":
+    parts = ['<!doctype html><html lang="en"><head><meta charset="utf-8">']
+    parts += [f"<title>{html.escape(blocks[0][1])}</title><style>{STYLE}</style></head><body>"]
+    for kind, content in blocks:
+        if kind == "table":
             parts.append(content.to_html(index=False, na_rep="", border=0))
         elif kind == "picture":
             image = base64.b64encode(content.read_bytes()).decode()
-            parts.append(f'<figure><img alt="{content.stem}" src="data:image/png;base64,{image}"></figure>')
+            source = f"data:image/png;base64,{image}"
+            parts.append(f'<figure><img alt="{content.stem}" src="{source}"></figure>')
         else:
-            parts.append(f"<p>{html.escape(content)}</p>")
-    look = (
-        "body{font:15px/1.5 sans-serif;max-width:72em;margin:2em auto;padding:0 1em}pre{background:#f5f5f5;padding:1em;"
-        "overflow-x:auto;font-size:12px}img{max-width:min(100%,52em)}figure{margin:1em 0}table{border-collapse:collapse;font-size:13px}"
-        "td,th{padding:.2em .7em;text-align:left;border-bottom:1px solid #ddd}"
-    )
-    head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(blocks[0][1])}</title>'
-    return f"{head}<style>{look}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
+            parts.append(f"<{TAGS[kind]}>{html.escape(content)}</{TAGS[kind]}>")
+    return "\n".join([*parts, "</body></html>\n"])
 
 
 def main() -> None:
     parser = parse_root(__doc__)
-    parser.add_argument("--points", type=cli.number(int, 3), help="of each line (default: as analyze.interpolation)")
+    several = cli.number(int, 3)
+    parser.add_argument("--points", type=several, help="of each line (default: interpolation's)")
     parser.add_argument(
-        "--grid", type=cli.number(int, 3), help="points a side of each plane (default: as analyze.landscape)"
+        "--grid", type=several, help="points a side of each plane (default: landscape's)"
     )
-    parser.add_argument("--images", type=cli.positive, help="for REPAIR and the plane (default: as each analysis)")
+    parser.add_argument(
+        "--images", type=cli.positive, help="for REPAIR and the plane (default: as each)"
+    )
     cli.add_device(parser)
     parser.add_argument("--data-dir", help="if not where stage 1 found the data set")
     args = parser.parse_args()

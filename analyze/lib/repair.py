@@ -1,7 +1,8 @@
 """REPAIR: undo the variance collapse of interpolated networks (Jordan et al. 2023).
 
-Networks with BatchNorm get their statistics recomputed; in others every hidden convolution or linear layer
-is rescaled, channel by channel, to the interpolated mean and standard deviation of the two endpoints.
+Networks with BatchNorm get their statistics recomputed; in others every hidden convolution
+or linear layer is rescaled, channel by channel, to the interpolated mean and standard deviation of
+the two endpoints.
 """
 
 from collections.abc import Iterable
@@ -9,15 +10,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, fx, nn
 
-from common.axes import trace
+from common.align.axes import trace
 from common.masking import LAYERS
-from common.training import computing
+from common.runtime.device import autocast
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
-MIXED = "mixed"  # in the names of kept curves: earlier ones were of batches in order of class
-
-Statistics = dict[str, tuple[Tensor, Tensor]]  # layer -> (mean, standard deviation) of its output, per channel
+Statistics = dict[
+    str, tuple[Tensor, Tensor]
+]  # layer -> (mean, standard deviation) of its output, per channel
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -25,8 +26,10 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def recompute_batch_norm(model: nn.Module, batches: Iterable[Tensor], precision: str = "fp32") -> None:
-    """Reset the BN statistics of `model` and recompute them as the cumulative average over `batches` of images.
+def recompute_batch_norm(
+    model: nn.Module, batches: Iterable[Tensor], precision: str = "fp32"
+) -> None:
+    """Reset the BatchNorm statistics; recompute them as the cumulative average over `batches`.
 
     The batches must mix the classes: within one class activations vary less.
     """
@@ -37,7 +40,7 @@ def recompute_batch_norm(model: nn.Module, batches: Iterable[Tensor], precision:
         module.momentum = None  # cumulative average
     model.train()
     for images in batches:
-        with computing(model, images.device, precision):
+        with autocast(model, images.device, precision):
             model(images)
     model.eval()
     for module, momentum in zip(norms, momenta):
@@ -45,33 +48,38 @@ def recompute_batch_norm(model: nn.Module, batches: Iterable[Tensor], precision:
 
 
 def statistics(model: nn.Module, batches: list[Tensor]) -> Statistics:
-    """Mean and standard deviation, over images and places, of every hidden convolution's or linear layer's output."""
+    """Mean and standard deviation, over images and places, of every hidden layer's output."""
     return _walk(model, batches, None)
 
 
 def rescale(model: nn.Module, batches: list[Tensor], goal: Statistics) -> None:
-    """Bring those statistics to `goal`, layer after layer in graph order, folded into weights and biases.
+    """Bring those statistics to `goal`, layer after layer, folded into weights and biases.
 
-    Every hidden layer must have a bias, or ValueError is raised. A channel without variance is only shifted.
+    Raises ValueError for a hidden layer without bias. A channel without variance is only shifted.
     """
     _walk(model, batches, goal)
 
 
 def interpolate(source: Statistics, target: Statistics, alpha: float) -> Statistics:
     """(1 - alpha) of the source's means and standard deviations plus alpha of the target's."""
-    return {name: tuple(torch.lerp(a, b, alpha) for a, b in zip(source[name], target[name])) for name in source}
+    return {
+        name: tuple(torch.lerp(a, b, alpha) for a, b in zip(source[name], target[name]))
+        for name in source
+    }
 
 
 @torch.no_grad()
 def _walk(model: nn.Module, batches: list[Tensor], goal: Statistics | None) -> Statistics:
-    """Run all batches through the graph side by side, so that a layer is measured after those before it are mended."""
+    """Run all batches through the graph at once, a layer after those before it are rescaled."""
     graph = trace(model)
     modules = dict(model.named_modules())
     walkers = [fx.Interpreter(graph) for _ in batches]
     for walker, images in zip(walkers, batches):
         walker.args_iter = iter([images])
     layers = [
-        node for node in graph.graph.nodes if node.op == "call_module" and isinstance(modules[node.target], LAYERS)
+        node
+        for node in graph.graph.nodes
+        if node.op == "call_module" and isinstance(modules[node.target], LAYERS)
     ]
     measured: Statistics = {}
     for node in graph.graph.nodes:
@@ -99,7 +107,7 @@ def _walk(model: nn.Module, batches: list[Tensor], goal: Statistics | None) -> S
 
 
 def _moments(outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Per-channel mean and standard deviation over a list of (N, C, ...) tensors, in float64 and two passes."""
+    """Per-channel mean and standard deviation of (N, C, ...) tensors, in float64, two passes."""
     rows = [output.movedim(1, -1).flatten(0, -2) for output in outputs]
     count = sum(len(row) for row in rows)
     mean = sum(row.sum(0, dtype=torch.float64) for row in rows) / count

@@ -1,0 +1,150 @@
+"""What analyze.benchmark measures against: standard PyTorch code, and published algorithms."""
+
+import copy
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from analyze.lib.lines import interpolate
+from common.align.axes import trace
+from common.align.matching import Moments, assign, channels_last, objective
+from common.align.permutation import Axes, identity, permute
+from common.data import Resident
+from common.runtime.parallel import cores
+
+
+def loader(data: Resident, batch: int, train: bool = True) -> DataLoader:
+    """Batches of the training images, as PIL images with torchvision's transforms.
+
+    From a worker a core, at most 8, which stay: their start would weigh much in a short epoch.
+    """
+    from PIL import Image
+
+    from common.vision import torchvision
+
+    transforms, pad = torchvision.transforms, data.pad
+    images = data.train[:, :, pad:-pad, pad:-pad].permute(0, 2, 3, 1).cpu().numpy()
+    augment = [transforms.RandomCrop(images.shape[1], pad), transforms.RandomHorizontalFlip()]
+    finish = [transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.25,) * 3)]
+    transform = transforms.Compose(augment * train + finish)
+
+    def collate(rows: list[tuple[Image.Image, int]]) -> tuple[Tensor, Tensor]:
+        return torch.stack([transform(x) for x, _ in rows]), torch.tensor([y for _, y in rows])
+
+    items = [*zip(map(Image.fromarray, images), data.train_labels.tolist())]
+    workers = {"num_workers": min(cores(), 8), "persistent_workers": True}
+    return DataLoader(items, batch, train, collate_fn=collate, drop_last=train, **workers)
+
+
+def train_epoch(model: nn.Module, batches: DataLoader, device: torch.device) -> None:
+    """One epoch as research code often has it: fp32, NCHW, `.item()` at every step."""
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4)
+    model.train()
+    total = 0.0
+    for x, y in batches:
+        x, y = x.to(device), y.to(device)
+        loss = F.cross_entropy(model(x), y)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        total += loss.item()
+
+
+@torch.no_grad()
+def line_with_repair(
+    model: nn.Module,
+    ends: list[dict[str, Tensor]],
+    alphas: Iterable[float],
+    batches: DataLoader,
+    device: torch.device,
+) -> list[tuple[float, float]]:
+    """What `lines.metrics_along` measures, on one set of images as both splits."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+    def test() -> tuple[float, float]:
+        model.eval()
+        loss = correct = 0.0
+        for x, y in batches:
+            logits = model(x.to(device))
+            loss += F.cross_entropy(logits, y.to(device), reduction="sum").item()
+            correct += (logits.argmax(1).cpu() == y).sum().item()
+        images = len(batches.dataset)
+        return loss / images, 100 * correct / images
+
+    rows = []
+    for alpha in alphas:
+        model.load_state_dict(interpolate(*ends, alpha))
+        rows += [test(), test()]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+        model.train()
+        for x, _ in batches:
+            model(x.to(device))
+        rows += [test(), test()]
+    return rows
+
+
+def match_layer_by_layer(
+    source: nn.Module, target: nn.Module, axes: Axes, batches: Callable[[], Iterable[Tensor]]
+) -> dict[str, Tensor]:
+    """Match axis after axis through ever longer sub-networks, each time over all batches.
+
+    After each axis the source is permuted by what is known so far, as published re-basin codes do.
+    """
+    source = copy.deepcopy(source)
+    original = {name: value.clone() for name, value in source.state_dict().items()}
+    position = {node.name: i for i, node in enumerate(trace(source).graph.nodes)}
+    permutation: dict[str, Tensor] = {}
+    for axis in sorted(axes.sizes, key=lambda axis: position[axes.carriers[axis][-1].node]):
+        carrier, size = axes.carriers[axis][-1], axes.sizes[axis]
+        heads = [_cut(model, carrier.node) for model in (target, source)]
+        moments = Moments()
+        with torch.no_grad():
+            for images in batches():
+                moments.add(*(channels_last(head(images), carrier, size) for head in heads))
+        permutation[axis] = assign(moments.correlation())
+        source.load_state_dict(permute(original, axes.dims, permutation))
+    return permutation
+
+
+def match_weights_every_axis(
+    source: dict[str, Tensor], target: dict[str, Tensor], axes: Axes, seed: int = 0
+) -> tuple[dict[str, Tensor], float]:
+    """Algorithm 1 of Ainsworth et al. (2023): every sweep solves every axis anew.
+
+    Knows axes of one block each. Returns the permutation and the objective that it reaches.
+    """
+    permutation, names = identity(axes), list(axes.sizes)
+    generator = torch.Generator().manual_seed(seed)
+    best, improved = objective(source, target), True
+    while improved:
+        improved = False
+        for position in torch.randperm(len(names), generator=generator).tolist():
+            axis, size = names[position], axes.sizes[names[position]]
+            moved = permute(source, axes.dims, permutation)
+            similarity = torch.zeros(size, size, dtype=torch.float64)
+            for name, value in moved.items():
+                for dim, layout in enumerate(axes.dims[name]):
+                    if layout and layout[0].axis == axis:
+                        pair = (target[name], value)
+                        here, there = (one.movedim(dim, 0).reshape(size, -1) for one in pair)
+                        similarity += (here @ there.T).cpu()
+            candidate = permutation | {axis: permutation[axis][assign(similarity)]}
+            reached = objective(permute(source, axes.dims, candidate), target)
+            if reached > best + 1e-7 * abs(best):
+                permutation, best, improved = candidate, reached, True
+    return permutation, best
+
+
+def _cut(model: nn.Module, last: str) -> fx.GraphModule:
+    """The sub-network from the input to the graph node called `last`."""
+    traced = trace(model)
+    *nodes, output = traced.graph.nodes
+    output.args = tuple(node for node in nodes if node.name == last)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    return traced
