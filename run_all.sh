@@ -1,201 +1,165 @@
 #!/usr/bin/env bash
-# The whole experiment with one command: dense networks, pruning, alignment, sparse training, tables and figures.
-#
-#   bash run_all.sh [quick|cifar10|cifar100|vgg11|svhn|imagenet|test]
-#
-# quick (the default) needs no download, no GPU and a few minutes. All else are the paper's settings.
-# Each setting below can be overridden by the environment:
-#   PAIRS="0 1 2" WIDTHS="1 4" OUT=runs/mine DATA_DIR=/data bash run_all.sh cifar10
-#   METHODS="activation weight masked" says how to match (activation is the paper's; activation@20 matches against the
-#   target after 20 epochs: Table 15), and CONTROLS="shuffled random-permutation imp-target signs" adds control arms.
-#   ENSEMBLE=5 makes the networks of Table 1 in runs/<preset>-ensemble instead: one source, five targets for naive and
-#   permuted, five data orders for LTH, IMP from five seeds. Copy dense/ there to train no dense network again.
-#   PARALLEL=auto trains the networks of a command side by side, which fills a GPU (--parallel of the stages).
-#   On several GPUs (those of CUDA_VISIBLE_DEVICES, or all) each has a command of its own: JOBS is their number.
-#   SPREAD=4 trains each network on four GPUs (torchrun) instead, one after the other: for ResNet50 on ImageNet.
-#   SOURCE_DATASET=cifar10 trains and prunes the sources on another data set: are masks reused? (Table 16, preset svhn)
-#   DRY_RUN=1 prints the commands, in order, so that they can be fed to a job queue.
-# Called again, it does what is missing; a run that was cut off goes on from its last epoch.
-set -euo pipefail
+# The whole experiment: dense networks, pruning, alignment, sparse training, tables and figures.
+#   bash run_all.sh [PRESET]           run what is missing of a preset (quick: a few minutes, no download)
+#   bash run_all.sh status [PRESET]    what has run, and how long the rest will take
+#   bash run_all.sh test               the tests
+#   bash run_all.sh --help [PRESET]    the settings and their values. The environment overrides each:
+#                                      PAIRS="0 1" WIDTHS="1 4" OUT=runs/mine bash run_all.sh cifar10
+# DRY_RUN=1 prints the commands, in order, so that they can be fed to a job queue.
+presets="
+quick     glyphs    resnet20  0 1 2  2         0.8 0.9            7                          activation
+cifar10   cifar10   resnet20  0 1 2  1 4 8 16  0.8 0.9 0.95 0.97  0 5 10 15 20 25 50 75 100  activation masked
+cifar100  cifar100  resnet20  0 1 2  1 4 8 16  0.8 0.9 0.95 0.97  0 10 25 50 100             activation masked
+vgg11     cifar10   vgg11     0 1 2  1         0.8 0.9            0 5 10 15 20 25 50         activation masked
+svhn      svhn      resnet20  0 1 2  1         0.8 0.9 0.95 0.97  10 20                      activation masked
+imagenet  imagenet  resnet50  0      1         0.8 0.9 0.95       10 25 50                   activation
+" # name  DATASET   MODEL     PAIRS  WIDTHS    SPARSITY           REWIND                     METHODS
+wide_rewind="0 10 25 50 100" # of cifar10 at widths 8 and 16, as in the paper, unless REWIND is set
+n='[1-9][0-9]{0,8}' share='0?[.]0*[1-9][0-9]*' name='[[:alnum:]][[:alnum:]_.-]*' # patterns; |: may be empty
+method="|(activation|weight|masked)(@(0|$n))?|identity" arm='|shuffled|random-permutation|imp-target|signs'
+settings="
+PAIRS           words  0|$n      whole numbers: pair p has source seed 2p and target seed 2p+1
+WIDTHS          words  $n|$n[.][0-9]+|$share  numbers: each has a folder, OUT/w<width>
+SPARSITY        words  $share    numbers between 0 and 1: shares of the weights to prune
+REWIND          words  0|$n      whole numbers: epochs of dense runs that sparse training starts from
+METHODS         words  $method   any of activation, weight, masked, identity; weight@9: to epoch 9 of targets
+CONTROLS        words  $arm      any of shuffled, random-permutation, imp-target, signs: more arms
+ENSEMBLE        word   |[2-9]|[1-9]$n  2 or more: the networks of Table 1, one source and so many targets
+TAG             word   |$name    a name of an edit: all but the dense networks anew, in OUT/w<width>/<tag>
+DATASET         word   $name     a name that train_dense.py --dataset takes
+SOURCE_DATASET  word   $name     a name: sources are trained and pruned on that data set (Table 16)
+MODEL           word   $name     a name that train_dense.py --model takes
+OUT             line   [^'%]+    a folder for the results, without ' and % in its name
+DATA_DIR        line   [^'%]+    the folder of the data sets, without ' and % in its name
+PARALLEL        word   auto|$n   auto or a number: networks at once on a device (not measured on a GPU)
+SPREAD          word   |$n       a number: GPUs that share a network; otherwise each GPU has its own commands"
+settings+=$(printf '\n%s_FLAGS flags .* more flags' DENSE IMP ALIGN SPARSE INTERPOLATION REPORT)
+# ---------------------------------------------------------------- what is asked for
+set -euf -o pipefail
 cd "$(dirname "$0")"
-preset=${1:-quick}
-if [ $# -gt 1 ]; then echo "run_all.sh: error: unexpected '$2': give one preset, and settings before the command (DRY_RUN=1 bash run_all.sh)" >&2; exit 2; fi
+refuse() { echo "run_all.sh: error: $1" >&2; exit 2; }
+mode=${DRY_RUN:+dry}
+case ${1-} in status | --help | -h) mode=$1; shift ;; esac
+[ $# -le 1 ] || refuse "unexpected '$2': give one preset, and settings before the command"
+preset=${1:-quick} names=$(echo $(awk '{ print $1 }' <<< "$presets"))
+row=$(awk -v name="${preset/#test/quick}" '$1 == name' <<< "$presets" | sed 's/   */|/g')
+[ -n "$row" ] || refuse "unknown preset '$preset': choose from $names test"
+d_OUT=runs/$preset d_DATA_DIR=data analyses="results report"
+IFS='|' read -r _ d_DATASET d_MODEL d_PAIRS d_WIDTHS d_SPARSITY d_REWIND d_METHODS <<< "$row"
+if [ "$preset" = svhn ]; then d_SOURCE_DATASET=cifar10; else d_SOURCE_DATASET=${DATASET-$d_DATASET}; fi
+if [ "$preset" = quick ]; then
+  d_DENSE_FLAGS="--image-size 16 --limit-train 3000 --epochs 9 --batch-size 64 --lr 0.05 --warmup 2"
+  d_IMP_FLAGS="--epochs 1 --batch-size 64 --lr 0.02" d_SPARSE_FLAGS="--batch-size 64 --lr 0.01"
+  d_INTERPOLATION_FLAGS="--points 5 --images 500" analyses="results accuracy interpolation masks methods"
+fi
+if [ -n "${ENSEMBLE-}" ]; then d_OUT+=-ensemble d_SPARSITY=0.9; case $preset in # one cell, as in Table 1
+  quick) analyses="results diversity" ;; svhn) d_REWIND=20 ;; cifar100) d_WIDTHS=4 d_REWIND=25 ;;
+  *) d_WIDTHS=1 d_REWIND=25 ;; esac; fi
+if [ "$preset" != cifar10 ] || [ -n "${REWIND-}${ENSEMBLE-}" ]; then wide_rewind=""; fi
+gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | sed -n '/^[0-9][0-9]*$/p' || :)
+gpus=$(tr , '\n' <<< "${CUDA_VISIBLE_DEVICES-$gpus}" | sed '/^ *-1/d' | xargs)
+gpu_count=$(wc -w <<< "$gpus") cores=$(getconf _NPROCESSORS_ONLN) d_PARALLEL=1
+if [ "$gpu_count$preset" = "0${preset/#imagenet/}" ] && [ -z "${SPREAD-}" ]; then d_PARALLEL=auto; fi
+shown="run_all.sh $preset:" help=$(sed -n '2,/^presets/s/^# \{0,1\}//p' run_all.sh)
+while read -r name kind pattern meaning; do
+  default=d_$name value=${!name-${!default-}}
+  case $kind in word | flags) value=$(echo $value) ;; words) # each once
+    pattern="($pattern)( ($pattern))*" value=$(echo $(printf '%s\n' $value | awk '!seen[$0]++')) ;; esac
+  [[ $value =~ ^($pattern)$ ]] || refuse "$name='$value': give $meaning"
+  printf -v "$name" %s "$value"
+  shown+=" $name='$value'" help+=$(printf '\n  %-20s%-30s  %s' "$name" "'$value'" "$meaning")
+done <<< "${settings:1}"
+case $mode in -*) echo "$help"; exit ;; esac
+case $TAG in dense | imp | align | sparse) refuse "TAG='$TAG' is the name of a folder: give another" ;; esac
+[ -z "$SPREAD" ] || [ "$PARALLEL" = 1 ] || refuse "SPREAD='$SPREAD' excludes PARALLEL='$PARALLEL': choose one"
+packages="torch torchvision numpy scipy tqdm pandas matplotlib pytest" python=python3
+found="from importlib.util import find_spec; raise SystemExit(not all(map(find_spec, '$packages'.split())))"
+if ! python3 -c "$found" 2> /dev/null; then python=.venv/bin/python; fi
+if [ -z "$mode" ] && ! $python -c "$found" 2> /dev/null; then
+  echo "setting up .venv from requirements.txt (once)"
+  python3 -m venv .venv && $python -m pip install --quiet --requirement requirements.txt
+fi
+if [ "$preset" = test ]; then ${mode:+echo} $python -m pytest -q tests; exit; fi
 
-# ---------------------------------------------------------------- settings
-gpus=$(echo "${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | grep -x '[0-9]*')}" |
-  tr , '\n' | grep -v '^ *-1' || true)
-gpu_count=$(echo $gpus | wc -w)
-# Pair p has source seed 2p and target seed 2p+1, so that pairs are independent.
-dense_flags="" imp_flags="" align_flags="" sparse_flags="" interpolation_flags="" jobs=1 parallel="" methods="activation masked" controls=""
-analyses="results report" source_dataset=""
-pairs="0 1 2" widths="1" sparsity="0.8 0.9 0.95 0.97" rewind="0 5 10 15 20 25 50 75 100" model=resnet20
-case $preset in
-  quick)
-    dataset=glyphs widths="2" sparsity="0.8 0.9" rewind="7"
-    dense_flags="--image-size 16 --limit-train 3000 --epochs 9 --batch-size 64 --lr 0.05 --warmup 2"
-    imp_flags="--epochs 1 --batch-size 64 --lr 0.02" sparse_flags="--batch-size 64 --lr 0.01"
-    methods="activation" interpolation_flags="--points 5 --images 500" analyses="results accuracy interpolation masks methods"
-    cores=$(getconf _NPROCESSORS_ONLN) jobs=$((cores < 4 ? cores : 4))
-    if [ "$cores" -le 4 ] && [ "$gpu_count" = 0 ]; then parallel=auto; fi ;; # not measured on a GPU yet
-  cifar10)  dataset=cifar10 widths="1 4 8 16" ;;
-  cifar100) dataset=cifar100 widths="1 4 8 16" rewind="0 10 25 50 100" ;;
-  vgg11)    dataset=cifar10 model=vgg11 sparsity="0.8 0.9" rewind="0 5 10 15 20 25 50" ;;
-  svhn)     dataset=svhn source_dataset=cifar10 rewind="10 20" ;; # Table 16: masks of CIFAR-10 reused
-  imagenet) dataset=imagenet model=resnet50 methods="activation" pairs="0" sparsity="0.8 0.9 0.95" rewind="10 25 50" ;;
-  test)     dataset= ;;
-  *) echo "run_all.sh: error: unknown preset '$preset': choose from quick, cifar10, cifar100, vgg11, svhn, imagenet, test" >&2; exit 2 ;;
-esac
-ENSEMBLE=${ENSEMBLE-} out=runs/$preset
-if [ -n "$ENSEMBLE" ]; then
-  case $ENSEMBLE in *[!0-9]* | 0 | 1) echo "run_all.sh: error: ENSEMBLE=$ENSEMBLE: give the number of members, 2 or more" >&2; exit 2 ;; esac
-  out+=-ensemble sparsity=0.9
-  case $preset in quick) analyses="results diversity" ;; cifar100) widths=4 rewind=25 ;; svhn) rewind=20 ;; *) widths=1 rewind=25 ;; esac # one cell, as in Table 1
-fi
-PAIRS=${PAIRS-$pairs} WIDTHS=${WIDTHS-$widths} SPARSITY=${SPARSITY-$sparsity}
-DATASET=${DATASET-$dataset} SOURCE_DATASET=${SOURCE_DATASET-$source_dataset} MODEL=${MODEL-$model} OUT=${OUT-$out} DATA_DIR=${DATA_DIR-data}
-DENSE_FLAGS=${DENSE_FLAGS-$dense_flags} IMP_FLAGS=${IMP_FLAGS-$imp_flags} SPARSE_FLAGS=${SPARSE_FLAGS-$sparse_flags}
-ALIGN_FLAGS=${ALIGN_FLAGS-$align_flags} INTERPOLATION_FLAGS=${INTERPOLATION_FLAGS-$interpolation_flags}
-REPORT_FLAGS=${REPORT_FLAGS-} METHODS=${METHODS-$methods} CONTROLS=${CONTROLS-$controls}
-asked=${PARALLEL-} PARALLEL=${PARALLEL-$parallel} # then one command trains all dense networks, and one all chains;
-if [ -n "$asked" ]; then jobs=1; fi                # where it was asked for, one the grid of an arm and pair, too
-if [ "$gpu_count" -gt 1 ]; then jobs=$gpu_count; fi
-SPREAD=${SPREAD-} # GPUs that share a network
-if [ -n "$SPREAD" ]; then
-  case "$SPREAD-$asked${JOBS-}" in 0* | *[!0-9]*-* | *-?*) echo "run_all.sh: error: SPREAD=$SPREAD: give the number of GPUs that share a network, without PARALLEL and JOBS" >&2; exit 2 ;; esac
-  jobs=1 PARALLEL=
-fi
-JOBS=${JOBS-$jobs}  # processes side by side; on a CPU each then gets its share of the cores
-DRY_RUN=${DRY_RUN-}
-for name in $METHODS; do case $name in
-  *@ | *@*[!0-9]* | identity@*) echo "run_all.sh: error: METHODS: '$name' is no method at an epoch of the target, as activation@20 is" >&2; exit 2 ;;
-  activation | weight | masked | identity | activation@* | weight@* | masked@*) ;;
-  *) echo "run_all.sh: error: unknown method '$name': choose from activation, weight, masked, identity" >&2; exit 2 ;;
-esac; done
-for name in $CONTROLS; do case $name in
-  shuffled | random-permutation | imp-target | signs) ;;
-  *) echo "run_all.sh: error: unknown control '$name': choose from shuffled, random-permutation, imp-target, signs" >&2; exit 2 ;;
-esac; done
-
-# ---------------------------------------------------------------- set-up
-python=python3
-packages="torch, torchvision, numpy, scipy, tqdm, pandas, matplotlib, pytest"
-import_check="from common.vision import torchvision; import $packages"
-if [ -n "$DRY_RUN" ]; then # names the interpreter that will be used, and sets nothing up
-  "$python" -c "from importlib.util import find_spec; raise SystemExit(not all(map(find_spec, '$packages'.split(', '))))" 2>/dev/null || python=.venv/bin/python
-  [ "$python" = python3 ] || [ -x $python ] || echo "run_all.sh: note: $python is not there yet: bash run_all.sh makes it" >&2
-elif ! "$python" -c "$import_check" 2>/dev/null; then
-  if ! .venv/bin/python -c "$import_check" 2>/dev/null; then
-    echo "setting up .venv from requirements.txt (once)"
-    "$python" -m venv .venv && .venv/bin/python -m pip install --quiet --requirement requirements.txt
-  fi
-  python=.venv/bin/python
-fi
-if [ "$preset" = test ]; then
-  if [ -n "$DRY_RUN" ]; then echo "$python -m pytest -q tests"; exit; fi
-  exec "$python" -m pytest -q tests
-fi
-if [ "$JOBS" -gt 1 ]; then
-  cores=$(getconf _NPROCESSORS_ONLN)
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS-$((cores > JOBS ? cores / JOBS : 1))}
-fi
-
-# ---------------------------------------------------------------- the experiment
-run() { # run the commands on standard input, one a line, JOBS at a time
-  if [ -n "$DRY_RUN" ]; then cat
-  elif [ "$gpu_count" -gt 1 ] && [ "$JOBS" -gt 1 ]; then # the command in slot n has the n-th GPU to itself
-    tr '\n' '\0' | GPUS=$gpus xargs -0 -n 1 -P "$JOBS" --process-slot-var=slot sh -c '
-      set -- $GPUS; shift $((slot % $#)); export CUDA_VISIBLE_DEVICES=$1; eval "$0" || exit 255'
-  else tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" sh -c 'eval "$0" || exit 255'; fi
+# ---------------------------------------------------------------- the commands of each stage at a width
+pairs=$(printf '%s\n' $PAIRS | awk '{ print 2 * $1, 2 * $1 + 1 }') # lines "source target", of seeds
+if [ -n "$ENSEMBLE" ]; then pairs=$(seq "$ENSEMBLE" | sed 's/^/0 /'); fi
+together() { # lines "set seed" -> lines "set seed seed ...", a command each
+  sort -k 2,2n -u | awk -v n="$commands" '{ key = $1 " " count[$1]++ % n; seeds[key] = seeds[key] " " $2 }
+    END { for (key in seeds) print substr(key, 1, index(key, " ") - 1) seeds[key] }' | sort -k 2,2n
 }
-roots() { # width and folder of each width
-  for w in $WIDTHS; do [ "$WIDTHS" = "$w" ] && echo "$w $OUT" || echo "$w $OUT/w$w"; done
-}
-pairs() { # source and target seed of each pair
-  if [ -n "$ENSEMBLE" ]; then seq 1 "$ENSEMBLE" | sed 's/^/0 /'
-  else for p in $PAIRS; do echo "$((2 * p)) $((2 * p + 1))"; done; fi
-}
-sources() { pairs | cut -d ' ' -f 1 | uniq; }
-reused=0
-if [ "${SOURCE_DATASET:-$DATASET}" != "$DATASET" ]; then reused=1; fi
-pruned() { # seeds of the networks to prune
-  if [ -n "$ENSEMBLE" ]; then seq 0 $((reused ? ENSEMBLE : ENSEMBLE - 1)); else sources; fi # a reused mask's network is no member
-  if control imp-target; then pairs | cut -d ' ' -f 2; fi
-}
-networks() { # a line a dense network: its data set and seed
-  { sources | sed "s/^/${SOURCE_DATASET:-$DATASET} /"; pairs | cut -d ' ' -f 2 | sed "s/^/$DATASET /"; } | sort -k 2,2n -u
-}
-together() { # networks that one command trains side by side: lines of one first word become one line, or one a GPU in use
-  if [ -z "$PARALLEL" ]; then cat; else awk -v lines=$((gpu_count > 1 ? JOBS : 1)) '
-    { of[$1] = of[$1] " " $2 }
-    END { for (set in of) { count = split(of[set], seeds); for (line = 0; line < lines && line < count; line++) {
-      printf "%s", set; for (i = line + 1; i <= count; i += lines) printf " %s", seeds[i]; print "" } } }'
-  fi
-}
-beside=${PARALLEL:+--parallel $PARALLEL}
-rewinds() { # of a width: the paper's grid is coarser for the widest networks
-  case "$preset $1" in
-    "cifar10 8" | "cifar10 16") echo "${REWIND-0 10 25 50 100}" ;;
-    *) echo "${REWIND-$rewind}" ;;
-  esac
-}
-control() { case " $CONTROLS " in *" $1 "*) ;; *) return 1 ;; esac; } # whether a control is asked for
-early=$(for name in $METHODS; do case $name in *@*) printf ' %s' "${name#*@}" ;; esac; done) # epochs of targets
-train=$python
+rewinds() { case $w in 8 | 16) echo "${wide_rewind:-$REWIND}" ;; *) echo "$REWIND" ;; esac; }
+train=$python data="--data-dir '$DATA_DIR'" tag=${TAG:+--tag $TAG} parallel="--parallel $PARALLEL"
+commands=$((gpu_count > 1 ? gpu_count : 1)) # of one stage and data set, or one a network:
+if [ "$PARALLEL" = 1 ]; then parallel="" commands=1000000; fi
 if [ -n "$SPREAD" ]; then train+=" -m torch.distributed.run --standalone --nproc-per-node $SPREAD"; fi
-start=$(date +%s)
-
-roots | while read -r w R; do
-  networks | together | while read -r set seeds; do
-    echo "$train train_dense.py --dataset $set --data-dir '$DATA_DIR' --model $MODEL --width $w --seed $seeds --out '$R/dense' --save-epochs $(rewinds "$w")$early $DENSE_FLAGS $beside"
+reused=$((1 - $([ "$SOURCE_DATASET" != "$DATASET" ]; echo $?))) # 1: no LTH, and the source is no member
+dense() {
+  early=$(echo $(tr ' ' '\n' <<< "$METHODS" | sed -n 's/.*@//p')) # epochs of targets to match to
+  awk -v a="$SOURCE_DATASET" -v b="$DATASET" '{ print a, $1; print b, $2 }' <<< "$pairs" | together |
+    while read -r set seeds; do
+    echo "$train train_dense.py --dataset $set --model $MODEL --width $w --seed $seeds --out '$R/dense'" \
+      "$data --save-epochs $(rewinds) $early $DENSE_FLAGS $parallel"
   done
-done | run
-
-roots | while read -r w R; do
-  pruned | sort -nu | sed "s/^/chain /" | together | while read -r _ seeds; do
-    folders() { for seed in $seeds; do printf "'%s' " "$R/$1/seed$seed"; done; }
-    echo "$train prune_imp.py --dense $(folders dense)--data-dir '$DATA_DIR' --sparsity $SPARSITY --out $(folders imp)$IMP_FLAGS $beside"
+}
+imp() {
+  while read -r a b; do
+    printf 'chain %s\n' "$a" ${ENSEMBLE:+$((b - 1 + reused))} $([[ $CONTROLS = *imp* ]] && echo "$b")
+  done <<< "$pairs" | together | while read -r _ seeds; do
+    echo "$train prune_imp.py --dense$(printf " '$R/dense/seed%s'" $seeds) --sparsity $SPARSITY $data" \
+      "--out$(printf " '$T/imp/seed%s'" $seeds) $IMP_FLAGS $tag $parallel"
   done
-done | run
-
-roots | while read -r w R; do
-  pairs | while read -r a b; do
-    for method in $METHODS $(control random-permutation && echo random); do
-      at=${method#"${method%@*}"}
-      echo "$python align_mask.py --source '$R/dense/seed$a' --target '$R/dense/seed$b' --masks '$R/imp/seed$a' --data-dir '$DATA_DIR' --method ${method%@*}${at:+ --target-epoch ${at#@}} --out '$R/align/$method/seed$a-seed$b' $ALIGN_FLAGS"
+}
+align() {
+  while read -r a b; do for m in $METHODS $([[ $CONTROLS = *random* ]] && echo random); do
+    echo "$python align_mask.py --source '$R/dense/seed$a' --target '$R/dense/seed$b' $data $ALIGN_FLAGS" \
+      "--masks '$T/imp/seed$a' --out '$T/align/$m/seed$a-seed$b' --method ${m/@/ --target-epoch } $tag"
+  done; done <<< "$pairs"
+}
+arm() { # name, seed of the weights, masks, folder, more flags
+  echo "$train train_sparse.py --arm $1 --weights '$R/dense/seed$2' --masks '$T/$3' --out '$T/sparse/$4'" \
+    "$data --sparsity $SPARSITY --rewind $(rewinds) $SPARSE_FLAGS $tag $parallel ${5-}"
+}
+sparse() {
+  while read -r a b; do
+    pair=seed$a-seed$b order=${ENSEMBLE:+$((b - 1))} lth=lth/seed$a-seed$a${ENSEMBLE:+/order$((b - 1))}
+    if [ $reused = 0 ]; then arm lth "$a" "imp/seed$a" "$lth" "${order:+--seed $order}"; fi
+    for signs in "" $([[ $CONTROLS = *signs* ]] && echo --signs); do
+      arm naive "$b" "imp/seed$a" "naive${signs#-}/$pair" "$signs"
+      for m in $METHODS; do arm permuted "$b" "align/$m/$pair" "permuted${signs#-}/$m/$pair" "$signs"; done
     done
-  done
-done | run
-
-roots | while read -r w R; do
-  grid="--data-dir '$DATA_DIR' --sparsity $SPARSITY --rewind $(rewinds "$w") $SPARSE_FLAGS"
-  if [ -n "$asked" ] && [ "$(echo $SPARSITY $(rewinds "$w") | wc -w)" -gt 2 ]; then grid+=" $beside"; fi # a single run gets all threads
-  sparse() { # arm, weights, masks, folder
-    echo "$train train_sparse.py --arm $1 --weights '$R/dense/seed$2' --masks '$R/$3' --out '$R/sparse/$4' $grid ${5-}"
-  }
-  for a in $([ $reused = 1 ] || sources); do # where the source saw other images, LTH is no comparison
-    lth() { sparse lth "$a" "imp/seed$a" "lth/seed$a-seed$a${1-}" "${2-}"; }
-    if [ -z "$ENSEMBLE" ]; then lth; else for order in $(seq 0 $((ENSEMBLE - 1))); do lth "/order$order" "--seed $order"; done; fi
-  done
-  pairs | while read -r a b; do
-    pair=seed$a-seed$b
-    sparse naive "$b" "imp/seed$a" "naive/$pair"
-    for method in $METHODS; do sparse permuted "$b" "align/$method/$pair" "permuted/$method/$pair"; done
-    if control shuffled; then sparse shuffled "$b" "imp/seed$a" "shuffled/$pair"; fi
-    if control random-permutation; then sparse random-permutation "$b" "align/random/$pair" "random-permutation/$pair"; fi
-    if control imp-target; then sparse imp-target "$b" "imp/seed$b" "imp-target/seed$b-seed$b"; fi
-    if control signs; then
-      sparse naive "$b" "imp/seed$a" "naive-signs/$pair" --signs
-      for method in $METHODS; do sparse permuted "$b" "align/$method/$pair" "permuted-signs/$method/$pair" --signs; done
+    if [[ $CONTROLS = *shuffled* ]]; then arm shuffled "$b" "imp/seed$a" "shuffled/$pair"; fi
+    if [[ $CONTROLS = *random* ]]; then
+      arm random-permutation "$b" "align/random/$pair" "random-permutation/$pair"
     fi
+    if [[ $CONTROLS = *imp* ]]; then arm imp-target "$b" "imp/seed$b" "imp-target/seed$b-seed$b"; fi
+  done <<< "$pairs"
+}
+figures() {
+  for name in $analyses; do
+    case $name in interpolation | report | diversity) more=$data ;; *) more="" ;; esac
+    flags=$(tr '[:lower:]' '[:upper:]' <<< "$name")_FLAGS
+    echo "$python -m analyze.$name '$OUT' $more ${!flags-}"
   done
-done | run
-
-unset OMP_NUM_THREADS
-JOBS=1
-for name in $analyses; do case $name in
-  results | accuracy | masks | methods) echo "$python -m analyze.$name '$OUT'" ;;
-  interpolation) echo "$python -m analyze.$name '$OUT' --data-dir '$DATA_DIR' $INTERPOLATION_FLAGS" ;;
-  diversity) echo "$python -m analyze.$name '$OUT' --data-dir '$DATA_DIR'" ;;
-  report) echo "$python -m analyze.$name '$OUT' --data-dir '$DATA_DIR' $REPORT_FLAGS" ;;
-esac; done | run
-[ -n "$DRY_RUN" ] || echo "done in $(($(date +%s) - start)) s: its tables and figures/ are in $OUT"
+}
+# ---------------------------------------------------------------- run them
+run() { # the commands of a stage: one at a time on each GPU; on a CPU those of stages 3 and 4 share its cores
+  local at_once=1 slots="" lines; lines=$(cat)
+  if [ "$mode" = dry ]; then echo "$lines"; return; fi
+  case "$gpu_count $PARALLEL $1" in "0 auto align" | "0 auto sparse")
+    at_once=$(wc -l <<< "$lines") at_once=$((at_once < cores ? at_once : cores))
+    share=$(((cores + at_once - 1) / at_once)) lines=${lines//--parallel auto/--parallel $share}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS-$share} ;; esac
+  if [ "$gpu_count" -gt 1 ] && [ -z "$SPREAD" ]; then at_once=$gpu_count slots=--process-slot-var=slot; fi
+  tr '\n' '\0' <<< "$lines" | GPUS=$gpus xargs -0 -n 1 -P "$at_once" $slots sh -c '
+    if [ -n "${slot-}" ]; then set -- $GPUS; shift "$slot"; export CUDA_VISIBLE_DEVICES=$1; fi
+    eval "$0" || exit 255'
+}
+stage() { for w in $WIDTHS; do R=$OUT/w$w T=$OUT/w$w${TAG:+/$TAG}; $1; done; }
+status() { for name in dense imp align sparse; do stage $name; done | python3 -m analyze.status; }
+echo "$shown" >&2
+if [ "$mode" = status ]; then status; exit; fi
+for name in dense imp align sparse; do stage $name | run $name; [ -n "$mode" ] || status || :; done
+if [ "$mode" = dry ]; then figures; exit; fi
+eval "$(figures)"
+echo "done in $SECONDS s: its tables and figures/ are in $OUT"
