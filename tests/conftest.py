@@ -3,40 +3,29 @@
 import contextlib
 import importlib
 import io
+import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from common import cli
+from common.models import build_model
+from common.runtime import resume
 
-TINY = [
-    "--model",
-    "mlp",
-    "--width",
-    "0.03125",
-    "--image-size",
-    "8",
-    "--limit-train",
-    "256",
-    "--batch-size",
-    "64",
-    "--precision",
-    "fp32",
-    "--device",
-    "cpu",
-]
+FAST = "--batch-size 64 --precision fp32 --device cpu".split()
+TINY = [*"--model mlp --width 0.03125 --image-size 8 --limit-train 256".split(), *FAST]
+IMP = ["--epochs", "1", *FAST]
 
-
-IMP = ("--epochs", 1, "--batch-size", 64, "--device", "cpu", "--precision", "fp32")
-
-
-# Where there is a GPU, a process that has trained cannot fork one that trains: the stages never do, but tests here would.
+# Where there is a GPU, a process that has trained cannot fork one that trains: the stages never do,
+# but tests here would.
 forks = pytest.mark.skipif(torch.cuda.is_available(), reason="trains before it forks")
 
 
@@ -46,7 +35,7 @@ class Outcome(NamedTuple):
     err: str
 
 
-def call(script: str, *arguments: object) -> Outcome:
+def call(script, *arguments):
     """Run a script's main as its command line does, in this process."""
     module = importlib.import_module(script)
     out, err, argv = io.StringIO(), io.StringIO(), sys.argv
@@ -61,13 +50,13 @@ def call(script: str, *arguments: object) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
-def succeed(script: str, *arguments: object) -> str:
+def succeed(script, *arguments):
     outcome = call(script, *arguments)
     assert outcome.code == 0, outcome.err
     return outcome.out
 
 
-def refused(outcome: Outcome, *words: object) -> None:
+def refused(outcome, *words):
     """The script ended in one line that says all of `words`."""
     assert outcome.code == 2, outcome
     assert outcome.err.count("\n") == 1 and "Traceback" not in outcome.err, outcome.err
@@ -75,76 +64,129 @@ def refused(outcome: Outcome, *words: object) -> None:
         assert str(word) in outcome.err, outcome.err
 
 
-def state(path: Path) -> dict:
+def refuse(command, *words):
+    refused(call(*command), *words)
+
+
+# ------------------------------------------------ commands at the tiny budget; later flags win
+
+
+def stage1(out, *more):
+    return "train_dense", *TINY, "--epochs", 3, "--save-epochs", 1, "--out", out, *more
+
+
+def stage2(dense, out, *more):
+    return "prune_imp", "--dense", dense, *IMP, "--sparsity", 0.5, 0.7, "--out", out, *more
+
+
+def stage3(source, target, masks, out, *more):
+    ends = ("--source", source, "--target", target, "--masks", masks)
+    return "align_mask", *ends, "--device", "cpu", "--out", out, *more
+
+
+def stage4(arm, weights, masks, out, *more):
+    files = ("--weights", weights, "--masks", masks, "--out", out)
+    cells = ("--sparsity", 0.5, 0.7, "--rewind", 0, 1)
+    return "train_sparse", "--arm", arm, *files, *FAST, *cells, *more
+
+
+def sparse(*arguments):
+    return call(*stage4(*arguments))
+
+
+# ---------------------------------------------------------------- what files and networks hold
+
+
+def state(path):
     return torch.load(path, weights_only=True)
 
 
-def same(one: dict, other: dict) -> bool:
+def weights(path):
+    return state(path)["state_dict"]
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def same(one, other):
     """Whether two state dicts hold the same bits."""
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def distance(one: dict, other: dict) -> float:
+def distance(one, other):
     """Of two state dicts, relative to the first."""
-    a, b = (torch.cat([value.double().flatten() for value in weights.values()]) for weights in (one, other))
-    return float((a - b).norm() / a.norm())
+    both = [torch.cat([v.double().flatten() for v in part.values()]) for part in (one, other)]
+    return float((both[0] - both[1]).norm() / both[0].norm())
+
+
+def small_resnet(seed=0):
+    return build_model("resnet20", 0.25, 2, (3, 8, 8), seed)
+
+
+def save_pictures(root, size=(12, 12), **counts):
+    """Random images of (height, width) px in class folders cat and dog, so many in each split."""
+    random = np.random.default_rng(0)
+    for split, count in counts.items():
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(256, size=(*size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
+
+
+# ---------------------------------------------------------------- fixtures
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Tiny networks are fastest on one thread, and results then do not depend on the machine's cores."""
+    """Tiny networks are fastest on one thread, and results do not depend on the machine's cores."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """The same random tensors in a test, whatever ran before it: some make channels that only chance tells apart."""
+    """The same random tensors in a test, whatever ran before it."""
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_after_every_epoch():
+    """A run that is cut off goes on from its last epoch, however fast the epochs are."""
+    resume.EVERY = -1
+
+
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory) -> Path:
-    """A finished pipeline: two pairs of tiny networks, every stage. Tests must not write into it."""
+def runs(tmp_path_factory):
+    """A finished pipeline: two pairs of tiny networks, all stages. Tests must not write into it."""
     root = tmp_path_factory.mktemp("runs")
-    succeed("train_dense", *TINY, "--epochs", 3, "--save-epochs", 1, "--seed", 0, 1, 2, 3, "--out", root / "dense")
+    succeed(*stage1(root / "dense", "--seed", 0, 1, 2, 3))
     for a, b in ((0, 1), (2, 3)):
-        succeed("prune_imp", "--dense", root / f"dense/seed{a}", "--sparsity", 0.5, 0.7, "--epochs", 1, "--batch-size", 64,
-                "--keep-rounds", "--device", "cpu", "--precision", "fp32", "--out", root / f"imp/seed{a}")  # fmt: skip
-        succeed("align_mask", "--source", root / f"dense/seed{a}", "--target", root / f"dense/seed{b}", "--masks", root / f"imp/seed{a}",
-                "--device", "cpu", "--out", root / f"align/activation/seed{a}-seed{b}")  # fmt: skip
-        for arm, seed, masks in (
-            ("lth", a, f"imp/seed{a}"),
-            ("naive", b, f"imp/seed{a}"),
-            ("permuted", b, f"align/activation/seed{a}-seed{b}"),
-        ):
-            sparse(arm, root / f"dense/seed{seed}", root / masks, root / f"sparse/{arm}/seed{a}-seed{seed}")
+        source, target, masks = (
+            root / f"dense/seed{a}",
+            root / f"dense/seed{b}",
+            root / f"imp/seed{a}",
+        )
+        aligned = root / f"align/activation/seed{a}-seed{b}"
+        succeed(*stage2(source, masks, "--keep-rounds"))
+        succeed(*stage3(source, target, masks, aligned))
+        for arm, seed, folder in (("lth", a, masks), ("naive", b, masks), ("permuted", b, aligned)):
+            out = root / f"sparse/{arm}/seed{a}-seed{seed}"
+            succeed(*stage4(arm, root / f"dense/seed{seed}", folder, out))
     return root
 
 
-def sparse(arm: str, weights: Path, masks: Path, out: Path, *more: object) -> Outcome:
-    """Stage 4 at the tiny budget."""
-    tiny = ("--batch-size", 64, "--device", "cpu", "--precision", "fp32")
-    return call(
-        "train_sparse",
-        "--arm",
-        arm,
-        "--weights",
-        weights,
-        "--masks",
-        masks,
-        "--out",
-        out,
-        *tiny,
-        *(more or ("--sparsity", 0.5, 0.7, "--rewind", 0, 1)),
-    )
+@pytest.fixture(scope="session")
+def ends(runs):
+    """Source, target and the source's masks of the first pair."""
+    return runs / "dense/seed0", runs / "dense/seed1", runs / "imp/seed0"
 
 
 @pytest.fixture(scope="session")
-def aligned(runs, tmp_path_factory) -> Path:
+def aligned(ends, tmp_path_factory):
     """The masks of seed 0 permuted onto seed 1 by every method. Tests must not write into it."""
     root = tmp_path_factory.mktemp("aligned")
     for method in ("weight", "masked", "random", "identity"):
-        ends = ("--source", runs / "dense/seed0", "--target", runs / "dense/seed1", "--masks", runs / "imp/seed0")
-        out = succeed("align_mask", *ends, "--method", method, "--device", "cpu", "--out", root / method)
+        out = succeed(*stage3(*ends, root / method, "--method", method))
         assert "objective" in out and "same function" in out
     return root

@@ -1,4 +1,4 @@
-"""Stage 3 beyond the paper's setting: other statistics, and networks that these scripts did not train."""
+"""Stage 3 beyond the paper's setting: other statistics, and networks trained elsewhere."""
 
 import sys
 
@@ -8,47 +8,31 @@ from torch import nn
 from torch.nn.utils import prune
 
 from common import masking
-from common.axes import find_axes
-from common.permutation import permute
-from tests.conftest import call, refused, same, state, succeed
+from common.align.axes import find_axes
+from common.align.permutation import permute
+from tests.conftest import refuse, same, stage3, state, succeed, weights
 
 
-@pytest.fixture(scope="module")
-def ends(runs):
-    return (
-        "--source",
-        runs / "dense/seed0",
-        "--target",
-        runs / "dense/seed1",
-        "--masks",
-        runs / "imp/seed0",
-        "--device",
-        "cpu",
-    )
-
-
-@pytest.mark.parametrize("flags, label", [
-    (("--match-on", "pre"), "activation-pre"),
-    (("--statistic", "covariance"), "activation-covariance"),
-    (("--stream", "mean"), "activation-mean"),
-    (("--match-on", "pre", "--statistic", "covariance"), "activation-pre-covariance"),
-])  # fmt: skip
-def test_other_statistics_give_another_permutation_and_a_name_of_their_own(runs, ends, tmp_path, flags, label):
-    succeed("align_mask", *ends, *flags, "--out", tmp_path)
-    found, usual = state(tmp_path / "permutation.pt"), state(runs / "align/activation/seed0-seed1/permutation.pt")
+@pytest.mark.parametrize(
+    "flags, label",
+    [
+        (("--match-on", "pre"), "activation-pre"),
+        (("--statistic", "covariance"), "activation-covariance"),
+        (("--stream", "mean"), "activation-mean"),
+        (("--match-on", "pre", "--statistic", "covariance"), "activation-pre-covariance"),
+    ],
+)
+def test_other_statistics_give_another_permutation_and_name(runs, ends, tmp_path, flags, label):
+    succeed(*stage3(*ends, tmp_path, *flags))
+    found = state(tmp_path / "permutation.pt")
+    usual = state(runs / "align/activation/seed0-seed1/permutation.pt")
     assert found["method"] == state(tmp_path / "mask_0.70.pt")["method"] == label
-    same = all(torch.equal(index, usual["permutation"][axis]) for axis, index in found["permutation"].items())
-    assert same == (label == "activation-mean")  # an mlp has no stream
-    refused(call("align_mask", *ends, "--out", tmp_path), "method", label)
+    no_stream = label == "activation-mean"  # in an mlp
+    assert same(found["permutation"], usual["permutation"]) == no_stream
+    refuse(stage3(*ends, tmp_path), "method", label)
 
 
-def test_what_does_not_go_together_is_refused(ends, tmp_path):
-    refused(call("align_mask", *ends, "--method", "weight", "--match-on", "pre", "--out", tmp_path), "--match-on")
-    refused(call("align_mask", *ends, "--dataset", "glyphs", "--out", tmp_path), "--model-fn")
-    refused(call("align_mask", *ends[:4], "--out", tmp_path), "--masks")
-
-
-# ---------------------------------------------------------------- networks of one's own
+# ---------------------------------------------------------------- user-supplied networks
 
 MODULE = """
 from torch import nn
@@ -66,9 +50,9 @@ class Net(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory):
-    """A module that is no model of ours, two state dicts, and the first of them pruned by torch."""
-    folder = tmp_path_factory.mktemp("own")
+def supplied(tmp_path_factory):
+    """A module that is not ours, two state dicts, and the first of them pruned by torch."""
+    folder = tmp_path_factory.mktemp("supplied")
     (folder / "my_nets.py").write_text(MODULE)
     sys.path.insert(0, str(folder))
     import my_nets
@@ -84,87 +68,83 @@ def own(tmp_path_factory):
     sys.path.remove(str(folder))
 
 
+def align(supplied, out, *more, ends=None):
+    source, target = ((ends or supplied) / name for name in ("my_a.pt", "my_b.pt"))
+    command = stage3(source, target, supplied / "my_a_pruned.pt", out)
+    return *command, "--model-fn", "my_nets:Net", "--method", "weight", *more
+
+
 @pytest.mark.parametrize("method", ["activation", "weight", "masked"])
-def test_networks_of_ones_own(own, tmp_path, method):
+def test_user_supplied_networks(supplied, tmp_path, method):
     import my_nets
 
-    images = () if method == "weight" else ("--dataset", "glyphs", "--image-size", 16, "--match-images", 200)
-    out = succeed(
-        "align_mask", "--source", own / "my_a.pt", "--target", own / "my_b.pt", "--masks", own / "my_a_pruned.pt",
-        "--model-fn", "my_nets:Net", "--method", method, *images, "--device", "cpu", "--out", tmp_path,
-    )  # fmt: skip
-    assert "same function" in out
-    found, pruned = state(tmp_path / "mask_0.50.pt"), state(own / "my_a_pruned.pt")["state_dict"]
-    permutation = state(tmp_path / ("permutation_0.50.pt" if method == "masked" else "permutation.pt"))["permutation"]
+    images = ("--dataset", "glyphs", "--image-size", 16, "--match-images", 200)
+    command = align(supplied, tmp_path, "--method", method, *images * (method != "weight"))
+    assert "same function" in succeed(*command)
+    assert "nothing to do" in succeed(*command)
+    found, pruned = state(tmp_path / "mask_0.50.pt"), weights(supplied / "my_a_pruned.pt")
+    name = "permutation_0.50.pt" if method == "masked" else "permutation.pt"
+    permutation = state(tmp_path / name)["permutation"]
     assert permutation["conv"].tolist() != list(range(6))
-    assert {int(channel) // 3 for channel in permutation["conv"][:3]} in ({0}, {1})  # GroupNorm's blocks stay together
+    blocks = {int(channel) // 3 for channel in permutation["conv"][:3]}
+    assert len(blocks) == 1  # GroupNorm's stay together
     before = {"conv.weight": pruned["conv.weight_mask"].bool()}
-    assert torch.equal(
-        found["mask"]["conv.weight"],
-        permute(before, find_axes(my_nets.Net(), (3, 16, 16)).dims, permutation)["conv.weight"],
-    )
-    assert (found["source_seed"], found["target_seed"], found["sparsity"]) == ("my_a", "my_b", 0.5)
-    # Back into torch's form, for one's own training of B.
+    axes = find_axes(my_nets.Net(), (3, 16, 16))
+    assert same(found["mask"], permute(before, axes.dims, permutation))
+    made = {"source_seed": "my_a", "target_seed": "my_b", "sparsity": 0.5}
+    assert made.items() <= found.items()
+    # Back into torch's form, to train B elsewhere.
     network = my_nets.Net()
     prune.identity(network.conv, "weight")
-    network.load_state_dict(masking.to_prune(state(own / "my_b.pt"), found["mask"]))
+    network.load_state_dict(masking.to_prune(state(supplied / "my_b.pt"), found["mask"]))
     assert torch.equal(network.conv.weight_mask.bool(), found["mask"]["conv.weight"])
-    again = call(
-        "align_mask", "--source", own / "my_a.pt", "--target", own / "my_b.pt", "--masks", own / "my_a_pruned.pt",
-        "--model-fn", "my_nets:Net", "--method", method, *images, "--device", "cpu", "--out", tmp_path,
-    )  # fmt: skip
-    assert "nothing to do" in again.out
-    if method == "weight":
-        other = call(
-            "align_mask", "--source", own / "my_a.pt", "--target", own / "my_b.pt", "--masks", own / "my_a_pruned.pt",
-            "--model-fn", "my_nets:Net", "--method", method, "--input-shape", 3, 24, 24, "--device", "cpu", "--out", tmp_path,
-        )  # fmt: skip
-        refused(other, "another experiment", "input_shape")
+    other = ("--input-shape", 3, 24, 24) if method == "weight" else ("--match-images", 100)
+    refuse((*command, *other), "another experiment", other[0][2:].replace("-", "_"))
 
 
-def test_weights_of_half_precision_are_matched_as_their_values(own, tmp_path):
-    for name in ("my_a", "my_b"):
-        half = {key: value.half() for key, value in state(own / f"{name}.pt").items()}
-        values = {key: value.float() for key, value in half.items()}
-        torch.save(half if name == "my_a" else values, tmp_path / f"{name}.pt")
-        (tmp_path / "float").mkdir(exist_ok=True)
-        torch.save(values, tmp_path / f"float/{name}.pt")
-    found = []
-    for folder in (tmp_path, tmp_path / "float"):
-        ends = "--source", folder / "my_a.pt", "--target", folder / "my_b.pt", "--masks", own / "my_a_pruned.pt"
-        more = "--model-fn", "my_nets:Net", "--method", "weight", "--device", "cpu", "--out", folder / "out"
-        succeed("align_mask", *ends, *more)
-        found.append(state(folder / "out/permutation.pt")["permutation"])
-    assert same(*found)
+def test_weights_of_half_precision_are_matched_as_their_values(supplied, tmp_path):
+    for kind, source in (("half", torch.half), ("float", torch.float)):
+        (tmp_path / kind).mkdir()
+        for name, dtype in (("my_a", source), ("my_b", torch.float)):
+            entries = state(supplied / f"{name}.pt").items()
+            values = {key: value.half().to(dtype) for key, value in entries}
+            torch.save(values, tmp_path / kind / f"{name}.pt")
+        succeed(*align(supplied, tmp_path / kind / "out", ends=tmp_path / kind))
+    files = (tmp_path / kind / "out/permutation.pt" for kind in ("half", "float"))
+    assert same(*(state(file)["permutation"] for file in files))
 
 
 def test_a_pruned_state_dict_and_back():
     module = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     prune.random_unstructured(module[0], "weight", 5)
     pruned = module.state_dict()
-    weights, mask = masking.from_prune(pruned)
-    assert weights.keys() == {"0.weight", "0.bias", "1.weight", "1.bias"} and masking.kept(mask) == 12 - 5
-    assert torch.equal(weights["0.weight"], pruned["0.weight_orig"] * pruned["0.weight_mask"])
-    back = masking.to_prune(weights | {"0.weight": pruned["0.weight_orig"]}, mask)
-    assert back.keys() == pruned.keys() and all(torch.equal(back[name], value) for name, value in pruned.items())
+    values, mask = masking.from_prune(pruned)
+    assert values.keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    assert masking.kept(mask) == 12 - 5
+    assert torch.equal(values["0.weight"], pruned["0.weight_orig"] * pruned["0.weight_mask"])
+    assert same(masking.to_prune(values | {"0.weight": pruned["0.weight_orig"]}, mask), pruned)
 
 
-def test_own_networks_that_do_not_fit_are_refused(own, tmp_path):
-    ends = ("--source", own / "my_a.pt", "--target", own / "my_b.pt", "--out", tmp_path / "o", "--device", "cpu")
-    fn, weight = ("--model-fn", "my_nets:Net"), ("--method", "weight")
-    refused(call("align_mask", *ends, *fn), "--dataset")
-    refused(call("align_mask", *ends, *fn, *weight), "no masks in", "my_a.pt")
-    refused(call("align_mask", *ends, "--model-fn", "my_nets:Nut", *weight), "my_nets:Nut", "package.module:function")
-    refused(call("align_mask", *ends, "--model-fn", "nowhere", *weight), "nowhere")
-    refused(call("align_mask", *ends, "--model-fn", "math:pi", *weight), "math:pi")
-    refused(call("align_mask", *ends, "--model-fn", "builtins:dict", *weight), "made a dict")
-    torch.save([1], tmp_path / "list.pt")
-    refused(call("align_mask", "--source", tmp_path / "list.pt", *ends[2:], *fn, *weight), "list.pt is no state dict")
-    torch.save({name: value * float("nan") for name, value in state(own / "my_a.pt").items()}, tmp_path / "nan.pt")
-    refused(call("align_mask", "--source", tmp_path / "nan.pt", *ends[2:], *fn, *weight), "not finite")
-    torch.save({"mask": {}}, tmp_path / "mask_0.50.pt")
-    refused(call("align_mask", *ends, *fn, *weight, "--masks", tmp_path), "holds no mask")
-    torch.save({"conv.weight": torch.zeros(6, 3, 3, 3)}, tmp_path / "part.pt")
-    outcome = call("align_mask", "--source", tmp_path / "part.pt", *ends[2:], *fn, *weight)
-    refused(outcome, "part.pt does not fit my_nets:Net")
+def test_user_supplied_networks_that_do_not_fit_are_refused(supplied, tmp_path):
+    plain = state(supplied / "my_a.pt")
+    for name, content in (
+        ("list", [1]),
+        ("nan", {name: value * float("nan") for name, value in plain.items()}),
+        ("part", {"conv.weight": torch.zeros(6, 3, 3, 3)}),
+        ("mask_0.50", {"mask": {}}),
+    ):
+        torch.save(content, tmp_path / f"{name}.pt")
+    for more, *words in (
+        (("--method", "activation"), "--dataset"),
+        (("--masks", supplied / "my_a.pt"), "no masks in", "my_a.pt"),
+        (("--masks", tmp_path), "holds no mask"),
+        (("--model-fn", "my_nets:Nut"), "my_nets:Nut", "package.module:function"),
+        (("--model-fn", "nowhere"), "nowhere"),
+        (("--model-fn", "math:pi"), "math:pi"),
+        (("--model-fn", "builtins:dict"), "made a dict"),
+        (("--source", tmp_path / "list.pt"), "list.pt is no state dict"),
+        (("--source", tmp_path / "nan.pt"), "not finite"),
+        (("--source", tmp_path / "part.pt"), "part.pt does not fit my_nets:Net"),
+    ):
+        refuse(align(supplied, tmp_path / "o", *more), *words)
     assert not (tmp_path / "o").exists()

@@ -1,4 +1,6 @@
-"""What only a GPU can show: a captured graph computes what single launches do, alone and beside others."""
+"""What only a GPU can show: a captured graph computes what single launches do, alone and beside
+others.
+"""
 
 import subprocess
 import sys
@@ -6,9 +8,11 @@ import sys
 import pytest
 import torch
 
-from common import checkpoint, masking, parallel, training
+from common import checkpoint, masking, training
 from common.models import build_model
-from common.training import GraphedStep, train
+from common.runtime import graph, parallel
+from common.runtime.graph import GraphedStep
+from common.training import train
 from tests.conftest import ROOT, TINY, distance
 from tests.test_data import resident
 from tests.test_training import SETTINGS
@@ -38,15 +42,19 @@ def apart(one, other):
 
 
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 3e-2)])
-def test_a_graph_computes_what_single_launches_do(tmp_path, monkeypatch, capfd, precision, tolerance):
+def test_a_graph_computes_what_single_launches_do(
+    tmp_path, monkeypatch, capfd, precision, tolerance
+):
     rows = trained(tmp_path / "graph", precision=precision)
-    assert "one by one" not in capfd.readouterr().err
-    monkeypatch.setattr(training, "_capture", lambda work, device: work)
+    assert "slower" not in capfd.readouterr().err
+    monkeypatch.setattr(GraphedStep, "_capture", lambda step: step._step)
     plain = trained(tmp_path / "plain", precision=precision)
     assert apart(tmp_path / "plain", tmp_path / "graph") < tolerance
     assert rows[-1]["train_loss"] == pytest.approx(plain[-1]["train_loss"], rel=10 * tolerance)
     trained(tmp_path / "other", seed=1, precision=precision)
-    assert apart(tmp_path / "plain", tmp_path / "other") > 2 * tolerance  # what the tolerance can tell apart
+    assert (
+        apart(tmp_path / "plain", tmp_path / "other") > 2 * tolerance
+    )  # what the tolerance can tell apart
 
 
 def test_the_host_never_waits_within_an_epoch():
@@ -55,16 +63,15 @@ def test_the_host_never_waits_within_an_epoch():
     def work(x, y):
         total.add_(x.sum() + y.sum())
 
-    step = GraphedStep(work, images, 16, [total])
-    assert isinstance(step.replay.__self__, torch.cuda.CUDAGraph)
-    step.start(0, 0)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(images.steps(16)):
+    step = GraphedStep(work, images, 8)
+    with graph.side_stream(images.device):
+        for call, _ in enumerate(step.start(0, 0)):
+            if call == graph.EAGER_STEPS + 1:
+                assert isinstance(step.replay.__self__, torch.cuda.CUDAGraph)
+                torch.cuda.set_sync_debug_mode("error")
             step()
-    finally:
         torch.cuda.set_sync_debug_mode("default")
-    expected = sum(float(x.sum() + y.sum()) for x, y in images.train_batches(16, 0, 0))
+    expected = sum(float(x.sum() + y.sum()) for x, y in images.train_batches(8, 0, 0))
     assert float(total) == pytest.approx(expected, rel=1e-4)
 
 
@@ -82,24 +89,49 @@ def test_networks_side_by_side_are_those_of_the_run_alone(tmp_path):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_train_what_one_does(tmp_path):
     """A network with BatchNorm, whose statistics are taken over both."""
-    dense = [*TINY, "--model", "resnet20", "--width", "0.5", "--device", "cuda", "--epochs", "2", "--save-epochs", "0"]
+    dense = [
+        *TINY,
+        "--model",
+        "resnet20",
+        "--width",
+        "0.5",
+        "--device",
+        "cuda",
+        "--epochs",
+        "2",
+        "--save-epochs",
+        "0",
+    ]
     for name, count in (("one", 1), ("two", 2)):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-        subprocess.run([*launch, "train_dense.py", *dense, "--out", str(tmp_path / name)], cwd=ROOT, check=True)
-    one, two = (checkpoint.load_dense(tmp_path / name / "seed0")["state_dict"] for name in ("one", "two"))
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(count),
+        ]
+        subprocess.run(
+            [*launch, "train_dense.py", *dense, "--out", str(tmp_path / name)], cwd=ROOT, check=True
+        )
+    one, two = (
+        checkpoint.load_dense(tmp_path / name / "seed0")["state_dict"] for name in ("one", "two")
+    )
     assert distance(one, two) < 1e-3
 
 
-def test_a_set_of_fewer_batches_than_trials_is_captured(tmp_path):
-    assert data().steps(48) < training.TRIALS
+def test_a_set_of_few_batches_is_captured_in_a_later_epoch(tmp_path):
+    assert data().steps(48) < graph.EAGER_STEPS
     assert len(trained(tmp_path, batch_size=48)) == len(RATES)
 
 
 def test_a_step_that_asks_the_device_for_a_value_is_launched_one_by_one(capfd):
     """The last one here: torch 2.11 and 2.12 give no memory back after a capture that failed."""
     total, images = torch.zeros((), device="cuda"), data()
-    step = GraphedStep(lambda x, y: total.add_(float(x.sum())), images, 16, [total])
-    assert "one by one" in capfd.readouterr().err and float(total) == 0
-    for _ in step.start(0, 0):
-        step()
-    assert float(total) == pytest.approx(sum(float(x.sum()) for x, _ in images.train_batches(16, 0, 0)), rel=1e-4)
+    step = GraphedStep(lambda x, y: total.add_(float(x.sum())), images, 8)
+    with graph.side_stream(images.device):
+        for _ in step.start(0, 0):
+            step()
+    assert "slower" in capfd.readouterr().err
+    batches = images.train_batches(8, 0, 0)
+    assert float(total) == pytest.approx(sum(float(x.sum()) for x, _ in batches), rel=1e-4)

@@ -3,157 +3,160 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 
-from common import checkpoint, distributed, parallel
+from common import checkpoint
 from common.data import Streamed
 from common.errors import UserError
-from common.models import build_model
-from tests.conftest import ROOT, TINY, call, succeed
-from tests.test_data import pictures, resident  # noqa: F401
+from common.runtime import distributed, parallel
+from tests.conftest import (
+    ROOT,
+    distance,
+    refuse,
+    result,
+    save_pictures,
+    small_resnet,
+    stage1,
+    stage2,
+    stage3,
+    stage4,
+    succeed,
+    weights,
+)
+from tests.test_data import resident
+
+CPU = torch.device("cpu")
 
 
-def shares(monkeypatch, batches, processes=2):
-    """What each process gets of the batches that `batches` makes."""
-    found = []
-    for rank in range(processes):
-        monkeypatch.setattr(distributed, "PROCESSES", processes)
+def split(monkeypatch, batches):
+    """All that `batches` makes, and what each of two processes gets of it."""
+    found = [list(batches())]
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
+    for rank in (0, 1):
         monkeypatch.setattr(distributed, "RANK", rank)
         found.append(list(batches()))
     monkeypatch.undo()
     return found
 
 
-def test_every_process_has_its_part_of_every_batch(monkeypatch, pictures):  # noqa: F811
-    for data in (resident(count=14, pad=1, flip=True), Streamed(pictures, torch.device("cpu"), 0)):
-        whole = list(data.train_batches(4, 0, 1))
-        first, second = shares(monkeypatch, lambda data=data: data.train_batches(4, 0, 1))
-        assert len(whole) == len(first) == len(second) == 3
-        for (images, labels), (x, y), (u, v) in zip(whole, first, second):
-            assert torch.equal(images, torch.cat([x, u])) and torch.equal(labels, torch.cat([y, v]))
-        tests = [
-            list(data.eval_batches("test", 2)),
-            *shares(monkeypatch, lambda data=data: data.eval_batches("test", 2)),
-        ]
-        seen, one, other = (sorted(float(x.sum()) for batch, _ in batches for x in batch) for batches in tests)
-        assert sorted(one + other) == seen and one and other
+def test_every_process_has_its_part_of_every_batch(monkeypatch, tmp_path):
+    save_pictures(tmp_path, train=6, val=3)
+    for data in (resident(count=14, pad=1, flip=True), Streamed(tmp_path, CPU, 0)):
+        parts = split(monkeypatch, partial(data.train_batches, 4, 0, 1))
+        assert [len(part) for part in parts] == [3, 3, 3]
+        for whole, *halves in zip(*parts):
+            for values, *pair in zip(whole, *halves):  # images, then labels
+                assert torch.equal(values, torch.cat(pair))
+        parts = split(monkeypatch, partial(data.eval_batches, "test", 2))
+        sums = [[float(image.sum()) for images, _ in part for image in images] for part in parts]
+        assert sorted(sums[0]) == sorted(sums[1] + sums[2]) and all(sums)
 
 
 def test_a_batch_without_equal_parts_is_refused(monkeypatch):
-    monkeypatch.setattr(distributed, "PROCESSES", 3)
-    assert distributed.share(6) == slice(0, 2)
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 3)
+    assert distributed.local_slice(6) == slice(0, 2)
     with pytest.raises(UserError, match="--batch-size 4 .* 3 processes"):
         resident().steps(4)
 
 
-def test_what_is_not_for_several_processes_is_refused(monkeypatch, runs, tmp_path):
-    monkeypatch.setattr(distributed, "PROCESSES", 2)
-    seeds = "--source", runs / "dense/seed0", "--target", runs / "dense/seed1", "--masks", runs / "imp/seed0"
-    done = call("align_mask", *seeds, "--device", "cpu", "--out", tmp_path / "x")
-    assert done.code == 2 and done.err.count("\n") == 1 and "torchrun" in done.err
+def test_what_is_not_for_several_processes_is_refused(monkeypatch, ends, tmp_path):
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
+    refuse(stage3(*ends, tmp_path / "x"), "torchrun")
     with pytest.raises(UserError, match="--parallel"):
         parallel.run_all({}, "2", 1, resident())
     with pytest.raises(UserError, match="BatchNorm"):
-        distributed.spread(build_model("resnet20", 0.25), torch.device("cpu"))
+        distributed.data_parallel(small_resnet(), CPU)
 
 
 def test_every_process_has_its_own_gpu(monkeypatch):
-    monkeypatch.setattr(distributed, "PROCESSES", 2)
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert distributed.own(torch.device("cuda")) == torch.device("cuda:1")
-    assert distributed.own(torch.device("cpu")) == torch.device("cpu")
+    assert distributed.local_device(torch.device("cuda")) == torch.device("cuda:1")
+    assert distributed.local_device(CPU) == CPU
     with pytest.raises(UserError, match="without a number"):
-        distributed.own(torch.device("cuda:1"))
+        distributed.local_device(torch.device("cuda:1"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     monkeypatch.setenv("LOCAL_RANK", "0")  # also where there is a GPU for this one
     with pytest.raises(UserError, match="3 processes.* 2 GPUs"):
-        distributed.own(torch.device("cuda"))
+        distributed.local_device(torch.device("cuda"))
 
 
 def test_the_first_process_tells_an_error_before_the_others(monkeypatch, tmp_path):
     naps = []
     monkeypatch.setattr(distributed.time, "sleep", naps.append)
-    for wrong in (("--limit-train", 10**6, "--out", tmp_path), ("--epochs", 0, "--out", tmp_path)):
-        assert call("train_dense", *TINY, *wrong).err.count("\n") == 1 and not naps
-        with monkeypatch.context() as other:
-            other.setattr(distributed, "RANK", 1)
-            assert call("train_dense", *TINY, *wrong).err.count("\n") == 1
-        assert naps.pop() == distributed.PATIENCE
+    for wrong in (("--limit-train", 10**6), ("--epochs", 0)):
+        for rank, expected in ((0, []), (1, [distributed.ERROR_DELAY])):
+            monkeypatch.setattr(distributed, "RANK", rank)
+            refuse(stage1(tmp_path, *wrong))
+            assert naps == expected
+        naps.clear()
 
 
 def test_the_first_process_alone_writes_and_deletes(monkeypatch, tmp_path):
-    monkeypatch.setattr(distributed, "RANK", 1)
-    checkpoint.save({"a": 1}, tmp_path / "new/a.pt")
-    assert not (tmp_path / "new").exists()
-    monkeypatch.undo()
-    checkpoint.save({"a": 1}, tmp_path / "new/a.pt")
-    monkeypatch.setattr(distributed, "RANK", 1)
-    checkpoint.remove([tmp_path / "new/a.pt"])
-    assert checkpoint.load(tmp_path / "new/a.pt") == {"a": 1}
+    path = tmp_path / "new/a.pt"
+    with monkeypatch.context() as second:
+        second.setattr(checkpoint, "is_writer", False)
+        checkpoint.save({"a": 1}, path)
+    assert not path.parent.exists()
+    checkpoint.save({"a": 1}, path)
+    monkeypatch.setattr(checkpoint, "is_writer", False)
+    checkpoint.remove([path])
+    assert checkpoint.load(path) == {"a": 1}
 
 
 def torchrun(script, *arguments):
     """Run a script as two processes."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", f"{script}.py"]
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    command = [sys.executable, *launch, f"{script}.py", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [*launch, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-    )
+    options = {"capture_output": True, "text": True, "timeout": 120}
+    return subprocess.run(command, cwd=ROOT, env=environment, **options)
 
 
-def spread(script, *arguments):
+def succeed_as_two(*command):
     """What a script prints as two processes."""
-    done = torchrun(script, *arguments)
+    done = torchrun(*command)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def close(one, other):
-    """Whether two files hold the same weights, up to the order in which sums were taken."""
-    a, b = (torch.cat([v.flatten() for v in checkpoint.load(path)["state_dict"].values()]) for path in (one, other))
-    return float((a - b).norm() / a.norm()) < 1e-4
-
-
 def test_two_processes_train_what_one_does(tmp_path):
-    """All three stages that train."""
+    """All three stages that train; up to the order in which sums are taken."""
     one, two = tmp_path / "one", tmp_path / "two"
-    dense = *TINY, "--epochs", 3, "--save-epochs", 1, "--seed", 0, 1, "--out"
-    printed = [succeed("train_dense", *dense, one / "dense"), spread("train_dense", *dense, two / "dense")]
-    assert printed[0].count("\n") == printed[1].count("\n") == 6
-    for seed in (0, 1):
-        for epoch in (0, 1, 3):
-            assert close(*(checkpoint.epoch_file(root / f"dense/seed{seed}", epoch) for root in (one, two)))
-    assert not close(*(checkpoint.epoch_file(two / f"dense/seed{seed}", 3) for seed in (0, 1)))
-    results = [checkpoint.load_json(root / "dense/seed0/result.json") for root in (one, two)]
+    dense = [stage1(root / "dense", "--seed", 0, 1) for root in (one, two)]
+    printed = [succeed(*dense[0]), succeed_as_two(*dense[1])]
+    for run, root in ((succeed_as_two, two), (succeed, one)):
+        source, masks, cell = two / "dense/seed0", two / "imp", ("--sparsity", 0.3)
+        run(*stage2(source, root / "imp", *cell))
+        run(*stage4("lth", source, masks, root / "sparse", *cell, "--rewind", 1))
+    assert [text.count("/3  lr") for text in printed] == [6, 6]  # a line an epoch
+    epochs = [f"dense/seed{seed}/epoch_000{epoch}.pt" for seed in (0, 1) for epoch in (0, 1, 3)]
+    for name in (*epochs, "imp/sparse_0.30.pt", "sparse/s0.30_k001/final.pt"):
+        assert distance(weights(one / name), weights(two / name)) < 1e-4
+    assert distance(*(weights(two / f"dense/seed{n}/epoch_0003.pt") for n in (0, 1))) > 1e-2
+    results = [result(root / "dense/seed0") for root in (one, two)]
     assert [result["processes"] for result in results] == [1, 2]
     for key in ("train_loss", "test_loss", "train_acc", "test_acc"):
-        assert results[1][key] == pytest.approx(results[0][key], rel=1e-3, abs=0.2 if "acc" in key else 0)
-    assert spread("train_dense", *dense, two / "dense").count("nothing to do") == 2
-
-    tiny = "--batch-size", 64, "--device", "cpu", "--precision", "fp32"
-    imp = "--sparsity", 0.3, "--epochs", 1, *tiny, "--out"
-    succeed("prune_imp", "--dense", two / "dense/seed0", *imp, one / "imp")
-    spread("prune_imp", "--dense", two / "dense/seed0", *imp, two / "imp")
-    assert close(*(root / "imp/sparse_0.30.pt" for root in (one, two)))
-    left = sorted(path.name for path in (two / "imp").iterdir())
-    assert left == ["arguments.json", "log.csv", "mask_0.30.pt", "result.json", "sparse_0.30.pt"]
-    sparse = "--arm", "lth", "--weights", two / "dense/seed0", "--masks", two / "imp", "--sparsity", 0.3, "--rewind", 1, *tiny, "--out"  # fmt: skip
-    succeed("train_sparse", *sparse, one / "sparse")
-    spread("train_sparse", *sparse, two / "sparse")
-    assert close(*(root / "sparse/s0.30_k001/final.pt" for root in (one, two)))
+        rounding = 0.2 if "acc" in key else 0
+        assert results[1][key] == pytest.approx(results[0][key], rel=1e-3, abs=rounding)
+    assert succeed_as_two(*dense[1]).count("nothing to do") == 2
+    names = [sorted(path.name for path in (root / "imp").iterdir()) for root in (one, two)]
+    assert names[0] == names[1]
 
 
 def test_an_error_of_several_processes_is_told_once(tmp_path):
     (tmp_path / "file").touch()
-    for more, words in (
-        (("--out", tmp_path, "--limit-train", 10**6), "--limit-train 1000000 is more"),  # of all processes
-        (("--out", tmp_path / "file/dense"), f"cannot write {tmp_path}"),  # of the first
+    for out, more, words in (
+        (tmp_path, ("--limit-train", 10**6), "--limit-train 1000000 is more"),  # of all processes
+        (tmp_path / "file/dense", (), f"cannot write {tmp_path}"),  # of the first
     ):
-        done = torchrun("train_dense", *TINY, "--epochs", 1, *more)
-        told = [line for line in done.stderr.splitlines() if line.startswith("train_dense.py: error: ")]
+        done = torchrun(*stage1(out, *more))
+        lines = done.stderr.splitlines()
+        told = [line for line in lines if line.startswith("train_dense.py: error: ")]
         assert done.returncode != 0 and len(told) == 1 and words in told[0], done.stderr
         assert "gloo" not in done.stderr and list(tmp_path.iterdir()) == [tmp_path / "file"]

@@ -1,5 +1,6 @@
-"""Figures and tables of the paper beside the accuracy plots: definitions by hand, and every command on tiny runs."""
+"""Figures and tables of the paper: definitions by hand, and every command on tiny runs."""
 
+import itertools
 import json
 import math
 import shutil
@@ -11,32 +12,38 @@ import pandas as pd
 import pytest
 import torch
 
-from analyze import accuracy, diversity, early_matching, imp_barrier, interpolation, landscape, paper, report, results
-from tests.conftest import call, sparse, succeed
+from analyze import diversity, early_matching, imp_barrier, landscape, report
+from analyze.lib import panels, paper_numbers, statistics
+from analyze.lib import runs as finished
+from tests.conftest import call, refused, sparse, succeed
 
 
 def test_intervals_by_hand():
-    low, high = results.t_interval(pd.Series([1.0, 2.0, 3.0]))
     # t(0.975, 2) = 4.3027, standard error 1 / sqrt(3).
-    assert (low, high) == (pytest.approx(2 - 4.302653 / 3**0.5), pytest.approx(2 + 4.302653 / 3**0.5))
-    assert math.isnan(results.t_interval(pd.Series([1.0]))[0])
+    half = 4.302653 / 3**0.5
+    found = statistics.t_interval(pd.Series([1.0, 2.0, 3.0]))
+    assert found == pytest.approx((2 - half, 2 + half))
+    assert math.isnan(statistics.t_interval(pd.Series([1.0]))[0])
 
 
 def test_the_interval_of_a_ratio():
+    interval = statistics.ratio_interval
     # With a denominator that never varies it is the interval of the numerator, divided.
-    numerators, denominators = pd.Series([1.0, 2.0, 3.0]), pd.Series([4.0, 4.0, 4.0])
-    expected = [end / 4 for end in results.t_interval(numerators)]
-    assert list(results.ratio_interval(numerators, denominators)) == pytest.approx(expected)
+    numerators, constant = pd.Series([1.0, 2.0, 3.0]), pd.Series([4.0, 4.0, 4.0])
+    expected = [end / 4 for end in statistics.t_interval(numerators)]
+    assert interval(numerators, constant) == pytest.approx(expected)
     # A ratio that is the same in every pair is known exactly.
-    assert results.ratio_interval(0.5 * (d := pd.Series([10.0, 11.0, 12.0])), d) == pytest.approx((0.5, 0.5), abs=1e-6)
-    assert math.isnan(results.ratio_interval(numerators, pd.Series([-5.0, 1.0, 5.0]))[0])  # a gap that may be zero
-    assert math.isnan(results.ratio_interval(pd.Series([1.0]), pd.Series([2.0]))[0])
+    denominators = pd.Series([10.0, 11.0, 12.0])
+    assert interval(0.5 * denominators, denominators) == pytest.approx((0.5, 0.5), abs=1e-6)
+    maybe_zero, single = pd.Series([-5.0, 1.0, 5.0]), pd.Series([1.0])
+    assert math.isnan(interval(numerators, maybe_zero)[0])
+    assert math.isnan(interval(single, 2 * single)[0])
     # It covers the true ratio about as often as it says.
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(400):
         gap = pd.Series(rng.normal(10, 1, 4))
-        low, high = results.ratio_interval(0.4 * gap + rng.normal(0, 1, 4), gap)
+        low, high = interval(0.4 * gap + rng.normal(0, 1, 4), gap)
         covered += low <= 0.4 <= high
     assert 0.91 < covered / 400 < 0.985
 
@@ -49,18 +56,26 @@ def test_diversity_by_hand():
     assert found["ensemble_acc"] == 100  # the mean of the second image is 0.35 to 0.65
     forward = 0.6 * math.log(0.6 / 0.1) + 0.4 * math.log(0.4 / 0.9)
     backward = 0.1 * math.log(0.1 / 0.6) + 0.9 * math.log(0.9 / 0.4)
-    assert found["kl"] == pytest.approx((forward + backward) / 2 / 2)  # ordered pairs; the first image adds nothing
+    assert found["kl"] == pytest.approx(
+        (forward + backward) / 2 / 2
+    )  # ordered pairs; the first image adds nothing
     halves = [(0.6, 0.4), (0.1, 0.9)]
     js = sum(a * math.log(a / m) for half in halves for a, m in zip(half, (0.35, 0.65))) / 2 / 2
     assert found["js"] == pytest.approx(js) and found["std_acc"] == pytest.approx(100 * 0.125**0.5)
     three = diversity.diversity([p.log(), q.log(), q.log()], torch.tensor([0, 1]))
-    assert three["disagreement"] == pytest.approx(1 / 3) and three["js"] == pytest.approx(2 * js / 3)
+    assert three["disagreement"] == pytest.approx(1 / 3) and three["js"] == pytest.approx(
+        2 * js / 3
+    )
 
 
 def test_the_plane_by_hand():
     corners = [torch.tensor([1.0, 1, 1]), torch.tensor([1.0, 1, 3]), torch.tensor([5.0, 1, 2])]
     directions, points = landscape.plane(corners)
-    assert directions.tolist() == [[0, 0, 1], [1, 0, 0]] and points.tolist() == [[0, 0], [2, 0], [1, 4]]
+    assert directions.tolist() == [[0, 0, 1], [1, 0, 0]] and points.tolist() == [
+        [0, 0],
+        [2, 0],
+        [1, 4],
+    ]
     for corner, (x, y) in zip(corners, points):  # the plane goes through all three
         assert torch.allclose(corners[0] + x * directions[0] + y * directions[1], corner.double())
     xs, ys = landscape.grid(points, 5)
@@ -71,20 +86,26 @@ def test_the_plane_by_hand():
 
 def test_barriers_in_loss_and_error():
     curve = pd.DataFrame(
-        {"alpha": [0, 0.5, 1], "repair": False, "test_loss": [1.0, 4.0, 2.0], "test_acc": [90.0, 50.0, 80.0]}
+        {
+            "alpha": [0, 0.5, 1],
+            "repair": False,
+            "test_loss": [1.0, 4.0, 2.0],
+            "test_acc": [90.0, 50.0, 80.0],
+        }
     )
-    assert imp_barrier.barriers(curve) == [{"repair": False, "loss_barrier": 2.5, "error_barrier": 35.0}]
+    assert imp_barrier.barriers(curve) == [
+        {"repair": False, "loss_barrier": 2.5, "error_barrier": 35.0}
+    ]
 
 
 def test_the_papers_numbers_by_our_names():
-    table = paper.accuracies().set_index(["model", "width", "dataset", "sparsity", "rewind", "variant"])["mean"]
+    table = paper_numbers.accuracies()
+    table = table.set_index([*finished.CELL, "variant"])["mean"]
     assert table["resnet20", 1, "cifar10", 0.8, 0, "lth"] == 90.41
-    assert len(table) == 661 and table["resnet20", 1, "svhn", 0.97, 20, "permuted [cifar10 mask]"] == 92.61
-    assert table.index.is_unique and table.between(0, 100).all()
-    assert (
-        paper.dense().set_index(["model", "width", "dataset"])["test_acc"].loc[("resnet20", 16, "cifar10")].item()
-        == 96.37
-    )
+    assert table["resnet20", 1, "svhn", 0.97, 20, "permuted [cifar10 mask]"] == 92.61
+    assert len(table) == 661 and table.index.is_unique and table.between(0, 100).all()
+    dense = paper_numbers.dense().set_index(finished.NETWORK)["test_acc"]
+    assert dense["resnet20", 16, "cifar10"] == 96.37
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +115,11 @@ def matched_early(runs, tmp_path_factory):
     shutil.copytree(runs, root)
     for a, b in ((0, 1), (2, 3)):
         out = root / f"align/early/seed{a}-seed{b}"
-        succeed("align_mask", "--source", root / f"dense/seed{a}", "--target", root / f"dense/seed{b}", "--masks", root / f"imp/seed{a}",
-                "--target-epoch", 1, "--device", "cpu", "--out", out)  # fmt: skip
-        sparse("permuted", root / f"dense/seed{b}", out, root / f"sparse/permuted/early/seed{a}-seed{b}")
+        source, target = root / f"dense/seed{a}", root / f"dense/seed{b}"
+        masks = root / f"imp/seed{a}"
+        files = ("--source", source, "--target", target, "--masks", masks, "--out", out)
+        succeed("align_mask", *files, "--target-epoch", 1, "--device", "cpu")
+        sparse("permuted", target, out, root / f"sparse/permuted/early/seed{a}-seed{b}")
     return root
 
 
@@ -107,14 +130,14 @@ def test_early_matching_by_epoch(matched_early, runs):
     assert set(permuted["match_epoch"]) == {1, 3} and (permuted["count"] == 2).all() and "±" in out
     naive = table.loc[table["arm"] == "naive", "match_epoch"]
     assert len(naive) and naive.isna().all()
-    all_runs = results.sparse_runs(matched_early)
-    cell = all_runs.query("arm == 'permuted' and match_epoch == 1 and sparsity == 0.7 and rewind == 1")
-    row = permuted.query("match_epoch == 1 and sparsity == 0.7 and rewind == 1").iloc[0]
+    all_runs = finished.sparse_runs(matched_early)
+    early = "arm == 'permuted' and match_epoch == 1 and sparsity == 0.7 and rewind == 1"
+    cell, row = all_runs.query(early), permuted.query(early).iloc[0]
     assert row["mean"] == pytest.approx(cell["test_acc"].mean()) and len(cell) == 2
     assert (matched_early / "figures/early_matching_mlpx0.03125_glyphs.png").is_file()
     outcome = call("analyze.early_matching", runs)
     assert outcome.code == 2 and "--target-epoch" in outcome.err
-    assert early_matching.table(all_runs)["count"].max() == 2
+    assert early_matching.table(early_matching.plain(all_runs))["count"].max() == 2
 
 
 def test_diversity_reads_every_kind_of_network_once(matched_early):
@@ -122,13 +145,17 @@ def test_diversity_reads_every_kind_of_network_once(matched_early):
     first = succeed("analyze.diversity", matched_early, *flags)
     table = pd.read_csv(matched_early / "diversity.csv")
     assert set(table["variant"]) == {"dense", "IMP", "lth", "naive", "permuted", "permuted @1"}
-    assert (table["members"] == table["variant"].map(lambda name: 4 if name == "dense" else 2)).all()
+    assert (
+        table["members"] == table["variant"].map(lambda name: 4 if name == "dense" else 2)
+    ).all()
     caches = list(matched_early.rglob("logits_*.pt"))
     stamps = {path: path.stat().st_mtime_ns for path in caches}
     assert succeed("analyze.diversity", matched_early, *flags) == first
     assert stamps == {path: path.stat().st_mtime_ns for path in matched_early.rglob("logits_*.pt")}
     # A member's accuracy from its logits is that of its run.
-    runs = results.sparse_runs(matched_early).query("arm == 'naive' and sparsity == 0.7 and rewind == 0")
+    runs = finished.sparse_runs(matched_early).query(
+        "arm == 'naive' and sparsity == 0.7 and rewind == 0"
+    )
     row = table.query("variant == 'naive' and sparsity == 0.7 and rewind == 0").iloc[0]
     assert row["mean_acc"] == pytest.approx(runs["test_acc"].mean(), abs=0.1)
 
@@ -138,7 +165,9 @@ def test_imp_barrier_reads_every_round(matched_early):
     table = pd.read_csv(matched_early / "figures/imp_barrier_mlp_glyphs.csv")
     rounds = len(list((matched_early / "imp/seed0").glob("round_*.pt")))
     assert (
-        len(table) == 2 * rounds and (table["loss_barrier_count"] == 2).all() and table["loss_barrier_mean"].min() >= 0
+        len(table) == 2 * rounds
+        and (table["loss_barrier_count"] == 2).all()
+        and table["loss_barrier_mean"].min() >= 0
     )
     assert table["sparsity"].min() == pytest.approx(0.2, abs=1e-3)
 
@@ -148,14 +177,22 @@ def test_landscape_passes_through_its_three_networks(matched_early):
     name = "landscape_mlpx0.03125_glyphs_activation_s0.50_k000_0-1_matched3"
     assert (matched_early / f"figures/{name}.pdf").is_file()
     table = pd.read_csv(matched_early / f"figures/{name}.csv")
-    assert len(table) == 9 + 3 and table["network"].dropna().tolist() == ["lth", "permuted", "dense"]
-    caches = {path: path.stat().st_mtime_ns for path in matched_early.rglob("plane_*_3_100_fp32.csv")}
+    assert len(table) == 9 + 3 and table["network"].dropna().tolist() == [
+        "lth",
+        "permuted",
+        "dense",
+    ]
+    caches = {
+        path: path.stat().st_mtime_ns for path in matched_early.rglob("plane_*_3_100_fp32.csv")
+    }
     assert len(caches) == len(list(matched_early.glob("figures/landscape_*.csv")))
     succeed("analyze.landscape", matched_early, "--grid", 3, "--images", 100, "--device", "cpu")
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in caches.items())
     assert table.equals(pd.read_csv(matched_early / f"figures/{name}.csv"))
     triple = landscape.triples(matched_early)[0]
-    assert (triple["source_seed"], triple["target_seed"]) == (0, 1) and "seed0-seed0" in str(triple["lth"])
+    assert (triple["source_seed"], triple["target_seed"]) == (0, 1) and "seed0-seed0" in str(
+        triple["lth"]
+    )
 
 
 def test_the_report_holds_what_there_is_and_names_what_is_missing(runs, tmp_path):
@@ -164,23 +201,21 @@ def test_the_report_holds_what_there_is_and_names_what_is_missing(runs, tmp_path
     (root / "sparse/naive/seed0-seed1/s0.50_k000/result.json").write_text("{")  # cut off
     succeed("analyze.report", root, "--device", "cpu", "--grid", 3, "--points", 3, "--images", 100)
     text, page = (root / "report.md").read_text(), (root / "report.html").read_text()
-    assert "Early matching (Table 15): no permuted runs matched at two epochs" in text and "## Cost" in text
+    assert "Early matching (Table 15): no permuted runs matched at two epochs" in text
     assert "![accuracy_rewind_mlp_glyphs](figures/accuracy_rewind_mlp_glyphs.png)" in text
-    assert (
-        page.count("data:image/png;base64,") >= 4
-        and "http" not in page.replace("https://", "http://").split("<body>")[0]
-    )
-    low, high = results.summary(results.sparse_runs(root)).set_index("variant").loc["permuted", ["difference_low", "difference_high"]].iloc[-1]  # fmt: skip
+    assert page.count("data:image/png;base64,") >= 4
+    assert "http" not in page.split("<body>")[0] and "<script" not in page
+    table = statistics.summary(finished.sparse_runs(root)).query("variant == 'permuted'")
+    low, high = table[["difference_low", "difference_high"]].iloc[-1]
     assert f"({low:.1f} to {high:.1f})" in text and f"({low:.1f} to {high:.1f})" in page
-    assert "train_sparse" in page and "weight_decay" in page and "<script" not in page
+    code = finished.sparse_runs(root)["code"].iloc[0]
+    assert "## Cost" in text and f"| {code} |" in text
+    assert "train_sparse" in page and "weight_decay" in page
     empty = tmp_path / "empty"
     empty.mkdir()
-    outcome = call("analyze.report", empty)
-    assert outcome.code == 2 and "no finished run" in outcome.err
-    assert (
-        report.markdown([("heading", "A"), ("table", pd.DataFrame({"x": [1.5], "y": [None]}))], root)
-        == "# A\n\n| x | y |\n| --- | --- |\n| 1.5 |  |\n"
-    )
+    refused(call("analyze.report", empty), "no finished run")
+    blocks = [("title", "A"), ("table", pd.DataFrame({"x": [1.5], "y": [None]}))]
+    assert report.markdown(blocks, root) == "# A\n\n| x | y |\n| --- | --- |\n| 1.5 |  |\n"
 
 
 def test_the_report_runs_its_analyses_where_it_was_called(runs, tmp_path, monkeypatch):
@@ -188,12 +223,14 @@ def test_the_report_runs_its_analyses_where_it_was_called(runs, tmp_path, monkey
     (tmp_path / "mine/imp/seed0/mask_0.70.pt").write_bytes(b"broken")
     monkeypatch.chdir(tmp_path)
     made, text = report.run("masks", Path("mine"), [])
-    assert made and "hidden units" in text and "skipped mine/imp/seed0/mask_0.70.pt cannot be read" in text
+    assert made and "hidden units" in text
+    assert "skipped mine/imp/seed0/mask_0.70.pt cannot be read" in text
     assert (tmp_path / "mine/units.csv").is_file()
 
 
 def test_the_report_outlives_an_analysis_that_was_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], -9, "", ""))
+    killed = subprocess.CompletedProcess([], -9, "", "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
     assert report.run("masks", tmp_path, []) == (False, "failed (exit code -9)")
 
 
@@ -206,59 +243,53 @@ def test_the_papers_figures_are_drawn_from_its_numbers(tmp_path):
 
 
 def test_a_curve_a_width():
-    rows = [
-        {"width": width, "repair": repair, "curve": curve, "alpha": alpha, "test_loss": width + alpha + seed}
-        for width in (1.0, 4.0) for repair in (False, True) for curve in ("naive", "aligned") for alpha in (0.0, 1.0) for seed in (0, 2)
-    ]  # fmt: skip
-    figure = interpolation.plot_widths(pd.DataFrame(rows), "")
+    keys = ["width", "repair", "curve", "alpha", "seed"]
+    values = ((1.0, 4.0), (False, True), ("naive", "aligned"), (0.0, 1.0), (0, 2))
+    table = pd.DataFrame(itertools.product(*values), columns=keys)
+    table["test_loss"] = table["width"] + table["alpha"] + table["seed"]
+    figure = panels.widths(table, "")
     assert [axis.get_title() for axis in figure.axes] == ["without REPAIR", "with REPAIR"]
     for axis in figure.axes:
-        assert sorted(list(line.get_ydata()) for line in axis.lines) == [
-            [2, 3],
-            [2, 3],
-            [5, 6],
-            [5, 6],
-        ]  # means of seeds
-        assert len({line.get_color() for line in axis.lines}) == 2 and len({line.get_linestyle() for line in axis.lines}) == 2  # fmt: skip
-    figure = interpolation.plot_widths(paper.of(paper.lines(), "resnet50", "imagenet"), "")
-    assert len(figure.axes) == 1 and len(figure.axes[0].lines) == 2  # the paper drew π(A) with REPAIR only
+        curves = sorted(list(line.get_ydata()) for line in axis.lines)
+        assert curves == [[2, 3], [2, 3], [5, 6], [5, 6]]  # means of seeds
+        assert len({line.get_color() for line in axis.lines}) == 2
+        assert len({line.get_linestyle() for line in axis.lines}) == 2
+    # The paper drew π(A) with REPAIR only.
+    figure = panels.widths(paper_numbers.of(paper_numbers.lines(), "resnet50", "imagenet"), "")
+    assert len(figure.axes) == 1 and len(figure.axes[0].lines) == 2
 
 
 def test_tables_1_and_15_stand_beside_ours(tmp_path):
     about = {"model": "resnet20", "width": 1.0, "dataset": "cifar10"}
-    members = pd.DataFrame([about | {"sparsity": 0.9, "rewind": 25, "variant": name, "mean_acc": 1.0} for name in ("IMP", "naive", "else")])  # fmt: skip
-    members = pd.concat([members, members.assign(sparsity=0.8)])  # where the paper has none
-    members.to_csv(tmp_path / "diversity.csv")
+    members = pd.DataFrame({"variant": ["IMP", "naive", "else"]})
+    members = members.assign(**about, sparsity=0.9, rewind=25, mean_acc=1.0)
+    elsewhere = members.assign(sparsity=0.8)  # where the paper has none
+    pd.concat([members, elsewhere]).to_csv(tmp_path / "diversity.csv")
     found = report.beside_paper(tmp_path, "diversity").set_index("variant")
     assert list(found.index) == ["IMP", "naive"] and found.loc["naive", "ensemble_acc"] == 91.07
     assert found.loc["IMP", ["mean_acc", "mean_acc, paper", "js"]].tolist() == [1.0, 91.09, 0.13]
-    dense = paper.ensembles().query("variant == 'dense' and dataset == 'cifar10'")
+    dense = paper_numbers.ensembles().query("variant == 'dense' and dataset == 'cifar10'")
     assert dense["mean_acc"].item() == 92.76 and dense["sparsity"].item() == 0
-    early = pd.DataFrame([about | {"sparsity": 0.8, "rewind": 20, "arm": arm, "match_epoch": epoch, "mean": 1.0, "std": 0.0}
-                          for arm, epoch in (("permuted", 5.0), ("permuted", 6.0), ("naive", None))])  # fmt: skip
+    early = {"arm": ["permuted", "permuted", "naive"], "match_epoch": [5.0, 6.0, None]}
+    early = pd.DataFrame(early).assign(**about, sparsity=0.8, rewind=20, mean=1.0, std=0.0)
     early.to_csv(tmp_path / "early_matching.csv")
-    assert report.beside_paper(tmp_path, "early_matching")["mean, paper"].tolist() == [90.49, 90.13]
+    table = report.beside_paper(tmp_path, "early_matching")
+    assert table["mean, paper"].tolist() == [90.49, 90.13]
     assert report.beside_paper(tmp_path, "masks").empty
 
 
 def test_table_10_has_the_best_five_guesses_too(tmp_path):
-    about = {"model": "resnet50", "width": 1, "dataset": "imagenet", "sparsity": 0.8, "rewind": 10, "source_seed": 0, "seed": 0, "signs": False}  # fmt: skip
+    about = {"model": "resnet50", "width": 1, "dataset": "imagenet", "sparsity": 0.8, "rewind": 10}
     for arm, target, right in (("lth", 0, 70.0), ("naive", 1, 60.0)):
-        result = {
-            "stage": "train_sparse",
-            "arguments": about | {"arm": arm, "target_seed": target, "mask_dataset": "imagenet"},
-        }
-        result |= {
-            "test_acc": right,
-            "test_top5": right + 20,
-            "test_loss": 1,
-            "seconds": 1,
-            "sparsity_total": 0.8,
-        }
+        seeds = {"source_seed": 0, "target_seed": target, "seed": 0}
+        result = {"stage": "train_sparse", "arguments": about | {"arm": arm} | seeds}
+        result |= {"test_acc": right, "test_top5": right + 20, "test_loss": 1}
+        result |= {"seconds": 1, "sparsity_total": 0.8}
         (tmp_path / arm).mkdir()
         (tmp_path / arm / "result.json").write_text(json.dumps(result))
     found = report.beside_paper(tmp_path, "results").set_index("variant")
-    assert found[["mean", "top 5", "mean, paper", "top 5, paper"]].loc["lth"].tolist() == [70, 90, 72.87, 91.13]
+    columns = ["mean", "top 5", "mean, paper", "top 5, paper"]
+    assert found.loc["lth", columns].tolist() == [70, 90, 72.87, 91.13]
     assert found.loc["naive", ["top 5", "top 5, paper"]].tolist() == [80, 88.85]
 
 
@@ -267,35 +298,46 @@ def littered(runs, tmp_path_factory):
     """The pipeline beside folders that are foreign, unfinished or cut off."""
     root = tmp_path_factory.mktemp("littered") / "runs"
     shutil.copytree(runs, root)
-    for number, text in enumerate(("{", "[]", "{}", '{"stage": "train_sparse"}', '{"stage": "train_dense", "arguments": {}}',
-                                   '{"stage": "align_mask", "arguments": {"source_seed": 7}}', '{"stage": "prune_imp"}',
-                                   '{"stage": "train_sparse", "arguments": {"arm": "lth"}, "test_acc": 1, "test_loss": 1, "seconds": 1, "sparsity_total": 1}')):  # fmt: skip
+    metrics = {"test_acc": 1, "test_loss": 1, "seconds": 1, "sparsity_total": 1}
+    contents = (
+        {},
+        {"stage": "train_sparse"},
+        {"stage": "train_sparse", "arguments": {"arm": "lth"}} | metrics,
+        {"stage": "train_dense", "arguments": {}},
+        {"stage": "align_mask", "arguments": {"source_seed": 7}},
+        {"stage": "prune_imp"},
+    )
+    for number, text in enumerate(("{", "[]", *map(json.dumps, contents))):
         (root / f"foreign{number}").mkdir()
         (root / f"foreign{number}/result.json").write_text(text)
     shutil.copytree(root / "sparse/naive/seed0-seed1/s0.70_k001", root / "unfinished")
     (root / "unfinished/result.json").unlink()
-    for path in ("sparse/lth/seed0-seed0/s0.70_k001/final.pt", "imp/seed0/sparse_0.70.pt", "imp/seed0/round_01.pt", "imp/seed0/mask_0.70.pt",
-                 "align/activation/seed0-seed1/permutation.pt"):  # fmt: skip
+    cut = ("sparse_0.70.pt", "round_01.pt", "mask_0.70.pt")
+    paths = [f"imp/seed0/{name}" for name in cut]
+    paths += ["sparse/lth/seed0-seed0/s0.70_k001/final.pt"]
+    for path in [*paths, "align/activation/seed0-seed1/permutation.pt"]:
         (root / path).write_bytes((root / path).read_bytes()[:500])
+    (root / "sparse/lth/seed2-seed2/s0.50_k000/final.pt").unlink()  # as of a run that diverged
     return root
 
 
 def test_results_skip_what_is_no_run(littered, runs):
     outcome = call("analyze.results", littered)
-    assert outcome.code == 0 and all(name in outcome.err for name in ("foreign0", "foreign1", "foreign3", "foreign7"))
-    assert outcome.err.count("skipped") == 5 and outcome.err.count("\n") == 5  # {}, too, says nothing of a stage
-    ours, before = results.sparse_runs(littered), results.sparse_runs(runs)
+    # [] and {} say nothing of a stage.
+    assert outcome.code == 0 and all(f"foreign{number}" in outcome.err for number in range(5))
+    assert outcome.err.count("skipped") == 5 and outcome.err.count("\n") == 5
+    ours, before = finished.sparse_runs(littered), finished.sparse_runs(runs)
     assert ours.drop(columns="path").equals(before.drop(columns="path"))
-    assert len(results.dense_runs(littered)) == len(results.dense_runs(runs))
+    assert len(finished.dense_runs(littered)) == len(finished.dense_runs(runs))
 
 
 @pytest.mark.parametrize(
     "module, flags, cut",
     [
-        ("diversity", (), ("final.pt", "sparse_0.70.pt")),
-        ("imp_barrier", ("--points", 3, "--images", 64), ("round_01.pt", "foreign6")),
+        ("diversity", (), ("s0.70_k001/final.pt", "s0.50_k000/final.pt", "sparse_0.70.pt")),
+        ("imp_barrier", ("--points", 3, "--images", 64), ("round_01.pt", "foreign7")),
         ("interpolation", ("--points", 3, "--images", 64), ("permutation.pt",)),
-        ("landscape", ("--grid", 3, "--images", 64), ("permutation.pt",)),
+        ("landscape", ("--grid", 3, "--images", 64), ("permutation.pt", "s0.50_k000/final.pt")),
         ("masks", (), ("mask_0.70.pt",)),
         ("methods", (), ("permutation.pt",)),
     ],
@@ -319,14 +361,15 @@ def test_what_cannot_be_read_is_skipped_with_one_line(littered, module, flags, c
 def test_the_papers_curves_stand_beside_ours(runs, tmp_path):
     root = tmp_path / "runs"
     shutil.copytree(runs, root)
-    assert "the paper has no accuracies of mlp on glyphs" in succeed("analyze.accuracy", root, "--paper")
-    ours = pd.DataFrame(
-        {"width": 1.0, "sparsity": 0.8, "rewind": [0, 5], "variant": "lth", "mean": [1.0, 2.0], "std": 0.1}
-    )
-    levels = pd.DataFrame({"width": [1.0], "test_acc": [3.0]})
-    reference = paper.of(paper.accuracies(), "resnet20", "cifar10")
-    figure = accuracy.plot(ours, levels, "rewind", "sparsity", "", reference)
-    lines = [list(line.get_ydata()) for line in figure.axes[0].lines]
-    assert (
-        len(lines) == 3 and len(lines[0]) == 9 and lines[0][0] == 90.41 and lines[1] == [1, 2]
-    )  # the paper, ours, dense
+    out = succeed("analyze.accuracy", root, "--paper")
+    assert "the paper has no accuracies of mlp on glyphs" in out
+    ours = pd.DataFrame({"rewind": [0, 5], "mean": [1.0, 2.0]})
+    ours = ours.assign(width=1.0, sparsity=0.8, variant="lth", std=0.1)
+    levels = pd.DataFrame({"width": [1.0, 1.0], "tag": ["", "x"], "test_acc": [3.0, 4.0]})
+    reference = paper_numbers.of(paper_numbers.accuracies(), "resnet20", "cifar10")
+    figure = panels.accuracy(ours, levels, "rewind", "sparsity", "", reference)
+    theirs, mine, *dense = [list(line.get_ydata()) for line in figure.axes[0].lines]
+    assert len(theirs) == 9 and theirs[0] == 90.41 and mine == [1, 2]
+    assert dense == [[3, 3], [4, 4]]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["LTH", "dense", "dense [x]"]

@@ -1,4 +1,4 @@
-"""Stages, analyses and benchmark on a GPU, a pretended one where there is none: the same results as on a CPU."""
+"""Stages, analyses and benchmark on a GPU, or a pretended one: the same results as on a CPU."""
 
 import contextlib
 import itertools
@@ -10,14 +10,27 @@ import pandas as pd
 import pytest
 import torch
 
-from analyze import benchmark, hours, rates
-from common import checkpoint, masking
+from analyze import benchmark
+from common import masking, paths
 from common.models import build_model
-from tests.conftest import TINY, call, distance, succeed
+from tests.conftest import (
+    call,
+    distance,
+    result,
+    stage1,
+    stage2,
+    stage3,
+    stage4,
+    state,
+    succeed,
+    weights,
+)
 from tests.pretend_gpu import pretend_gpu
 
 REAL = torch.cuda.is_available()
-TOLERANCE = 0.1 if REAL else 1e-3  # a channel or an image that rounding turns is a few percent of these small runs
+TOLERANCE = (
+    0.1 if REAL else 1e-3
+)  # a channel or an image that rounding turns is a few percent of these small runs
 
 
 @pytest.fixture(autouse=True)
@@ -27,52 +40,60 @@ def gpu():
 
 
 def alike(one, other):
-    """Whether two masks agree in all but what rounding decides; of two unlike ones at these sparsities half agree."""
-    return sum(int((one[name] == other[name]).sum()) for name in one) >= (1 - TOLERANCE) * masking.size(one)
+    """Whether two masks agree but for rounding; of unlike ones at these sparsities half agree."""
+    return sum(int((one[name] == other[name]).sum()) for name in one) >= (
+        1 - TOLERANCE
+    ) * masking.size(one)
 
 
 def test_every_stage_on_a_gpu_does_what_it_does_on_a_cpu(runs, tmp_path):
-    dense = [tmp_path / f"dense/seed{seed}" for seed in (0, 1)]
-    imp, aligned, sparse = (tmp_path / name for name in ("imp/seed0", "align/activation/seed0-seed1", "sparse/permuted/seed0-seed1"))  # fmt: skip
-    ends, tiny = ("--source", dense[0], "--target", dense[1]), ("--batch-size", 64, "--precision", "fp32")
-    grid = ("--sparsity", 0.5, 0.7, "--rewind", 0, 1, "--parallel", "auto", *tiny)
-    epochs = ("--epochs", 3, "--save-epochs", 1, "--seed", 0, 1, "--parallel", 2)
-    succeed("train_dense", *TINY[:-1], "cuda", *epochs, "--out", tmp_path / "dense")
-    succeed("prune_imp", "--dense", dense[0], "--sparsity", 0.5, 0.7, "--epochs", 1, *tiny, "--out", imp)
-    succeed("align_mask", *ends, "--masks", imp, "--out", aligned)  # on the GPU, because it is there
-    last = call("train_sparse", "--arm", "permuted", "--weights", dense[1], "--masks", aligned, "--out", sparse, *grid)  # fmt: skip
+    source, target = (tmp_path / f"dense/seed{seed}" for seed in (0, 1))
+    imp, aligned = tmp_path / "imp/seed0", tmp_path / "align/activation/seed0-seed1"
+    sparse, gpu = tmp_path / "sparse/permuted/seed0-seed1", ("--device", "cuda")
+    succeed(*stage1(tmp_path / "dense", "--seed", 0, 1, "--parallel", 2, *gpu))
+    succeed(*stage2(source, imp, *gpu))
+    succeed(*stage3(source, target, imp, aligned, *gpu))
+    last = call(*stage4("permuted", target, aligned, sparse, "--parallel", "auto", *gpu))
     assert last.code == 0 and "one by one" not in last.err, last.err
-    for path in (dense[1] / "epoch_0003.pt", imp / "sparse_0.70.pt", sparse / "s0.70_k001/final.pt"):
-        mine, theirs = (checkpoint.load(root / path.relative_to(tmp_path))["state_dict"] for root in (tmp_path, runs))
-        assert distance(theirs, mine) < 1e-3
-        assert checkpoint.load_json(path.with_name("result.json"))["device"].startswith("cuda")
-    one, other = (checkpoint.load(folder / "epoch_0003.pt")["state_dict"] for folder in dense)
-    assert distance(one, other) > 0.1  # what the tolerance can tell apart
+
+    def both(path, key):
+        return (state(root / path.relative_to(tmp_path))[key] for root in (runs, tmp_path))
+
+    last = paths.final_file(sparse / "s0.70_k001")
+    for path in (target / "epoch_0003.pt", imp / "sparse_0.70.pt", last):
+        assert distance(*both(path, "state_dict")) < 1e-3
+        assert result(path.parent)["device"].startswith("cuda")
+    ends = (weights(folder / "epoch_0003.pt") for folder in (source, target))
+    assert distance(*ends) > 0.1  # what the tolerance can tell apart
     for path in (imp / "mask_0.50.pt", aligned / "mask_0.50.pt"):
-        assert alike(*(checkpoint.load(root / path.relative_to(tmp_path))["mask"] for root in (tmp_path, runs)))
+        assert alike(*both(path, "mask"))
 
 
 @pytest.mark.parametrize("method", ["weight", "masked"])
-def test_methods_without_images_on_a_gpu(runs, tmp_path, method):
-    ends = ("--source", runs / "dense/seed0", "--target", runs / "dense/seed1", "--masks", runs / "imp/seed0")
+def test_methods_without_images_on_a_gpu(ends, tmp_path, method):
+    masks = []
     for device in ("cpu", "cuda"):
-        succeed("align_mask", *ends, "--method", method, "--device", device, "--out", tmp_path / device)
-    assert alike(*(checkpoint.load(tmp_path / device / "mask_0.70.pt")["mask"] for device in ("cpu", "cuda")))
+        succeed(*stage3(*ends, tmp_path / device, "--method", method, "--device", device))
+        masks.append(state(tmp_path / device / "mask_0.70.pt")["mask"])
+    assert alike(*masks)
 
 
-@pytest.mark.parametrize("name, flags", [
-    ("interpolation", ("--points", 3, "--images", 100)),
-    ("imp_barrier", ("--points", 3, "--images", 64)),
-    ("landscape", ("--grid", 3, "--images", 100)),
-    ("diversity", ()),
-    ("planted", ("--images", 250)),
-])  # fmt: skip
-def test_analyses_on_a_gpu(runs, tmp_path, name, flags):
+ANALYSES = {
+    "interpolation": ("--points", 3, "--images", 100),
+    "imp_barrier": ("--points", 3, "--images", 64),
+    "landscape": ("--grid", 3, "--images", 100),
+    "diversity": (),
+    "planted": ("--images", 250),
+}
+
+
+@pytest.mark.parametrize("name", ANALYSES)
+def test_analyses_on_a_gpu(runs, tmp_path, name):
     tables = []
     for device in ("cpu", "cuda"):
         root = tmp_path / device
         shutil.copytree(runs, root)
-        succeed(f"analyze.{name}", root, *flags, "--device", device)
+        succeed(f"analyze.{name}", root, *ANALYSES[name], "--device", device)
         (path, *_) = sorted([*root.glob(f"{name}*.csv"), *root.glob(f"figures/{name}*.csv")])
         tables.append(pd.read_csv(path))
     pd.testing.assert_frame_equal(*tables, rtol=TOLERANCE, atol=TOLERANCE)
@@ -82,11 +103,11 @@ def test_analyses_on_a_gpu(runs, tmp_path, name, flags):
 
 
 def small(name, width, *rest):
-    return build_model("mlp", 1 / 32, *rest) if name == "mlp" else build_model("resnet20", 0.25, *rest)
+    return build_model("resnet20", 0.25, *rest)
 
 
 def test_networks_side_by_side_are_measured_while_all_of_them_train(monkeypatch):
-    """One that is set up early waits for the others, or it would be measured with the device to itself."""
+    """One that is set up early waits, or it would be measured with the device to itself."""
     numbers, training_now, most, lock = itertools.count(), [], [], threading.Lock()
 
     def pretend_to_train(model, data, rates, *, at_epoch, folder, **settings):
@@ -103,9 +124,11 @@ def test_networks_side_by_side_are_measured_while_all_of_them_train(monkeypatch)
         at_epoch(2)
         return [{"seconds": 0.0}, {"seconds": 0.05}]
 
-    monkeypatch.setattr(rates, "train", pretend_to_train)
-    data = rates.random_images(4, 8, torch.device("cuda"))
-    rate = rates.training_rate([rates.network("mlp", 1 / 32, 8)] * 3, data, batch=2, parallel="3")
+    monkeypatch.setattr(benchmark, "train", pretend_to_train)
+    data = benchmark.random_images(4, 8, torch.device("cuda"))
+    rate = benchmark.training_rate(
+        [benchmark.network("mlp", 1 / 32, 8)] * 3, data, batch=2, parallel="3"
+    )
     assert max(most) == 3 and 0 < rate < 3 * 4 / 0.05
 
 
@@ -115,40 +138,40 @@ def test_a_rate_is_of_the_second_epoch_without_its_files(monkeypatch):
         at_epoch(2)
         return [{"seconds": 100.0}, {"seconds": 2.0}]
 
-    monkeypatch.setattr(rates, "train", pretend_to_train)
-    data, model = rates.random_images(5, 8, torch.device("cuda")), rates.network("mlp", 1 / 32, 8)
+    monkeypatch.setattr(benchmark, "train", pretend_to_train)
+    data, model = (
+        benchmark.random_images(5, 8, torch.device("cuda")),
+        benchmark.network("mlp", 1 / 32, 8),
+    )
     for models in (1, 3):  # one after the other
-        assert rates.training_rate([model] * models, data, batch=2) == pytest.approx(4 / 2.0)
-    assert rates.training_rate([model] * 3, data, batch=2, parallel="3") == pytest.approx(3 * 4 / 2.0, rel=0.2)
+        assert benchmark.training_rate([model] * models, data, batch=2) == pytest.approx(4 / 2.0)
+    assert benchmark.training_rate([model] * 3, data, batch=2, parallel="3") == pytest.approx(
+        3 * 4 / 2.0, rel=0.2
+    )
 
 
-def test_large_networks_and_hours_on_a_gpu(monkeypatch):
+def test_every_row_on_a_gpu(monkeypatch, tmp_path, capfd):
+    """Of small networks on few images, --compile only asked for."""
+    training_rate, random_images, asked = benchmark.training_rate, benchmark.random_images, []
+    parallel = benchmark.parallel
+
     def eager(*arguments, compiled=False, **settings):
         asked.append(compiled)
-        return rates.training_rate(*arguments, **settings)
+        return training_rate(*arguments, **settings)
 
-    asked, device = [], torch.device("cuda")
-    monkeypatch.setattr(rates, "build_model", small)
-    monkeypatch.setattr(benchmark, "training_rate", eager)
-    monkeypatch.setattr(benchmark, "random_images", lambda count, size, device: rates.random_images(256, 8, device))
-    assert [row["ratio"] > 0 for row in benchmark.large_rows(1, device)] == [True] * 4 and asked == [False, True] * 4
-    (row,) = hours.hours(("quick",), 1, device).to_dict("records")
-    assert row["hours"] == pytest.approx(row["epochs"] * 10_000 / row["images/s"] / 3600, rel=0.02)
+    def few(count, size, device):
+        return random_images(min(count, 256), 8, device)
 
+    def side_by_side(counts, *rest):
+        return parallel([2, 3], *rest)
 
-def test_the_benchmark_on_a_gpu(monkeypatch, tmp_path, capfd):
-    device = torch.device("cuda")
-    monkeypatch.setattr(rates, "build_model", small)
-    rows = [
-        *benchmark.training_rows(1, 8, 1, 1, device),
-        *benchmark.parallel_rows([2], 8, 1, 1, device),
-        benchmark.stacked_row(2, 8, 1, 1, device),
-        benchmark.line_row(8, 64, 1, device),
-        benchmark.matching_row("mlp", 8, 64, 32, 1, device),
-        benchmark.weight_matching_row(1, 1, device),
-    ]
-    assert len(rows) == 3 + 3 + 4 and all(row["ours"] > 0 and row["other"] > 0 for row in rows)
+    changed = {"build_model": small, "training_rate": eager, "random_images": few}
+    changed |= {"parallel": side_by_side}
+    for name, value in changed.items():
+        monkeypatch.setattr(benchmark, name, value)
+    out, tiny = tmp_path / "table.csv", ("--size", 8, "--steps", 1, "--repeats", 1)
+    text = succeed("analyze.benchmark", *tiny, "--device", "cuda", "--out", out)
+    table = pd.read_csv(out)
+    assert "cuda: " in text and len(table) == 3 * 3 + 2 + 2 + 4 + 3 and asked.count(True) == 4
+    assert table[["ours /s", "baseline /s", "GB"]].min().min() >= 0 < table["ratio"].min()
     assert "one by one" not in capfd.readouterr().err
-    tiny = ("--size", 8, "--steps", 1, "--repeats", 1, "--device", "cuda", "--out", tmp_path / "table.csv")
-    out = succeed("analyze.benchmark", "--only", "data", *tiny)
-    assert "cuda: " in out and "GB" in pd.read_csv(tmp_path / "table.csv")

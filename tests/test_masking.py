@@ -7,18 +7,21 @@ from common import masking
 from common.models import build_model
 
 WEIGHTS = {"a": torch.tensor([[1.0, -2.0], [3.0, -4.0]]), "b": torch.tensor([0.5, -5.0])}
+DIAGONAL = torch.tensor([[True, False], [False, True]])
+
+
+def as_lists(tensors):
+    return {name: value.tolist() for name, value in tensors.items()}
 
 
 def test_magnitude_pruning_by_hand():
     full = masking.dense_mask(WEIGHTS, ["a", "b"])
-    mask = masking.prune_by_magnitude(WEIGHTS, full, 3)  # the three largest magnitudes: 3, 4, 5
-    assert mask["a"].tolist() == [[False, False], [True, True]] and mask["b"].tolist() == [False, True]
+    mask = masking.prune_by_magnitude(WEIGHTS, full, 3)  # the three largest: 3, 4, 5
+    assert as_lists(mask) == {"a": [[False, False], [True, True]], "b": [False, True]}
     assert masking.sparsity(mask) == 0.5 and masking.kept(mask) == 3 and masking.size(mask) == 6
+    # What is pruned stays so, however large it is.
     again = masking.prune_by_magnitude(WEIGHTS | {"b": torch.tensor([9.0, -5.0])}, mask, 2)
-    assert masking.kept(again) == 2 and again["b"].tolist() == [
-        False,
-        True,
-    ]  # what is pruned stays so, however large it is
+    assert masking.kept(again) == 2 and again["b"].tolist() == [False, True]
     assert masking.kept(full) == 6  # the input is left alone
     with pytest.raises(ValueError):
         masking.prune_by_magnitude(WEIGHTS, mask, 4)
@@ -33,11 +36,28 @@ def test_equals_torch_global_unstructured(rounds):
     layers = [(model.get_submodule(name.removesuffix(".weight")), "weight") for name in names]
     for _ in range(rounds):
         keep = masking.keep_count(masking.kept(mask), 0.3)
-        prune.global_unstructured(layers, prune.L1Unstructured, amount=masking.kept(mask) - keep)
+        amount = masking.kept(mask) - keep
+        prune.global_unstructured(layers, prune.L1Unstructured, amount=amount)
         mask = masking.prune_by_magnitude(weights, mask, keep)
         for name, (layer, _) in zip(names, layers):
             assert torch.equal(mask[name], layer.weight_mask.bool()), name
     assert masking.kept(mask) == keep
+
+
+@pytest.mark.parametrize(
+    "prune, words",
+    [
+        (lambda _, mask, keep: mask, "kept 3 weights, not 2"),
+        (lambda *_: {"a": WEIGHTS["a"] == 1, "b": torch.tensor([True, False])}, "brought back"),
+        (lambda _, mask, keep: {"b": mask["b"]}, "changed the names"),
+        (lambda _, mask, keep: {"a": mask["a"] * 1.0, "b": mask["b"]}, "types"),
+    ],
+)
+def test_a_pruning_function_that_breaks_its_contract_is_named(prune, words):
+    mask = {"a": WEIGHTS["a"] > 2, "b": torch.tensor([True, True])}
+    prune.__name__ = "my_rule"
+    with pytest.raises(ValueError, match=f"my_rule .*{words}"):
+        masking.prune_exactly(prune, WEIGHTS, mask, 2)
 
 
 def test_keep_count_meets_the_sparsity_to_one_weight():
@@ -46,23 +66,31 @@ def test_keep_count_meets_the_sparsity_to_one_weight():
             assert abs(total * (1 - sparsity) - masking.keep_count(total, sparsity)) <= 0.5
 
 
+def test_the_plan_of_a_chain_by_hand():
+    counts, branches = masking.plan(100, {0.2: 80, 0.5: 50, 0.3: 70}, 0.2)
+    assert counts == [100, 80, 64, 51, 41]
+    assert branches == {0: [0.2], 1: [0.3], 3: [0.5]}  # the last round that keeps more
+    assert masking.plan(100, {0.5: 50, 0.3: 70}, 1) == ([100, 0], {0: [0.5, 0.3]})  # one-shot
+
+
 def test_sparsity_total_counts_the_shortcuts():
     model = build_model("resnet20", 1)
-    mask = {name: torch.zeros_like(model.state_dict()[name], dtype=torch.bool) for name in masking.prunable(model)}
-    assert masking.sparsity(mask) == 1
-    assert masking.sparsity_total(mask, model) == pytest.approx(268_336 / 291_376)
+    full = masking.dense_mask(model.state_dict(), masking.prunable(model))
+    nothing = {name: ~entry for name, entry in full.items()}
+    assert masking.sparsity(nothing) == 1
+    assert masking.sparsity_total(nothing, model) == pytest.approx(268_336 / 291_376)
 
 
 def test_apply_and_signs():
-    mask = {"a": torch.tensor([[True, False], [False, True]])}
-    masked = masking.apply(WEIGHTS, mask)
-    assert masked["a"].tolist() == [[1, 0], [0, -4]] and masked["b"].tolist() == [0.5, -5]
-    assert masking.signs(WEIGHTS, ["a"])["a"].tolist() == [[True, False], [True, False]]
+    masked = masking.apply(WEIGHTS, {"a": DIAGONAL})
+    assert as_lists(masked) == {"a": [[1, 0], [0, -4]], "b": [0.5, -5]}
+    signs = {"a": [[True, False], [True, False]]}
+    assert as_lists(masking.signs(WEIGHTS, ["a"])) == signs
 
 
 def test_masker_holds_the_mask_and_notices_a_leak():
     layer = nn.Linear(2, 2, bias=False)
-    masker = masking.Masker(layer, {"weight": torch.tensor([[True, False], [False, True]])})
+    masker = masking.Masker(layer, {"weight": DIAGONAL})
     with pytest.raises(RuntimeError, match="2 pruned"):
         masker.check()
     masker.apply()
@@ -76,13 +104,15 @@ def test_masker_holds_the_mask_and_notices_a_leak():
 
 def test_signs_fan_in_and_shuffling_by_hand():
     positive = {"a": torch.tensor([[False, True], [True, False]])}
-    assert masking.with_signs({"a": WEIGHTS["a"]}, positive)["a"].tolist() == [[-1, 2], [3, -4]]
+    signed = masking.with_signs({"a": WEIGHTS["a"]}, positive)
+    assert signed["a"].tolist() == [[-1, 2], [3, -4]]
     mask = {"a": torch.tensor([[True, False], [False, False]])}
     scaled = masking.rescale_fan_in({"a": torch.tensor([[3.0, 0.0], [0.0, 0.0]])}, mask)["a"]
-    assert scaled[0, 0].item() == pytest.approx(3 * 2**0.5) and scaled[1].tolist() == [0, 0]  # a row with none stays 0
+    assert scaled[0, 0].item() == pytest.approx(3 * 2**0.5)
+    assert scaled[1].tolist() == [0, 0]  # a row with none stays 0
     wide = {"a": torch.arange(100) < 30, "b": torch.arange(50).view(5, 10) < 40}
-    shuffled = masking.shuffle(wide, seed=1)
+    shuffled, again, other = (masking.shuffle(wide, seed) for seed in (1, 1, 2))
     assert {name: int(entry.sum()) for name, entry in shuffled.items()} == {"a": 30, "b": 40}
-    assert shuffled["b"].shape == (5, 10) and not torch.equal(shuffled["a"], wide["a"])
-    assert torch.equal(masking.shuffle(wide, 1)["a"], shuffled["a"])
-    assert not torch.equal(masking.shuffle(wide, 2)["a"], shuffled["a"])
+    assert shuffled["b"].shape == (5, 10) and torch.equal(again["a"], shuffled["a"])
+    for different in (wide, other):
+        assert not torch.equal(different["a"], shuffled["a"])

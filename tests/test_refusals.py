@@ -8,214 +8,162 @@ import pytest
 import torch
 
 from common import masking
-from tests.conftest import IMP, TINY, call, refused, sparse, state, succeed
-
-
-def test_controls_refuse_files_that_contradict_them(runs, aligned, tmp_path):
-    refused(
-        sparse("random-permutation", runs / "dense/seed1", aligned / "weight", tmp_path), "contradicts", "by weight"
-    )
-    refused(sparse("permuted", runs / "dense/seed1", aligned / "random", tmp_path), "contradicts", "by random")
-    refused(sparse("imp-target", runs / "dense/seed1", runs / "imp/seed0", tmp_path), "contradicts")
-    refused(sparse("shuffled", runs / "dense/seed0", runs / "imp/seed0", tmp_path), "contradicts")
+from tests.conftest import (
+    TINY,
+    call,
+    refuse,
+    stage1,
+    stage2,
+    stage3,
+    stage4,
+    state,
+    succeed,
+)
 
 
 def files(folder):
     return sorted(folder.rglob("*")) if folder.exists() else []
 
 
-def dense(out, *more):
-    return call("train_dense", *TINY, "--epochs", 1, "--out", out, *more)
+def copied(folder, to):
+    shutil.copytree(folder, to)
+    return to
 
 
-@pytest.mark.parametrize("more, words", [
-    (("--model", "resnet20", "--width", 0.3), "4.8"),
-    (("--model", "vgg11", "--width", 1), "32 px"),
-    (("--dataset", "folder", "--data-dir", "/nowhere"), "/nowhere"),
-    (("--device", "cuda:99"), "cuda:99"),
-    (("--epochs", 0), "--epochs"),
-    (("--lr", -1), "--lr"),
-    (("--width", "x"), "--width"),
-    (("--limit-train", 10**7), "--limit-train"),
-    (("--batch-size", 300), "--batch-size 300"),
-    (("--save-epochs", 5), "--save-epochs"),
-    (("--model", "lenet"), "lenet"),
-    (("--dataset", "mnist"), "mnist"),
-    (("--momentum", 1), "--momentum"),
-    (("--width", "1e307"), "--width"),
-    (("--epochs", "9" * 400), "--epochs"),
-    (("--device", "meta"), "meta"),
-])  # fmt: skip
-def test_dense_refuses(tmp_path, more, words):
-    refused(dense(tmp_path / "out", *more), words)
-    assert not files(tmp_path / "out")  # nothing half-written
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (("--model", "resnet20", "--width", 0.3), "4.8"),
+        (("--model", "vgg11", "--width", 1), "32 px"),
+        (("--dataset", "folder", "--data-dir", "/nowhere"), "/nowhere"),
+        (("--device", "cuda:99"), "cuda:99"),
+        (("--epochs", 0), "--epochs"),
+        (("--lr", -1), "--lr"),
+        (("--lr", "nan"), "--lr"),
+        (("--width", "x"), "--width"),
+        (("--limit-train", 10**7), "--limit-train"),
+        (("--batch-size", 300), "--batch-size 300"),
+        (("--save-epochs", 5), "--save-epochs"),
+        (("--model", "lenet"), "lenet"),
+        (("--dataset", "mnist"), "mnist"),
+        (("--momentum", 1), "--momentum"),
+        (("--width", "inf"), "--width"),
+        (("--width", "1e307"), "--width"),
+        (("--epochs", "9" * 400), "--epochs"),
+        (("--seed", 10**30), "--seed"),
+        (("--device", "meta"), "meta"),
+        (("--lr", 1e6), "diverged"),
+        (("--parallel", "0"), "--parallel"),
+        (("--parallel", "many"), "--parallel"),
+        (("--parallel", "-1"), "--parallel"),
+    ],
+)
+def test_stage_1_refuses(tmp_path, more, words):
+    refuse(stage1(tmp_path, *more), words)
+    assert not list(tmp_path.glob("*/result.json"))
+    assert words == "diverged" or not files(tmp_path)
 
 
-def test_dense_refuses_a_folder_of_another_experiment(runs, tmp_path):
-    shutil.copytree(runs / "dense", tmp_path / "dense")
-    refused(
-        dense(tmp_path / "dense", "--epochs", 3, "--save-epochs", 1, "--lr", 0.5),
-        "lr is 0.08 there and 0.5 here",
-        "--out",
-    )
-    refused(dense(tmp_path / "dense", "--epochs", 3, "--save-epochs", 1, "--width", 0.0625), "width is 0.03125 there")
+def test_stage_1_refuses_a_folder_of_another_experiment(runs, tmp_path):
+    dense = stage1(copied(runs / "dense", tmp_path / "dense"))
+    refuse((*dense, "--lr", 0.5), "lr is 0.08 there and 0.5 here", "--out")
+    refuse((*dense, "--width", 0.0625), "width is 0.03125 there")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/seed0").write_text("a file")
-    refused(dense(tmp_path / "mine"), "no run of this project")
+    refuse(stage1(tmp_path / "mine"), "no run of this project")
 
 
-def test_later_stages_refuse_bad_checkpoints(runs, tmp_path):
-    root = tmp_path / "copy"
-    shutil.copytree(runs, root)
-    refused(
-        call("prune_imp", "--dense", root / "nowhere", "--sparsity", 0.5, "--out", tmp_path / "o"),
-        "nowhere",
-        "no dense run",
-    )
-    refused(call("prune_imp", "--dense", root / "imp/seed0", "--sparsity", 0.5, "--out", tmp_path / "o"), "prune_imp")
-    refused(call("prune_imp", "--dense", root / "dense/seed0", "--sparsity", 1.5, "--out", tmp_path / "o"), "1.5")
-    refused(call("prune_imp", "--dense", root / "dense/seed0", "--sparsity", 0, "--out", tmp_path / "o"), "above 0")
-    refused(
-        call("prune_imp", "--dense", root / "dense/seed0", "--sparsity", 0.5, "--rewind", 2, "--out", tmp_path / "o"),
-        "no weights after epoch 2",
-        "0, 1, 3",
-    )
-    last = root / "dense/seed0/epoch_0003.pt"
-    last.write_bytes(last.read_bytes()[:500])
-    refused(
-        call("prune_imp", "--dense", root / "dense/seed0", "--sparsity", 0.5, "--out", tmp_path / "o"),
-        "epoch_0003.pt",
-        "cut off",
-    )
+def test_stage_2_refuses(runs, tmp_path):
+    root, out = copied(runs / "dense", tmp_path / "dense"), tmp_path / "o"
+    seed0 = stage2(root / "seed0", out)
+    refuse(stage2(root / "nowhere", out), "nowhere", "no dense run")
+    refuse(stage2(runs / "imp/seed0", out), "prune_imp")
+    refuse((*seed0, "--sparsity", 1.5), "1.5")
+    refuse((*seed0, "--sparsity", 0), "above 0")
+    rewind = ("prune_imp", "--dense", root / "seed0", "--sparsity", 0.5, "--out", out, "--rewind")
+    refuse((*rewind, 2), "no weights after epoch 2", "0, 1, 3")
+    for extreme in (1e-7, 1 - 1e-7):
+        refuse((*seed0, "--sparsity", extreme), "all or none")
+    for outs in ((out,), (out, out)):
+        refuse((*seed0, "--dense", root / "seed0", root / "seed2", "--out", *outs), "--out")
+    last = root / "seed0/epoch_0003.pt"
+    diverged, whole = state(last), last.read_bytes()
+    last.write_bytes(whole[:500])
+    refuse(seed0, "epoch_0003.pt", "cut off")
     torch.save({"weights": 1}, last)
-    refused(
-        call("prune_imp", "--dense", root / "dense/seed0", "--sparsity", 0.5, "--out", tmp_path / "o"), "state_dict"
-    )
-    (root / "dense/seed2/result.json").unlink()
-    refused(
-        call("prune_imp", "--dense", root / "dense/seed2", "--sparsity", 0.5, "--out", tmp_path / "o"), "not finished"
-    )
-    assert not files(tmp_path / "o")
-
-
-def test_stages_refuse_what_does_not_fit_together(runs, tmp_path):
-    wide, out = tmp_path / "wide", tmp_path / "o"
-    assert dense(wide, "--width", 0.0625, "--epochs", 1, "--seed", 0, 1).code == 0
-    align = ("align_mask", "--masks", runs / "imp/seed0", "--out", out, "--source")
-    refused(call(*align, runs / "dense/seed0", "--target", wide / "seed0"), "different networks")
-    refused(call(*align, wide / "seed0", "--target", wide / "seed1"), "mask_0.50.pt", "0.0625")
-    refused(call(*align, runs / "dense/seed0", "--target", runs / "dense/seed0"), "the same network")
-    refused(call(*align, runs / "dense/seed2", "--target", runs / "dense/seed1"), "no mask of the source")
-    refused(
-        call(
-            "align_mask",
-            "--masks",
-            tmp_path,
-            "--out",
-            out,
-            "--source",
-            runs / "dense/seed0",
-            "--target",
-            runs / "dense/seed1",
-        ),
-        "no mask_*.pt",
-    )
-    refused(
-        call(*align, runs / "dense/seed0", "--target", runs / "dense/seed1", "--target-epoch", 2),
-        "no weights after epoch 2",
-    )
-    refused(sparse("naive", wide / "seed0", runs / "imp/seed0", out), "mask_0.50.pt", "mlp")
-    imp, aligned = runs / "imp/seed0", runs / "align/activation/seed0-seed1"
-    refused(sparse("lth", runs / "dense/seed1", imp, out), "--arm lth contradicts", "seed 0")
-    refused(sparse("naive", runs / "dense/seed0", imp, out), "--arm naive contradicts")
-    refused(sparse("permuted", runs / "dense/seed1", imp, out), "--arm permuted contradicts", "unpermuted")
-    refused(sparse("permuted", runs / "dense/seed3", aligned, out), "permuted onto seed 1")
-    refused(sparse("naive", runs / "dense/seed1", aligned, out), "--arm naive contradicts")
-    refused(
-        sparse("naive", runs / "dense/seed1", imp, out, "--sparsity", 0.6, "--rewind", 0),
-        "mask_0.60.pt",
-        "mask_0.50.pt, mask_0.70.pt",
-    )
-    refused(
-        sparse("naive", runs / "dense/seed1", imp, out, "--sparsity", 0.5, "--rewind", 2),
-        "no weights after epoch 2",
-        "0, 1, 3",
-    )
-    refused(sparse("naive", runs / "dense/seed1", imp, out, "--sparsity", 0.5, "--rewind", 3), "no epoch to train")
+    refuse(seed0, "state_dict")
+    next(iter(diverged["state_dict"].values())).fill_(math.nan)
+    torch.save(diverged, last)
+    refuse(seed0, "diverged")
+    (root / "seed2/result.json").unlink()
+    refuse(stage2(root / "seed2", out), "not finished")
     assert not files(out)
+
+
+def test_a_sparsity_that_keeps_few_weights_is_met(runs, tmp_path):
+    succeed(*stage2(runs / "dense/seed0", tmp_path, "--sparsity", 0.999))
+    mask = state(tmp_path / "mask_0.999.pt")["mask"]  # 20% of the last few weights is still one
+    assert masking.kept(mask) == masking.keep_count(masking.size(mask), 0.999) < 5
+
+
+def test_stage_3_refuses(runs, ends, tmp_path):
+    wide, out, (source, target, masks) = tmp_path / "wide", tmp_path / "o", ends
+    succeed(*stage1(wide, "--width", 0.0625, "--epochs", 1, "--seed", 0, 1))
+    refuse(stage3(source, wide / "seed0", masks, out), "source and target differ")
+    refuse(stage3(wide / "seed0", wide / "seed1", masks, out), "mask_0.50.pt", "0.0625")
+    refuse(stage3(source, source, masks, out), "the same network")
+    refuse(stage3(runs / "dense/seed2", target, masks, out), "no mask of the source")
+    refuse(stage3(source, target, tmp_path, out), "no mask_*.pt")
+    refuse(stage3(*ends, out, "--target-epoch", 2), "no weights after epoch 2")
+    refuse(stage3(*ends, out, "--method", "weight", "--match-on", "pre"), "--match-on")
+    refuse(stage3(*ends, out, "--dataset", "glyphs"), "--model-fn")
+    refuse(("align_mask", "--source", source, "--target", target, "--out", out), "--masks")
+    refuse(stage4("naive", wide / "seed0", masks, out), "mask_0.50.pt", "mlp")
+    assert not files(out)
+
+
+def test_stage_4_refuses(runs, ends, aligned, tmp_path):
+    (_, _, imp), out = ends, tmp_path / "o"
+    permuted = runs / "align/activation/seed0-seed1"
+    for arm, seed, masks, words in (
+        ("lth", 1, imp, "seed 0"),
+        ("naive", 0, imp, ""),
+        ("permuted", 1, imp, "unpermuted"),
+        ("permuted", 3, permuted, "permuted onto seed 1"),
+        ("naive", 1, permuted, ""),
+        ("random-permutation", 1, aligned / "weight", "by weight"),
+        ("permuted", 1, aligned / "random", "by random"),
+        ("imp-target", 1, imp, ""),
+        ("shuffled", 0, imp, ""),
+    ):
+        command = stage4(arm, runs / f"dense/seed{seed}", masks, out)
+        refuse(command, f"--arm {arm} contradicts", words)
+    naive = stage4("naive", runs / "dense/seed1", imp, out)
+    refuse((*naive, "--sparsity", 0.6), "mask_0.60.pt", "mask_0.50.pt, mask_0.70.pt")
+    refuse((*naive, "--rewind", 2), "no weights after epoch 2", "0, 1, 3")
+    refuse((*naive, "--rewind", 3), "no epoch to train")
     changed = tmp_path / "changed"
     changed.mkdir()
     entry = state(imp / "mask_0.70.pt")
     torch.save(entry, changed / "mask_0.50.pt")  # a mask under the name of another sparsity
-    refused(sparse("naive", runs / "dense/seed1", changed, out, "--sparsity", 0.5, "--rewind", 0), "prunes 70")
     entry["mask"]["1.weight"] = entry["mask"]["1.weight"][:, :-1]
     torch.save(entry, changed / "mask_0.70.pt")
-    refused(
-        sparse("naive", runs / "dense/seed1", changed, out, "--sparsity", 0.7, "--rewind", 0),
-        "mask_0.70.pt does not fit the network: 1.weight",
-    )
-
-
-def test_stages_refuse_files_of_another_experiment_under_the_same_seed(runs, tmp_path):
-    other, out = tmp_path / "other", tmp_path / "o"
-    for seed in (0, 1):
-        assert dense(other, "--epochs", 2, "--lr", 0.03, "--seed", seed).code == 0
-    imp = runs / "imp/seed0"
-    ends = ("--source", other / "seed0", "--target", other / "seed1", "--masks", imp, "--out", out)
-    refused(call("align_mask", *ends), "another network of seed 0")
-    refused(sparse("lth", other / "seed0", imp, out, "--sparsity", 0.5, "--rewind", 0), "another network")
+    refuse((*naive, "--masks", changed, "--sparsity", 0.5), "prunes 70")
+    misfit = "mask_0.70.pt does not fit the network: 1.weight"
+    refuse((*naive, "--masks", changed, "--sparsity", 0.7), misfit)
     assert not files(out)
-    shutil.copytree(runs / "align/activation/seed0-seed1", out)
-    succeed(
-        "prune_imp", "--dense", runs / "dense/seed0", "--sparsity", 0.5, "--one-shot", *IMP, "--out", tmp_path / "imp"
-    )
-    ends = (
-        "--source",
-        runs / "dense/seed0",
-        "--target",
-        runs / "dense/seed1",
-        "--masks",
-        tmp_path / "imp",
-        "--out",
-        out,
-    )
-    refused(call("align_mask", *ends), "mask_0.50.pt is a permutation of another mask")
 
 
-def test_extreme_sparsities_and_diverged_networks_are_refused(runs, tmp_path):
-    imp = ("prune_imp", "--dense", runs / "dense/seed0", *IMP, "--out", tmp_path / "o", "--sparsity")
-    refused(call(*imp, 0.0000001), "all or none")
-    refused(call(*imp, 0.9999999), "all or none")
-    refused(
-        call(
-            "prune_imp",
-            "--dense",
-            runs / "dense/seed0",
-            "--keep-rounds",
-            *IMP,
-            "--out",
-            runs / "imp/seed0",
-            "--sparsity",
-            0.6,
-        ),
-        "has passed 0.6",
-    )
-    refused(dense(tmp_path / "wild", "--lr", 1e6, "--epochs", 2), "diverged")
-    shutil.copytree(runs / "dense/seed0", tmp_path / "wild/seed0", dirs_exist_ok=True)
-    path = tmp_path / "wild/seed0/epoch_0003.pt"
-    entry = state(path)
-    next(iter(entry["state_dict"].values())).fill_(math.nan)
-    torch.save(entry, path)
-    refused(
-        call("prune_imp", "--dense", tmp_path / "wild/seed0", "--sparsity", 0.5, "--out", tmp_path / "o"), "diverged"
-    )
-    for flag, value in (("--width", "inf"), ("--lr", "nan"), ("--seed", 10**30)):
-        refused(dense(tmp_path / "o", flag, value), flag)
-    assert not files(tmp_path / "o")
-    ends = ("--dense", runs / "dense/seed0", "--sparsity", 0.999)
-    succeed("prune_imp", *ends, *IMP, "--out", tmp_path / "few")  # 20% of the last few weights is still one
-    mask = state(tmp_path / "few/mask_0.999.pt")["mask"]
-    assert masking.kept(mask) == masking.keep_count(masking.size(mask), 0.999) < 5
+def test_stages_refuse_files_of_another_experiment_under_the_same_seed(runs, ends, tmp_path):
+    other, out, (source, target, imp) = tmp_path / "other", tmp_path / "o", ends
+    succeed(*stage1(other, "--epochs", 2, "--lr", 0.03, "--seed", 0, 1))
+    refuse(stage3(other / "seed0", other / "seed1", imp, out), "another network of seed 0")
+    refuse(stage4("lth", other / "seed0", imp, out), "another network")
+    assert not files(out)
+    copied(runs / "align/activation/seed0-seed1", out)
+    succeed(*stage2(source, tmp_path / "imp", "--sparsity", 0.5, "--one-shot"))
+    words = "mask_0.50.pt is a permutation of another mask"
+    refuse(stage3(source, target, tmp_path / "imp", out), words)
 
 
 def of_a_gpu():
@@ -224,21 +172,23 @@ def of_a_gpu():
     )
 
 
-@pytest.mark.parametrize("take, words", [
-    (lambda: torch.empty(10**15), "(can't allocate memory: you tried to allocate 4000000000000000 bytes"), (lambda: numpy.empty(10**15), "7.11 PiB"),
-    (of_a_gpu, "(CUDA out of memory. Tried to allocate 20.00 MiB)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "take, words",
+    [
+        (
+            lambda: torch.empty(10**15),
+            "(can't allocate memory: you tried to allocate 4000000000000000 bytes",
+        ),
+        (lambda: numpy.empty(10**15), "7.11 PiB"),
+        (of_a_gpu, "(CUDA out of memory. Tried to allocate 20.00 MiB)"),
+    ],
+)
 def test_too_little_memory_is_one_line(monkeypatch, take, words):
     monkeypatch.setattr("train_dense.load_data", lambda *_, **__: take())
-    refused(call("train_dense", *TINY, "--out", "nowhere"), "out of memory: use smaller", words)
+    refuse(("train_dense", *TINY, "--out", "nowhere"), "out of memory: use smaller", words)
 
 
 def test_a_bug_of_ours_shows_its_traceback(monkeypatch):
-    import train_dense
-
-    def broken():
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(train_dense, "main", broken)
+    monkeypatch.setattr("train_dense.main", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         call("train_dense")

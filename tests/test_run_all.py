@@ -1,150 +1,44 @@
+import json
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from analyze import status
 from tests.conftest import ROOT, call
+
+STAGES = ("train_dense.py", "prune_imp.py", "align_mask.py", "train_sparse.py")
 
 
 def run_all(*arguments, **environment):
-    """The script as on a machine without GPUs, unless CUDA_VISIBLE_DEVICES is None: then they are nvidia-smi's."""
-    keep = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": os.environ.get("HOME", "")}
-    settings = {
-        key: value for key, value in (keep | {"CUDA_VISIBLE_DEVICES": ""} | environment).items() if value is not None
-    }
-    return subprocess.run(["bash", str(ROOT / "run_all.sh"), *arguments], env=settings, capture_output=True, text=True)
+    """The script as without GPUs, unless CUDA_VISIBLE_DEVICES is None: then they are nvidia-smi's."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    usual = {"PATH": path, "HOME": os.environ.get("HOME", ""), "CUDA_VISIBLE_DEVICES": ""}
+    settings = {key: value for key, value in (usual | environment).items() if value is not None}
+    command = ["bash", str(ROOT / "run_all.sh"), *arguments]
+    return subprocess.run(command, env=settings, capture_output=True, text=True)
 
 
-def test_dry_run_prints_the_whole_experiment_in_order():
-    done = run_all("cifar10", DRY_RUN="1", PAIRS="0 2", WIDTHS="1 8", OUT="some where")
+def dry(preset, script="", **settings):
+    """The words of the commands that a preset would run, of one script or of all."""
+    done = run_all(preset, DRY_RUN="1", **settings)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    scripts = [line.split()[1].removesuffix(".py") for line in lines]
-    expected = ["train_dense"] * 8 + ["prune_imp"] * 4 + ["align_mask"] * 8 + ["train_sparse"] * 16
-    assert scripts[:36] == expected and [line.split()[2] for line in lines[36:]] == [
-        "analyze.results",
-        "analyze.report",
-    ]
-    last = [line.split()[2] for line in run_all("quick", DRY_RUN="1").stdout.splitlines()[-5:]]
-    assert last == [f"analyze.{name}" for name in ("results", "accuracy", "interpolation", "masks", "methods")]
-    words = shlex.split(lines[3])
-    assert words[words.index("--seed") + 1] == "5" and words[words.index("--out") + 1] == "some where/w1/dense"
-    assert lines[27].rstrip().endswith("--sparsity 0.8 0.9 0.95 0.97 --rewind 0 5 10 15 20 25 50 75 100")
-    assert lines[35].rstrip().endswith("--sparsity 0.8 0.9 0.95 0.97 --rewind 0 10 25 50 100")
-    assert "--rewind 7 " in run_all("cifar10", DRY_RUN="1", REWIND="7", SPARSE_FLAGS="--lr 1").stdout
-    assert (
-        "'some where/w8/align/activation/seed4-seed5' --out 'some where/w8/sparse/permuted/activation/seed4-seed5'"
-        in lines[34]
-    )
+    return [shlex.split(line) for line in done.stdout.splitlines() if script in line]
 
 
-def test_every_preset_prints_commands_that_the_stages_accept(tmp_path):
-    for preset, dataset, model in (("quick", "glyphs", "resnet20"), ("cifar100", "cifar100", "resnet20"), ("vgg11", "cifar10", "vgg11"),
-                                   ("svhn", "svhn", "resnet20"), ("imagenet", "imagenet", "resnet50")):  # fmt: skip
-        done = run_all(preset, DRY_RUN="1")
-        assert done.returncode == 0, done.stderr
-        assert (
-            f"--dataset {dataset} " in done.stdout
-            and f"--model {model} " in done.stdout
-            and f"runs/{preset}" in done.stdout
-        )
-        for line in run_all(preset, DRY_RUN="1", OUT=str(tmp_path)).stdout.splitlines():
-            words = shlex.split(line)
-            if words[1].endswith(".py"):  # every flag is known: the stages get as far as the missing files
-                outcome = call(words[1].removesuffix(".py"), *words[2:], "--device", "nowhere")
-                assert outcome.code == 2 and ("nowhere" in outcome.err or "no dense run" in outcome.err), outcome.err
+def values(words, flag):
+    """The words that follow a flag, up to the next one."""
+    after = words[words.index(flag) + 1 :]
+    end = next((place for place, word in enumerate(after) if word.startswith("--")), len(after))
+    return after[:end]
 
 
-def test_methods_and_controls_add_their_runs():
-    usual = run_all("quick", DRY_RUN="1", PAIRS="1", PARALLEL="").stdout.splitlines()
-    more = run_all(
-        "quick", DRY_RUN="1", PAIRS="1", PARALLEL="", METHODS="activation masked",
-        CONTROLS="shuffled random-permutation imp-target signs",
-    ).stdout.splitlines()  # fmt: skip
-    assert [line for line in more if line in usual] == usual  # nothing else changes
-    added = [shlex.split(line) for line in more if line not in usual]
-    assert [words[words.index("--out") + 1].removeprefix("runs/quick/") for words in added] == [
-        "imp/seed3", "align/masked/seed2-seed3", "align/random/seed2-seed3", "sparse/permuted/masked/seed2-seed3",
-        "sparse/shuffled/seed2-seed3", "sparse/random-permutation/seed2-seed3", "sparse/imp-target/seed3-seed3",
-        "sparse/naive-signs/seed2-seed3", "sparse/permuted-signs/activation/seed2-seed3", "sparse/permuted-signs/masked/seed2-seed3",
-    ]  # fmt: skip
-    assert [words[-1] for words in added[-3:]] == ["--signs"] * 3
-
-
-def test_a_method_may_match_against_an_early_target():
-    usual = run_all("cifar10", DRY_RUN="1", PAIRS="0", WIDTHS="1", REWIND="25", METHODS="activation")
-    early = run_all("cifar10", DRY_RUN="1", PAIRS="0", WIDTHS="1", REWIND="25", METHODS="activation activation@5")
-    added = [line for line in early.stdout.splitlines() if line not in usual.stdout.splitlines()]
-    assert [line.split()[1] for line in added] == ["train_dense.py"] * 2 + ["align_mask.py", "train_sparse.py"]
-    assert all("--save-epochs 25 5 " in line for line in added[:2])
-    assert "--method activation --target-epoch 5 --out 'runs/cifar10/align/activation@5/seed0-seed1'" in added[2]
-    assert "--masks 'runs/cifar10/align/activation@5/seed0-seed1'" in added[3] and "--target-epoch" not in usual.stdout
-
-
-def test_a_dry_run_names_the_interpreter_that_has_the_packages(tmp_path):
-    assert run_all("quick", DRY_RUN="1").stdout.startswith("python3 train_dense.py")
-    path = command(tmp_path, "python3", "exit 1")
-    assert run_all("quick", DRY_RUN="1", PATH=path).stdout.startswith(".venv/bin/python train_dense.py")
-    assert run_all("test", DRY_RUN="1").stdout == "python3 -m pytest -q tests\n"
-
-
-def test_an_ensemble_has_one_source_and_five_of_the_rest():
-    done = run_all("cifar10", DRY_RUN="1", ENSEMBLE="5", METHODS="activation")
-    lines = [shlex.split(line) for line in done.stdout.splitlines()]
-    folder = "runs/cifar10-ensemble/"
-
-    def outs(script):
-        return [
-            words[words.index("--out") + 1].removeprefix(folder) for words in lines if words[1] == script
-        ]  # fmt: skip
-
-    assert [words[words.index("--seed") + 1] for words in lines if words[1] == "train_dense.py"] == list("012345")
-    assert outs("prune_imp.py") == [f"imp/seed{n}" for n in range(5)]
-    assert outs("align_mask.py") == [f"align/activation/seed0-seed{n}" for n in range(1, 6)]
-    orders = [f"sparse/lth/seed0-seed0/order{n}" for n in range(5)]
-    pairs = [[f"sparse/naive/seed0-seed{n}", f"sparse/permuted/activation/seed0-seed{n}"] for n in range(1, 6)]
-    assert outs("train_sparse.py") == orders + sum(pairs, [])
-    trained = [words for words in lines if words[1] == "train_sparse.py"]
-    assert [words[-2:] for words in trained[:5]] == [["--seed", str(n)] for n in range(5)]
-    assert all("--sparsity 0.9 --rewind 25" in " ".join(words) for words in trained)
-    alone = run_all("quick", DRY_RUN="1", ENSEMBLE="2", PARALLEL="auto", JOBS="1").stdout.splitlines()
-    assert not any("--parallel" in line for line in alone if "train_sparse" in line)  # one run a command
-    assert all("--parallel auto" in line for line in alone if "train_dense" in line or "prune_imp" in line)
-    members = [
-        shlex.split(line)
-        for line in run_all("svhn", DRY_RUN="1", ENSEMBLE="2").stdout.splitlines()
-        if "prune_imp" in line
-    ]
-    assert [words[words.index("--out") + 1][-5:] for words in members] == [
-        "seed0",
-        "seed1",
-        "seed2",
-    ]  # seed 0 saw CIFAR-10
-    same = run_all("svhn", DRY_RUN="1", SOURCE_DATASET="svhn").stdout
-    assert "--arm lth" in same and "cifar10" not in same
-    for wrong in ("1", "five"):
-        done = run_all("quick", ENSEMBLE=wrong)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and wrong in done.stderr
-
-
-def test_side_by_side_one_command_trains_all_networks_of_a_stage():
-    usual = run_all("svhn", DRY_RUN="1", PAIRS="0 1", METHODS="activation", CONTROLS="imp-target").stdout.splitlines()
-    lines = run_all("svhn", DRY_RUN="1", PAIRS="0 1", METHODS="activation", CONTROLS="imp-target", PARALLEL="auto").stdout.splitlines()  # fmt: skip
-    trained = sorted(shlex.split(line) for line in lines if "train_dense.py" in line)
-    seeds = [words[words.index("--seed") + 1 : words.index("--out")] for words in trained]
-    assert seeds == [["0", "2"], ["1", "3"]] and trained[0][3] == "cifar10" and trained[1][3] == "svhn"
-    (chains,) = (shlex.split(line) for line in lines if "prune_imp.py" in line)
-    folders = [f"runs/svhn/{{}}/seed{seed}" for seed in range(4)]
-    place = chains.index("--dense") + 1
-    assert chains[place : place + 4] == [folder.format("dense") for folder in folders]
-    place = chains.index("--out") + 1
-    assert chains[place : place + 4] == [folder.format("imp") for folder in folders]
-    sparse = [line for line in lines if "train_sparse.py" in line]
-    assert all("--parallel auto" in line for line in lines if "train_" in line or "prune_" in line)
-    assert [line.split() for line in usual if "train_sparse" in line] == [
-        [word for word in line.split() if word not in ("--parallel", "auto")] for line in sparse
-    ]
+def outs(commands, below=""):
+    folders = [folder for words in commands for folder in values(words, "--out")]
+    return [folder.removeprefix(below) for folder in folders]
 
 
 def command(folder, name, script):
@@ -154,107 +48,345 @@ def command(folder, name, script):
     return f"{folder}:{os.environ['PATH']}"
 
 
-def test_quick_fills_a_few_cores_and_leaves_a_gpu_to_processes(tmp_path):
-    def stages(preset="quick", **environment):
-        printed = run_all(preset, DRY_RUN="1", **{"CUDA_VISIBLE_DEVICES": None} | environment).stdout.splitlines()
-        return [[line for line in printed if stage in line] for stage in ("train_dense", "prune_imp", "train_sparse")]
-
-    path = command(tmp_path, "nvidia-smi", "printf 'No devices were found\\n\\n'; exit 6")
-    command(tmp_path, "getconf", "echo 2")
-    dense, chains, sparse = stages(PATH=path)
-    assert [len(lines) for lines in (dense, chains, sparse)] == [1, 1, 9] and "--parallel" not in str(sparse)
-    assert "--parallel auto" in dense[0] and "--parallel auto" in chains[0]
-    command(tmp_path, "getconf", "echo 16")  # each process gets several of so many
-    assert [len(lines) for lines in stages(PATH=path)] == [6, 3, 9]
-    command(tmp_path, "getconf", "echo 2")
-    command(tmp_path, "nvidia-smi", "echo 0")
-    assert [len(lines) for lines in stages(PATH=path)] == [6, 3, 9] and "--parallel" not in str(stages(PATH=path))
-    for none in ("", "-1"):
-        assert [len(lines) for lines in stages(PATH=path, CUDA_VISIBLE_DEVICES=none)] == [1, 1, 9]
-    for environment in ({}, {"JOBS": "2"}):
-        for lines in stages("svhn", PARALLEL="auto", PAIRS="0", **environment):
-            assert lines and all("--parallel auto" in line for line in lines)
-
-
-def test_each_of_several_gpus_has_a_command_of_its_own(tmp_path):
-    path = command(tmp_path, "nvidia-smi", "printf '0\\n1\\n2\\n'")
-    command(
-        tmp_path, "python3", f'echo "$1 ${{CUDA_VISIBLE_DEVICES-all}}" >> {tmp_path}/log; [ "$1" = -c ] || sleep 0.3'
-    )
-
-    def used(**environment):
-        (tmp_path / "log").unlink(missing_ok=True)
-        environment = {"CUDA_VISIBLE_DEVICES": None} | environment
-        settings = {"WIDTHS": "1", "METHODS": "", "OUT": str(tmp_path / "runs")} | environment
-        done = run_all("cifar10", PATH=path, **settings)
-        assert done.returncode == 0, done.stderr
-        lines = [line.split(maxsplit=1) for line in (tmp_path / "log").read_text().splitlines()]
-        return [device for script, device in lines if script == "train_dense.py"]
-
-    assert sorted(used()) == list("001122")
-    assert set(used(JOBS="2")) == {"0", "1"}
-    assert set(used(JOBS="4")) == {"0", "1", "2"}  # the fourth shares the first GPU
-    assert set(used(CUDA_VISIBLE_DEVICES="GPU-5, 7,")) == {"GPU-5", "7"}
-    assert set(used(CUDA_VISIBLE_DEVICES="7")) == {"7"}
-    assert sorted(used(PARALLEL="auto")) == list("012")
-    assert len(used(PARALLEL="auto", JOBS="2")) == 2 and used(PARALLEL="auto", JOBS="1") == ["all"]
-    lines = run_all(
-        "svhn", CUDA_VISIBLE_DEVICES="0,1,2", DRY_RUN="1", PARALLEL="auto", PAIRS="0 1 2 3"
-    ).stdout.splitlines()
-    trained = [shlex.split(line) for line in lines if "train_dense" in line]
-    seeds = [words[words.index("--seed") + 1 : words.index("--out")] for words in trained]
-    assert sorted(seeds) == [["0", "6"], ["1", "7"], ["2"], ["3"], ["4"], ["5"]]
-    chains = [shlex.split(line) for line in lines if "prune_imp" in line]
-    networks = [words[words.index("--dense") + 1 : words.index("--data-dir")] for words in chains]
-    assert [[name[-5:] for name in line] for line in networks] == [["seed0", "seed6"], ["seed2"], ["seed4"]]
+def test_dry_run_prints_the_whole_experiment_in_order():
+    lines = dry("cifar10", PAIRS="0 2", WIDTHS="1 8", OUT="some where", PARALLEL="1")
+    counts = (8, 4, 8, 16)
+    expected = [script for script, count in zip(STAGES, counts) for _ in range(count)]
+    assert [words[1] for words in lines[:36]] == expected
+    assert [words[2] for words in lines[36:]] == ["analyze.results", "analyze.report"]
+    assert values(lines[3], "--seed") == ["5"] and values(lines[3], "--out") == [
+        "some where/w1/dense"
+    ]
+    assert values(lines[27], "--sparsity") == ["0.8", "0.9", "0.95", "0.97"]
+    assert values(lines[27], "--rewind") == "0 5 10 15 20 25 50 75 100".split()
+    assert values(lines[35], "--rewind") == "0 10 25 50 100".split()  # of a wide network
+    last = next(words for words in lines if "some where/w8/align/activation/seed4-seed5" in words)
+    assert values(last, "--out") == ["some where/w8/align/activation/seed4-seed5"]
+    wide = dry("cifar10", "train_sparse", WIDTHS="8", REWIND="7")
+    assert all(values(words, "--rewind") == ["7"] for words in wide)
+    figures = [words[2] for words in dry("quick", "analyze.")]
+    quick = ("results", "accuracy", "interpolation", "masks", "methods")
+    assert figures == [f"analyze.{name}" for name in quick]
 
 
-def test_gpus_that_share_a_network_are_started_by_torchrun():
-    usual, shared = (
-        run_all("imagenet", DRY_RUN="1", CUDA_VISIBLE_DEVICES="0,1,2,3", **more).stdout.splitlines()
-        for more in ({}, {"SPREAD": "4"})
-    )
-    launch = "python3 -m torch.distributed.run --standalone --nproc-per-node 4 "
-    assert [line.replace(launch, "python3 ") for line in shared] == usual
-    assert all(line.startswith(launch) == (" train_" in line or " prune_" in line) for line in shared)
-    assert "--parallel" not in run_all("quick", DRY_RUN="1", SPREAD="2").stdout
-    for wrong in (
-        {"SPREAD": "two"},
-        {"SPREAD": "0"},
-        {"SPREAD": "2", "PARALLEL": "auto"},
-        {"SPREAD": "2", "JOBS": "2"},
-    ):
-        done = run_all("imagenet", DRY_RUN="1", **wrong)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "SPREAD" in done.stderr
+@pytest.mark.parametrize(
+    "preset, dataset, model",
+    [
+        ("quick", "glyphs", "resnet20"),
+        ("cifar100", "cifar100", "resnet20"),
+        ("vgg11", "cifar10", "vgg11"),
+        ("svhn", "svhn", "resnet20"),
+        ("imagenet", "imagenet", "resnet50"),
+    ],
+)
+def test_the_stages_accept_the_commands_of_a_preset(tmp_path, preset, dataset, model):
+    first = dry(preset, f"--dataset {dataset} ")[0]
+    assert values(first, "--model") == [model] and outs([first])[0].startswith(f"runs/{preset}/w")
+    for words in dry(preset, OUT=str(tmp_path), TAG="mine"):
+        if words[1] in STAGES:  # every flag is known: the stages get as far as the missing files
+            outcome = call(words[1][:-3], *words[2:], "--device", "nowhere")
+            assert outcome.code == 2, outcome.err
+            assert "nowhere" in outcome.err or "no dense run" in outcome.err
+
+
+def test_methods_and_controls_add_their_runs():
+    usual = dry("quick", PAIRS="1", PARALLEL="1")
+    controls = "shuffled random-permutation imp-target signs"
+    settings = {"METHODS": "activation masked", "CONTROLS": controls}
+    more = dry("quick", PAIRS="1", PARALLEL="1", **settings)
+    assert [words for words in more if words in usual] == usual  # nothing else changes
+    added = [words for words in more if words not in usual]
+    assert outs(added, "runs/quick/w2/") == [
+        "imp/seed3",
+        "align/masked/seed2-seed3",
+        "align/random/seed2-seed3",
+        "sparse/permuted/masked/seed2-seed3",
+        "sparse/naive-signs/seed2-seed3",
+        "sparse/permuted-signs/activation/seed2-seed3",
+        "sparse/permuted-signs/masked/seed2-seed3",
+        "sparse/shuffled/seed2-seed3",
+        "sparse/random-permutation/seed2-seed3",
+        "sparse/imp-target/seed3-seed3",
+    ]
+    signed = [words for words in more if "--signs" in words]
+    assert signed == [words for words in more if "-signs/" in " ".join(words)] != []
+
+
+def test_a_method_may_match_against_an_early_target():
+    settings = {"PAIRS": "0", "WIDTHS": "1", "REWIND": "25"}
+    usual = dry("cifar10", METHODS="activation", **settings)
+    early = dry("cifar10", METHODS="activation activation@5", **settings)
+    added = [words for words in early if words not in usual]
+    assert [words[1] for words in added] == ["train_dense.py", "align_mask.py", "train_sparse.py"]
+    assert values(added[0], "--save-epochs") == ["25", "5"]
+    assert [values(added[1], flag) for flag in ("--method", "--target-epoch")] == [
+        ["activation"],
+        ["5"],
+    ]
+    folder = "runs/cifar10/w1/align/activation@5/seed0-seed1"
+    assert outs([added[1]]) == values(added[2], "--masks") == [folder]
+    assert "--target-epoch" not in str(usual)
+
+
+def test_a_tag_makes_all_but_the_dense_networks_anew():
+    usual, tagged = dry("cifar10", WIDTHS="1 4"), dry("cifar10", WIDTHS="1 4", TAG="adamw")
+    assert len(usual) == len(tagged)
+    for before, now in zip(usual, tagged):
+        if now[1] in ("train_dense.py", "-m"):
+            assert now == before
+        else:
+            assert values(now, "--tag") == ["adamw"]
+            place = now.index("--tag")
+            text = " ".join(now[:place] + now[place + 2 :])
+            assert text.replace("/adamw/", "/") == " ".join(before)
+            (out, *_) = outs([now])
+            assert out.startswith(("runs/cifar10/w1/adamw/", "runs/cifar10/w4/adamw/"))
+
+
+def test_a_dry_run_names_the_interpreter_that_has_the_packages(tmp_path):
+    assert dry("quick")[0][0] == "python3"
+    path = command(tmp_path, "python3", "exit 1")
+    assert dry("quick", PATH=path)[0][0] == ".venv/bin/python"
+    assert run_all("test", DRY_RUN="1").stdout == "python3 -m pytest -q tests\n"
+
+
+def test_an_ensemble_has_one_source_and_five_of_the_rest():
+    lines = dry("cifar10", ENSEMBLE="5", METHODS="activation", PARALLEL="1")
+
+    def made(script):
+        commands = [words for words in lines if words[1] == script]
+        return outs(commands, "runs/cifar10-ensemble/w1/")
+
+    dense = [words for words in lines if words[1] == "train_dense.py"]
+    assert [values(words, "--seed") for words in dense] == [[seed] for seed in "012345"]
+    assert made("prune_imp.py") == [f"imp/seed{n}" for n in range(5)]
+    assert made("align_mask.py") == [f"align/activation/seed0-seed{n}" for n in range(1, 6)]
+    expected = []
+    for n in range(5):
+        pair = f"seed0-seed{n + 1}"
+        expected += [f"sparse/lth/seed0-seed0/order{n}", f"sparse/naive/{pair}"]
+        expected += [f"sparse/permuted/activation/{pair}"]
+    assert made("train_sparse.py") == expected
+    sparse = [words for words in lines if words[1] == "train_sparse.py"]
+    orders = [values(words, "--seed") for words in sparse if "lth" in words]
+    assert orders == [[seed] for seed in "01234"]
+    cells = [(values(words, "--sparsity"), values(words, "--rewind")) for words in sparse]
+    assert cells == 15 * [(["0.9"], ["25"])]
+    # The source of SVHN's ensemble saw CIFAR-10.
+    members = dry("svhn", "prune_imp", ENSEMBLE="2", PARALLEL="1")
+    assert [folder[-5:] for folder in outs(members)] == ["seed0", "seed1", "seed2"]
 
 
 def test_svhn_reuses_the_masks_of_cifar10():
-    lines = run_all("svhn", DRY_RUN="1", PAIRS="0 1", METHODS="activation").stdout.splitlines()
-    trained = [shlex.split(line) for line in lines if "train_dense.py" in line]
-    assert [(words[3], words[words.index("--seed") + 1]) for words in trained] == [
-        ("cifar10", "0"), ("svhn", "1"), ("cifar10", "2"), ("svhn", "3"),
-    ]  # fmt: skip
-    assert not any("--arm lth" in line for line in lines) and sum("--arm naive" in line for line in lines) == 2
+    lines = dry("svhn", PAIRS="0 1", METHODS="activation")
+    dense = [words for words in lines if words[1] == "train_dense.py"]
+    seeds = {values(words, "--dataset")[0]: values(words, "--seed") for words in dense}
+    assert seeds == {"cifar10": ["0", "2"], "svhn": ["1", "3"]}
+    arms = [values(words, "--arm")[0] for words in lines if "--arm" in words]
+    assert arms == 2 * ["naive", "permuted"]
+    same = run_all("svhn", DRY_RUN="1", SOURCE_DATASET="svhn").stdout
+    assert "--arm lth" in same and "cifar10" not in same
 
 
-def test_unknown_presets_and_controls_are_refused():
-    done = run_all("quick", "DRY_RUN=1")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "'DRY_RUN=1'" in done.stderr
-    done = run_all("cifar11")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cifar11" in done.stderr
-    done = run_all("quick", CONTROLS="signs shuffle")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "'shuffle'" in done.stderr
-    for wrong in ("activaton", "activation@", "activation@2x", "random", "identity@5"):
-        done = run_all("quick", METHODS=f"weight {wrong}", DRY_RUN="1")
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"'{wrong}'" in done.stderr
-        assert ("epoch of the target" in done.stderr) == ("@" in wrong)
+def test_side_by_side_one_command_trains_all_networks_of_a_stage():
+    one, many = (
+        dry("cifar10", PAIRS="0 1", WIDTHS="1", CONTROLS="imp-target", PARALLEL=n) for n in "14"
+    )
+    assert [words[1] for words in one[:8]] == [STAGES[0]] * 4 + [STAGES[1]] * 4
+    dense, chains, *rest = many
+    assert values(dense, "--seed") == list("0123")
+    for flag in ("--dense", "--out"):
+        assert values(chains, flag) == [folder for w in one[4:8] for folder in values(w, flag)]
+    for words in many:
+        trains = words[1] in STAGES and words[1] != "align_mask.py"
+        assert ("--parallel" in words) == trains and (
+            not trains or values(words, "--parallel") == ["4"]
+        )
+    alone = [[word for word in words if word not in ("--parallel", "4")] for words in rest]
+    assert alone == one[8:]
+
+
+def test_networks_go_side_by_side_by_themselves_on_a_cpu_alone(tmp_path):
+    def parallel(preset="quick", **settings):
+        settings = {"CUDA_VISIBLE_DEVICES": None, "PATH": path, "PAIRS": "0"} | settings
+        return {word for words in dry(preset, **settings) for word in words if "parallel" in word}
+
+    path = command(tmp_path, "nvidia-smi", "printf 'No devices were found\\n\\n'; exit 6")
+    assert parallel() and parallel("cifar10") and not parallel("imagenet")
+    command(tmp_path, "nvidia-smi", "echo 0")
+    assert not parallel() and parallel(PARALLEL="auto")
+    assert parallel(CUDA_VISIBLE_DEVICES="") and parallel(CUDA_VISIBLE_DEVICES="-1")
+
+
+@pytest.mark.parametrize("cores, share", [(2, 1), (3, 1), (4, 2), (7, 3)])
+def test_the_commands_of_the_grid_share_the_cores(tmp_path, cores, share):
+    log = tmp_path / "log"
+    script = f'[ "$1" = -c ] || echo "$* threads=$OMP_NUM_THREADS" >> {log}'
+    path = command(tmp_path, "python3", script)
+    command(tmp_path, "getconf", f"echo {cores}")
+    done = run_all("quick", PATH=path, PAIRS="0", OUT=str(tmp_path / "runs"))
+    assert done.returncode == 0, done.stderr
+    lines = log.read_text().splitlines()
+    dense, sparse = ([line for line in lines if name in line] for name in ("_dense", "_sparse"))
+    assert len(dense) == 1 and "--parallel auto threads=" in dense[0]
+    assert len(sparse) == 3  # of two runs each
+    for line in sparse:
+        assert f"--parallel {share} threads={share}" in " ".join(line.split())
+    log.unlink()
+    run_all("quick", PATH=path, PAIRS="0", OUT=str(tmp_path / "runs"), PARALLEL="5")
+    lines = [line for line in log.read_text().splitlines() if "_sparse" in line]
+    assert all(line.split()[-3:] == ["--parallel", "5", "threads="] for line in lines)
+
+
+def test_each_of_several_gpus_has_a_command_of_its_own(tmp_path):
+    log, gpus = tmp_path / "log", "${CUDA_VISIBLE_DEVICES-all}"
+    script = f'[ "$1" = -c ] || {{ echo "$1 {gpus}" >> {log}; sleep 0.3; }}'
+    path = command(tmp_path, "python3", script)
+    command(tmp_path, "nvidia-smi", "printf '0\\n1\\n2\\n'")
+
+    def used(preset="cifar10", **environment):
+        log.unlink(missing_ok=True)
+        settings = {"CUDA_VISIBLE_DEVICES": None, "WIDTHS": "1", "METHODS": "", "PATH": path}
+        done = run_all(preset, **(settings | {"OUT": str(tmp_path / "runs")} | environment))
+        assert done.returncode == 0, done.stderr
+        lines = [line.split(maxsplit=1) for line in log.read_text().splitlines()]
+        return sorted(device for script, device in lines if script == "train_dense.py")
+
+    assert used() == list("001122")
+    assert set(used(CUDA_VISIBLE_DEVICES="GPU-5, 7,")) == {"GPU-5", "7"}
+    assert set(used(CUDA_VISIBLE_DEVICES="7")) == {"7"}
+    assert used(PARALLEL="auto") == list("012")
+    settings = {"CUDA_VISIBLE_DEVICES": "0,1,2", "PARALLEL": "auto", "PAIRS": "0 1 2 3"}
+    seeds = [values(words, "--seed") for words in dry("svhn", "train_dense", **settings)]
+    assert sorted(seeds) == [["0", "6"], ["1", "7"], ["2"], ["3"], ["4"], ["5"]]
+    chains = [values(words, "--dense") for words in dry("svhn", "prune_imp", **settings)]
+    names = [[name[-5:] for name in folders] for folders in chains]
+    assert names == [["seed0", "seed6"], ["seed2"], ["seed4"]]
+
+
+def test_gpus_that_share_a_network_are_started_by_torchrun():
+    gpus = {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+    usual, shared = dry("imagenet", **gpus), dry("imagenet", SPREAD="4", **gpus)
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 4".split()
+    for before, now in zip(usual, shared, strict=True):
+        alone = before[1] in ("align_mask.py", "-m")
+        assert now == (before if alone else [before[0], *launch, *before[1:]])
+    assert "--parallel" not in str(dry("quick", SPREAD="2"))
+
+
+WRONG = {
+    "PAIRS": ["0,1", "a", "08", "*", " "],
+    "WIDTHS": ["", "1 0"],
+    "SPARSITY": ["0.8 1.5", ""],
+    "REWIND": ["-1"],
+    "METHODS": ["weight activaton", "activation@", "activation@2x", "random", "identity@5"],
+    "CONTROLS": ["signs shuffle"],
+    "ENSEMBLE": ["1", "five"],
+    "TAG": ["a/b", "imp"],
+    "DATASET": [""],
+    "OUT": ["it's"],
+    "PARALLEL": ["x", "0"],
+    "SPREAD": ["two", "0"],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_setting_that_makes_no_sense_is_refused_in_one_line(name):
+    for value in WRONG[name]:
+        done = run_all("quick", DRY_RUN="1", **{name: value})
+        assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+        assert f"error: {name}='{value.strip()}'" in done.stderr
+
+
+def test_unknown_presets_and_settings_that_exclude_each_other_are_refused():
+    for arguments, settings, word in (
+        (["cifar11"], {}, "'cifar11'"),
+        (["q.*"], {}, "'q.*'"),
+        (["quick", "DRY_RUN=1"], {}, "'DRY_RUN=1'"),
+        (["status", "cifar10", "x"], {}, "'x'"),
+        (["quick"], {"SPREAD": "2", "PARALLEL": "auto"}, "PARALLEL"),
+    ):
+        done = run_all(*arguments, DRY_RUN="1", **settings)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and word in done.stderr
+
+
+def test_help_and_the_line_before_a_run_show_every_setting():
+    settings = {"TAG": "mine", "PAIRS": "3  1 3", "DENSE_FLAGS": "--lr  1"}
+    shown = run_all("--help", "vgg11", **settings).stdout
+    line = run_all("vgg11", DRY_RUN="1", **settings).stderr
+    assert line.count("\n") == 1 and "bash run_all.sh status" in shown
+    expected = {"TAG": "mine", "PAIRS": "3 1", "DENSE_FLAGS": "--lr 1", "MODEL": "vgg11"}
+    for name, value in (expected | {"OUT": "runs/vgg11", "IMP_FLAGS": ""}).items():
+        assert f"{name}='{value}'" in line and f"  {name:<20}'{value}'" in shown
 
 
 def test_a_stage_that_fails_stops_the_experiment(tmp_path):
     done = run_all("quick", PAIRS="0", OUT=str(tmp_path), DENSE_FLAGS="--epochs 0")
-    assert (
-        done.returncode != 0
-        and "--epochs" in done.stderr
-        and "prune_imp" not in done.stderr
-        and "done in" not in done.stdout
-    )
+    assert done.returncode != 0 and "--epochs" in done.stderr
+    assert "prune_imp" not in done.stderr and "done in" not in done.stdout
+
+
+def finish(folder, seconds, ended, **arguments):
+    """A run of so many seconds that ended at that time."""
+    folder.mkdir(parents=True)
+    path = folder / "result.json"
+    path.write_text(json.dumps({"seconds": seconds, "arguments": arguments}))
+    os.utime(path, (ended, ended))
+
+
+def told(root, **settings):
+    grid = {"PAIRS": "0", "WIDTHS": "1", "REWIND": "0 4", "SPARSITY": "0.5 0.9", "METHODS": ""}
+    done = run_all("status", "cifar10", OUT=str(root), **(grid | settings))
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_status_tells_what_has_run_and_how_long_the_rest_will_take(tmp_path):
+    nothing = [
+        "dense   0 of 2",
+        "imp     0 of 1",
+        "align   0 of 0",
+        "sparse  0 of 8",
+        "runs done 0 of 11",
+    ]
+    assert told(tmp_path) == nothing
+    w1 = tmp_path / "w1"
+    finish(w1 / "dense/seed0", 1000, 1000, epochs=10)
+    # 10 epochs, a chain of 10 + 2 rounds of 2.5, and two arms of 2 (10 + 6) epochs, 100 s each.
+    assert told(tmp_path) == [
+        "dense   1 of 2, 17 min left",
+        "imp     0 of 1, 50 min left",
+        "align   0 of 0",
+        "sparse  0 of 8, 1 h 47 min left",
+        "runs done 1 of 11, 2 h 53 min left",
+    ]
+    finish(w1 / "dense/seed1", 1000, 1000, epochs=10)  # at the same time as the other
+    assert told(tmp_path)[3] == "sparse  0 of 8, 53 min left"
+    finish(w1 / "imp/seed0", 600, 2000)
+    assert told(tmp_path)[1] == "imp     0 of 1, 25 min left"  # a sparsity is missing
+    for name in ("mask_0.50.pt", "mask_0.90.pt"):
+        (w1 / "imp/seed0" / name).touch()
+    assert told(tmp_path)[1] == "imp     1 of 1"
+    finish(w1 / "sparse/lth/seed0-seed0/s0.50_k004", 60, 3000)  # 10 s an epoch, one by one
+    assert told(tmp_path)[3:] == ["sparse  1 of 8, 10 min left", "runs done 4 of 11, 10 min left"]
+    lines = told(tmp_path, WIDTHS="1 4")  # of which nothing tells the pace
+    assert lines[-1] == "runs done 4 of 22, at least 10 min left"
+    assert told(tmp_path, TAG="x")[-1] == "runs done 2 of 11, 1 h 18 min left"
+
+
+def test_status_counts_alignments_by_their_masks_and_refuses_other_input(tmp_path):
+    w1 = tmp_path / "w1"
+    (w1 / "imp/seed0").mkdir(parents=True)
+    (w1 / "imp/seed0/mask_0.50.pt").touch()
+    finish(w1 / "align/weight/seed0-seed1", 5, 100)
+    assert told(tmp_path, METHODS="weight")[2] == "align   0 of 1"
+    (w1 / "align/weight/seed0-seed1/mask_0.50.pt").touch()
+    assert told(tmp_path, METHODS="weight")[2] == "align   1 of 1"
+    module = [sys.executable, "-m", "analyze.status"]
+    done = subprocess.run(module, cwd=ROOT, input="make all\n", capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+def test_status_writes_durations_for_people():
+    written = [status.duration(seconds) for seconds in (0.4, 59, 60, 3570, 7800)]
+    assert written == ["0 s", "59 s", "1 min", "1 h 0 min", "2 h 10 min"]
