@@ -14,7 +14,7 @@ STAGES = ("train_dense.py", "prune_imp.py", "align_mask.py", "train_sparse.py")
 
 
 def run_all(*arguments, **environment):
-    """The script as without GPUs, unless CUDA_VISIBLE_DEVICES is None: then they are nvidia-smi's."""
+    """The script without GPUs, unless CUDA_VISIBLE_DEVICES is None: then nvidia-smi's."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     usual = {"PATH": path, "HOME": os.environ.get("HOME", ""), "CUDA_VISIBLE_DEVICES": ""}
     settings = {key: value for key, value in (usual | environment).items() if value is not None}
