@@ -68,6 +68,19 @@ def test_a_network_learns_at_the_defaults_of_stage_1(dense, model):
     assert pd.read_csv(dense / model / "seed0/log.csv")["test_loss"].min() < 0.9 * GUESSING
 
 
+def test_vgg11_learns_at_the_defaults_of_stages_2_and_4(patterns, tmp_path):
+    """Narrow, and its dense network at the sparse stage's learning rate: at 0.08 it may forget."""
+    about = ("--dataset", "folder", "--data-dir", patterns, "--model", "vgg11", "--width", 0.25)
+    dense, masks, out = (tmp_path / part for part in ("dense", "imp", "sparse"))
+    succeed("train_dense", *about, "--lr", 0.02, "--epochs", 10, *DEVICE, "--out", dense)
+    network = ("--dense", dense / "seed0", "--sparsity", 0.3, "--epochs", 3, *DEVICE)
+    succeed("prune_imp", *network, "--out", masks)
+    ends = ("--arm", "lth", "--weights", dense / "seed0", "--masks", masks, "--out", out)
+    succeed("train_sparse", *ends, "--sparsity", 0.3, "--rewind", 0, *DEVICE)
+    for log in (dense / "seed0/log.csv", masks / "log.csv", out / "s0.30_k000/log.csv"):
+        assert pd.read_csv(log)["test_loss"].min() < 0.9 * GUESSING, log
+
+
 def test_resnet50_learns_at_imagenets_settings(patterns):
     data = load_data("folder", str(patterns), None, None, torch.device("cpu"))
     twice = {"train": data.train.repeat(2, 1, 1, 1), "train_labels": data.train_labels.repeat(2)}
