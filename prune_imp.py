@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from common import checkpoint, cli, masking, paths, runs
@@ -24,7 +25,7 @@ from common.errors import UserError
 from common.models import build_model
 from common.runtime.device import pick_device
 from common.runtime.parallel import run_all
-from common.training import cpu_state, learning_rates, sgd, train
+from common.training import cpu_state, learning_rates, train
 
 PRUNED_A_ROUND = 0.2  # of the remaining weights
 
@@ -103,12 +104,14 @@ def prune_chain(
     stamp = runs.claim(out, arguments, __file__)
     model, epochs, rewind = build_model(**start["model"]), arguments["epochs"], arguments["rewind"]
     rates = learning_rates(arguments["schedule"], arguments["lr"], epochs, arguments["warmup"])
+    momentum, decay = arguments["momentum"], arguments["weight_decay"]
+    optimiser = partial(torch.optim.SGD, lr=0.0, momentum=momentum, weight_decay=decay, fused=True)
     fine_tune = partial(
         train,
         model,
         data,
         rates[rewind or 0 :],
-        make_optimiser=sgd(arguments["momentum"], arguments["weight_decay"]),
+        make_optimiser=optimiser,
         augment=None,
         folder=out,
         seed=start["seed"],

@@ -12,12 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from common import checkpoint, cli, paths, runs
 from common.data import DATASETS, load_data
 from common.models import MODELS, build_model
 from common.runtime.device import pick_device
 from common.runtime.parallel import run_all
-from common.training import cpu_state, learning_rates, sgd, train
+from common.training import cpu_state, learning_rates, train
 
 
 def parse_args() -> argparse.Namespace:
@@ -88,6 +90,8 @@ def main() -> None:
     )
     data.steps(args.batch_size)
     rates = learning_rates(args.schedule, args.lr, args.epochs, args.warmup)
+    momentum, decay = args.momentum, args.weight_decay
+    optimiser = partial(torch.optim.SGD, lr=0.0, momentum=momentum, weight_decay=decay, fused=True)
     how = cli.how_to_train(args, device)
     precision = {"precision": how["precision"]}
     classes, shape = data.description["classes"], list(data.input_shape)
@@ -118,7 +122,7 @@ def main() -> None:
             model,
             data,
             rates,
-            make_optimiser=sgd(args.momentum, args.weight_decay),
+            make_optimiser=optimiser,
             augment=None,
             name=f"{args.model}x{args.width:g} seed {seed}",
             folder=folder,

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from common import checkpoint, cli, masking, paths, runs
@@ -30,7 +31,7 @@ from common.errors import UserError
 from common.models import build_model
 from common.runtime.device import pick_device
 from common.runtime.parallel import run_all
-from common.training import Diverged, cpu_state, learning_rates, sgd, train
+from common.training import Diverged, cpu_state, learning_rates, train
 
 
 def parse_args() -> argparse.Namespace:
@@ -88,6 +89,8 @@ def main() -> None:
     data = load_described(dense["dataset"], args.data_dir, device, args.workers)
     data.steps(settings["batch_size"])
     how = cli.how_to_train(args, device)
+    momentum, decay = settings["momentum"], settings["weight_decay"]
+    optimiser = partial(torch.optim.SGD, lr=0.0, momentum=momentum, weight_decay=decay, fused=True)
 
     def run(folder: Path, arguments: dict[str, Any], weights: dict, mask: dict) -> None:
         rewind, network = arguments["rewind"], build_model(**dense["model"], seed=dense["seed"])
@@ -99,7 +102,7 @@ def main() -> None:
                 network,
                 data,
                 learning_rates(schedule, lr, epochs - rewind, warmup),
-                make_optimiser=sgd(settings["momentum"], settings["weight_decay"]),
+                make_optimiser=optimiser,
                 augment=None,
                 name=f"{args.arm} {mask['source_seed']}-{dense['seed']} {folder.name}",
                 folder=folder,
@@ -111,7 +114,7 @@ def main() -> None:
             )
             about = {key: dense[key] for key in ("model", "dataset", "seed")} | stamp
             about |= {"epoch": epochs, "tag": arguments["tag"], "mask": mask["mask"]}
-            checkpoint.save(about | {"state_dict": cpu_state(network)}, folder / "final.pt")
+            checkpoint.save(about | {"state_dict": cpu_state(network)}, paths.final_file(folder))
         except Diverged as error:  # a result too: naive VGG11 is unstable at 95% in the paper
             print(f"{error}; this is recorded as the run's result")
             rows, diverged = error.rows, error.rows[-1]["epoch"]

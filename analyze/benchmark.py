@@ -40,10 +40,11 @@ from common.masking import Mask
 from common.models import build_model
 from common.runtime.device import pick_device, pick_precision
 from common.runtime.parallel import pick_count, run_all
-from common.training import sgd, train
+from common.training import train
 
 PARTS = ("training", "parallel", "large", "line", "matching", "weights")
 BATCH = 128
+SGD = partial(torch.optim.SGD, lr=0.0, momentum=0.9, weight_decay=5e-4, fused=True)
 SPARSITY = 0.9
 SETUP = 300  # seconds that networks side by side wait for the slowest to end its first epoch
 THREADS = torch.get_num_threads()  # of a measurement on a CPU
@@ -108,7 +109,7 @@ def training_rate(
     """
     fork = multiprocessing.get_context("fork")
     together, spans = fork.Barrier(len(models) if parallel else 1), fork.SimpleQueue()
-    settings = {"make_optimiser": sgd(0.9, 5e-4), "batch_size": batch, "mask": mask, "seed": 0}
+    settings = {"make_optimiser": SGD, "batch_size": batch, "mask": mask, "seed": 0}
     settings |= {"precision": pick_precision(None, data.device), "compiled": compiled}
     settings |= {"name": "benchmark", "folder": None, "progress": False}
 

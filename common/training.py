@@ -5,7 +5,6 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +41,6 @@ class Diverged(UserError):
             "try a smaller --lr or more --warmup"
         )
         self.rows = rows
-
-
-def sgd(momentum: float, weight_decay: float) -> MakeOptimiser:
-    """The paper's optimiser."""
-    return partial(
-        torch.optim.SGD, lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=True
-    )
 
 
 def learning_rates(schedule: str, lr: float, epochs: int, warmup: int = 0) -> list[float]:

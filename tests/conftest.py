@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,14 @@ from common.runtime import resume
 FAST = "--batch-size 64 --precision fp32 --device cpu".split()
 TINY = [*"--model mlp --width 0.03125 --image-size 8 --limit-train 256".split(), *FAST]
 IMP = ["--epochs", "1", *FAST]
+
+
+def sgd(momentum, weight_decay):
+    """What the stages train with."""
+    return partial(
+        torch.optim.SGD, lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=True
+    )
+
 
 # Where there is a GPU, a process that has trained cannot fork one that trains: the stages never do,
 # but tests here would.

@@ -119,8 +119,8 @@ class Edit(NamedTuple):
 
 
 PRUNE = "    mask = masking.prune_exactly(masking.prune_by_magnitude,"
-SGD = 'make_optimiser=sgd(settings["momentum"], settings["weight_decay"])'
-ADAMW = "make_optimiser=partial(torch.optim.AdamW, lr=0.0, weight_decay=0.01)"
+SGD = "partial(torch.optim.SGD, lr=0.0, momentum=momentum, weight_decay=decay, fused=True)"
+ADAMW = "partial(torch.optim.AdamW, lr=0.0, weight_decay=0.01)"
 EDITS = {
     "prune shortcuts too": Edit(
         "prune_imp",
@@ -137,10 +137,7 @@ EDITS = {
     ),
     "AdamW in the sparse stage": Edit(
         "train_sparse",
-        (
-            ("train_sparse.py", "import argparse\n", "import argparse\nimport torch\n"),
-            ("train_sparse.py", SGD, ADAMW),
-        ),
+        (("train_sparse.py", SGD, ADAMW),),
     ),
     "a new model": Edit(
         "train_dense",
@@ -150,7 +147,6 @@ EDITS = {
     "cutout": Edit(
         "train_dense",
         (
-            ("train_dense.py", "import argparse\n", "import argparse\nimport torch\n"),
             ("train_dense.py", "def main() -> None:", CUTOUT),
             ("train_dense.py", "augment=None", "augment=cutout"),
         ),

@@ -16,9 +16,9 @@ from common import cli
 from common.data import load_data
 from common.models import build_model
 from common.runtime.seeding import seeded
-from common.training import learning_rates, sgd, train
+from common.training import learning_rates, train
 from common.vision import torchvision
-from tests.conftest import same, sparse, succeed
+from tests.conftest import same, sgd, sparse, succeed
 
 GUESSING = math.log(10)
 EPOCHS = 6  # of 5 steps

@@ -13,7 +13,7 @@ from common.align.axes import find_axes
 from common.align.permutation import permute
 from common.data import load_described
 from common.models import build_model
-from common.training import learning_rates, sgd, train
+from common.training import learning_rates, train
 from tests.conftest import (
     FAST,
     ROOT,
@@ -21,6 +21,7 @@ from tests.conftest import (
     result,
     same,
     save_pictures,
+    sgd,
     stage1,
     stage2,
     stage3,

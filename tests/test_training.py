@@ -11,8 +11,8 @@ from common import masking
 from common.errors import UserError
 from common.models import build_model
 from common.runtime.device import pick_device, pick_precision
-from common.training import evaluate, learning_rates, sgd, train
-from tests.conftest import same
+from common.training import evaluate, learning_rates, train
+from tests.conftest import same, sgd
 from tests.test_data import resident
 
 SETTINGS = {
