@@ -29,14 +29,11 @@ from tqdm import tqdm
 
 from common import checkpoint, cli, masking, paths, provenance, runs
 from common.align import inputs, matching
-from common.align.axes import find_axes
 from common.align.permutation import check_same_function, identity, permute, random_permutation
 from common.data import Streamed
-from common.errors import UserError
 from common.runtime.device import pick_device
 
 METHODS = ("activation", "weight", "masked", "random", "identity")
-HOW = {"match_on": "post", "statistic": "correlation", "stream": "last"}  # the paper's
 Entry = dict[str, Any]  # the content of a checkpoint or of a mask file
 
 
@@ -53,35 +50,30 @@ def parse_args() -> argparse.Namespace:
     )
     add("--seed", type=cli.natural, default=0, help="of random choices (default: %(default)s)")
     add("--out", type=Path, required=True, help="folder for the permutation and permuted masks")
-    add = parser.add_argument_group("activation matching (defaults are the paper's)").add_argument
-    add("--match-images", type=cli.positive, metavar="N", help="default: all; imagenet: 12800")
-    add("--batch-size", type=cli.positive, help="images a pass (default: 250; imagenet: 32)")
-    for name, choices, text in (
-        ("match_on", ("post", "pre"), "values after or before the nonlinearity"),
-        ("statistic", matching.SIMILARITIES, "of two channels over images and places"),
-        ("stream", ("last", "mean"), "of a residual stream its last block, or the mean over all"),
-    ):
-        flag, text = f"--{name.replace('_', '-')}", f"{text} (default: {HOW[name]})"
-        add(flag, choices=choices, default=HOW[name], help=text)
+    inputs.add_matching(parser)
     inputs.add_external(parser)
     cli.add_tag(parser)
     cli.add_device(parser)
     cli.add_data(parser)
     args = parser.parse_args()
-    looks = args.method in ("activation", "masked")
-    if not looks and cli.hyper(args, *HOW) != HOW:
-        parser.error(f"--method {args.method} takes no --match-on, --statistic or --stream")
-    inputs.check_flags(parser, args, looks)
+    inputs.check_flags(parser, args, needs_images=args.method in ("activation", "masked"))
     return args
 
 
 def main() -> None:
     args = parse_args()
     device = pick_device(args.device)
-    load = inputs.load_external if args.model_fn else inputs.load_runs
-    source, target, masks, networks, images = load(args, device)
-    how = cli.hyper(args, *HOW)
-    method = "-".join([args.method, *(how[key] for key in HOW if how[key] != HOW[key])])
+    files, data = (args.source, args.target, args.masks), (args.data_dir, device, args.workers)
+    if args.model_fn:
+        shape = (args.dataset, args.image_size, args.input_shape)
+        read = inputs.load_external(args.model_fn, *files, *shape, *data)
+    else:
+        read = inputs.load_runs(*files, args.target_epoch, *data)
+    source, target, masks, networks, images = read
+    how = cli.hyper(args, *inputs.HOW)
+    method = "-".join(
+        [args.method, *(how[k] for k, paper in inputs.HOW.items() if how[k] != paper)]
+    )
     ends = {"source": source["sha256"], "target": target["sha256"]}
     made = {"source_seed": source["seed"], "target_seed": target["seed"]}
     made |= {"method": method, "match_epoch": target["epoch"]}
@@ -99,10 +91,7 @@ def main() -> None:
     for network, entry in zip(networks, (source, target)):
         network.load_state_dict(entry["state_dict"])
         network.to(device)
-    axes = find_axes(networks[0], source["model"]["input_shape"])
-    if not axes.sizes:
-        reasons = "; ".join(f"{axis}: {reason}" for axis, (_, reason) in axes.pinned.items())
-        raise UserError(f"nothing in this network may be permuted ({reasons})")
+    axes = inputs.free_axes(networks[0], source["model"]["input_shape"])
     names = matching.matched_weights(networks[0])
     a, b = (
         {name: one["state_dict"][name].to(device) for name in names} for one in (source, target)
@@ -151,10 +140,7 @@ def main() -> None:
         runs.claim(args.out, arguments, __file__)
         if not path.is_file():
             checkpoint.save(found | about, path)
-            print(pd.DataFrame(found["rows"]).to_string(index=False, float_format="{:.3f}".format))
-            before, after = found["objective"]
-            print(f"objective <π(source), target>: {before:.4g} before, {after:.4g} after")
-            print(f"same function: outputs differ by {difference:.0e} of the largest")
+            show(found, difference)
         more = {"dataset": target["dataset"], "tag": args.tag or mask.get("tag")} | made | stamp
         for part in ("mask", "signs"):
             more[part] = permute(mask[part], axes.dims, found["permutation"])
@@ -168,6 +154,14 @@ def main() -> None:
     more = {"objective": {name: one["objective"] for name, one in found.items()}}
     more |= {"seconds": before + time.perf_counter() - start}
     runs.finish(args.out, "align_mask", arguments, rows, device, stamp, **more)
+
+
+def show(found: Entry, difference: float) -> None:
+    """Print a row an axis, the objective, and how far the permuted network is from the source."""
+    print(pd.DataFrame(found["rows"]).to_string(index=False, float_format="{:.3f}".format))
+    before, after = found["objective"]
+    print(f"objective <π(source), target>: {before:.4g} before, {after:.4g} after")
+    print(f"same function: outputs differ by {difference:.0e} of the largest")
 
 
 if __name__ == "__main__":

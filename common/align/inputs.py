@@ -12,9 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from common import checkpoint, cli, masking, paths
+from common.align.axes import find_axes
+from common.align.matching import SIMILARITIES
+from common.align.permutation import Axes
 from common.data import DATASETS, Resident, Streamed, load_data, load_described
 from common.errors import UserError
 from common.models import build_model
+
+HOW = {"match_on": "post", "statistic": "correlation", "stream": "last"}  # the paper's
 
 # Source, target, masks by file name, the two modules, and what reads the images.
 Inputs = tuple[
@@ -24,6 +29,20 @@ Inputs = tuple[
     list[nn.Module],
     Callable[[], Resident | Streamed | None],
 ]
+
+
+def add_matching(parser: argparse.ArgumentParser) -> None:
+    """The flags of activation matching."""
+    add = parser.add_argument_group("activation matching (defaults are the paper's)").add_argument
+    add("--match-images", type=cli.positive, metavar="N", help="default: all; imagenet: 12800")
+    add("--batch-size", type=cli.positive, help="images a pass (default: 250; imagenet: 32)")
+    for name, choices, text in (
+        ("match_on", ("post", "pre"), "values after or before the nonlinearity"),
+        ("statistic", SIMILARITIES, "of two channels over images and places"),
+        ("stream", ("last", "mean"), "of a residual stream its last block, or the mean over all"),
+    ):
+        flag, text = f"--{name.replace('_', '-')}", f"{text} (default: {HOW[name]})"
+        add(flag, choices=choices, default=HOW[name], help=text)
 
 
 def add_external(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +59,8 @@ def check_flags(
     parser: argparse.ArgumentParser, args: argparse.Namespace, needs_images: bool
 ) -> None:
     """Whether the flags of runs, or those of networks trained elsewhere, are complete."""
+    if not needs_images and cli.hyper(args, *HOW) != HOW:
+        parser.error(f"--method {args.method} takes no --match-on, --statistic or --stream")
     if args.model_fn is None and (args.dataset or args.image_size or args.input_shape):
         parser.error("--dataset, --image-size and --input-shape go with --model-fn")
     if args.model_fn is None and args.masks is None:
@@ -48,37 +69,62 @@ def check_flags(
         parser.error(f"--method {args.method} looks at images: name them with --dataset")
 
 
-def load_runs(args: argparse.Namespace, device: torch.device) -> Inputs:
+def load_runs(
+    source_run: Path,
+    target_run: Path,
+    masks_folder: Path,
+    target_epoch: int | None,
+    data_dir: str | None,
+    device: torch.device,
+    workers: int,
+) -> Inputs:
     """Runs of stage 1 and masks of stage 2; raises UserError when they do not fit together."""
-    source = checkpoint.load_dense(args.source)
-    target = checkpoint.load_dense(args.target, args.target_epoch)
+    source = checkpoint.load_dense(source_run)
+    target = checkpoint.load_dense(target_run, target_epoch)
     if source["model"] != target["model"]:
         raise UserError(f"source and target differ: {source['model']} and {target['model']}")
     if (source["seed"], source["dataset"]["name"]) == (target["seed"], target["dataset"]["name"]):
         raise UserError(f"source and target are the same network, of seed {source['seed']}")
-    masks = masking.load_all(args.masks, source)
+    masks = masking.load_all(masks_folder, source)
     networks = [build_model(**entry["model"], seed=entry["seed"]) for entry in (source, target)]
-    images = functools.partial(
-        load_described, target["dataset"], args.data_dir, device, args.workers
-    )
+    images = functools.partial(load_described, target["dataset"], data_dir, device, workers)
     return source, target, masks, networks, images
 
 
-def load_external(args: argparse.Namespace, device: torch.device) -> Inputs:
-    """State dicts, and masks in our form or torch.nn.utils.prune's, as the flags name them."""
-    networks = [build(args.model_fn), build(args.model_fn)]
-    images = None
-    if args.dataset:
-        images = load_data(
-            args.dataset, args.data_dir, args.image_size, None, device, workers=args.workers
-        )
-    shape = list(images.input_shape) if images else args.input_shape or [3, 32, 32]
-    files = (args.source, args.target)
+def load_external(
+    model_fn: str,
+    source_file: Path,
+    target_file: Path,
+    masks_path: Path | None,
+    dataset: str | None,
+    image_size: int | None,
+    input_shape: list[int] | None,
+    data_dir: str | None,
+    device: torch.device,
+    workers: int,
+) -> Inputs:
+    """State dicts, and masks in our form or torch.nn.utils.prune's; without `masks_path` those of
+    the source's file.
+    """
+    networks, images = [build(model_fn), build(model_fn)], None
+    if dataset:
+        images = load_data(dataset, data_dir, image_size, None, device, workers=workers)
+    shape = list(images.input_shape) if images else input_shape or [3, 32, 32]
     source, target = (
-        load_weights(path, args.model_fn, network, shape) for path, network in zip(files, networks)
+        load_weights(path, model_fn, network, shape)
+        for path, network in zip((source_file, target_file), networks)
     )
-    masks = load_masks(args.masks or args.source, source, networks[0])
+    masks = load_masks(masks_path or source_file, source, networks[0])
     return source, target, masks, networks, lambda: images
+
+
+def free_axes(network: nn.Module, input_shape: list[int]) -> Axes:
+    """The axes of a network; raises UserError, with the reasons, when nothing in it may move."""
+    axes = find_axes(network, input_shape)
+    if not axes.sizes:
+        reasons = "; ".join(f"{axis}: {reason}" for axis, (_, reason) in axes.pinned.items())
+        raise UserError(f"nothing in this network may be permuted ({reasons})")
+    return axes
 
 
 def build(name: str) -> nn.Module:
