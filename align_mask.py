@@ -30,7 +30,7 @@ from tqdm import tqdm
 from common import checkpoint, cli, masking, paths, provenance, runs
 from common.align import inputs, matching
 from common.align.permutation import check_same_function, identity, permute, random_permutation
-from common.data import Streamed
+from common.data import Streamed, derived_seed
 from common.runtime.device import pick_device
 
 METHODS = ("activation", "weight", "masked", "random", "identity")
@@ -119,7 +119,8 @@ def main() -> None:
                 matched, b, axes, by_activations()[0], args.seed
             )
         elif args.method == "random":
-            permutation = random_permutation(axes, args.seed)
+            pair = (int(digest, 16) for digest in ends.values())  # or all would have the same
+            permutation = random_permutation(axes, derived_seed(args.seed, *pair))
         else:
             permutation = identity(axes)
         moved = permute(matched, axes.dims, permutation)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from common import checkpoint, cli, masking, paths, runs
-from common.data import Resident, Streamed, reader
+from common.data import Resident, Streamed, reader, stage_seed
 from common.errors import UserError
 from common.models import build_model
 from common.runtime.device import pick_device
@@ -114,7 +114,7 @@ def prune_chain(
         make_optimiser=optimiser,
         augment=None,
         folder=out,
-        seed=start["seed"],
+        seed=stage_seed(start["seed"], "imp"),
         batch_size=arguments["batch_size"],
         **how,
     )

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from common import checkpoint, cli, masking, paths, runs
 from common.arms import ARMS, load_mask
-from common.data import load_described
+from common.data import load_described, stage_seed
 from common.errors import UserError
 from common.models import build_model
 from common.runtime.device import pick_device
@@ -106,7 +106,7 @@ def main() -> None:
                 augment=None,
                 name=f"{args.arm} {mask['source_seed']}-{dense['seed']} {folder.name}",
                 folder=folder,
-                seed=seed,
+                seed=stage_seed(seed, "sparse"),
                 batch_size=settings["batch_size"],
                 first_epoch=rewind,
                 mask=mask["mask"],

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -112,12 +113,22 @@ def load(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"no such file: {path}{_siblings(path)}")
     try:
+        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
+        if damaged:  # torch does not look at the checksums
+            raise ValueError(f"the checksum of {damaged} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:
         raise UserError(
-            f"{path} cannot be read: it is cut off or no checkpoint of plain tensors "
+            f"{path} cannot be read: it is damaged, cut off or no checkpoint of plain tensors "
             f"({type(error).__name__}): make it again, or save model.state_dict()"
         ) from error
     missing = [key for key in keys if not isinstance(content, dict) or key not in content]
@@ -172,6 +183,12 @@ def load_dense(folder: Path, epoch: int | None = None) -> dict[str, Any]:
             "train_dense.py --save-epochs)"
         )
     dense = load(path, WEIGHTS) | {"result": result, "sha256": digest(path)}
+    named, held = (result["arguments"]["seed"], epoch), (dense["seed"], dense["epoch"])
+    if held != named:
+        raise UserError(
+            f"{path} holds seed {held[0]} after epoch {held[1]}, not seed {named[0]} after epoch "
+            f"{named[1]}: it is another's file, so run train_dense.py again in another --out"
+        )
     if not all(value.isfinite().all() for value in dense["state_dict"].values()):
         raise UserError(
             f"the weights of {path} are not finite: training diverged, so train it with a lower "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common.data import Batches, Resident, Streamed, epoch_seed
+from common.data import Batches, Resident, Streamed, derived_seed
 from common.errors import UserError
 from common.masking import Mask, Masker
 from common.runtime import distributed, graph
@@ -172,7 +172,7 @@ def train(
             model.train()
             loss_sum.zero_(), correct.zero_()
             if augment:
-                generator.manual_seed(epoch_seed(seed, epoch))
+                generator.manual_seed(derived_seed(seed, epoch))
             drawn = data.train_batches(batch_size, seed, epoch)
             for batch in step.start(seed, epoch) if graphed else drawn:
                 step(*batch)

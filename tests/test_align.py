@@ -32,6 +32,18 @@ def test_other_statistics_give_another_permutation_and_name(runs, ends, tmp_path
     refuse(stage3(*ends, tmp_path), "method", label)
 
 
+def test_each_pair_has_a_random_permutation_of_its_own(runs, ends, aligned, tmp_path):
+    one = state(aligned / "random/permutation.pt")["permutation"]
+    pairs = {
+        "again": ends,
+        "other": (runs / "dense/seed2", runs / "dense/seed3", runs / "imp/seed2"),
+    }
+    for name, files in pairs.items():
+        succeed(*stage3(*files, tmp_path / name, "--method", "random"))
+        found = state(tmp_path / name / "permutation.pt")["permutation"]
+        assert same(found, one) == (name == "again")
+
+
 # ---------------------------------------------------------------- user-supplied networks
 
 MODULE = """

@@ -1,10 +1,12 @@
 import errno
 import json
+import shutil
 
 import pytest
 import torch
 
-from common import checkpoint, paths, runs
+from common import checkpoint, paths
+from common import runs as folders
 from common.errors import UserError
 from tests.conftest import ROOT
 
@@ -65,23 +67,48 @@ def test_bad_files_are_named(tmp_path, spoil, words):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("part", range(12))
+def test_a_flipped_bit_in_a_tensor_is_seen(tmp_path, part):
+    path, value = tmp_path / "file.pt", torch.linspace(1, 2, 1200)
+    checkpoint.save({"x": value}, path)
+    content = bytearray(path.read_bytes())
+    place = content.index(value[100 * part :].numpy().tobytes()[:40])
+    content[place] ^= 1
+    path.write_bytes(content)
+    assert not torch.equal(torch.load(path, weights_only=True)["x"], value)  # torch does not look
+    with pytest.raises(UserError, match=r"file\.pt cannot be read: it is damaged"):
+        checkpoint.load(path)
+
+
+def test_a_checkpoint_in_the_place_of_another_is_named(runs, tmp_path):
+    shutil.copytree(runs / "dense", tmp_path / "dense")
+    run = tmp_path / "dense/seed0"
+    for other, words in (
+        (run / "epoch_0000.pt", "seed 0 after epoch 0, not seed 0 after epoch 1"),
+        (tmp_path / "dense/seed1/epoch_0001.pt", "holds seed 1 after epoch 1"),
+    ):
+        shutil.copy(other, run / "epoch_0001.pt")
+        with pytest.raises(UserError, match=words):
+            checkpoint.load_dense(run, 1)
+
+
 def test_run_folders_know_their_experiment(tmp_path):
     folder, arguments = tmp_path / "run", {"lr": 0.1, "epochs": (1, 2)}
-    assert not runs.is_finished(folder, arguments) and not folder.exists()
-    runs.claim(folder, arguments, SCRIPT)
+    assert not folders.is_finished(folder, arguments) and not folder.exists()
+    folders.claim(folder, arguments, SCRIPT)
     (folder / ".log.csv.123.tmp").touch()
-    runs.claim(folder, arguments, SCRIPT)
-    assert not runs.is_finished(folder, arguments) and not list(folder.glob(".*.tmp"))
+    folders.claim(folder, arguments, SCRIPT)
+    assert not folders.is_finished(folder, arguments) and not list(folder.glob(".*.tmp"))
     with pytest.raises(UserError, match="lr is 0.1 there and 0.2 here"):
-        runs.is_finished(folder, arguments | {"lr": 0.2})
+        folders.is_finished(folder, arguments | {"lr": 0.2})
     checkpoint.save_json({}, folder / "result.json")
-    assert runs.is_finished(folder, arguments)
+    assert folders.is_finished(folder, arguments)
     other = tmp_path / "other"
     other.mkdir()
-    assert not runs.is_finished(other, arguments)  # an empty folder may be used
+    assert not folders.is_finished(other, arguments)  # an empty folder may be used
     (other / "thesis.txt").touch()
     with pytest.raises(UserError, match="no run of this project"):
-        runs.is_finished(other, arguments)
+        folders.is_finished(other, arguments)
 
 
 def test_result_json_is_written_last(tmp_path, monkeypatch):
@@ -90,7 +117,7 @@ def test_result_json_is_written_last(tmp_path, monkeypatch):
     order, real = [], checkpoint.replacing
     monkeypatch.setattr(checkpoint, "replacing", lambda path: order.append(path.name) or real(path))
     cpu, stamp = torch.device("cpu"), {"code": "abc"}
-    runs.finish(tmp_path, "train_dense", {"a": 1}, [row] * 2, cpu, stamp, precision="fp32")
+    folders.finish(tmp_path, "train_dense", {"a": 1}, [row] * 2, cpu, stamp, precision="fp32")
     assert order == ["log.csv", "result.json"] and not (tmp_path / "resume.pt").exists()
     result = json.loads((tmp_path / "result.json").read_text())
     expected = {"test_acc": 4, "seconds": 10, "arguments": {"a": 1}, "code": "abc"}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.data import Resident, Streamed, balanced, epoch_seed, folder, load_data
+from common.data import Resident, Streamed, balanced, derived_seed, folder, load_data
 from common.data.glyphs import glyphs
 from common.data.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from common.errors import UserError
@@ -57,7 +57,7 @@ def test_an_epoch_depends_on_seed_and_epoch_alone():
     torch.rand(10)
     assert equal(first, epoch(data, 1, 5))
     assert not equal(first, epoch(data, 2, 5)) and not equal(first, epoch(data, 1, 6))
-    assert epoch_seed(0, 1) != epoch_seed(1, 0) != epoch_seed(0, 0, 1)
+    assert derived_seed(0, 1) != derived_seed(1, 0) != derived_seed(0, 0, 1)
 
 
 def test_a_batch_is_cropped_and_mirrored_as_drawn():

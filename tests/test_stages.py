@@ -11,7 +11,7 @@ import train_sparse
 from common import masking
 from common.align.axes import find_axes
 from common.align.permutation import permute
-from common.data import load_described
+from common.data import Resident, load_described, stage_seed
 from common.models import build_model
 from common.training import learning_rates, train
 from tests.conftest import (
@@ -94,6 +94,35 @@ def test_imp_prunes_20_percent_a_round_and_branches_off_to_each_sparsity(runs):
         assert same(masks["signs"], masking.signs(dense, [*everything]))
 
 
+def test_no_stage_sees_the_batches_of_another_and_arms_of_a_pair_share_theirs(
+    runs, tmp_path, monkeypatch
+):
+    seen, draw = [], Resident.draw
+
+    def recorded(data, seed, epoch):
+        drawn = draw(data, seed, epoch)
+        seen.append((epoch, tuple(drawn[0].tolist())))
+        return drawn
+
+    def orders(command, *more):
+        seen.clear()
+        succeed(*command, *more)
+        return set(seen)
+
+    monkeypatch.setattr(Resident, "draw", recorded)
+    masks, one = runs / "imp/seed0", ("--sparsity", 0.5, "--rewind", 0)
+    dense, target = orders(stage1(tmp_path / "dense")), runs / "dense/seed1"
+    flags = ("--dense", runs / "dense/seed0", "--sparsity", 0.2, "--rewind", 0, "--device", "cpu")
+    pruned = orders(("prune_imp", *flags, "--out", tmp_path / "imp"))
+    lth = orders(stage4("lth", runs / "dense/seed0", masks, tmp_path / "lth"), *one)
+    naive = orders(stage4("naive", target, masks, tmp_path / "naive"), *one)
+    aligned = runs / "align/activation/seed0-seed1"
+    permuted = orders(stage4("permuted", target, aligned, tmp_path / "permuted"), *one)
+    assert {epoch for epoch, _ in dense} == {epoch for epoch, _ in lth} == {0, 1, 2}
+    assert not dense & lth and not dense & pruned and not pruned & lth
+    assert naive == permuted and not naive & lth
+
+
 def test_imp_with_rewinding_trains_from_epoch_k_on_the_dense_schedule(runs, tmp_path):
     command = ("prune_imp", "--dense", runs / "dense/seed0", "--sparsity", 0.2, "--rewind", 1)
     command += ("--device", "cpu", "--precision", "fp32", "--out", tmp_path / "imp")
@@ -111,7 +140,7 @@ def test_imp_with_rewinding_trains_from_epoch_k_on_the_dense_schedule(runs, tmp_
         make_optimiser=sgd(0.9, 5e-4),
         name="by hand",
         folder=None,
-        seed=0,
+        seed=stage_seed(0, "imp"),
         batch_size=64,
         precision="fp32",
         first_epoch=1,

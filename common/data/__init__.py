@@ -2,7 +2,7 @@
 
 Both kinds offer the same two methods, `train_batches` and `eval_batches`, and a `description` for
 checkpoints. Where several processes train one network (common/runtime/distributed.py), both give
-each process its share. The order and augmentation of an epoch depend on (seed, epoch) alone.
+each process its share. The order and augmentation of an epoch depend on (seed, stage, epoch) alone.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from common.data.batches import Batches, balanced, epoch_seed
+from common.data.batches import Batches, balanced, derived_seed, stage_seed
 from common.data.downloads import read_glyphs, read_torchvision
 from common.data.folder import read_folder
 from common.data.imagenet import Streamed
@@ -26,10 +26,11 @@ __all__ = [
     "Resident",
     "Streamed",
     "balanced",
-    "epoch_seed",
+    "derived_seed",
     "load_data",
     "load_described",
     "reader",
+    "stage_seed",
 ]
 
 # Small-image sets by the name that --dataset takes: (data_dir, image_size or None) -> training

@@ -29,9 +29,18 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return images.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
 
 
-def epoch_seed(seed: int, epoch: int, item: int = 0) -> int:
-    """A 64-bit generator seed that depends on seed, epoch and item alone."""
-    return int(np.random.SeedSequence([seed, epoch, item]).generate_state(1, np.uint64)[0] >> 1)
+def stage_seed(seed: int, stage: str) -> int:
+    """The seed of order and augmentation in a stage: `dense`, `imp` or `sparse`.
+
+    No stage repeats the batches of another, or LTH would see again those that made its mask.
+    """
+    number = ("dense", "imp", "sparse").index(stage)
+    return derived_seed(seed, number) if number else seed
+
+
+def derived_seed(*numbers: int) -> int:
+    """A 64-bit generator seed that depends on all of `numbers`, and on nothing else."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def count_steps(images: int, batch_size: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from common.data.batches import Batches, balanced, count_steps, epoch_seed, normalise, pixel_scale
+from common.data.batches import Batches, balanced, count_steps, derived_seed, normalise, pixel_scale
 from common.data.folder import folder_splits, opened
 from common.errors import UserError
 from common.runtime import distributed
@@ -67,7 +67,7 @@ class Streamed:
         return count_steps(len(self.augmented), batch_size)
 
     def train_batches(self, batch_size: int, seed: int, epoch: int) -> Batches:
-        generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
+        generator = torch.Generator().manual_seed(derived_seed(seed, epoch))
         order = torch.randperm(len(self.augmented), generator=generator).tolist()
         items, part = (
             _Seeded(self.augmented, order, seed, epoch),
@@ -123,5 +123,5 @@ class _Seeded(torch.utils.data.Dataset):
         return len(self.order)
 
     def __getitem__(self, position: int) -> Any:
-        with seeded(epoch_seed(self.seed, self.epoch, position + 1)):
+        with seeded(derived_seed(self.seed, self.epoch, position + 1)):
             return self.items[self.order[position]]

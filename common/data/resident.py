@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.data.batches import Batches, balanced, count_steps, epoch_seed, normalise, pixel_scale
+from common.data.batches import Batches, balanced, count_steps, derived_seed, normalise, pixel_scale
 from common.errors import UserError
 from common.runtime import distributed
 
@@ -59,7 +59,7 @@ class Resident:
         """The order and augmentation of an epoch, drawn on the CPU, so that every device sees the
         same.
         """
-        generator, count = torch.Generator().manual_seed(epoch_seed(seed, epoch)), len(self.train)
+        generator, count = torch.Generator().manual_seed(derived_seed(seed, epoch)), len(self.train)
         order = torch.randperm(count, generator=generator)
         y, x = torch.randint(2 * self.pad + 1, (2, count), generator=generator)
         mirror = torch.rand(count, generator=generator) < (0.5 if self.flip else 0)
