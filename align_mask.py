@@ -142,7 +142,8 @@ def main() -> None:
         if not path.is_file():
             checkpoint.save(found | about, path)
             show(found, difference)
-        more = {"dataset": target["dataset"], "tag": args.tag or mask.get("tag")} | made | stamp
+        more = {"dataset": target["dataset"], "mask_code": mask.get("code")} | made | stamp
+        more["tag"] = cli.joined_tag(mask.get("tag"), args.tag)
         for part in ("mask", "signs"):
             more[part] = permute(mask[part], axes.dims, found["permutation"])
         checkpoint.save(mask | more, args.out / name)

@@ -67,7 +67,10 @@ def main() -> None:
         settings = cli.settings(args, "imp", dense["dataset"]["name"], recipe if rewound else {})
         if rewound and args.rewind >= settings["epochs"]:
             raise UserError(f"--rewind {args.rewind} is not below the {settings['epochs']} epochs")
-        arguments = {"dense": dense["sha256"], "tag": args.tag or dense.get("tag")} | settings
+        arguments = {
+            "dense": dense["sha256"],
+            "tag": cli.joined_tag(dense.get("tag"), args.tag),
+        } | settings
         arguments |= cli.hyper(args, "rewind", "one_shot", "keep_rounds", "precision")
         finished = runs.is_finished(out, arguments)
         missing = [s for s in sorted({*args.sparsity}) if not paths.mask_file(out, s).is_file()]

@@ -76,7 +76,8 @@ def main() -> None:
         arguments |= {"source_seed": mask["source_seed"], "target_seed": dense["seed"]}
         arguments |= {"seed": seed, "method": mask["method"], "match_epoch": mask["match_epoch"]}
         arguments |= {"weights": weights["sha256"], "mask": mask["sha256"]}
-        arguments |= {"tag": args.tag or mask.get("tag") or dense.get("tag")} | settings
+        inherited = mask.get("tag") or dense.get("tag")
+        arguments |= {"tag": cli.joined_tag(inherited, args.tag)} | settings
         arguments |= cli.hyper(args, "signs", "fan_in", "precision")
         if runs.is_finished(folder, arguments):
             runs.say_finished(folder, __file__)
@@ -119,7 +120,10 @@ def main() -> None:
             print(f"{error}; this is recorded as the run's result")
             rows, diverged = error.rows, error.rows[-1]["epoch"]
         more = {"diverged": diverged, "sparsity_total": mask["sparsity_total"]}
-        more |= {"precision": how["precision"]}
+        more |= {
+            "precision": how["precision"],
+            "mask_code": mask.get("mask_code", mask.get("code")),
+        }
         runs.finish(folder, "train_sparse", arguments, rows, device, stamp, **more)
 
     jobs = {str(folder): partial(run, folder, *more) for folder, *more in todo}

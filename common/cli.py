@@ -196,8 +196,13 @@ def how_to_train(args: argparse.Namespace, device: torch.device) -> dict[str, An
 def add_tag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tag",
-        help="a name for an edit of the code, as tables show it (default: that of the inputs)",
+        help="a name for an edit of the code, as tables show it; added to that of the inputs",
     )
+
+
+def joined_tag(inherited: str | None, own: str | None) -> str | None:
+    """The tag of a run whose inputs have one already: layerwise+adamw, or the only one there is."""
+    return "+".join(dict.fromkeys(filter(None, (*(inherited or "").split("+"), own)))) or None
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -120,7 +120,7 @@ class Edit(NamedTuple):
 
 PRUNE = "    mask = masking.prune_exactly(masking.prune_by_magnitude,"
 SGD = "partial(torch.optim.SGD, lr=0.0, momentum=momentum, weight_decay=decay, fused=True)"
-ADAMW = "partial(torch.optim.AdamW, lr=0.0, weight_decay=0.01)"
+ADAMW = "partial(torch.optim.AdamW, lr=0.0, weight_decay=decay)"
 EDITS = {
     "prune shortcuts too": Edit(
         "prune_imp",

@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 from common import masking
 from common.align.axes import find_axes
 from common.align.permutation import permute
-from tests.conftest import refuse, same, stage3, state, succeed, weights
+from tests.conftest import refuse, result, same, stage3, stage4, state, succeed, weights
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,16 @@ def test_each_pair_has_a_random_permutation_of_its_own(runs, ends, aligned, tmp_
         succeed(*stage3(*files, tmp_path / name, "--method", "random"))
         found = state(tmp_path / name / "permutation.pt")["permutation"]
         assert same(found, one) == (name == "again")
+
+
+def test_a_tag_is_added_to_that_of_the_inputs_and_the_code_of_the_mask_stays(ends, tmp_path):
+    succeed(*stage3(*ends, tmp_path / "align", "--method", "identity", "--tag", "one"))
+    for tag, joined in ((None, "one"), ("one", "one"), ("two", "one+two")):
+        flags = ("--sparsity", 0.5, "--rewind", 1, *(("--tag", tag) if tag else ()))
+        succeed(*stage4("permuted", ends[1], tmp_path / "align", tmp_path / f"{tag}", *flags))
+        made = result(tmp_path / f"{tag}/s0.50_k001")
+        assert made["arguments"]["tag"] == joined
+        assert made["mask_code"] == state(ends[2] / "mask_0.50.pt")["code"]
 
 
 # ---------------------------------------------------------------- user-supplied networks

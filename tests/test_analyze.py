@@ -117,7 +117,13 @@ def test_the_line_is_measured_in_the_precision_of_the_runs():
 def frame(*rows):
     common = {"model": "m", "width": 1.0, "dataset": "d", "mask_dataset": "d", "sparsity": 0.9}
     common |= {"rewind": 0, "match_epoch": None, "method": "activation", "signs": False, "tag": ""}
-    common |= {"fan_in": False, "code": "abc", "diverged": None, "path": "somewhere"}
+    common |= {
+        "fan_in": False,
+        "code": "abc",
+        "mask_code": "m",
+        "diverged": None,
+        "path": "somewhere",
+    }
     return pd.DataFrame([common | row for row in rows])
 
 
@@ -212,8 +218,35 @@ def test_tables_say_when_runs_were_made_by_different_code():
     ]
     assert "different code" not in results.render(frame(*rows[:2]))
     assert "different code: abc (2 runs), abc+def (1 runs)" in results.render(frame(*rows))
+    masks = [run("lth", 4, 4, 80.0, mask_code="n"), run("lth", 6, 6, 80.0, mask_code="o", tag="t")]
+    text = results.render(frame(*rows[:2], *masks))
+    assert "masks were pruned by different code: m (2 runs), n (1 runs), o [t] (1 runs)" in text
+    assert "pruned by different" not in results.render(frame(*rows[:2], masks[1]))
     elsewhere = run("naive", 0, 1, 70.0, code="ghi", model="n")  # is compared with none of these
     assert "different code" not in results.render(frame(*rows[:2], elsewhere))
+
+
+@pytest.mark.parametrize("pairs", [((0, 1), (0, 3), (0, 5)), ((0, 1), (2, 1)), ((0, 1), (1, 2))])
+def test_pairs_that_share_a_network_have_no_interval_and_a_line_says_so(pairs):
+    def rows(pairs):
+        arms = ("lth", 90), ("naive", 70), ("permuted", 80)
+        return [
+            run(arm, a, a if arm == "lth" else b, level + a + b / 10)
+            for a, b in pairs
+            for arm, level in arms
+            if arm != "lth" or (a, b) == next(pair for pair in pairs if pair[0] == a)
+        ]
+
+    shared, apart = rows(pairs), rows([(0, 1), (2, 3), (4, 5)])
+    intervals = ["difference_low", "difference_high", "gap_low", "gap_high"]
+    found = summary(*shared).loc["permuted"]
+    assert found["difference"] == pytest.approx(10) and found[intervals].isna().all()
+    assert summary(*apart).loc["permuted", intervals].notna().all()
+    assert (
+        "share networks" in results.render(frame(*shared))
+        and "*" not in results.render(frame(*shared))[:-300]
+    )
+    assert "share networks" not in results.render(frame(*apart))
 
 
 def test_the_look_of_a_tagged_variant():

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from common.errors import UserError
 
 COLUMNS = """tag code precision epochs arm signs fan_in model width dataset mask_dataset sparsity
     sparsity_total rewind source_seed target_seed seed method match_epoch test_acc test_loss
-    test_top5 diverged seconds path""".split()
+    test_top5 diverged mask_code seconds path""".split()
 NETWORK = ["model", "width", "dataset"]
 CELL = [*NETWORK, "sparsity", "rewind"]
 SEEDS = ["source_seed", "target_seed"]
@@ -92,11 +93,13 @@ def sparse_runs(root: Path) -> pd.DataFrame:
     if not rows:
         raise UserError(f"no finished sparse run below {root}: run train_sparse.py first")
     runs = pd.DataFrame(rows, columns=COLUMNS).sort_values([*CELL, *RUN], ignore_index=True)
+    alike = runs[runs.duplicated([*CELL, *RUN], keep=False)]
     twice = int(runs.duplicated([*CELL, *RUN]).sum())
+    two = alike["path"].head(2)
     if twice:  # other hyper-parameters: their mean would be of no experiment
         raise UserError(
-            f"{twice} runs below {root} repeat arm, cell and seeds of others: "
-            "keep experiments apart, or give them a --tag"
+            f"{twice} runs below {root} repeat arm, cell and seeds of others, as "
+            f"{' and '.join(two)}: keep experiments in folders apart, or run one again with a --tag"
         )
     return runs
 
@@ -192,16 +195,33 @@ def by_pair(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts).pivot_table("test_acc", [*CELL, *SEEDS], "variant")
 
 
+def shared_networks(pairs: pd.DataFrame) -> list[int]:
+    """The seeds of networks that several pairs share, by columns source_seed and target_seed."""
+    different = set(pairs[SEEDS].itertuples(index=False, name=None))
+    counts = Counter(seed for pair in different for seed in set(pair))
+    return sorted(seed for seed, count in counts.items() if count > 1)
+
+
 def remarks(runs: pd.DataFrame) -> list[str]:
-    """Lines for below a table of `runs`: which code made them, where it differs, and divergence."""
-    lines, codes, lost = [], runs["code"].value_counts(), runs[runs["diverged"].notna()]
-    if len(codes) > 1:
-        counts = ", ".join(f"{code} ({count} runs)" for code, count in codes.items())
-        lines.append(f"these runs were made by different code: {counts}")
+    """Lines for below a table of `runs`: other code, divergence, pairs that share networks."""
+    lines, lost = [], runs[runs["diverged"].notna()]
+    if shared := shared_networks(runs[~of_one_network(runs)]):
+        names = f"seed{'s' * (len(shared) > 1)} {', '.join(map(str, shared))}"
+        lines.append(f"pairs share networks ({names}) and are not independent: no intervals")
+    if runs["code"].nunique() > 1:
+        lines.append(f"these runs were made by different code: {_counts(runs, 'code')}")
+    if runs.groupby("tag")["mask_code"].nunique().max() > 1:
+        lines.append(f"their masks were pruned by different code: {_counts(runs, 'mask_code')}")
     if len(lost):
         names = ", ".join(f"{run.path} in epoch {run.diverged:.0f}" for run in lost.itertuples())
         lines.append(f"{len(lost)} of {len(runs)} runs diverged, and count as they ended: {names}")
     return lines
+
+
+def _counts(runs: pd.DataFrame, key: str) -> str:
+    """'abc (12 runs), def [adamw] (6 runs)': how many runs there are of each code and tag."""
+    counts = runs.fillna({key: "unknown"}).groupby([key, "tag"]).size().items()
+    return ", ".join(f"{code}{f' [{tag}]' * bool(tag)} ({n} runs)" for (code, tag), n in counts)
 
 
 def parse_root(doc: str) -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit  # Student's t; scipy.stats takes a second to import
 
-from analyze.lib.runs import CELL, NETWORK, SEEDS, baselines, by_pair, variants
+from analyze.lib.runs import CELL, NETWORK, SEEDS, baselines, by_pair, shared_networks, variants
 
 DIFFERENCES = """baseline difference difference_se difference_low difference_high pairs
     gap_closed gap_low gap_high""".split()
@@ -19,9 +19,10 @@ def against_naive(
 
     `pairs` has a row a pair and a column a variant, `compared` is from `baselines`. Differences are
     means over pairs, with standard error and 95% interval. The share is in percent, both as means
-    over the pairs that have all three; it is missing where there is no gap.
+    over the pairs that have all three; it is missing where there is no gap. Intervals are missing
+    where pairs share a network, as such pairs are not independent.
     """
-    found = {}
+    found, independent = {}, not shared_networks(pairs.index.to_frame())
     for variant in pairs.columns:
         usable = (
             (naive, lth)
@@ -32,7 +33,7 @@ def against_naive(
         if naive == variant:
             continue
         difference = (pairs[variant] - pairs[naive]).dropna()
-        low, high = t_interval(difference)
+        low, high = t_interval(difference) if independent else (math.nan, math.nan)
         mean, error = difference.mean(), difference.sem()
         row = dict(zip(DIFFERENCES, (naive, mean, error, low, high, len(difference))))
         if lth in pairs:
@@ -40,7 +41,9 @@ def against_naive(
             gain, gap = both[variant] - both[naive], both[lth] - both[naive]
             if gap.mean() > 0:
                 row["gap_closed"] = 100 * gain.mean() / gap.mean()
-                row["gap_low"], row["gap_high"] = (100 * end for end in ratio_interval(gain, gap))
+                if independent:
+                    ends = ratio_interval(gain, gap)
+                    row["gap_low"], row["gap_high"] = (100 * end for end in ends)
         found[variant] = row
     return found
 
