@@ -29,8 +29,8 @@ def layer_weights(model: nn.Module) -> list[str]:
 
 
 def prunable(model: nn.Module) -> list[str]:
-    """Names of the weights that are pruned: all but the convolutions of residual shortcuts (paper,
-    section 4).
+    """Names of the weights that are pruned: all but the convolutions of residual shortcuts, as in
+    the authors' code.
     """
     return [name for name in layer_weights(model) if not SHORTCUTS & set(name.split("."))]
 

@@ -1,4 +1,4 @@
-"""Finding the permutation that maps the source network onto the target (paper, section 4.1)."""
+"""Finding the permutation that maps the source network onto the target (paper, section 3)."""
 
 import copy
 from collections.abc import Callable, Iterable
