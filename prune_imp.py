@@ -130,7 +130,7 @@ def prune_chain(
 
     share = 1 if arguments["one_shot"] else PRUNED_A_ROUND
     counts, branches = masking.plan(masking.size(start["mask"]), goals, share)
-    network = latest(out, min(branches)) or start
+    network, more = latest(out, min(branches)) or start, {"precision": how["precision"]}
     for number in range(network["round"], max(branches) + 1):
         if number > network["round"]:
             network = next_round(network, counts[number])
@@ -141,11 +141,11 @@ def prune_chain(
         for sparsity in branches.get(number, ()):
             branch = next_round(network, goals[sparsity])
             checkpoint.save(branch, paths.imp_file(out, sparsity))
-            checkpoint.save(masking.entry(branch, model) | stamp, paths.mask_file(out, sparsity))
+            made = {"imp": arguments | more} | stamp
+            checkpoint.save(masking.entry(branch, model) | made, paths.mask_file(out, sparsity))
     histories = [checkpoint.load(path)["rows"] for path in paths.imp_files(out).values()]
     by_count = {row["kept"]: row for rows in (*histories, network["rows"]) for row in rows}
     rows = [by_count[kept] for kept in sorted(by_count, reverse=True)]
-    more = {"precision": how["precision"]}
     runs.finish(out, "prune_imp", arguments, rows, data.device, stamp, **more)
 
 

@@ -124,6 +124,8 @@ def main() -> None:
             "precision": how["precision"],
             "mask_code": mask.get("mask_code", mask.get("code")),
         }
+        made_in = {"precision": dense["result"]["precision"]}
+        more |= {"dense": dense["result"]["arguments"] | made_in, "imp": mask.get("imp")}
         runs.finish(folder, "train_sparse", arguments, rows, device, stamp, **more)
 
     jobs = {str(folder): partial(run, folder, *more) for folder, *more in todo}

@@ -138,7 +138,7 @@ def triples(root: Path) -> list[dict[str, Any]]:
     for run in pairs.astype({"match_epoch": int}).to_dict("records"):
         for alignment in aligned:
             same = all(alignment[key] == run[key] for key in [*CELL[:3], *PAIR[:-1]])
-            same &= alignment["tag"] in ("", run["tag"])
+            same &= alignment["tag"] in ("", run["tag"].split(" ")[0])
             if same and alignment["sparsity"] in (None, run["sparsity"]):
                 files = {
                     "lth": paths.final_file(run["path_lth"]),

@@ -16,7 +16,7 @@ from analyze.lib import runs as finished
 from analyze.lib.lines import barrier, interpolate, metrics_along
 from common.models import build_model
 from common.training import evaluate
-from tests.conftest import call, refused, succeed
+from tests.conftest import call, refused, stage3, stage4, succeed
 
 
 def test_barrier_by_hand():
@@ -121,6 +121,7 @@ def frame(*rows):
         "fan_in": False,
         "code": "abc",
         "mask_code": "m",
+        "dense_epochs": None,
         "diverged": None,
         "path": "somewhere",
     }
@@ -343,6 +344,40 @@ def test_runs_of_two_experiments_are_not_averaged_unless_a_tag_tells_them_apart(
     edit_results(tmp_path / "two", tag="adamw")
     assert "LTH [adamw]" in succeed("analyze.results", tmp_path)
     assert pd.read_csv(tmp_path / "results.csv")["tag"].value_counts().to_dict() == {"adamw": 8}
+
+
+@pytest.mark.parametrize(
+    "part, key",
+    [
+        ("arguments", "lr"),
+        ("", "precision"),
+        ("dense", "lr"),
+        ("imp", "rewind"),
+        ("dense", "limit_train"),
+    ],
+)
+def test_runs_of_two_settings_have_columns_of_their_own(runs, tmp_path, part, key):
+    shutil.copytree(runs / "sparse", tmp_path / "R")
+    assert "=" not in succeed("analyze.results", tmp_path / "R").split("wrote")[0].replace("k=", "")
+    for path in tmp_path.rglob("seed2*/*/result.json"):
+        content = json.loads(path.read_text())
+        (content[part] if part else content)[key] = "other"
+        path.write_text(json.dumps(content))
+    text, name = (
+        succeed("analyze.results", tmp_path / "R"),
+        f"{part} {key}".replace("arguments ", ""),
+    )
+    for label in ("naive", "LTH", "permuted"):
+        assert f"{label} [{name.strip()}=other]" in text
+    tags = pd.read_csv(tmp_path / "R/results.csv")["tag"].value_counts()
+    assert len(tags) == 2 and set(tags) == {12}
+
+
+def test_a_match_to_an_early_epoch_is_named_though_no_later_one_is_there(runs, ends, tmp_path):
+    shutil.copytree(runs / "sparse/naive/seed0-seed1", tmp_path / "R/naive")
+    succeed(*stage3(*ends, tmp_path / "align", "--target-epoch", 1))
+    succeed(*stage4("permuted", ends[1], tmp_path / "align", tmp_path / "R/permuted"))
+    assert "permuted @1" in succeed("analyze.results", tmp_path / "R")
 
 
 def test_figures_and_their_data_are_written(runs, tmp_path):

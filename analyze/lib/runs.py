@@ -15,12 +15,14 @@ from common.errors import UserError
 
 COLUMNS = """tag code precision epochs arm signs fan_in model width dataset mask_dataset sparsity
     sparsity_total rewind source_seed target_seed seed method match_epoch test_acc test_loss
-    test_top5 diverged mask_code seconds path""".split()
+    test_top5 diverged mask_code dense_epochs seconds path""".split()
 NETWORK = ["model", "width", "dataset"]
 CELL = [*NETWORK, "sparsity", "rewind"]
 SEEDS = ["source_seed", "target_seed"]
 RUN = ["arm", "signs", "fan_in", "mask_dataset", "method", "match_epoch", *SEEDS, "seed", "tag"]
 PERMUTED = ("permuted", "random-permutation")
+SETTINGS = """epochs lr schedule warmup weight_decay batch_size momentum precision limit_train
+    image_size one_shot""".split()
 
 
 def find_results(root: Path, stage: str) -> list[dict[str, Any]]:
@@ -85,14 +87,18 @@ def sparse_runs(root: Path) -> pd.DataFrame:
             raise KeyError(*sorted(lacking))
         row |= {"signs": bool(row["signs"]), "fan_in": bool(row["fan_in"])}
         row |= {"tag": row["tag"] or "", "code": row["code"] or "unknown"}
+        row["dense_epochs"] = (result.get("dense") or {}).get("epochs")
         row |= {"mask_dataset": row["mask_dataset"] or row["dataset"]}
         method = row["method"] if row["arm"] in PERMUTED else None
-        return row | {"method": method, "path": str(result["folder"])}
+        path, made_by = str(result["folder"]), settings(result)
+        return row | {"method": method, "path": path, "settings": made_by}
 
     rows = read_runs(root, "train_sparse", describe)
     if not rows:
         raise UserError(f"no finished sparse run below {root}: run train_sparse.py first")
-    runs = pd.DataFrame(rows, columns=COLUMNS).sort_values([*CELL, *RUN], ignore_index=True)
+    runs = pd.DataFrame(rows, columns=COLUMNS)
+    runs["tag"] = tags([row["settings"] for row in rows], runs)
+    runs = runs.sort_values([*CELL, *RUN], ignore_index=True)
     alike = runs[runs.duplicated([*CELL, *RUN], keep=False)]
     twice = int(runs.duplicated([*CELL, *RUN]).sum())
     two = alike["path"].head(2)
@@ -102,6 +108,35 @@ def sparse_runs(root: Path) -> pd.DataFrame:
             f"{' and '.join(two)}: keep experiments in folders apart, or run one again with a --tag"
         )
     return runs
+
+
+def settings(result: dict[str, Any]) -> dict[str, str]:
+    """How a sparse run was trained, how its network was before, and how its mask was pruned.
+
+    Nothing of the latter two where an older result does not tell.
+    """
+    parts = {"": result["arguments"] | result, "dense ": result.get("dense")}
+    parts |= {"imp ": result.get("imp")}
+    found = {
+        f"{prefix}{key}": str(part.get(key))
+        for prefix, part in parts.items()
+        for key in SETTINGS
+        if part
+    }
+    return found | ({"imp rewind": str(result["imp"].get("rewind"))} if result.get("imp") else {})
+
+
+def tags(settings: list[dict[str, str]], runs: pd.DataFrame) -> pd.Series:
+    """The tag of each run, with the settings in which runs of its network and tag differ.
+
+    So runs of two settings stand in columns of their own, and no mean is of both.
+    """
+    groups = [runs[key] for key in (*NETWORK, "tag")]
+    tag = runs["tag"]
+    for key, values in pd.DataFrame(settings, index=runs.index, dtype=object).items():
+        mixed = values.groupby(groups).transform("nunique") > 1
+        tag = tag + (f" {key}=" + values).where(mixed & values.notna(), "")
+    return tag.str.strip()
 
 
 def dense_runs(root: Path) -> pd.DataFrame:
@@ -151,6 +186,7 @@ def variants(runs: pd.DataFrame) -> pd.Series:
     """The `variant` of each run."""
     epoch = pd.to_numeric(runs["match_epoch"])
     last = epoch.groupby([runs[key] for key in (*NETWORK, "tag")]).transform("max")
+    last = pd.to_numeric(runs["dense_epochs"]).fillna(last)
     early, mask = epoch.where(epoch < last), other_mask(runs)  # early: Table 15
     keys = (runs["arm"], runs["method"], early, mask, runs["signs"], runs["fan_in"], runs["tag"])
     return pd.Series(list(map(variant, *keys)), index=runs.index, dtype=object)
