@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import platform
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -50,7 +51,7 @@ def replacing(path: Path) -> Iterator[io.BufferedWriter]:
     Of several processes the first alone writes.
     """
     barrier()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
         if not is_writer:
             yield io.BytesIO()

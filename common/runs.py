@@ -4,16 +4,24 @@ is finished.
 arguments.json is written first, and result.json last of all.
 """
 
+import errno
+import fcntl
 import json
 import math
+import os
+import platform
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
 
 from common import checkpoint, provenance
 from common.errors import UserError
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems that have none
+_locks: dict[Path, TextIO] = {}  # of the folders that this process works in
 
 
 def recorded(folder: Path) -> dict[str, Any]:
@@ -41,7 +49,8 @@ def is_finished(folder: Path, arguments: dict[str, Any]) -> bool:
                 "choose another --out or remove it"
             )
     elif folder.exists() and (
-        not folder.is_dir() or any(not entry.name.endswith(".tmp") for entry in folder.iterdir())
+        not folder.is_dir()
+        or any(not entry.name.endswith((".tmp", ".lock")) for entry in folder.iterdir())
     ):
         raise UserError(f"{folder} exists and holds no run of this project: choose another --out")
     return (folder / "result.json").is_file()
@@ -68,9 +77,11 @@ def claim(folder: Path, arguments: dict[str, Any], script: str) -> dict[str, Any
     """Record in `folder`, before anything else, which experiment it holds, and under which code.
 
     Clears what a killed writer left; says so when the code changed since the run was cut off.
-    Returns the stamp of its files: `code`, all digests joined by +, and `commit`.
+    Returns the stamp of its files: `code`, all digests joined by +, and `commit`. Raises UserError
+    when another process works there.
     """
     folder = Path(folder)
+    _lock(folder)
     checkpoint.remove(folder.glob(".*.tmp"))
     stamp = provenance.stamp(script)
     codes = recorded(folder).get("code", [])
@@ -80,6 +91,33 @@ def claim(folder: Path, arguments: dict[str, Any], script: str) -> dict[str, Any
         codes = [*codes, stamp["code"]]
         checkpoint.save_json(arguments | {"code": codes}, folder / "arguments.json")
     return stamp | {"code": "+".join(codes)}
+
+
+def _lock(folder: Path) -> None:
+    """Keep a folder for this process until it ends; the system releases the lock of a dead one."""
+    path = folder / ".lock"
+    if not checkpoint.is_writer or path in _locks:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder} is in work by {path.read_text().strip()}: leave it") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()} since {time.ctime()}\n")
+    file.flush()
+    _locks[path] = file
+
+
+def _unlock(folder: Path) -> None:
+    path = folder / ".lock"
+    if path in _locks:
+        path.unlink(missing_ok=True)
+        _locks.pop(path).close()
 
 
 def finish(
@@ -98,6 +136,7 @@ def finish(
     result |= more | stamp | provenance.environment(device)
     checkpoint.save_json(result, folder / "result.json")
     checkpoint.remove([folder / "resume.pt"])
+    _unlock(folder)
 
 
 def metrics(row: dict[str, Any]) -> dict[str, float | None]:

@@ -1,6 +1,8 @@
 import errno
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -109,6 +111,38 @@ def test_run_folders_know_their_experiment(tmp_path):
     (other / "thesis.txt").touch()
     with pytest.raises(UserError, match="no run of this project"):
         folders.is_finished(other, arguments)
+
+
+def test_a_folder_in_which_another_process_works_is_left_alone(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from common import runs; "
+    code += "runs.claim(sys.argv[1], {}, sys.argv[2]); print('ready', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path), SCRIPT]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline() == b"ready\n"
+        (tmp_path / f".log.csv.elsewhere.{other.pid}.tmp").touch()  # it is writing this
+        with pytest.raises(UserError, match=rf"is in work by process {other.pid} on \S+ since"):
+            folders.claim(tmp_path, {}, SCRIPT)
+        assert len(list(tmp_path.glob(".*.tmp"))) == 1
+        other.kill()  # a dead process holds nothing
+        other.wait()
+        folders.claim(tmp_path, {}, SCRIPT)
+        assert not list(tmp_path.glob(".*.tmp"))
+    finally:
+        other.kill()
+        other.communicate()
+
+
+def test_a_file_system_without_locks_is_worked_on_without(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(number, "no locks")
+
+    monkeypatch.setattr(folders.fcntl, "flock", flock)
+    number = errno.ENOSYS
+    assert "code" in folders.claim(tmp_path / "a", {}, SCRIPT)
+    number = errno.EIO
+    with pytest.raises(UserError, match=r"cannot write .*\.lock: no locks"):
+        folders.claim(tmp_path / "b", {}, SCRIPT)
 
 
 def test_result_json_is_written_last(tmp_path, monkeypatch):
