@@ -9,6 +9,7 @@ import os
 import pickle
 import platform
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -114,9 +115,8 @@ def load(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"no such file: {path}{_siblings(path)}")
     try:
-        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()
-        if damaged:  # torch does not look at the checksums
-            raise ValueError(f"the checksum of {damaged} is wrong")
+        if zipfile.is_zipfile(path):
+            _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -127,6 +127,7 @@ def load(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
         LookupError,
         pickle.UnpicklingError,
         zipfile.BadZipFile,
+        zlib.error,
     ) as error:
         raise UserError(
             f"{path} cannot be read: it is damaged, cut off or no checkpoint of plain tensors "
@@ -138,6 +139,15 @@ def load(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
             f"{path} is not the file that is needed here: it lacks {', '.join(missing)}"
         )
     return content
+
+
+def _check_archive(path: Path) -> None:
+    """Raise ValueError or what zipfile raises when a file is damaged; torch does not look."""
+    with zipfile.ZipFile(path) as archive:
+        # An entry with attributes torch takes for a folder, and returns what is in memory.
+        attributes = [entry.filename for entry in archive.infolist() if entry.external_attr]
+        if damaged := archive.testzip() or attributes:
+            raise ValueError(f"{damaged} is damaged")
 
 
 def _siblings(path: Path) -> str:

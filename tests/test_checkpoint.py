@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import json
 import shutil
@@ -80,6 +81,19 @@ def test_a_flipped_bit_in_a_tensor_is_seen(tmp_path, part):
     assert not torch.equal(torch.load(path, weights_only=True)["x"], value)  # torch does not look
     with pytest.raises(UserError, match=r"file\.pt cannot be read: it is damaged"):
         checkpoint.load(path)
+
+
+def test_no_flipped_bit_of_the_directory_changes_what_is_loaded(tmp_path):
+    path, value = tmp_path / "file.pt", torch.arange(40.0)
+    checkpoint.save({"x": value}, path)
+    whole = path.read_bytes()
+    entry = whole.rindex(b"PK\x01\x02", 0, whole.rindex(b"data/0"))  # of the tensor, whose flags
+    for bit in range(8 * entry, 8 * (entry + 46)):  # torch obeys
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        with contextlib.suppress(UserError):
+            assert torch.equal(checkpoint.load(path, ("x",))["x"], value), bit
 
 
 def test_a_checkpoint_in_the_place_of_another_is_named(runs, tmp_path):
