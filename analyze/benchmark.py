@@ -196,10 +196,10 @@ def line(size: int, device: torch.device, images: int = 2000) -> Iterator[Compar
     model, standard = (network("resnet20", 1, size, seed).to(device) for seed in (0, 1))
     ends = [copy.deepcopy(one.state_dict()) for one in (model, standard)]
     model.to(memory_format=torch.channels_last)
-    batches, precision = partial(data.eval_batches, "train"), pick_precision(None, device)
+    batches = partial(data.eval_batches, "train")
     loader = baselines.loader(data, 250, train=False)
     runs = (
-        partial(lines.metrics_along, model, *ends, alphas, batches, batches, precision),
+        partial(lines.metrics_along, model, *ends, alphas, batches, batches),
         partial(baselines.line_with_repair, standard, ends, alphas, loader, device),
     )
     rates = (partial(timed, 5 * len(alphas) * images, run) for run in runs)

@@ -33,12 +33,11 @@ def chains(root: Path) -> list[dict[str, Any]]:
     dense, found = dense_files(root), []
     for run in find_results(root, "prune_imp"):
         start = dense.get(run.get("arguments", {}).get("dense"))
-        if start is None or "precision" not in run:
+        if start is None:
             skipped(f"{run['folder']}: its dense network is not below {root}")
             continue
         networks = paths.round_files(run["folder"]) or paths.imp_files(run["folder"])
-        about = {"dense": start, "precision": run["precision"]}
-        found += [about | {"path": path} for path in networks.values()]
+        found += [{"dense": start, "path": path} for path in networks.values()]
     if not found:
         raise UserError(f"no finished IMP chain below {root}: run prune_imp.py --keep-rounds first")
     return found
@@ -56,7 +55,7 @@ def barriers(curve: pd.DataFrame) -> list[dict[str, Any]]:
 
 def measure(run: dict[str, Any], points: int, images: int, read: Callable) -> list[dict[str, Any]]:
     """A row without and one with REPAIR: the network, its sparsity, its barriers."""
-    path, settings = run["path"], (points, images, run["precision"])
+    path, settings = run["path"], (points, images)
     pruned = checkpoint.load(path, ("mask", *checkpoint.WEIGHTS))
     files = [checkpoint.digest(run[role])[:8] for role in ("dense", "path")]
     cache = paths.cache_file(path, "barrier", code_digest(lines.__file__), *files, *settings)

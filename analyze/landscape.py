@@ -68,7 +68,6 @@ def measure(
     data: Resident | Streamed,
     resolution: int,
     images: int,
-    precision: str = "fp32",
 ) -> pd.DataFrame:
     """Test loss in nats and error in percent on the grid, a row a point, and a row a corner.
 
@@ -91,8 +90,8 @@ def measure(
         weights = origin + x * directions[0] + y * directions[1]
         nn.utils.vector_to_parameters(weights.float(), model.parameters())
         if calibration:
-            repair.recompute_batch_norm(model, calibration, precision)
-        loss, accuracy = evaluate(model, test, precision)
+            repair.recompute_batch_norm(model, calibration)
+        loss, accuracy = evaluate(model, test)
         rows.append({"x": x, "y": y, "test_loss": loss, "test_error": 100 - accuracy})
     marks = pd.DataFrame(corners, columns=["x", "y"]).assign(network=[*CORNERS])
     return pd.concat([pd.DataFrame(rows), marks])
@@ -147,7 +146,7 @@ def triples(root: Path) -> list[dict[str, Any]]:
                     "permutation": alignment["path"],
                 }
                 about = {key: run[key] for key in [*CELL, *PAIR]}
-                found.append(about | files | {"precision": alignment["precision"]})
+                found.append(about | files)
     if not found:
         two = f"no permuted network with LTH's beside it below {root}"
         raise UserError(f"{two}: run train_sparse.py for both")
@@ -160,7 +159,7 @@ def table(triple: dict[str, Any], resolution: int, images: int, read: Callable) 
     entries = {name: checkpoint.load(triple[name], keys) for name in CORNERS}
     permutation = checkpoint.load(triple["permutation"], ("permutation",))["permutation"]
     digests = "".join(checkpoint.digest(triple[name])[:4] for name in (*CORNERS, "permutation"))
-    made_by = (code_digest(__file__), digests, resolution, images, triple["precision"])
+    made_by = (code_digest(__file__), digests, resolution, images)
 
     def make() -> pd.DataFrame:
         data = read(entries["permuted"]["dataset"])
@@ -173,7 +172,7 @@ def table(triple: dict[str, Any], resolution: int, images: int, read: Callable) 
             else permute(entry["state_dict"], dims, permutation)
             for name, entry in entries.items()
         ]
-        return measure(model, states, data, resolution, images, triple["precision"])
+        return measure(model, states, data, resolution, images)
 
     return kept(paths.cache_file(triple["permuted"], "plane", *made_by), make)
 

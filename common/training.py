@@ -53,19 +53,18 @@ def learning_rates(schedule: str, lr: float, epochs: int, warmup: int = 0) -> li
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, batches: Batches, precision: str = "fp32", top: tuple[int, ...] = ()
-) -> list[float]:
+def evaluate(model: nn.Module, batches: Batches, top: tuple[int, ...] = ()) -> list[float]:
     """Mean cross-entropy in nats and accuracy in percent, in evaluation mode, over all processes.
 
-    For every k in `top` also how often, in percent, the label is among the k largest logits.
+    In fp32, whatever the network trains in, so that no tie of rounded logits decides. For every k
+    in `top` also how often, in percent, the label is among the k largest logits.
     """
     model.eval()
     loss = correct = count = 0
     top_correct = [0] * len(top)
     for images, labels in batches:
-        with autocast(model, images.device, precision):
-            logits = model(images).float()
+        with torch.backends.cudnn.flags(allow_tf32=False, deterministic=True):
+            logits = model(images)
         loss += F.cross_entropy(logits, labels, reduction="sum").double()
         correct += (logits.argmax(1) == labels).sum()
         for place, k in enumerate(top):
@@ -179,7 +178,7 @@ def train(
                 bar.update(batch_size)
             if masker:
                 masker.check()
-            test = evaluate(model, data.eval_batches("test"), precision, top)
+            test = evaluate(model, data.eval_batches("test"), top)
             loss, right = distributed.all_reduce_sum(loss_sum, correct)
             row = {
                 "epoch": epoch + 1,

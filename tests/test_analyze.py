@@ -95,25 +95,6 @@ def test_repair_at_the_endpoints_changes_nothing_and_interpolation_meets_them(na
         assert found == pytest.approx(list(evaluate(model, batches)))
 
 
-def test_the_line_is_measured_in_the_precision_of_the_runs():
-    model = build_model("resnet20", 0.25, 3, (3, 8, 8))
-    ends = [build_model("resnet20", 0.25, 3, (3, 8, 8), seed).state_dict() for seed in (0, 1)]
-    images = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    batches = [(images, torch.arange(16) % 3)]
-    measured = {}
-    for precision in ("fp32", "bf16"):
-        read, alphas = lambda: iter(batches), np.array([0.0, 1.0])
-        rows = metrics_along(model, *ends, alphas, read, read, precision)
-        model.load_state_dict(ends[0])
-        # The metrics of the run itself.
-        assert rows[0]["test_loss"] == evaluate(model, batches, precision)[0]
-        repair.recompute_batch_norm(model, [images], precision)
-        assert rows[1]["train_loss"] == evaluate(model, batches, precision)[0]
-        measured[precision] = model.state_dict()["bn1.running_mean"].clone()
-    assert not torch.equal(measured["fp32"], measured["bf16"])
-    assert torch.allclose(measured["fp32"], measured["bf16"], atol=0.02)
-
-
 def frame(*rows):
     common = {"model": "m", "width": 1.0, "dataset": "d", "mask_dataset": "d", "sparsity": 0.9}
     common |= {"rewind": 0, "match_epoch": None, "method": "activation", "signs": False, "tag": ""}

@@ -1,3 +1,4 @@
+import copy
 import math
 import shutil
 import types
@@ -159,6 +160,14 @@ def test_a_run_that_was_cut_off_ends_with_the_same_numbers(tmp_path, masked, net
     mixed = other | {"precision": "bf16" if network == "mlp" else "fp32"}
     with pytest.raises(UserError, match="was trained in"):
         train(tiny(), data, rates, folder=tmp_path / "cut", **mixed)
+
+
+def test_a_network_trained_in_bf16_is_evaluated_in_fp32():
+    data, network = resident(count=32), build_model("resnet20", 0.25, 2, (3, 8, 8), 0)
+    row = train(network, data, [0.05], folder=None, **SETTINGS | {"precision": "bf16"})[-1]
+    exact = copy.deepcopy(network).double().eval()(next(data.eval_batches())[0].double())
+    loss = nn.functional.cross_entropy(exact, data.test_labels)
+    assert row["test_loss"] == pytest.approx(float(loss), rel=1e-5)
 
 
 def test_a_resumed_run_has_the_layout_of_its_own_device(tmp_path):

@@ -44,12 +44,11 @@ def metrics_along(
     alphas: Iterable[float],
     test: Callable[[], Batches],
     train: Callable[[], Batches],
-    precision: str = "fp32",
 ) -> list[dict[str, Any]]:
     """Loss in nats and accuracy in percent at every alpha, with and without REPAIR by `train`.
 
-    In the precision of their training the two networks have the metrics of their runs. `test` and
-    `train` start over at every call, so that no more than a batch of a large set is in memory.
+    The two networks have the metrics of their runs. `test` and `train` start over at every call,
+    so that no more than a batch of a large set is in memory.
     """
     batch_norm = repair.has_batch_norm(model)
     if not batch_norm:
@@ -62,12 +61,12 @@ def metrics_along(
         model.load_state_dict(interpolate(source, target, float(alpha)))
         for repaired in (False, True):
             if repaired and batch_norm:
-                repair.recompute_batch_norm(model, (batch for batch, _ in train()), precision)
+                repair.recompute_batch_norm(model, (batch for batch, _ in train()))
             elif repaired:
                 repair.rescale(model, images, repair.interpolate(*endpoints, float(alpha)))
             row = {"alpha": alpha, "repair": repaired}
             for split, batches in (("test", test), ("train", train)):
-                row[f"{split}_loss"], row[f"{split}_acc"] = evaluate(model, batches(), precision)
+                row[f"{split}_loss"], row[f"{split}_acc"] = evaluate(model, batches())
             rows.append(row)
     return rows
 
@@ -79,7 +78,6 @@ def measure(
     data: Resident | Streamed,
     points: int,
     images: int,
-    precision: str,
 ) -> pd.DataFrame:
     """The curve from the permuted source to the target, both checkpoints; `images` for REPAIR."""
     model = build_model(**target["model"]).to(data.device, memory_format=torch.channels_last)
@@ -90,7 +88,7 @@ def measure(
         return data.eval_batches("train", limit=images)
 
     alphas = np.linspace(0, 1, points)
-    rows = metrics_along(model, *weights, alphas, data.eval_batches, train, precision)
+    rows = metrics_along(model, *weights, alphas, data.eval_batches, train)
     return pd.DataFrame(rows).assign(images=images)
 
 
@@ -114,7 +112,7 @@ def alignments(root: Path) -> list[dict[str, Any]]:
         target = checkpoint.load_json(files["target"].with_name("result.json"))
         about = {name: target["arguments"][name] for name in NETWORK}
         tag = arguments.get("tag") or target["arguments"].get("tag") or ""
-        about |= {"precision": target["precision"], "tag": tag}
+        about |= {"tag": tag}
         keys = ("method", "source_seed", "target_seed", "match_epoch")
         about |= {name: arguments[name] for name in keys}
         found += [
@@ -128,7 +126,7 @@ def alignments(root: Path) -> list[dict[str, Any]]:
 
 def curve_file(run: dict[str, Any], kind: str, points: int | str, images: int | str) -> Path:
     """Where a curve of an alignment is kept; the `naive` one serves all permutations of A."""
-    end = (points, images, run["precision"])
+    end = (points, images)
     if kind == "naive":
         files = [checkpoint.digest(run[role])[:8] for role in ("source", "target")]
         return paths.cache_file(run["target"], "line", code_digest(__file__), *files, *end)
@@ -146,7 +144,7 @@ def curve(run: dict[str, Any], kind: str, points: int, images: int, read: Callab
         aligned = kind == "aligned"
         moved = checkpoint.load(run["path"], ("permutation",))["permutation"] if aligned else {}
         data = read(target["dataset"])
-        return measure(source, target, moved, data, points, images, run["precision"])
+        return measure(source, target, moved, data, points, images)
 
     return kept(curve_file(run, kind, points, images), make)
 

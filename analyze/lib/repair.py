@@ -12,7 +12,6 @@ from torch import Tensor, fx, nn
 
 from common.align.axes import trace
 from common.masking import LAYERS
-from common.runtime.device import autocast
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -26,9 +25,7 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def recompute_batch_norm(
-    model: nn.Module, batches: Iterable[Tensor], precision: str = "fp32"
-) -> None:
+def recompute_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Reset the BatchNorm statistics; recompute them as the cumulative average over `batches`.
 
     The batches must mix the classes: within one class activations vary less.
@@ -40,8 +37,7 @@ def recompute_batch_norm(
         module.momentum = None  # cumulative average
     model.train()
     for images in batches:
-        with autocast(model, images.device, precision):
-            model(images)
+        model(images)
     model.eval()
     for module, momentum in zip(norms, momenta):
         module.momentum = momentum
