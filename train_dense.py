@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from common import checkpoint, cli, paths, runs
-from common.data import DATASETS, load_data
+from common.data import DATASETS, load_data, stage_seed
 from common.models import MODELS, build_model
 from common.runtime.device import pick_device
 from common.runtime.parallel import run_all
@@ -29,8 +29,7 @@ def parse_args() -> argparse.Namespace:
     add("--image-size", type=cli.number(int, 8), metavar="PX", help="resize small-image sets")
     add("--limit-train", type=cli.positive, metavar="N", help="N training images, class-balanced")
     add("--model", choices=MODELS, default="resnet20", help="default: %(default)s")
-    above_0 = cli.number(float, 0, open_low=True)
-    add("--width", type=above_0, default=1, help="times all channel counts")
+    add("--width", type=cli.above_0, default=1, help="times all channel counts")
     add("--seed", type=cli.natural, nargs="+", default=[0], help="one network a seed (default: 0)")
     add("--save-epochs", type=cli.natural, nargs="+", metavar="K", help="beside the paper's")
     add("--out", type=Path, required=True, help="folder of the runs; each goes to its own seed<N>/")
@@ -50,24 +49,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    arguments = cli.hyper(
-        args,
-        "dataset",
-        "image_size",
-        "limit_train",
-        "model",
-        "width",
-        "epochs",
-        "lr",
-        "schedule",
-        "warmup",
-        "weight_decay",
-        "batch_size",
-        "momentum",
-        "precision",
-        "save_epochs",
-        "tag",
-    )
+    arguments = cli.experiment(args, "seed")
     # Elsewhere the name says which data.
     in_folder = args.data_dir and args.dataset == "folder"
     arguments["data_dir"] = str(Path(args.data_dir)) if in_folder else None
@@ -85,56 +67,45 @@ def main() -> None:
         return
 
     device = pick_device(args.device)
-    data = load_data(
-        args.dataset, args.data_dir, args.image_size, args.limit_train, device, workers=args.workers
-    )
+    where = args.data_dir, args.image_size, args.limit_train, device
+    data = load_data(args.dataset, *where, workers=args.workers)
     data.steps(args.batch_size)
     rates = learning_rates(args.schedule, args.lr, args.epochs, args.warmup)
     momentum, decay = args.momentum, args.weight_decay
     optimiser = partial(torch.optim.SGD, lr=0.0, momentum=momentum, weight_decay=decay, fused=True)
     how = cli.how_to_train(args, device)
-    precision = {"precision": how["precision"]}
-    classes, shape = data.description["classes"], list(data.input_shape)
+    model = {"name": args.model, "width": args.width, "classes": data.description["classes"]}
+    model["input_shape"] = list(data.input_shape)
 
     def run(folder: Path, arguments: dict[str, Any]) -> None:
         seed = arguments["seed"]
-        model = build_model(args.model, args.width, classes, data.input_shape, seed)
+        network = build_model(**model, seed=seed)
         stamp = runs.claim(folder, arguments, __file__)
-        about = {
-            "model": {
-                "name": args.model,
-                "width": args.width,
-                "classes": classes,
-                "input_shape": shape,
-            },
-            "dataset": data.description,
-            "seed": seed,
-            "tag": args.tag,
-        } | stamp
+        about = {"model": model, "dataset": data.description, "seed": seed, "tag": args.tag} | stamp
 
         def keep(epoch: int) -> None:
             if epoch in arguments["save_epochs"]:
-                weights = about | {"epoch": epoch, "state_dict": cpu_state(model)}
+                weights = about | {"epoch": epoch, "state_dict": cpu_state(network)}
                 checkpoint.save(weights, paths.epoch_file(folder, epoch))
 
         keep(0)
         rows = train(
-            model,
+            network,
             data,
             rates,
             make_optimiser=optimiser,
             augment=None,
             name=f"{args.model}x{args.width:g} seed {seed}",
             folder=folder,
-            seed=seed,
+            seed=stage_seed(seed, "dense"),
             batch_size=args.batch_size,
             at_epoch=keep,
             **how,
         )
-        runs.finish(folder, "train_dense", arguments, rows, device, stamp, **precision)
+        more = {"precision": how["precision"]}
+        runs.finish(folder, "train_dense", arguments, rows, device, stamp, **more)
 
-    jobs = {str(folder): partial(run, folder, mine) for folder, mine in todo}
-    run_all(jobs, args.parallel, args.width, data)
+    run_all({str(job[0]): partial(run, *job) for job in todo}, args.parallel, args.width, data)
 
 
 if __name__ == "__main__":

@@ -58,86 +58,80 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     dense = checkpoint.load_dense(args.weights)
-    settings = cli.settings(args, "sparse", dense["dataset"]["name"])
-    epochs = args.epochs or dense["result"]["arguments"]["epochs"]
-    seed = dense["seed"] if args.seed is None else args.seed
+    model, dataset, recipe = dense["model"], dense["dataset"], dense["result"]["arguments"]
+    arguments = cli.experiment(args, "weights", "masks")
+    arguments |= cli.settings(args, "sparse", dataset["name"])
+    arguments |= {"epochs": args.epochs or recipe["epochs"], "target_seed": dense["seed"]}
+    arguments |= {"model": model["name"], "width": model["width"], "dataset": dataset["name"]}
+    arguments["seed"] = dense["seed"] if args.seed is None else args.seed
 
     # Read and check every input before the first run starts.
     masks = {s: load_mask(args.masks, s, args.arm, dense) for s in sorted(set(args.sparsity))}
     rewound = {k: checkpoint.load_dense(args.weights, k) for k in sorted(set(args.rewind))}
-    if max(rewound) >= epochs:
+    if max(rewound) >= arguments["epochs"]:
+        epochs = arguments["epochs"]
         raise UserError(f"--rewind {max(rewound)} leaves no epoch to train: T is {epochs}")
     todo = []
     for (sparsity, mask), (rewind, weights) in itertools.product(masks.items(), rewound.items()):
         folder = paths.sparse_folder(args.out, sparsity, rewind)
-        arguments = {"arm": args.arm, "sparsity": sparsity, "rewind": rewind, "epochs": epochs}
-        arguments |= {"model": dense["model"]["name"], "width": dense["model"]["width"]}
-        arguments |= {"dataset": dense["dataset"]["name"], "mask_dataset": mask["mask_dataset"]}
-        arguments |= {"source_seed": mask["source_seed"], "target_seed": dense["seed"]}
-        arguments |= {"seed": seed, "method": mask["method"], "match_epoch": mask["match_epoch"]}
-        arguments |= {"weights": weights["sha256"], "mask": mask["sha256"]}
-        inherited = mask.get("tag") or dense.get("tag")
-        arguments |= {"tag": cli.joined_tag(inherited, args.tag)} | settings
-        arguments |= cli.hyper(args, "signs", "fan_in", "precision")
-        if runs.is_finished(folder, arguments):
+        mine = arguments | {"sparsity": sparsity, "rewind": rewind}
+        mine |= {key: mask[key] for key in ("mask_dataset", "source_seed", "method", "match_epoch")}
+        mine |= {"weights": weights["sha256"], "mask": mask["sha256"]}
+        mine["tag"] = cli.joined_tag(mask.get("tag") or dense.get("tag"), args.tag)
+        if runs.is_finished(folder, mine):
             runs.say_finished(folder, __file__)
         else:
-            todo.append((folder, arguments, weights, mask))
+            todo.append((folder, mine, weights, mask))
     if not todo:
         return
 
     device = pick_device(args.device)
-    data = load_described(dense["dataset"], args.data_dir, device, args.workers)
-    data.steps(settings["batch_size"])
+    data = load_described(dataset, args.data_dir, device, args.workers)
+    data.steps(arguments["batch_size"])
     how = cli.how_to_train(args, device)
-    momentum, decay = settings["momentum"], settings["weight_decay"]
+    momentum, decay = arguments["momentum"], arguments["weight_decay"]
     optimiser = partial(torch.optim.SGD, lr=0.0, momentum=momentum, weight_decay=decay, fused=True)
 
     def run(folder: Path, arguments: dict[str, Any], weights: dict, mask: dict) -> None:
-        rewind, network = arguments["rewind"], build_model(**dense["model"], seed=dense["seed"])
+        rewind, network = arguments["rewind"], build_model(**model, seed=dense["seed"])
         network.load_state_dict(start_weights(weights["state_dict"], mask, args.signs, args.fan_in))
+        schedule, lr, warmup = (arguments[key] for key in ("schedule", "lr", "warmup"))
         stamp, diverged = runs.claim(folder, arguments, __file__), None
-        schedule, lr, warmup = (settings[key] for key in ("schedule", "lr", "warmup"))
         try:
             rows = train(
                 network,
                 data,
-                learning_rates(schedule, lr, epochs - rewind, warmup),
+                learning_rates(schedule, lr, arguments["epochs"] - rewind, warmup),
                 make_optimiser=optimiser,
                 augment=None,
                 name=f"{args.arm} {mask['source_seed']}-{dense['seed']} {folder.name}",
                 folder=folder,
-                seed=stage_seed(seed, "sparse"),
-                batch_size=settings["batch_size"],
+                seed=stage_seed(arguments["seed"], "sparse"),
+                batch_size=arguments["batch_size"],
                 first_epoch=rewind,
                 mask=mask["mask"],
                 **how,
             )
             about = {key: dense[key] for key in ("model", "dataset", "seed")} | stamp
-            about |= {"epoch": epochs, "tag": arguments["tag"], "mask": mask["mask"]}
+            about |= {"epoch": arguments["epochs"], "tag": arguments["tag"], "mask": mask["mask"]}
             checkpoint.save(about | {"state_dict": cpu_state(network)}, paths.final_file(folder))
         except Diverged as error:  # a result too: naive VGG11 is unstable at 95% in the paper
             print(f"{error}; this is recorded as the run's result")
             rows, diverged = error.rows, error.rows[-1]["epoch"]
         more = {"diverged": diverged, "sparsity_total": mask["sparsity_total"]}
-        more |= {
-            "precision": how["precision"],
-            "mask_code": mask.get("mask_code", mask.get("code")),
-        }
-        made_in = {"precision": dense["result"]["precision"]}
-        more |= {"dense": dense["result"]["arguments"] | made_in, "imp": mask.get("imp")}
+        more |= {"precision": how["precision"], "imp": mask.get("imp")}
+        more |= {"mask_code": mask.get("mask_code", mask.get("code"))}
+        more |= {"dense": recipe | {"precision": dense["result"]["precision"]}}
         runs.finish(folder, "train_sparse", arguments, rows, device, stamp, **more)
 
     jobs = {str(folder): partial(run, folder, *more) for folder, *more in todo}
-    run_all(jobs, args.parallel, dense["model"]["width"], data)
+    run_all(jobs, args.parallel, model["width"], data)
 
 
 def start_weights(
     weights: dict[str, Tensor], mask: dict[str, Any], signs: bool, fan_in: bool
 ) -> dict[str, Tensor]:
-    """The weights at the rewind epoch under the mask, with transferred signs and fan-in rescaling
-    as asked.
-    """
+    """The masked weights at the rewind epoch, with transferred signs and rescaled as asked."""
     start = masking.apply(weights, mask["mask"])
     if signs:
         start |= masking.with_signs({name: start[name] for name in mask["mask"]}, mask["signs"])

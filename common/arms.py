@@ -10,35 +10,36 @@ ARMS = ("lth", "naive", "permuted", "shuffled", "random-permutation", "imp-targe
 
 
 def load_mask(folder: Path, sparsity: float, arm: str, dense: dict[str, Any]) -> dict[str, Any]:
-    """Read the mask of a sparsity; raises UserError when it does not fit the network or contradicts
-    the arm.
+    """Read the mask of a sparsity for the weights of a checkpoint.
+
+    Raises UserError when it does not fit the network or contradicts the arm.
     """
     path = paths.mask_file(folder, sparsity)
     mask = masking.load(path, dense)
-    if abs(masking.sparsity(mask["mask"]) - sparsity) > 1 / masking.size(mask["mask"]):
-        raise UserError(
-            f"{path} prunes {masking.sparsity(mask['mask']):.4%}, not {sparsity:.2%}: it was "
-            "changed after stage 2"
-        )
+    found = masking.sparsity(mask["mask"])
+    if abs(found - sparsity) > 1 / masking.size(mask["mask"]):
+        raise UserError(f"{path} prunes {found:.4%}: it was changed after stage 2")
     source, target, seed = mask["source_seed"], mask["target_seed"], dense["seed"]
-    here = dense["dataset"]["name"]
+    dataset = dense["dataset"]["name"]
     mask.setdefault("mask_dataset", mask["dataset"]["name"])
-    itself = (source, mask["mask_dataset"]) == (seed, here)
-    own, foreign = target is None and itself, target is None and not itself
-    onto = (target, mask["dataset"]["name"]) == (seed, here)
-    random = mask["method"] == "random"
-    fits = {"lth": own, "imp-target": own, "naive": foreign, "shuffled": foreign}
-    fits |= {"permuted": onto and not random, "random-permutation": onto and random}
-    if not fits[arm]:
-        made = f"seed {source}, " + (
-            "unpermuted" if target is None else f"permuted onto seed {target} by {mask['method']}"
-        )
-        raise UserError(
-            f"--arm {arm} contradicts the files: {path} is of {made}, and the weights are of seed "
-            f"{seed}"
-        )
-    if own:
+    if target is not None:
+        random = mask["method"] == "random"
+        arms = ("random-permutation",) if random else ("permuted",)
+        if (target, mask["dataset"]["name"]) != (seed, dataset):
+            arms = ()
+    elif (source, mask["mask_dataset"]) == (seed, dataset):
+        arms = ("lth", "imp-target")
         masking.check_source(mask, dense, path)
+    else:
+        arms = ("naive", "shuffled")
+    if arm not in arms:
+        made = "unpermuted"
+        if target is not None:
+            made = f"permuted onto seed {target} by {mask['method']}"
+        raise UserError(
+            f"--arm {arm} contradicts the files: {path} is of seed {source}, {made}, and the "
+            f"weights are of seed {seed}"
+        )
     if arm == "shuffled":
         mask["mask"] = masking.shuffle(mask["mask"], seed)
     return mask

@@ -4,12 +4,11 @@ import contextlib
 import csv
 import hashlib
 import io
+import itertools
 import json
 import os
-import pickle
 import platform
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,18 +19,8 @@ from common import paths
 from common.errors import UserError
 
 WEIGHTS = ("model", "dataset", "seed", "epoch", "state_dict")
-MASKS = (
-    "mask",
-    "signs",
-    "sparsity",
-    "sparsity_total",
-    "model",
-    "dataset",
-    "source_seed",
-    "target_seed",
-    "method",
-    "match_epoch",
-)
+MASKS = ("mask", "signs", "sparsity", "sparsity_total", "model", "dataset")
+MASKS += ("source_seed", "target_seed", "method", "match_epoch")
 
 # Of several processes of one run the first alone writes, when all have met, so that none sees what
 # is written too early: common/runtime/distributed.py sets both.
@@ -97,8 +86,7 @@ def save_json(content: Any, path: Path) -> None:
 def save_csv(rows: list[dict[str, Any]], path: Path) -> None:
     """Write dicts as a CSV file with a header; a row may lack what others have."""
     text = io.StringIO()
-    fields = dict.fromkeys(key for row in rows for key in row)
-    writer = csv.DictWriter(text, fields, lineterminator="\n")
+    writer = csv.DictWriter(text, dict.fromkeys(itertools.chain(*rows)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     save_text(text.getvalue(), path)
@@ -108,8 +96,9 @@ def save_csv(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def load(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Read a file of ours onto the CPU; raises UserError when it is missing, cut off, or lacks one
-    of `keys`.
+    """Read a file of ours onto the CPU.
+
+    Raises UserError when it is missing, damaged, cut off, or lacks one of `keys`.
     """
     path = Path(path)
     if not path.is_file():
@@ -120,24 +109,14 @@ def load(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (
-        RuntimeError,
-        EOFError,
-        ValueError,
-        LookupError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+    except Exception as error:  # of zipfile, zlib, pickle and torch, whatever the damage brings up
         raise UserError(
             f"{path} cannot be read: it is damaged, cut off or no checkpoint of plain tensors "
             f"({type(error).__name__}): make it again, or save model.state_dict()"
         ) from error
     missing = [key for key in keys if not isinstance(content, dict) or key not in content]
     if missing:
-        raise UserError(
-            f"{path} is not the file that is needed here: it lacks {', '.join(missing)}"
-        )
+        raise UserError(f"{path} is not the file needed here: it lacks {', '.join(missing)}")
     return content
 
 
@@ -176,11 +155,8 @@ def load_dense(folder: Path, epoch: int | None = None) -> dict[str, Any]:
     """
     folder = Path(folder)
     if not (folder / "result.json").is_file():
-        state = (
-            "is not finished: run train_dense.py again"
-            if (folder / "arguments.json").is_file()
-            else "is no dense run"
-        )
+        begun = (folder / "arguments.json").is_file()
+        state = "is not finished: run train_dense.py again" if begun else "is no dense run"
         raise UserError(f"{folder} {state} (no result.json)")
     result = load_json(folder / "result.json")
     if result.get("stage") != "train_dense":
@@ -188,32 +164,22 @@ def load_dense(folder: Path, epoch: int | None = None) -> dict[str, Any]:
     epoch = result["arguments"]["epochs"] if epoch is None else epoch
     path = paths.epoch_file(folder, epoch)
     if not path.is_file():
-        kept = ", ".join(map(str, paths.epoch_files(folder)))
-        raise UserError(
-            f"{folder} kept no weights after epoch {epoch}: it has {kept or 'none'} (see "
-            "train_dense.py --save-epochs)"
-        )
+        kept = ", ".join(map(str, paths.epoch_files(folder))) or "none"
+        see = "see train_dense.py --save-epochs"
+        raise UserError(f"{folder} kept no weights after epoch {epoch}: it has {kept} ({see})")
     dense = load(path, WEIGHTS) | {"result": result, "sha256": digest(path)}
-    named, held = (result["arguments"]["seed"], epoch), (dense["seed"], dense["epoch"])
-    if held != named:
+    seed = result["arguments"]["seed"]
+    if (dense["seed"], dense["epoch"]) != (seed, epoch):
+        held = f"seed {dense['seed']} after epoch {dense['epoch']}"
         raise UserError(
-            f"{path} holds seed {held[0]} after epoch {held[1]}, not seed {named[0]} after epoch "
-            f"{named[1]}: it is another's file, so run train_dense.py again in another --out"
+            f"{path} holds {held}, not seed {seed} after epoch {epoch}: it is another's file, so "
+            "run train_dense.py again in another --out"
         )
     if not all(value.isfinite().all() for value in dense["state_dict"].values()):
-        raise UserError(
-            f"the weights of {path} are not finite: training diverged, so train it with a lower "
-            "--lr"
-        )
+        raise UserError(f"the weights of {path} are not finite, it diverged: train at a lower --lr")
     return dense
 
 
 def digest(path: Path) -> str:
-    """The first 16 hex digits of a file's SHA-256: tells a later call whether its inputs are the
-    same.
-    """
-    checksum = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            checksum.update(chunk)
-    return checksum.hexdigest()[:16]
+    """16 hex digits of a file's SHA-256: tells a later call whether its inputs are the same."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -1,13 +1,11 @@
-"""What the command lines of the stages share: argument groups with the paper's defaults, and errors
-as one line.
-"""
+"""What the command lines of the stages share: flags with the paper's defaults, errors as one line."""
 
 import argparse
 import contextlib
 import io
-import math
 import sys
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +32,6 @@ PAPER: dict[str, dict[str, tuple[Any, Any]]] = {
 REWIND_EPOCHS = ((0, 5, 10, 15, 20, 25, 50, 75, 100), (10, 25, 50))
 MATCH_IMAGES = (None, 12_800)
 MATCH_BATCH = (250, 32)  # what stays in a processor's cache, and what fits beside two wide networks
-HELP = {
-    "epochs": "epochs",
-    "lr": "peak learning rate",
-    "schedule": "learning rate by epoch: cosine to 0, or a tenth every 30 epochs",
-    "warmup": "epochs of linear warm-up",
-    "weight_decay": "L2 penalty",
-    "batch_size": "images a step",
-    "momentum": "of SGD",
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,11 +46,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], None], torchrun: bool = False) -> None:
-    """Call a script's main; what the user can mend ends in one line and exit code 2, a bug in its
-    traceback.
+    """Call a script's main; what the user can mend ends in one line and exit code 2.
 
-    `torchrun` says whether the script can be several processes (common/runtime/distributed.py), of
-    which the first alone prints.
+    A bug ends in its traceback. `torchrun` says whether the script can be several processes
+    (common/runtime/distributed.py), of which the first alone prints.
     """
     name = Path(sys.argv[0]).name
     try:
@@ -86,36 +74,19 @@ def run(main: Callable[[], None], torchrun: bool = False) -> None:
 
 
 def number(
-    kind: type,
-    low: float,
-    high: float = float("inf"),
-    open_low: bool = False,
-    open_high: bool = False,
+    kind: type, least: float = -inf, *, above: float = -inf, below: float = inf
 ) -> Callable[[str], Any]:
     """An argparse type for an int or float within a range."""
+    limits = {"at least": least, "above": above, "below": below}
+    bounds = " and ".join(f"{word} {end:g}" for word, end in limits.items() if abs(end) < inf)
 
     def parse(text: str) -> Any:
         try:
             value = kind(text)
-            outside = (
-                not low <= value <= high
-                or (open_low and value == low)
-                or (open_high and value == high)
-            )
-            outside = outside or not math.isfinite(value)
         except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is no {'whole ' if kind is int else ''}number"
-            ) from None
-        except OverflowError:  # a whole number of hundreds of digits
-            raise argparse.ArgumentTypeError("that number is too large") from None
-        if outside:
-            bounds = f"{'above' if open_low else 'at least'} {low:g}"
-            bounds += (
-                ""
-                if high == float("inf")
-                else f" and {'below' if open_high else 'at most'} {high:g}"
-            )
+            what = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} is no {what}") from None
+        if not (least <= value < below and value > above):  # so is NaN
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bounds}")
         return value
 
@@ -126,61 +97,52 @@ def _parallel(text: str) -> str:
     return text if text == "auto" else str(positive(text))
 
 
-natural = number(int, 0, 2**63 - 1)
-positive = number(int, 1)
-share = number(float, 0, 1, open_low=True, open_high=True)
-
+natural = number(int, 0, below=2**63)
+positive = number(int, 1, below=2**63)
+above_0 = number(float, above=0)
+share = number(float, above=0, below=1)
 
 # ---------------------------------------------------------------- argument groups
+
+SETTINGS = {  # type and meaning
+    "epochs": (positive, "epochs"),
+    "lr": (above_0, "peak learning rate"),
+    "schedule": (str, "learning rate by epoch: cosine to 0, or a tenth every 30 epochs"),
+    "warmup": (natural, "epochs of linear warm-up"),
+    "weight_decay": (number(float, 0), "L2 penalty"),
+    "batch_size": (positive, "images a step"),
+    "momentum": (number(float, 0, below=1), "of SGD"),
+}
 
 
 def add_training(parser: argparse.ArgumentParser, stage: str) -> None:
     """The hyper-parameters of a stage; an unset one is None until `settings` knows the data set."""
-    group = parser.add_argument_group("training (defaults are the paper's)")
-    kinds = {
-        "epochs": positive,
-        "lr": number(float, 0, open_low=True),
-        "warmup": natural,
-        "weight_decay": number(float, 0),
-        "batch_size": positive,
-        "momentum": number(float, 0, 1, open_high=True),
-        "schedule": str,
-    }
+    add = parser.add_argument_group("training (defaults are the paper's)").add_argument
     for name, (small, imagenet) in PAPER[stage].items():
+        kind, text = SETTINGS[name]
         default = f"{small}" if small == imagenet else f"{small}; imagenet: {imagenet}"
-        choices = [*SCHEDULES] if name == "schedule" else None
-        group.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=kinds[name],
-            choices=choices,
-            help=f"{HELP[name]} (default: {default})",
-        )
-    group.add_argument(
-        "--precision",
-        choices=("fp32", "bf16"),
-        help="default: bf16 where the hardware is fast at it, else fp32",
-    )
+        choices = SCHEDULES if name == "schedule" else None
+        flag = f"--{name.replace('_', '-')}"
+        add(flag, type=kind, choices=choices, help=f"{text} (default: {default})")
+    precisions = "default: bf16 where the hardware is fast at it, else fp32"
+    add("--precision", choices=("fp32", "bf16"), help=precisions)
+    add("--compile", action="store_true", help="torch.compile the network (a minute at the start)")
+    side_by_side = "train N runs side by side: on a CPU as processes of one thread each, on a GPU "
+    side_by_side += "in one process (default: one run after the other, with all threads)"
+    add("--parallel", type=_parallel, metavar="auto|N", help=side_by_side)
     add_tag(parser)
-    group.add_argument(
-        "--compile", action="store_true", help="torch.compile the network (a minute at the start)"
-    )
-    group.add_argument(
-        "--parallel",
-        type=_parallel,
-        metavar="auto|N",
-        help="train N runs side by side: on a CPU as processes of one thread each, on a GPU in "
-        "one process (default: one run after the other, with all threads)",
-    )
 
 
 def settings(
     args: argparse.Namespace, stage: str, dataset: str, recipe: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """The hyper-parameters of a stage: as asked for, else `recipe`'s, else the paper's."""
-    papers = {name: paper_value(values, dataset) for name, values in PAPER[stage].items()}
-    usual = papers | {name: recipe[name] for name in papers if recipe}
-    asked = {name: getattr(args, name) for name in papers}
-    return usual | {name: value for name, value in asked.items() if value is not None}
+    values = {}
+    for name, paper in PAPER[stage].items():
+        asked = getattr(args, name)
+        usual = recipe[name] if recipe else paper_value(paper, dataset)
+        values[name] = usual if asked is None else asked
+    return values
 
 
 def paper_value(choices: tuple[Any, Any], dataset: str) -> Any:
@@ -194,10 +156,8 @@ def how_to_train(args: argparse.Namespace, device: torch.device) -> dict[str, An
 
 
 def add_tag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--tag",
-        help="a name for an edit of the code, as tables show it; added to that of the inputs",
-    )
+    text = "a name for an edit of the code, as tables show it; added to that of the inputs"
+    parser.add_argument("--tag", help=text)
 
 
 def joined_tag(inherited: str | None, own: str | None) -> str | None:
@@ -206,20 +166,24 @@ def joined_tag(inherited: str | None, own: str | None) -> str | None:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)"
-    )
+    text = "cpu, cuda, cuda:1, ... (default: cuda where there is one)"
+    parser.add_argument("--device", help=text)
 
 
 def add_data(
     parser: argparse.ArgumentParser, where: str = "if not where stage 1 found the data set"
 ) -> None:
     parser.add_argument("--data-dir", help=where)
-    parser.add_argument(
-        "--workers", type=natural, default=8, help="that read imagenet (default: %(default)s)"
-    )
+    text = "that read imagenet (default: %(default)s)"
+    parser.add_argument("--workers", type=natural, default=8, help=text)
 
 
 def hyper(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     """The named arguments as a dict, for a run's record of itself."""
     return {name: getattr(args, name) for name in names}
+
+
+def experiment(args: argparse.Namespace, *inputs: str) -> dict[str, Any]:
+    """All arguments but `inputs` and where and how fast a run goes: a flag that is added counts."""
+    no_part = (*inputs, "out", "device", "data_dir", "workers", "parallel", "compile")
+    return {name: value for name, value in vars(args).items() if name not in no_part}

@@ -57,7 +57,7 @@ def chain_file(folder: Path) -> Path:
 
 
 def chain_files(folder: Path) -> list[Path]:
-    """Every network of an IMP chain that is there, the newest last."""
+    """Every network of an IMP chain that is there."""
     return [*round_files(folder).values(), *folder.glob("chain.pt")]
 
 

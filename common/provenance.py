@@ -17,6 +17,9 @@ from common.runtime import distributed
 ROOT = Path(__file__).resolve().parents[1]
 
 
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
 @functools.cache
 def code_digest(script: str) -> str:
     """12 hex digits of the code of a stage's script and of common/.
@@ -25,22 +28,12 @@ def code_digest(script: str) -> str:
     """
     digest = hashlib.sha256()
     for path in [Path(script), *sorted((ROOT / "common").rglob("*.py"))]:
-        tree = _plain(ast.parse(path.read_text()))
-        digest.update(f"{path.name} {tree}\n".encode())
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:]
+        digest.update(f"{path.name} {ast.dump(tree)}\n".encode())
     return digest.hexdigest()[:12]
-
-
-def _plain(node: Any) -> Any:
-    """A syntax tree as nested tuples, without what is empty, as Python versions differ in it."""
-    if isinstance(node, list):
-        return [_plain(each) for each in node]
-    if not isinstance(node, ast.AST):
-        return node
-    fields = {key: value for key, value in ast.iter_fields(node) if value not in (None, [])}
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
-        fields["body"] = node.body[1:]
-    return type(node).__name__, [(key, _plain(value)) for key, value in fields.items()]
 
 
 @functools.cache

@@ -36,10 +36,8 @@ class Diverged(UserError):
     """Weights became NaN or infinite; `rows` are the run's rows of metrics, up to that epoch."""
 
     def __init__(self, name: str, rows: list[dict[str, Any]]):
-        super().__init__(
-            f"{name} diverged in epoch {rows[-1]['epoch']}, its weights are NaN or infinite: "
-            "try a smaller --lr or more --warmup"
-        )
+        where = f"{name} diverged in epoch {rows[-1]['epoch']}, its weights are NaN or infinite"
+        super().__init__(f"{where}: try a smaller --lr or more --warmup")
         self.rows = rows
 
 
@@ -60,26 +58,23 @@ def evaluate(model: nn.Module, batches: Batches, top: tuple[int, ...] = ()) -> l
     in `top` also how often, in percent, the label is among the k largest logits.
     """
     model.eval()
-    loss = correct = count = 0
-    top_correct = [0] * len(top)
+    count, loss, right = 0, 0, [0] * (1 + len(top))
     for images, labels in batches:
         with torch.backends.cudnn.flags(allow_tf32=False, deterministic=True):
             logits = model(images)
-        loss += F.cross_entropy(logits, labels, reduction="sum").double()
-        correct += (logits.argmax(1) == labels).sum()
-        for place, k in enumerate(top):
-            largest = logits.topk(min(k, logits.shape[1])).indices
-            top_correct[place] += (largest == labels[:, None]).sum()
         count += len(labels)
-    count, loss, *right = distributed.all_reduce_sum(count, loss, correct, *top_correct)
+        loss += F.cross_entropy(logits, labels, reduction="sum").double()
+        for place, k in enumerate((1, *top)):
+            largest = logits.topk(min(k, logits.shape[1])).indices
+            right[place] += (largest == labels[:, None]).sum()
+    count, loss, *right = distributed.all_reduce_sum(count, loss, *right)
     return [loss / count, *(100 * hits / count for hits in right)]
 
 
 def cpu_state(model: nn.Module) -> dict[str, Tensor]:
     """A contiguous copy of the state dict on the CPU, as checkpoints hold it."""
-    return {
-        key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()
-    }
+    state = model.state_dict().items()
+    return {key: value.detach().cpu().contiguous().clone() for key, value in state}
 
 
 def train(
@@ -125,11 +120,10 @@ def train(
     optimiser = make_optimiser(model.parameters())
     graphed = device.type == "cuda" and isinstance(data, Resident) and distributed.WORLD_SIZE == 1
     graphed = graphed and graph.capturable(optimiser, device)
-    masker = Masker(model, mask) if mask is not None else None
+    masker = Masker(model, mask or {})
     resume = Resume(folder, name, precision, model, optimiser)
     rows = resume.rows
-    if masker:
-        masker.apply()
+    masker.apply()
     # Summed on the device and read once an epoch, so that the host does not wait at every step.
     loss_sum, correct = (torch.zeros((), device=device) for _ in range(2))
 
@@ -144,8 +138,7 @@ def train(
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
-        if masker:
-            masker.apply()
+        masker.apply()
         loss_sum.add_(loss.detach())
         correct.add_((logits.argmax(1) == labels).sum())
 
@@ -176,8 +169,7 @@ def train(
             for batch in step.start(seed, epoch) if graphed else drawn:
                 step(*batch)
                 bar.update(batch_size)
-            if masker:
-                masker.check()
+            masker.check()
             test = evaluate(model, data.eval_batches("test"), top)
             loss, right = distributed.all_reduce_sum(loss_sum, correct)
             row = {

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from common.data.batches import Batches, balanced, derived_seed, stage_seed
-from common.data.downloads import read_glyphs, read_torchvision
+from common.data.downloads import read_torchvision
 from common.data.folder import read_folder
+from common.data.glyphs import read_glyphs
 from common.data.imagenet import Streamed
 from common.data.resident import Resident, make_resident
 from common.errors import UserError
@@ -38,9 +39,9 @@ __all__ = [
 # classes, and a checksum of data that are not the same everywhere, else None.
 SMALL_IMAGES: dict[str, Callable[[str, int | None], tuple]] = {
     "glyphs": lambda data_dir, image_size: read_glyphs(image_size or 32),
-    "cifar10": partial(read_torchvision, "cifar10"),
-    "cifar100": partial(read_torchvision, "cifar100"),
-    "svhn": partial(read_torchvision, "svhn"),
+    "cifar10": partial(read_torchvision, "CIFAR10"),
+    "cifar100": partial(read_torchvision, "CIFAR100"),
+    "svhn": partial(read_torchvision, "SVHN"),
     "folder": lambda data_dir, image_size: read_folder(Path(data_dir), image_size),
 }
 DATASETS = (*SMALL_IMAGES, "imagenet")

@@ -1,6 +1,4 @@
-"""What all data sets share: the seed of an epoch, balanced choices of images, normalisation,
-batches.
-"""
+"""What all data sets share: seeds of epochs, balanced choices of images, normalisation, batches."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,13 +14,9 @@ Batches = Iterator[tuple[Tensor, Tensor]]  # of images and labels
 
 
 def pixel_scale(description: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of pixel values; to be kept, because copying them over would
-    stall every step.
-    """
-    mean, std = (
-        torch.tensor(description[key], device=device).view(1, 3, 1, 1) for key in ("mean", "std")
-    )
-    return mean * 255, std * 255
+    """Mean and deviation of pixel values, to be kept: copying them over would stall every step."""
+    scale = torch.tensor([description["mean"], description["std"]], device=device)
+    return tuple(255 * scale.view(2, 1, 3, 1, 1))
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -39,11 +33,12 @@ def stage_seed(seed: int, stage: str) -> int:
 
 
 def derived_seed(*numbers: int) -> int:
-    """A 64-bit generator seed that depends on all of `numbers`, and on nothing else."""
+    """A 63-bit generator seed that depends on all of `numbers`, and on nothing else."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 def count_steps(images: int, batch_size: int) -> int:
+    """Batches an epoch, of all processes together; the last short one is dropped."""
     if images < batch_size:
         raise UserError(f"--batch-size {batch_size} is larger than the {images} training images")
     distributed.local_slice(batch_size)
@@ -51,17 +46,15 @@ def count_steps(images: int, batch_size: int) -> int:
 
 
 def balanced(labels: Tensor, limit: int) -> Tensor:
-    """Indices of `limit` images, or all there are: equally many of every class (to one), mixed;
-    always the same choice.
+    """Indices of `limit` images, or all: equally many of a class (to one), mixed; always the same.
+
+    Takes the first image of every class in a shuffled order, then the second of each, and so on.
     """
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(labels), generator=generator)
     shuffled = labels[order]
-    # Rank of every image within its class, in shuffled order: take all of rank 0, then of rank 1,
-    # ...
-    by_class = torch.argsort(shuffled, stable=True)
     counts = torch.bincount(shuffled)
-    rank = torch.empty_like(order)
-    rank[by_class] = torch.cat([torch.arange(int(count)) for count in counts])
+    rank = torch.empty_like(order)  # of an image within its class
+    rank[shuffled.argsort(stable=True)] = torch.cat([torch.arange(int(n)) for n in counts])
     chosen = order[torch.argsort(rank * len(counts) + shuffled)[:limit]]
     return chosen[torch.randperm(len(chosen), generator=generator)]

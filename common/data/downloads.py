@@ -1,12 +1,10 @@
-"""Small-image sets that torchvision downloads, and the generated glyphs, as uint8 tensors."""
+"""Small-image sets that torchvision downloads, as uint8 tensors."""
 
 import contextlib
 import fcntl
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,48 +12,31 @@ from torch.nn import functional as F
 from common.errors import UserError
 
 
-def read_glyphs(size: int) -> tuple:
-    from common.data.glyphs import glyphs
-
-    parts = [torch.from_numpy(part) for part in glyphs(size)]
-    # Generated images depend on library versions: later stages must see the very same ones.
-    checksum = hashlib.sha256(parts[0].numpy().tobytes() + parts[2].numpy().tobytes()).hexdigest()[
-        :16
-    ]
-    return *parts, list("0123456789"), checksum
-
-
 def read_torchvision(name: str, data_dir: str, size: int | None) -> tuple:
+    """CIFAR10, CIFAR100 or SVHN, downloaded where it is missing; raises UserError if it cannot be."""
     from common.vision import torchvision
 
-    def read(train: bool, download: bool):
-        if name == "svhn":
-            return torchvision.datasets.SVHN(
-                data_dir, "train" if train else "test", download=download
-            )
-        kind = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
-        return kind(data_dir, train, download=download)
-
-    parts, names = [], None
-    for train in (True, False):
+    read = getattr(torchvision.datasets, name)
+    parts = []
+    for split in ("train", "test"):
+        which = {"split": split} if name == "SVHN" else {"train": split == "train"}
         try:
             try:
-                split = read(train, download=False)
+                found = read(data_dir, **which)
             except RuntimeError:  # torchvision's word for "not there"
                 with _alone(Path(data_dir)):
-                    split = read(train, download=True)
+                    found = read(data_dir, **which, download=True)
         except (OSError, RuntimeError) as error:  # no network, no space, a broken archive
             raise UserError(
-                f"{name} is not in {data_dir} and could not be downloaded ({error}): put "
+                f"{name.lower()} is not in {data_dir} and could not be downloaded ({error}): put "
                 "torchvision's files there"
             ) from error
-        images = torch.from_numpy(np.ascontiguousarray(split.data))
-        if name != "svhn":
-            images = images.permute(0, 3, 1, 2).contiguous()
-        names = getattr(split, "classes", None) or list("0123456789")
-        labels = split.labels if name == "svhn" else split.targets
-        parts += [_resize(images, size), torch.as_tensor(np.asarray(labels), dtype=torch.int64)]
-    return *parts, list(names), None
+        images = torch.from_numpy(found.data)
+        if name != "SVHN":
+            images = images.permute(0, 3, 1, 2)
+        labels = found.labels if name == "SVHN" else found.targets
+        parts += [_resize(images.contiguous(), size), torch.as_tensor(labels, dtype=torch.int64)]
+    return *parts, list(getattr(found, "classes", "0123456789")), None
 
 
 @contextlib.contextmanager

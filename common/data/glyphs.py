@@ -6,42 +6,36 @@ integer NumPy's, so the same versions of Pillow and matplotlib draw the same ima
 seed.
 """
 
+import hashlib
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
-FONTS = (
-    "DejaVuSans",
-    "DejaVuSans-Bold",
-    "DejaVuSans-Oblique",
-    "DejaVuSansMono",
-    "DejaVuSansMono-Bold",
-    "DejaVuSerif",
-    "DejaVuSerif-Bold",
-    "DejaVuSerif-Italic",
-    "STIXGeneral",
-    "STIXGeneralBol",
-    "STIXGeneralItalic",
-    "cmr10",
-    "cmss10",
-    "cmtt10",
-)
+FONTS = """DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSansMono-Bold
+    DejaVuSerif DejaVuSerif-Bold DejaVuSerif-Italic STIXGeneral STIXGeneralBol STIXGeneralItalic
+    cmr10 cmss10 cmtt10""".split()
 TRAIN, TEST = 10_000, 1_000
 CANVAS = 64  # px of the templates, several times the size at which they are drawn
 NOISE = 30  # largest absolute noise, of 255
 CONTRAST = (20, 126)  # of ink above paper in each colour
 
 
+def read_glyphs(size: int) -> tuple:
+    """Images of `size` px and labels, the names of the classes, and a checksum."""
+    parts = glyphs(size)
+    # They depend on library versions: later stages must see the very same ones.
+    checksum = hashlib.sha256(parts[0].tobytes() + parts[2].tobytes()).hexdigest()[:16]
+    return *map(torch.from_numpy, parts), list("0123456789"), checksum
+
+
 def glyphs(
     size: int, seed: int = 0, counts: tuple[int, int] = (TRAIN, TEST)
 ) -> tuple[np.ndarray, ...]:
-    """Draw (train images, train labels, test images, test labels): uint8 (N, 3, size, size) and
-    int64 (N,).
-    """
-    templates = _templates()
-    parts: list[np.ndarray] = []
+    """Training images, their labels, test images, their labels: uint8 (N, 3, size, size), int64."""
+    templates, parts = _templates(), []
     for part, count in enumerate(counts):
         labels = np.arange(count) % 10
         parts += [_draw(templates, labels, size, np.random.default_rng([seed, part, size])), labels]
@@ -70,33 +64,26 @@ def _draw(
     digits = np.stack([labels, *rng.integers(10, size=(2, n))])
     angle = rng.uniform(-0.45, 0.45, (3, n))
     shear = rng.uniform(-0.3, 0.3, (3, n))
-    height = rng.uniform(0.9, 1.5, (3, n)) * size
+    scale = rng.uniform(0.9, 1.5, (3, n)) * size / CANVAS
     shift = rng.uniform(-0.15, 0.15, (3, 2, n)) * size
     # Two more digits stand half outside the picture, as clutter: place them near the corners.
     corner = rng.integers(0, 2, (2, 2, n)) * 2 - 1
     shift[1:] += corner * 0.62 * size
-    ink = np.empty((n, size, size), np.uint8)
-    clutter = np.empty((n, size, size), np.uint8)
-    for i in range(n):
-        layers = [
-            templates[fonts[k, i]][digits[k, i]].transform(
-                (size, size),
-                Image.Transform.AFFINE,
-                _inverse_affine(
-                    angle[k, i], shear[k, i], height[k, i] / CANVAS, *shift[k, :, i], size
-                ),
-                Image.Resampling.BILINEAR,
-            )
-            for k in range(3)
-        ]
-        ink[i] = layers[0]
-        clutter[i] = np.maximum(layers[1], layers[2])
-    paper, colour, other, slope = _colours(rng, n)
-    ramp = (np.arange(size, dtype=np.int32) * 2 - size + 1)[None, None]
-    picture = paper[:, :, None, None] + slope[:, 0, None, None, None] * ramp[..., None] // size
-    picture = picture + slope[:, 1, None, None, None] * ramp[..., None, :] // size
-    for layer, hue in ((clutter, other), (ink, colour)):
-        weight = layer[:, None].astype(np.int32)
+    ink = np.empty((3, n, size, size), np.int32)
+    for k in range(3):
+        for i in range(n):
+            where = _inverse_affine(angle[k, i], shear[k, i], scale[k, i], *shift[k, :, i], size)
+            digit = templates[fonts[k, i]][digits[k, i]]
+            look = Image.Transform.AFFINE, where, Image.Resampling.BILINEAR
+            ink[k, i] = digit.transform((size, size), *look)
+    paper = rng.integers(0, 130, (n, 3), dtype=np.int32)
+    colour, clutter = paper + rng.integers(*CONTRAST, (2, n, 3), dtype=np.int32)
+    slope = rng.integers(-50, 51, (n, 2, 1, 1, 1), dtype=np.int32)
+    ramp = np.arange(size, dtype=np.int32) * 2 - size + 1
+    picture = paper[:, :, None, None] + slope[:, 0] * ramp[:, None] // size
+    picture = picture + slope[:, 1] * ramp // size
+    for layer, hue in ((ink[1:].max(0), clutter), (ink[0], colour)):
+        weight = layer[:, None]
         picture = (picture * (255 - weight) + hue[:, :, None, None] * weight) // 255
     picture += rng.integers(-NOISE, NOISE + 1, picture.shape, dtype=np.int32)
     return picture.clip(0, 255).astype(np.uint8)
@@ -110,12 +97,3 @@ def _inverse_affine(
     a, b, d, e = cos + shear * sin, sin - shear * cos, -sin, cos
     x, y = size / 2 + dx, size / 2 + dy
     return a, b, CANVAS / 2 - a * x - b * y, d, e, CANVAS / 2 - d * x - e * y
-
-
-def _colours(rng: np.random.Generator, n: int) -> tuple[np.ndarray, ...]:
-    """Colours of background, digit and clutter, and the slope of the background, as int32; ink is
-    lighter than paper.
-    """
-    paper = rng.integers(0, 130, (n, 3), dtype=np.int32)
-    colour, other = paper + rng.integers(*CONTRAST, (2, n, 3), dtype=np.int32)
-    return paper, colour, other, rng.integers(-50, 51, (n, 2), dtype=np.int32)

@@ -15,16 +15,13 @@ from common.runtime import distributed
 NO_FLIP = ("glyphs", "svhn")  # a mirrored digit is another sign
 EVAL_BATCH = {"cpu": 500, "cuda": 2500}  # a GPU waits for launches where a batch is small
 
-Draw = tuple[
-    Tensor, ...
-]  # of an epoch: the order of the images; the crop, y and x, and whether mirrored, of each
+# Of an epoch: the order of the images; the crop, y and x, and whether mirrored, of each.
+Draw = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class Resident:
-    """A small-image set as uint8 tensors on the device; augmentation is a few tensor operations
-    there.
-    """
+    """Small images as uint8 tensors on the device, augmented by a few tensor operations there."""
 
     train: Tensor  # (N, 3, S + 2 pad, S + 2 pad) uint8, padded with black for the random crop
     train_labels: Tensor
@@ -46,7 +43,6 @@ class Resident:
         return tuple(self.test.shape[1:])
 
     def steps(self, batch_size: int) -> int:
-        """Batches an epoch; the last short one is dropped."""
         return count_steps(len(self.train), batch_size)
 
     def train_batches(self, batch_size: int, seed: int, epoch: int) -> Batches:
@@ -56,9 +52,7 @@ class Resident:
             yield self.batch(draw, slice(start + part.start, start + part.stop))
 
     def draw(self, seed: int, epoch: int) -> Draw:
-        """The order and augmentation of an epoch, drawn on the CPU, so that every device sees the
-        same.
-        """
+        """The order and augmentation of an epoch, drawn on the CPU: the same on every device."""
         generator, count = torch.Generator().manual_seed(derived_seed(seed, epoch)), len(self.train)
         order = torch.randperm(count, generator=generator)
         y, x = torch.randint(2 * self.pad + 1, (2, count), generator=generator)
@@ -66,44 +60,32 @@ class Resident:
         return tuple(part.to(self.device) for part in (order, y, x, mirror))
 
     def batch(self, draw: Draw, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """The images at positions `rows` of an epoch, cropped, mirrored and normalised, and their
-        labels.
-        """
+        """The images at positions `rows` of an epoch, augmented and normalised; their labels."""
         order, y, x, mirror = draw
         chosen, size = order[rows], self.input_shape[-1]
-        windows = self.train.unfold(2, size, 1).unfold(
-            3, size, 1
-        )  # a view: every crop of every image
+        # A view: every crop of every image.
+        windows = self.train.unfold(2, size, 1).unfold(3, size, 1)
         images = windows[chosen, :, y[chosen], x[chosen]]
         if self.flip:
             images = torch.where(mirror[chosen, None, None, None], images.flip(3), images)
-        return self._normalise(images), self.train_labels[chosen]
+        return normalise(images, *self._scale), self.train_labels[chosen]
 
     def eval_batches(
         self, split: str = "test", batch_size: int | None = None, limit: int | None = None
     ) -> Batches:
-        """All images of `split` in order, or a balanced choice of `limit` with the classes mixed,
-        not augmented, normalised.
-        """
+        """The images of `split`, not augmented, in order; or `limit` of all classes, mixed."""
         batch_size = batch_size or EVAL_BATCH.get(self.device.type, 500)
-        images, labels = (
-            (self.test, self.test_labels) if split == "test" else (self.train, self.train_labels)
-        )
-        if split == "train" and self.pad:
-            images = images[:, :, self.pad : -self.pad, self.pad : -self.pad]
+        images, labels = self.test, self.test_labels
+        if split == "train":
+            size = self.input_shape[-1]
+            inside = slice(self.pad, self.pad + size)
+            images, labels = self.train[:, :, inside, inside], self.train_labels
         if limit is not None:
             chosen = balanced(labels.cpu(), limit).to(self.device)
             images, labels = images[chosen], labels[chosen]
-        for start in range(
-            distributed.RANK * batch_size, len(labels), distributed.WORLD_SIZE * batch_size
-        ):
-            yield (
-                self._normalise(images[start : start + batch_size]),
-                labels[start : start + batch_size],
-            )
-
-    def _normalise(self, images: Tensor) -> Tensor:
-        return normalise(images, *self._scale)
+        batches = list(zip(images.split(batch_size), labels.split(batch_size)))
+        for some, their_labels in batches[distributed.RANK :: distributed.WORLD_SIZE]:
+            yield normalise(some, *self._scale), their_labels
 
     @functools.cached_property
     def _scale(self) -> tuple[Tensor, Tensor]:
@@ -123,20 +105,10 @@ def make_resident(
     device: torch.device,
     expected: dict[str, Any] | None,
 ) -> Resident:
-    if expected:
-        mean, std = expected["mean"], expected["std"]
-    else:
-        moments = (
-            torch.stack(
-                [
-                    torch.stack([t.double().mean(), (t.double() ** 2).mean()])
-                    for t in train.transpose(0, 1)
-                ]
-            )
-            / 255
-        )
-        mean = moments[:, 0].tolist()
-        std = (moments[:, 1] / 255 - moments[:, 0] ** 2).sqrt().clamp_min(1e-3).tolist()
+    """A data set of so many training images, normalised by their own moments or the `expected`."""
+    if limit is not None and limit > len(train):
+        raise UserError(f"--limit-train {limit} is more than the {len(train)} images of {name}")
+    moments = expected or pixel_moments(train)
     description = {
         "name": name,
         "data_dir": data_dir,
@@ -144,18 +116,23 @@ def make_resident(
         "limit_train": limit,
         "classes": len(class_names),
         "class_names": class_names,
-        "mean": mean,
-        "std": std,
+        "mean": moments["mean"],
+        "std": moments["std"],
         "checksum": checksum,
     }
     if limit is not None:
-        if limit > len(train):
-            raise UserError(
-                f"--limit-train {limit} is more than the {len(train)} training images of {name}"
-            )
         chosen = balanced(train_labels, limit).sort().values
         train, train_labels = train[chosen], train_labels[chosen]
     pad = test.shape[-1] // 8  # 4 px at 32 px, as in the paper
     train = F.pad(train, (pad, pad, pad, pad))
     tensors = [tensor.to(device) for tensor in (train, train_labels, test, test_labels)]
     return Resident(*tensors, pad, name not in NO_FLIP, description)
+
+
+def pixel_moments(images: Tensor) -> dict[str, list[float]]:
+    """Mean and standard deviation of each channel of uint8 images (N, C, H, W), in [0, 1]."""
+    channels = (channel.double() for channel in images.transpose(0, 1))
+    moments = [torch.stack([pixels.mean(), (pixels**2).mean()]) for pixels in channels]
+    mean, square = torch.stack(moments, 1) / 255
+    std = (square / 255 - mean**2).sqrt().clamp_min(1e-3)
+    return {"mean": mean.tolist(), "std": std.tolist()}

@@ -1,7 +1,6 @@
-"""One network on several GPUs: `torchrun --standalone --nproc-per-node 4 train_dense.py ...` starts
-a process for each.
+"""One network on several GPUs: `torchrun --standalone --nproc-per-node 4 train_dense.py ...`.
 
-All processes do the same with their share of every batch; the first alone writes files and prints.
+It starts a process for each GPU. All processes do the same with their share of every batch; the first alone writes files and prints.
 Without torchrun there is one process, which has all of every batch, and nothing here does anything.
 """
 
@@ -23,9 +22,7 @@ ERROR_DELAY = 10  # seconds
 
 
 def local_device(device: torch.device) -> torch.device:
-    """This process's own device of a kind; raises UserError when there are fewer GPUs than
-    processes on this machine.
-    """
+    """This process's own device of a kind; raises UserError when there are too few GPUs."""
     if WORLD_SIZE == 1 or device.type != "cuda":
         return device
     here, count = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
@@ -49,9 +46,8 @@ def shut_down() -> None:
         barrier()
         distributed.destroy_process_group()
         sys.stdout.flush(), sys.stderr.flush()
-        os._exit(
-            0
-        )  # gloo's threads may live on, and would abort an interpreter that ends under them
+        # gloo's threads may live on, and would abort an interpreter that ends under them.
+        os._exit(0)
 
 
 def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
@@ -64,14 +60,10 @@ def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
         return model
     if device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        return nn.parallel.DistributedDataParallel(
-            model, [device], broadcast_buffers=False
-        )  # statistics are the same
+        # The statistics of BatchNorm are the same everywhere.
+        return nn.parallel.DistributedDataParallel(model, [device], broadcast_buffers=False)
     if any(isinstance(module, _BatchNorm) for module in model.modules()):
-        raise UserError(
-            "several processes train a network with BatchNorm on GPUs only: start it without "
-            "torchrun"
-        )
+        raise UserError("BatchNorm trains in several processes on GPUs only: leave out torchrun")
     return nn.parallel.DistributedDataParallel(model)
 
 
@@ -92,9 +84,7 @@ def all_reduce_sum(*values: Tensor | float) -> list[float]:
 
 
 def let_rank_zero_speak() -> None:
-    """Before an error is told: the first process tells most errors, and torchrun then ends the
-    others.
-    """
+    """Before an error is told: the first process tells most, and torchrun then ends the others."""
     if RANK:
         time.sleep(ERROR_DELAY)
 

@@ -12,9 +12,7 @@ from tqdm import tqdm
 
 from common.data.resident import Resident
 
-EAGER_STEPS = (
-    3  # before the capture: no graph may hold what libraries and optimisers set up at first
-)
+EAGER_STEPS = 3  # before the capture, in which libraries and optimisers set up what they need
 
 
 def capturable(optimiser: torch.optim.Optimizer, device: torch.device) -> bool:

@@ -1,6 +1,4 @@
-"""Convolutional networks on a CPU in oneDNN's own layout, where BatchNorm, ReLU and additions take
-half the time or less.
-"""
+"""Convolutional networks on a CPU in oneDNN's own layout: half the time for all but convolutions."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,9 +20,7 @@ ASKING = {Tensor.dim, Tensor.size} | {
 
 
 def suits(model: nn.Module) -> bool:
-    """Whether `model` asks for the layout, by a true attribute `in_onednn`, and this machine has it
-    in bf16.
-    """
+    """Whether `model` asks for the layout (an attribute `in_onednn`) and this machine has it."""
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     compiled = hasattr(model, "_orig_mod")  # such a network lays out its tensors itself
@@ -32,10 +28,9 @@ def suits(model: nn.Module) -> bool:
 
 
 class Blocked(TorchFunctionMode):
-    """Within it, and autocast to bf16, a network enters the layout at a convolution without bias
-    and leaves it where it has to.
+    """Within it and autocast to bf16, convolutions without bias enter the layout.
 
-    The backward pass follows by itself. Raises UserError for what would have to change a tensor of
+    What does not know the layout leaves it. The backward pass follows by itself. Raises UserError for what would have to change a tensor of
     the layout in place.
     """
 
@@ -49,14 +44,9 @@ class Blocked(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is torch.conv2d and not kwargs and _enters(*args):
             return _convolve(*args)
-        stays = (
-            function in SINGLE
-            or function in PAIR
-            and _alike(*args)
-            or function is F.batch_norm
-            and _learns(**kwargs)
-        )
-        if stays or function in ASKING:
+        pair = function in PAIR and _alike(*args)
+        norm = function is F.batch_norm and _learns(**kwargs)
+        if function in SINGLE | ASKING or pair or norm:
             return function(*args, **kwargs)
         name = getattr(function, "__name__", "")
         in_place = name == "__setitem__" or name.endswith("_") and not name.endswith("__")
@@ -78,9 +68,7 @@ def _alike(first: Any, second: Any = None, *_: Any) -> bool:
 
 
 def _learns(weight: Any = None, bias: Any = None, training: bool = False, **_: Any) -> bool:
-    """Whether oneDNN can do a BatchNorm: not without scale and shift, nor backward where its
-    statistics are fixed.
-    """
+    """Whether oneDNN can do a BatchNorm: with scale and shift, and no fixed statistics backward."""
     return weight is not None and bias is not None and (training or not torch.is_grad_enabled())
 
 
@@ -91,33 +79,17 @@ def _plain(value: Any) -> Any:
 
 
 def _enters(images: Tensor, weight: Tensor, bias: Tensor | None = None, *where: Any) -> bool:
-    """Whether the layout takes a convolution: as nn.Conv2d calls it, and without bias, which
-    autocast alone makes bf16.
-    """
-    known = (
-        images.dim() == 4
-        and images.dtype in (torch.float32, torch.bfloat16)
-        and weight.dtype == torch.float32
-    )
-    known = known and torch.is_autocast_enabled("cpu")  # a part of the network may want fp32
-    return (
-        known
-        and bias is None
-        and len(where) == 4
-        and all(isinstance(value, tuple) for value in where[:3])
-    )
+    """Whether the layout takes a convolution: as nn.Conv2d calls it, under autocast, no bias."""
+    from_nn = len(where) == 4 and all(isinstance(value, tuple) for value in where[:3])
+    plain = bias is None and images.dim() == 4 and weight.dtype == torch.float32
+    floats = images.dtype in (torch.float32, torch.bfloat16)
+    return from_nn and plain and floats and torch.is_autocast_enabled("cpu")
 
 
 def _convolve(
-    images: Tensor,
-    weight: Tensor,
-    bias: None,
-    stride: tuple,
-    padding: tuple,
-    dilation: tuple,
-    groups: int,
+    images: Tensor, weight: Tensor, _: None, stride: tuple, padding: tuple, *rest: Any
 ) -> Tensor:
     if not images.is_mkldnn:
         images = images.to_mkldnn(torch.bfloat16)
     # Not conv2d, because autocast would make the weights bf16, which oneDNN takes as fp32 here.
-    return torch.mkldnn_convolution(images, weight, bias, padding, stride, dilation, groups)
+    return torch.mkldnn_convolution(images, weight, None, padding, stride, *rest)

@@ -21,22 +21,17 @@ from common.data import Resident, Streamed
 from common.errors import UserError, explain
 from common.runtime import distributed
 
-Run = Callable[[], None]
-
-
 MOST_STREAMS = 32  # that CUDA hands out before it hands out the first again
+
+Run = Callable[[], None]
 Data = Resident | Streamed
 
 
 def run_all(runs: dict[str, Run], asked: str | None, width: float, data: Data) -> None:
-    """Call each of `runs`, one after the other, or side by side as `--parallel` asks; the latter is
-    not for torchrun.
-    """
+    """Call each of `runs`, one after the other, or side by side as `--parallel` asks."""
     if distributed.WORLD_SIZE > 1 and asked is not None:
-        raise UserError(
-            "--parallel trains several networks on one GPU, and torchrun one network on several: "
-            "choose one"
-        )
+        several = "--parallel trains several networks on one GPU"
+        raise UserError(f"{several}, and torchrun one network on several: choose one")
     if asked is None:
         for run in runs.values():
             run()
@@ -50,9 +45,7 @@ def cores() -> int:
 
 
 def pick_count(asked: str, runs: int, width: float, data: Data) -> int:
-    """How many runs go side by side: the number asked for, or for `auto` about one a core, on a GPU
-    as many as fill it.
-    """
+    """How many runs go side by side: as asked; `auto`: about one a core, or what fills a GPU."""
     if asked != "auto":
         count = int(asked)
     elif data.device.type == "cpu":
@@ -73,17 +66,13 @@ def side_by_side(runs: dict[str, Run], count: int, device: torch.device) -> None
     failed = (_in_processes if device.type == "cpu" else _in_threads)(runs, count, device)
     bugs = [name for name, code in failed.items() if code not in (2, -signal.SIGKILL)]
     if failed:
-        kind = RuntimeError if bugs else UserError
-        raise kind(
-            f"{len(failed)} of {len(runs)} runs failed ({', '.join(bugs or failed)}): see above; "
-            "the same command does them again"
-        )
+        names = ", ".join(bugs or failed)
+        line = f"{len(failed)} of {len(runs)} runs failed ({names}): see above; the same command "
+        raise (RuntimeError if bugs else UserError)(line + "does them again")
 
 
 def _in_processes(runs: dict[str, Run], count: int, device: torch.device) -> dict[str, int]:
-    """Exit codes of the runs that failed, by name. Forked, so that the data are read once and held
-    once.
-    """
+    """Exit codes of the runs that failed, by name; forked, so that the data are held once."""
     context = multiprocessing.get_context("fork")
     waiting, running, failed = list(runs.items()), {}, {}
 
@@ -122,9 +111,7 @@ def _in_processes(runs: dict[str, Run], count: int, device: torch.device) -> dic
 
 
 def _in_threads(runs: dict[str, Run], count: int, device: torch.device) -> dict[str, int]:
-    """Exit codes of the runs that failed, by name. Each thread has a stream; kernels of all streams
-    share the GPU.
-    """
+    """Exit codes of the runs that failed, by name; each thread has a stream of the GPU."""
 
     def prepare() -> None:
         torch.set_num_threads(1)  # or each would have a team of all cores, in the way of the others

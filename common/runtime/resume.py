@@ -51,8 +51,8 @@ class Resume:
         self.saved = time.perf_counter()
 
     def _load(self) -> None:
+        keys = ("name", "how", "state_dict", "optimiser", "rows")
         try:
-            keys = ("name", "how", "state_dict", "optimiser", "rows")
             state = checkpoint.load(self.path, keys)
         except UserError as error:
             tqdm.write(f"{self.name}  starts again: {error}")
@@ -60,10 +60,8 @@ class Resume:
         if state["name"] != self.name:
             return
         if state["how"] != self.how:
-            raise UserError(
-                f"{self.path} was trained in {state['how']} and not {self.how}: "
-                "go back to that, or remove the file to start again"
-            )
+            other = f"{self.path} was trained in {state['how']} and not {self.how}"
+            raise UserError(f"{other}: go back to that, or remove the file to start again")
         self.model.load_state_dict(state["state_dict"])
         # The settings are this run's, as a graph may need them; the rest is the file's.
         groups = self.optimiser.state_dict()["param_groups"]

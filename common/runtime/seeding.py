@@ -21,9 +21,7 @@ os.register_at_fork(after_in_child=_renew)
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Set torch's global CPU generator to `seed`, for this thread alone; afterwards it is as it
-    was.
-    """
+    """Set torch's global CPU generator to `seed` for a while, and for this thread alone."""
     with _alone, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
