@@ -5,7 +5,7 @@
 #   bash run_all.sh test               the tests
 #   bash run_all.sh --help [PRESET]    the settings and their values. The environment overrides each:
 #                                      PAIRS="0 1" WIDTHS="1 4" OUT=runs/mine bash run_all.sh cifar10
-# DRY_RUN=1 prints the commands, in order, so that they can be fed to a job queue.
+# LAUNCH=slurm submits what is missing; DRY_RUN=1 prints the commands, in order, for any other queue.
 presets="
 quick     glyphs    resnet20  0 1 2  2         0.8 0.9            7                          activation
 cifar10   cifar10   resnet20  0 1 2  1 4 8 16  0.8 0.9 0.95 0.97  0 5 10 15 20 25 50 75 100  activation masked
@@ -16,14 +16,13 @@ imagenet  imagenet  resnet50  0      1         0.8 0.9 0.95       10 25 50      
 " # name  DATASET   MODEL     PAIRS  WIDTHS    SPARSITY           REWIND                     METHODS
 wide_rewind="0 10 25 50 100" # of cifar10 at widths 8 and 16, as in the paper, unless REWIND is set
 n='[1-9][0-9]{0,8}' share='0?[.]0*[1-9][0-9]*' name='[[:alnum:]][[:alnum:]_.-]*' # patterns; |: may be empty
-method="|(activation|weight|masked)(@(0|$n))?|identity" arm='|shuffled|random-permutation|imp-target|signs'
 settings="
 PAIRS           words  0|$n      whole numbers: pair p has source seed 2p and target seed 2p+1
 WIDTHS          words  $n|$n[.][0-9]+|$share  numbers: each has a folder, OUT/w<width>
 SPARSITY        words  $share    numbers between 0 and 1: shares of the weights to prune
 REWIND          words  0|$n      whole numbers: epochs of dense runs that sparse training starts from
-METHODS         words  $method   any of activation, weight, masked, identity; weight@9: to epoch 9 of targets
-CONTROLS        words  $arm      any of shuffled, random-permutation, imp-target, signs: more arms
+METHODS         words  |(activation|weight|masked)(@(0|$n))?|identity  any of these; weight@9: to B's epoch 9
+CONTROLS        words  |shuffled|random-permutation|imp-target|signs   any of these: more arms
 ENSEMBLE        word   |[2-9]|[1-9]$n  2 or more: the networks of Table 1, one source and so many targets
 TAG             word   |$name    a name of an edit: all but the dense networks anew, in OUT/w<width>/<tag>
 DATASET         word   $name     a name that train_dense.py --dataset takes
@@ -32,7 +31,9 @@ MODEL           word   $name     a name that train_dense.py --model takes
 OUT             line   [^'%]+    a folder for the results, without ' and % in its name
 DATA_DIR        line   [^'%]+    the folder of the data sets, without ' and % in its name
 PARALLEL        word   auto|$n   auto or a number: networks at once on a device (not measured on a GPU)
-SPREAD          word   |$n       a number: GPUs that share a network; otherwise each GPU has its own commands"
+SPREAD          word   |$n       a number: GPUs that share a network; otherwise each GPU has its own commands
+LAUNCH          word   |slurm    slurm: an array job a stage, a command a task
+SBATCH          flags  .*        flags of sbatch, as --gres=gpu:1 --time=12:00:00"
 settings+=$(printf '\n%s_FLAGS flags .* more flags' DENSE IMP ALIGN SPARSE INTERPOLATION REPORT)
 # ---------------------------------------------------------------- what is asked for
 set -euf -o pipefail
@@ -41,27 +42,31 @@ refuse() { echo "run_all.sh: error: $1" >&2; exit 2; }
 mode=${DRY_RUN:+dry}
 case ${1-} in status | --help | -h) mode=$1; shift ;; esac
 [ $# -le 1 ] || refuse "unexpected '$2': give one preset, and settings before the command"
-preset=${1:-quick} names=$(echo $(awk '{ print $1 }' <<< "$presets"))
+preset=${1:-quick}
 row=$(awk -v name="${preset/#test/quick}" '$1 == name' <<< "$presets" | sed 's/   */|/g')
-[ -n "$row" ] || refuse "unknown preset '$preset': choose from $names test"
-d_OUT=runs/$preset d_DATA_DIR=data analyses="results report"
+[ -n "$row" ] || refuse "unknown preset '$preset': choose from $(awk '{ printf "%s ", $1 }' <<< "$presets")test"
+d_OUT=runs/$preset d_DATA_DIR=data analyses="results report" d_PARALLEL=1
 IFS='|' read -r _ d_DATASET d_MODEL d_PAIRS d_WIDTHS d_SPARSITY d_REWIND d_METHODS <<< "$row"
-if [ "$preset" = svhn ]; then d_SOURCE_DATASET=cifar10; else d_SOURCE_DATASET=${DATASET-$d_DATASET}; fi
-if [ "$preset" = quick ]; then
-  d_DENSE_FLAGS="--image-size 16 --limit-train 3000 --epochs 9 --batch-size 64 --lr 0.05 --warmup 2"
-  d_IMP_FLAGS="--epochs 1 --batch-size 64 --lr 0.02" d_SPARSE_FLAGS="--batch-size 64 --lr 0.01"
-  d_INTERPOLATION_FLAGS="--points 5 --images 500" analyses="results accuracy interpolation masks methods"
+case $preset in
+  svhn) d_SOURCE_DATASET=cifar10 ;;
+  quick)
+    d_DENSE_FLAGS="--image-size 16 --limit-train 3000 --epochs 9 --batch-size 64 --lr 0.05 --warmup 2"
+    d_IMP_FLAGS="--epochs 1 --batch-size 64 --lr 0.02" d_SPARSE_FLAGS="--batch-size 64 --lr 0.01"
+    d_INTERPOLATION_FLAGS="--points 5 --images 500" analyses="results accuracy interpolation masks methods" ;;
+esac
+if [ -n "${ENSEMBLE-}" ]; then # one cell, as in Table 1
+  d_OUT+=-ensemble d_SPARSITY=0.9
+  case $preset in quick) analyses="results diversity" ;; svhn) d_REWIND=20 ;; *) d_WIDTHS=1 d_REWIND=25 ;; esac
+  if [ "$preset" = cifar100 ]; then d_WIDTHS=4; fi
 fi
-if [ -n "${ENSEMBLE-}" ]; then d_OUT+=-ensemble d_SPARSITY=0.9; case $preset in # one cell, as in Table 1
-  quick) analyses="results diversity" ;; svhn) d_REWIND=20 ;; cifar100) d_WIDTHS=4 d_REWIND=25 ;;
-  *) d_WIDTHS=1 d_REWIND=25 ;; esac; fi
 if [ "$preset" != cifar10 ] || [ -n "${REWIND-}${ENSEMBLE-}" ]; then wide_rewind=""; fi
 gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | sed -n '/^[0-9][0-9]*$/p' || :)
 gpus=$(tr , '\n' <<< "${CUDA_VISIBLE_DEVICES-$gpus}" | sed '/^ *-1/d' | xargs)
-gpu_count=$(wc -w <<< "$gpus") cores=$(getconf _NPROCESSORS_ONLN) d_PARALLEL=1
-if [ "$gpu_count$preset" = "0${preset/#imagenet/}" ] && [ -z "${SPREAD-}" ]; then d_PARALLEL=auto; fi
+gpu_count=$(wc -w <<< "$gpus") cores=$(getconf _NPROCESSORS_ONLN)
+case $gpu_count$preset${SPREAD-}${LAUNCH-} in 0imagenet) ;; "0$preset") d_PARALLEL=auto ;; esac
 shown="run_all.sh $preset:" help=$(sed -n '2,/^presets/s/^# \{0,1\}//p' run_all.sh)
 while read -r name kind pattern meaning; do
+  if [ "$name" = SOURCE_DATASET ]; then d_SOURCE_DATASET=${d_SOURCE_DATASET-$DATASET}; fi
   default=d_$name value=${!name-${!default-}}
   case $kind in word | flags) value=$(echo $value) ;; words) # each once
     pattern="($pattern)( ($pattern))*" value=$(echo $(printf '%s\n' $value | awk '!seen[$0]++')) ;; esac
@@ -80,20 +85,21 @@ if [ -z "$mode" ] && ! $python -c "$found" 2> /dev/null; then
   python3 -m venv .venv && $python -m pip install --quiet --requirement requirements.txt
 fi
 if [ "$preset" = test ]; then ${mode:+echo} $python -m pytest -q tests; exit; fi
-
 # ---------------------------------------------------------------- the commands of each stage at a width
 pairs=$(printf '%s\n' $PAIRS | awk '{ print 2 * $1, 2 * $1 + 1 }') # lines "source target", of seeds
 if [ -n "$ENSEMBLE" ]; then pairs=$(seq "$ENSEMBLE" | sed 's/^/0 /'); fi
-together() { # lines "set seed" -> lines "set seed seed ...", a command each
-  sort -k 2,2n -u | awk -v n="$commands" '{ key = $1 " " count[$1]++ % n; seeds[key] = seeds[key] " " $2 }
-    END { for (key in seeds) print substr(key, 1, index(key, " ") - 1) seeds[key] }' | sort -k 2,2n
-}
 rewinds() { case $w in 8 | 16) echo "${wide_rewind:-$REWIND}" ;; *) echo "$REWIND" ;; esac; }
 train=$python data="--data-dir '$DATA_DIR'" tag=${TAG:+--tag $TAG} parallel="--parallel $PARALLEL"
 commands=$((gpu_count > 1 ? gpu_count : 1)) # of one stage and data set, or one a network:
 if [ "$PARALLEL" = 1 ]; then parallel="" commands=1000000; fi
+together() { # lines "set seed" -> lines "set seed seed ...", a command each
+  sort -k 2,2n -u | awk -v n="$commands" '{ key = $1 " " count[$1]++ % n; seeds[key] = seeds[key] " " $2 }
+    END { for (key in seeds) print substr(key, 1, index(key, " ") - 1) seeds[key] }' | sort -k 2,2n
+}
 if [ -n "$SPREAD" ]; then train+=" -m torch.distributed.run --standalone --nproc-per-node $SPREAD"; fi
-reused=$((1 - $([ "$SOURCE_DATASET" != "$DATASET" ]; echo $?))) # 1: no LTH, and the source is no member
+cells=$SPARSITY # lines, a command each
+if [ -n "$LAUNCH" ]; then cells=$(printf '%s\n' $SPARSITY); fi
+reused=$([ "$SOURCE_DATASET" = "$DATASET" ] || echo 1) # then no LTH, and the source is no member
 dense() {
   early=$(echo $(tr ' ' '\n' <<< "$METHODS" | sed -n 's/.*@//p')) # epochs of targets to match to
   awk -v a="$SOURCE_DATASET" -v b="$DATASET" '{ print a, $1; print b, $2 }' <<< "$pairs" | together |
@@ -104,7 +110,7 @@ dense() {
 }
 imp() {
   while read -r a b; do
-    printf 'chain %s\n' "$a" ${ENSEMBLE:+$((b - 1 + reused))} $([[ $CONTROLS = *imp* ]] && echo "$b")
+    printf 'chain %s\n' "$a" ${ENSEMBLE:+$((b - 1 + ${reused:-0}))} $([[ $CONTROLS = *imp* ]] && echo "$b")
   done <<< "$pairs" | together | while read -r _ seeds; do
     echo "$train prune_imp.py --dense$(printf " '$R/dense/seed%s'" $seeds) --sparsity $SPARSITY $data" \
       "--out$(printf " '$T/imp/seed%s'" $seeds) $IMP_FLAGS $tag $parallel"
@@ -117,22 +123,24 @@ align() {
   done; done <<< "$pairs"
 }
 arm() { # name, seed of the weights, masks, folder, more flags
-  echo "$train train_sparse.py --arm $1 --weights '$R/dense/seed$2' --masks '$T/$3' --out '$T/sparse/$4'" \
-    "$data --sparsity $SPARSITY --rewind $(rewinds) $SPARSE_FLAGS $tag $parallel ${5-}"
+  while read -r s; do
+    echo "$train train_sparse.py --arm $1 --weights '$R/dense/seed$2' --masks '$T/$3' --out '$T/sparse/$4'" \
+      "$data --sparsity $s --rewind $(rewinds) $SPARSE_FLAGS $tag $parallel ${5-}"
+  done <<< "$cells"
 }
 sparse() {
   while read -r a b; do
-    pair=seed$a-seed$b order=${ENSEMBLE:+$((b - 1))} lth=lth/seed$a-seed$a${ENSEMBLE:+/order$((b - 1))}
-    if [ $reused = 0 ]; then arm lth "$a" "imp/seed$a" "$lth" "${order:+--seed $order}"; fi
+    pair=seed$a-seed$b order=${ENSEMBLE:+$((b - 1))}
+    [ -n "$reused" ] || arm lth "$a" "imp/seed$a" "lth/seed$a-seed$a${order:+/order$order}" "${order:+--seed $order}"
     for signs in "" $([[ $CONTROLS = *signs* ]] && echo --signs); do
       arm naive "$b" "imp/seed$a" "naive${signs#-}/$pair" "$signs"
       for m in $METHODS; do arm permuted "$b" "align/$m/$pair" "permuted${signs#-}/$m/$pair" "$signs"; done
     done
-    if [[ $CONTROLS = *shuffled* ]]; then arm shuffled "$b" "imp/seed$a" "shuffled/$pair"; fi
-    if [[ $CONTROLS = *random* ]]; then
-      arm random-permutation "$b" "align/random/$pair" "random-permutation/$pair"
-    fi
-    if [[ $CONTROLS = *imp* ]]; then arm imp-target "$b" "imp/seed$b" "imp-target/seed$b-seed$b"; fi
+    for control in $CONTROLS; do case $control in
+      shuffled) arm shuffled "$b" "imp/seed$a" "shuffled/$pair" ;;
+      random*) arm random-permutation "$b" "align/random/$pair" "random-permutation/$pair" ;;
+      imp*) arm imp-target "$b" "imp/seed$b" "imp-target/seed$b-seed$b" ;;
+    esac; done
   done <<< "$pairs"
 }
 figures() {
@@ -155,10 +163,33 @@ run() { # the commands of a stage: one at a time on each GPU; on a CPU those of 
     if [ -n "${slot-}" ]; then set -- $GPUS; shift "$slot"; export CUDA_VISIBLE_DEVICES=$1; fi
     eval "$0" || exit 255'
 }
+submit() { # name, commands: an array job, a command a task, after the job before, however that ends
+  local count; count=$(grep -c . <<< "$2") || return 0
+  job=$(sbatch --parsable --requeue --open-mode=append --job-name="$1" --comment="$PWD $OUT" $SBATCH \
+    --array="1-$count" --output="$OUT/slurm/%x_%A_%a.log" ${job:+--dependency=afterany:$job} << SCRIPT
+#!/bin/bash
+eval "\$(sed -n "\${SLURM_ARRAY_TASK_ID}p" << 'LINES'
+$2
+LINES
+)"
+SCRIPT
+  )
+  echo "$1: $count tasks, job $job"
+}
 stage() { for w in $WIDTHS; do R=$OUT/w$w T=$OUT/w$w${TAG:+/$TAG}; $1; done; }
 status() { for name in dense imp align sparse; do stage $name; done | python3 -m analyze.status; }
 echo "$shown" >&2
 if [ "$mode" = status ]; then status; exit; fi
+if [ "$LAUNCH$mode" = slurm ]; then
+  job=$(squeue --me --noheader --format="%A %k" | awk -v of="$PWD $OUT" '{ j = $1; $1 = "" } $0 == " " of { print j }')
+  [ -z "$job" ] || refuse "OUT='$OUT' has jobs in the queue ($(echo $job)): wait for them, or scancel them"
+  mkdir -p "$OUT/slurm"
+  for name in dense imp align sparse; do
+    submit $name "$(stage $name | python3 -m analyze.status --missing | sed 's/^/exec /')"
+  done
+  submit analyses "$(figures | paste -sd ';')"
+  exit
+fi
 for name in dense imp align sparse; do stage $name | run $name; [ -n "$mode" ] || status || :; done
 if [ "$mode" = dry ]; then figures; exit; fi
 eval "$(figures)"

@@ -125,6 +125,11 @@ def duration(seconds: float) -> str:
 
 
 def main() -> None:
+    if "--missing" in sys.argv:
+        for line in sys.stdin:
+            if any(math.isnan(run.seconds) for run in runs_of(line)):
+                print(line, end="")
+        return
     runs = [run for line in sys.stdin for run in runs_of(line)]
     if not runs:
         print("status: error: no command of a stage on standard input", file=sys.stderr)

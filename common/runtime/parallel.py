@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from common.data import Resident, Streamed
 from common.errors import UserError, explain
-from common.runtime import distributed
+from common.runtime import distributed, resume
 
 MOST_STREAMS = 32  # that CUDA hands out before it hands out the first again
 
@@ -32,11 +32,12 @@ def run_all(runs: dict[str, Run], asked: str | None, width: float, data: Data) -
     if distributed.WORLD_SIZE > 1 and asked is not None:
         several = "--parallel trains several networks on one GPU"
         raise UserError(f"{several}, and torchrun one network on several: choose one")
-    if asked is None:
-        for run in runs.values():
-            run()
-    else:
-        side_by_side(runs, pick_count(asked, len(runs), width, data), data.device)
+    with resume.sigterm_ends_epochs():
+        if asked is None:
+            for run in runs.values():
+                run()
+        else:
+            side_by_side(runs, pick_count(asked, len(runs), width, data), data.device)
 
 
 def cores() -> int:
@@ -64,6 +65,8 @@ def side_by_side(runs: dict[str, Run], count: int, device: torch.device) -> None
     after all others have ended.
     """
     failed = (_in_processes if device.type == "cpu" else _in_threads)(runs, count, device)
+    if resume.stopping.is_set():
+        raise KeyboardInterrupt
     bugs = [name for name, code in failed.items() if code not in (2, -signal.SIGKILL)]
     if failed:
         names = ", ".join(bugs or failed)
@@ -92,7 +95,11 @@ def _in_processes(runs: dict[str, Run], count: int, device: torch.device) -> dic
                 process = context.Process(target=child, args=(name, run))
                 process.start()
                 running[process.sentinel] = name, process
-            for sentinel in multiprocessing.connection.wait(list(running)):
+            if resume.stopping.is_set():
+                waiting.clear()
+                for _, process in running.values():
+                    process.terminate()  # after its epoch
+            for sentinel in multiprocessing.connection.wait(list(running), timeout=1):
                 name, process = running.pop(sentinel)
                 process.join()
                 if process.exitcode:
@@ -133,6 +140,8 @@ def _in_threads(runs: dict[str, Run], count: int, device: torch.device) -> dict[
 
 def _outcome(name: str, run: Run) -> int:
     """Call a run; its exit code, after the reason for it was printed."""
+    if resume.stopping.is_set():
+        return 130
     try:
         run()
     except KeyboardInterrupt:

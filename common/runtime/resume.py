@@ -1,6 +1,10 @@
 """The state of a run that is cut off, and how it goes on."""
 
+import contextlib
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,17 @@ from common.errors import UserError
 from common.runtime import distributed
 
 EVERY = 30  # seconds between two writings of resume.pt
+stopping = threading.Event()  # set by SIGTERM: runs stop after their epoch
+
+
+@contextlib.contextmanager
+def sigterm_ends_epochs() -> Iterator[None]:
+    """Within it SIGTERM, as a scheduler sends it ahead of the end, lets runs finish their epoch."""
+    before = signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Resume:
@@ -39,11 +54,16 @@ class Resume:
             self._load()
 
     def save(self, last: bool) -> None:
-        """Write the state if it is due, or after the last epoch."""
-        due = last or time.perf_counter() - self.saved > EVERY
+        """Write the state if it is due, or after the last epoch; KeyboardInterrupt after SIGTERM."""
         # Several processes write together, when the clock of the first says so.
-        if self.path is None or not distributed.agree(due):
-            return
+        stop = distributed.agree(stopping.is_set() and not last)
+        due = distributed.agree(last or stop or time.perf_counter() - self.saved > EVERY)
+        if self.path and due:
+            self._write()
+        if stop:
+            raise KeyboardInterrupt
+
+    def _write(self) -> None:
         weights = {key: value.cpu().contiguous() for key, value in self.model.state_dict().items()}
         state = {"name": self.name, "how": self.how, "state_dict": weights}
         state |= {"optimiser": self.optimiser.state_dict()["state"], "rows": self.rows}
