@@ -1,30 +1,27 @@
-r"""Stage 3: find the permutation that maps the source network onto the target, and permute the
-masks.
+"""Stage 3: find the permutation that maps the source onto the target, and permute the masks.
 
-    python align_mask.py --source runs/dense/seed0 --target runs/dense/seed1 \
+    python align_mask.py --source runs/dense/seed0 --target runs/dense/seed1 \\
         --masks runs/imp/seed0 --method activation --out runs/align/activation/seed0-seed1
 
 Methods: `activation` (the paper's: correlation of activations on training images, in one pass),
 `weight` (inner product of the weights, no data), `masked` (weight matching of the pruned source,
 one permutation a sparsity, started from activation matching), and the controls `random` and
-`identity`. The permuted source must compute the same function, or the script raises. Prints a row
-an axis, and writes permutation.pt (for `masked` permutation_0.90.pt, ...) and the permuted masks
-(mask_0.90.pt, ...) with their signs. Called again, it permutes the masks that have come since.
-
-Networks trained elsewhere need a function that builds the module, and two state dicts:
-
-    python align_mask.py --source my_a.pt --target my_b.pt --masks my_a_pruned.pt \
-        --model-fn package.module:function --dataset cifar10 --out aligned
+`identity`. The permuted source must compute the same function, or the script raises. Writes
+permutation.pt (for `masked` permutation_0.90.pt, ...) and the permuted masks (mask_0.90.pt, ...)
+with their signs. Called again, it permutes the masks that have come since. Networks trained
+elsewhere are two state dicts, with `--model-fn package.module:function` to build the module.
 """
 
 import argparse
 import functools
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from common import checkpoint, cli, masking, paths, provenance, runs
@@ -34,7 +31,6 @@ from common.data import Streamed, derived_seed
 from common.runtime.device import pick_device
 
 METHODS = ("activation", "weight", "masked", "random", "identity")
-Entry = dict[str, Any]  # the content of a checkpoint or of a mask file
 
 
 def parse_args() -> argparse.Namespace:
@@ -45,9 +41,7 @@ def parse_args() -> argparse.Namespace:
     add("--masks", type=Path, help="masks folder of the source, from prune_imp.py")
     add("--method", choices=METHODS, default="activation", help="default: %(default)s")
     add("--target-epoch", type=cli.natural, metavar="K", help="of the target (default: its last)")
-    add(
-        "--restarts", type=cli.positive, default=5, help="of weight matching (default: %(default)s)"
-    )
+    add("--restarts", type=cli.positive, default=5, help="of weight matching (default: 5)")
     add("--seed", type=cli.natural, default=0, help="of random choices (default: %(default)s)")
     add("--out", type=Path, required=True, help="folder for the permutation and permuted masks")
     inputs.add_matching(parser)
@@ -71,42 +65,37 @@ def main() -> None:
         read = inputs.load_runs(*files, args.target_epoch, *data)
     source, target, masks, networks, images = read
     how = cli.hyper(args, *inputs.HOW)
-    method = "-".join(
-        [args.method, *(how[k] for k, paper in inputs.HOW.items() if how[k] != paper)]
-    )
+    variant = [how[key] for key, paper in inputs.HOW.items() if how[key] != paper]
     ends = {"source": source["sha256"], "target": target["sha256"]}
     made = {"source_seed": source["seed"], "target_seed": target["seed"]}
-    made |= {"method": method, "match_epoch": target["epoch"]}
-    arguments = cli.hyper(args, "match_images", "restarts", "seed", "tag") | ends | made
-    if args.model_fn:
-        arguments |= cli.hyper(args, "model_fn", "dataset", "image_size", "input_shape")
+    made |= {"method": "-".join([args.method, *variant]), "match_epoch": target["epoch"]}
+    arguments = cli.experiment(args, "masks", "target_epoch", "batch_size", *how) | ends | made
     finished = runs.is_finished(args.out, arguments)
-    missing = {
-        name: mask for name, mask in masks.items() if not inputs.is_permuted(args.out / name, mask)
-    }
+    missing = inputs.not_permuted(masks, args.out)
     if finished and not missing:
         return runs.say_finished(args.out, __file__)
 
-    start = time.perf_counter()
+    start, stamp = time.perf_counter(), provenance.stamp(__file__)
     for network, entry in zip(networks, (source, target)):
         network.load_state_dict(entry["state_dict"])
         network.to(device)
     axes = inputs.free_axes(networks[0], source["model"]["input_shape"])
     names = matching.matched_weights(networks[0])
     a, b = (
-        {name: one["state_dict"][name].to(device) for name in names} for one in (source, target)
+        {name: end["state_dict"][name].to(device) for name in names} for end in (source, target)
     )
 
     @functools.cache
-    def by_activations() -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    def by_activations() -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         data = images()
-        count = args.match_images or cli.MATCH_IMAGES[isinstance(data, Streamed)]
-        size = args.batch_size or cli.MATCH_BATCH[isinstance(data, Streamed)]
+        streamed = isinstance(data, Streamed)
+        count = args.match_images or cli.MATCH_IMAGES[streamed]
+        size = args.batch_size or cli.MATCH_BATCH[streamed]
         batches = (batch for batch, _ in data.eval_batches("train", size, count))
         bar = tqdm(batches, "matching", unit="batch", disable=None, leave=False)
         return matching.match_activations(*networks, axes, bar, **how)
 
-    def find(mask: Entry) -> Entry:
+    def find(mask: dict[str, Tensor]) -> dict[str, Any]:
         """The permutation for a mask, <π(source), target> before and after, and a row an axis."""
         matched, rows = a, None
         if args.method == "activation":
@@ -114,28 +103,25 @@ def main() -> None:
         elif args.method == "weight":
             permutation = matching.match_weights_best(a, b, axes, args.restarts, args.seed)
         elif args.method == "masked":
-            matched = masking.apply(a, mask["mask"])
-            permutation, _ = matching.match_weights(
-                matched, b, axes, by_activations()[0], args.seed
-            )
-        elif args.method == "random":
-            pair = (int(digest, 16) for digest in ends.values())  # or all would have the same
-            permutation = random_permutation(axes, derived_seed(args.seed, *pair))
+            matched, (first, _) = masking.apply(a, mask), by_activations()
+            permutation, _ = matching.match_weights(matched, b, axes, first, args.seed)
+        elif args.method == "random":  # another for every pair
+            pair = zlib.crc32(f"{source['seed']} {target['seed']}".encode())
+            permutation = random_permutation(axes, derived_seed(args.seed, pair))
         else:
             permutation = identity(axes)
         moved = permute(matched, axes.dims, permutation)
-        rows = rows or matching.describe(permutation)
         gain = [matching.objective(weights, b) for weights in (matched, moved)]
+        rows = rows or matching.describe(permutation)
         return {"permutation": permutation, "objective": gain, "rows": rows}
 
-    stamp = provenance.stamp(__file__)
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(4, *source["model"]["input_shape"], generator=generator)
     for name, mask in missing.items():
-        one_each = args.method == "masked"
+        one_each, about = args.method == "masked", ends | made | stamp
         path = paths.permutation_file(args.out, name if one_each else None)
-        about = {"unpermuted": mask["unpermuted"] if one_each else None} | ends | made | stamp
-        found = inputs.reusable(path, about) or find(mask)
+        about["unpermuted"] = mask["unpermuted"] if one_each else None
+        found = inputs.reusable(path, about) or find(mask["mask"])
         permuted = permute(source["state_dict"], axes.dims, found["permutation"])
         difference = check_same_function(networks[0], source["state_dict"], permuted, sample)
         runs.claim(args.out, arguments, __file__)
@@ -154,11 +140,11 @@ def main() -> None:
     # Masks that were permuted earlier took their time, too.
     before = checkpoint.load_json(args.out / "result.json")["seconds"] if finished else 0
     more = {"objective": {name: one["objective"] for name, one in found.items()}}
-    more |= {"seconds": before + time.perf_counter() - start}
+    more["seconds"] = before + time.perf_counter() - start
     runs.finish(args.out, "align_mask", arguments, rows, device, stamp, **more)
 
 
-def show(found: Entry, difference: float) -> None:
+def show(found: dict[str, Any], difference: float) -> None:
     """Print a row an axis, the objective, and how far the permuted network is from the source."""
     print(pd.DataFrame(found["rows"]).to_string(index=False, float_format="{:.3f}".format))
     before, after = found["objective"]

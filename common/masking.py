@@ -193,7 +193,7 @@ def entry(network: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     return kept | {
         "sparsity": sparsity(network["mask"]),
         "sparsity_total": sparsity_total(network["mask"], model),
-        "mask_dataset": network["dataset"]["name"],
+        "mask_dataset": (network["dataset"] or {}).get("name"),
         "source_seed": network["seed"],
         "target_seed": None,
         "method": None,

@@ -21,14 +21,10 @@ from common.models import build_model
 
 HOW = {"match_on": "post", "statistic": "correlation", "stream": "last"}  # the paper's
 
+Entry = dict[str, Any]  # the content of a checkpoint or of a mask file
+Images = Callable[[], Resident | Streamed | None]
 # Source, target, masks by file name, the two modules, and what reads the images.
-Inputs = tuple[
-    dict[str, Any],
-    dict[str, Any],
-    dict[str, dict[str, Any]],
-    list[nn.Module],
-    Callable[[], Resident | Streamed | None],
-]
+Inputs = tuple[Entry, Entry, dict[str, Entry], list[nn.Module], Images]
 
 
 def add_matching(parser: argparse.ArgumentParser) -> None:
@@ -103,9 +99,7 @@ def load_external(
     device: torch.device,
     workers: int,
 ) -> Inputs:
-    """State dicts, and masks in our form or torch.nn.utils.prune's; without `masks_path` those of
-    the source's file.
-    """
+    """State dicts and masks, ours or of torch.nn.utils.prune, by default in the source's file."""
     networks, images = [build(model_fn), build(model_fn)], None
     if dataset:
         images = load_data(dataset, data_dir, image_size, None, device, workers=workers)
@@ -128,8 +122,7 @@ def free_axes(network: nn.Module, input_shape: list[int]) -> Axes:
 
 
 def build(name: str) -> nn.Module:
-    """The module that the function `package.module:function` makes, looked up from the working
-    directory too.
+    """The module that the function `package.module:function` makes, in the working directory too.
 
     Raises UserError when there is no such function, or it makes no module without arguments.
     """
@@ -139,116 +132,88 @@ def build(name: str) -> nn.Module:
     try:
         made = getattr(importlib.import_module(module), function)()
     except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise UserError(
-            f"--model-fn {name}: {error}; write it as package.module:function"
-        ) from error
+        where = "write it as package.module:function"
+        raise UserError(f"--model-fn {name}: {error}; {where}") from error
     if not isinstance(made, nn.Module):
         raise UserError(f"--model-fn {name} made a {type(made).__name__}, not a torch.nn.Module")
     return made
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A state dict, or the one under the key `state_dict`; raises UserError for anything else."""
+def _read(path: Path) -> tuple[dict[str, Tensor], masking.Mask]:
+    """Weights and mask of a state dict, or of the one under the key `state_dict`."""
     content = checkpoint.load(path)
     content = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(
-        isinstance(value, Tensor) for value in content.values()
-    ):
+    if not _tensors(content):
         raise UserError(f"{path} is no state dict: save model.state_dict()")
-    return content
+    return masking.from_prune(content)
 
 
-def load_weights(path: Path, name: str, model: nn.Module, input_shape: list[int]) -> dict[str, Any]:
-    """Read a state dict, or one under the key `state_dict`, as `checkpoint.load_dense` would give
-    it.
+def _tensors(content: Any) -> bool:
+    """Whether this is a dict of tensors."""
+    entries = content.values() if isinstance(content, dict) else [None]
+    return all(isinstance(entry, Tensor) for entry in entries)
 
-    A network pruned by torch.nn.utils.prune is read as what it computes. The seed is the file's
-    name. Raises UserError when the weights do not fit `model`, which the function `name` built.
+
+def load_weights(path: Path, name: str, model: nn.Module, input_shape: list[int]) -> Entry:
+    """Read a state dict as `checkpoint.load_dense` would give it; the seed is the file's name.
+
+    A network pruned by torch.nn.utils.prune is read as what it computes. Raises UserError when the
+    weights do not fit `model`, which the function `name` built.
     """
-    weights, _ = masking.from_prune(_read(path))
-    weights = {
-        name: value.float() if value.is_floating_point() else value
-        for name, value in weights.items()
-    }
-    expected = model.state_dict()
-    for key in expected.keys() | weights.keys():
-        shapes = [
-            tuple(state[key].shape) if isinstance(state.get(key), Tensor) else None
-            for state in (weights, expected)
-        ]
-        if shapes[0] != shapes[1]:
-            raise UserError(
-                f"{path} does not fit {name}: {key} is {shapes[0]} there and {shapes[1]} in the "
-                "module"
-            )
+    weights, _ = _read(path)
+    weights = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+    there, here = (
+        {key: tuple(getattr(value, "shape", ())) for key, value in state.items()}
+        for state in (weights, model.state_dict())
+    )
+    if odd := sorted(key for key in there | here if there.get(key) != here.get(key)):
+        key = odd[0]
+        shapes = f"{key} is {there.get(key)} there and {here.get(key)} in the module"
+        raise UserError(f"{path} does not fit {name}: {shapes}")
     if not all(value.isfinite().all() for value in weights.values()):
         raise UserError(f"the weights of {path} are not finite")
-    about = {
-        "model": {"name": name, "input_shape": input_shape},
-        "dataset": None,
-        "seed": path.stem,
-        "epoch": None,
-    }
-    return about | {"state_dict": weights, "sha256": checkpoint.digest(path)}
+    about = {"model": {"name": name, "input_shape": input_shape}, "dataset": None}
+    about |= {"seed": path.stem, "epoch": None, "sha256": checkpoint.digest(path)}
+    return about | {"state_dict": weights}
 
 
-def load_masks(path: Path, source: dict[str, Any], model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Read masks of the source by the file name that each gets: from a folder of mask_*.pt, or a
-    pruned network.
+def load_masks(path: Path, source: Entry, model: nn.Module) -> dict[str, Entry]:
+    """Masks of the source by the file name that each gets.
 
-    A file of the folder needs no more than `mask`; a single file is a state dict in the form of
-    torch.nn.utils.prune. Raises UserError when there is no mask, or one does not fit.
+    From a folder of mask_*.pt, which need no more than `mask`, or a single state dict in the form
+    of torch.nn.utils.prune. Raises UserError when there is no mask, or one does not fit.
     """
     if path.is_dir():
-        found = {
-            file: checkpoint.load(file, ("mask",))["mask"]
-            for file in sorted(path.glob("mask_*.pt"))
-        }
+        files = paths.mask_files(path)
+        found = {file: checkpoint.load(file, ("mask",))["mask"] for file in files}
     else:
-        _, mask = masking.from_prune(_read(path))
-        found = {path: mask} if mask else {}
+        found = {path: mask} if (mask := _read(path)[1]) else {}
     if not found:
-        raise UserError(
-            f"no masks in {path}: give a folder of mask_*.pt, or a state dict with weight_mask "
-            "entries"
-        )
+        wanted = "give a folder of mask_*.pt, or a state dict with weight_mask entries"
+        raise UserError(f"no masks in {path}: {wanted}")
     masks = {}
     for file, mask in found.items():
-        if (
-            not isinstance(mask, dict)
-            or not mask
-            or not all(isinstance(entry, Tensor) for entry in mask.values())
-        ):
-            raise UserError(
-                f"{file} holds no mask: `mask` must name a bool tensor for each pruned weight"
-            )
+        if not mask or not _tensors(mask):
+            wanted = "`mask` must name a bool tensor for each pruned weight"
+            raise UserError(f"{file} holds no mask: {wanted}")
         masking.check_fits(mask, source["state_dict"], file)
-        sparsity = masking.sparsity(mask)
-        name = file.name if path.is_dir() else paths.mask_file(path, round(sparsity, 4)).name
-        masks[name] = {
-            "mask": mask,
-            "signs": masking.signs(source["state_dict"], list(mask)),
-            "sparsity": sparsity,
-            "sparsity_total": masking.sparsity_total(mask, model),
-            "model": source["model"],
-            "dataset": source["dataset"],
-            "source_seed": source["seed"],
-            "target_seed": None,
-            "method": None,
-            "match_epoch": None,
-            "unpermuted": checkpoint.digest(file),
-            "tag": None,
-        }
+        signs = masking.signs(source["state_dict"], list(mask))
+        network = source | {"mask": mask, "signs": signs, "tag": None}
+        entry = masking.entry(network, model) | {"unpermuted": checkpoint.digest(file)}
+        name = paths.mask_file(path, round(entry["sparsity"], 4)).name
+        masks[file.name if path.is_dir() else name] = entry
     return masks
 
 
-def is_permuted(path: Path, mask: dict[str, Any]) -> bool:
-    """Whether `mask` is permuted at `path` already; a UserError when that is of another mask."""
-    if not path.is_file():
-        return False
-    if checkpoint.load(path).get("unpermuted") != mask["unpermuted"]:
-        raise UserError(f"{path} is a permutation of another mask: choose another --out")
-    return True
+def not_permuted(masks: dict[str, Entry], out: Path) -> dict[str, Entry]:
+    """The masks that have no permuted one in `out`; a UserError when one is of another mask."""
+    missing = {}
+    for name, mask in masks.items():
+        if not (out / name).is_file():
+            missing[name] = mask
+        elif checkpoint.load(out / name).get("unpermuted") != mask["unpermuted"]:
+            raise UserError(f"{out / name} is a permutation of another mask: choose another --out")
+    return missing
 
 
 def reusable(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
@@ -258,8 +223,8 @@ def reusable(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
     found = checkpoint.load(path, ("permutation", "objective", "rows"))
     for key in ("source", "target", "unpermuted", "code"):
         if found.get(key) != about[key]:
+            then_and_now = f"{found.get(key)} then, {about[key]} now"
             raise UserError(
-                f"{path} was made of another {key} ({found.get(key)} then, {about[key]} now): "
-                "choose another --out"
+                f"{path} was made of another {key} ({then_and_now}): choose another --out"
             )
     return found
