@@ -51,17 +51,19 @@ def learning_rates(schedule: str, lr: float, epochs: int, warmup: int = 0) -> li
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Batches, top: tuple[int, ...] = ()) -> list[float]:
+def evaluate(
+    model: nn.Module, batches: Batches, top: tuple[int, ...] = (), precision: str = "fp32"
+) -> list[float]:
     """Mean cross-entropy in nats and accuracy in percent, in evaluation mode, over all processes.
 
-    In fp32, whatever the network trains in, so that no tie of rounded logits decides. For every k
-    in `top` also how often, in percent, the label is among the k largest logits.
+    For every k in `top` also how often, in percent, the label is among the k largest logits.
     """
     model.eval()
     count, loss, right = 0, 0, [0] * (1 + len(top))
     for images, labels in batches:
-        with torch.backends.cudnn.flags(allow_tf32=False, deterministic=True):
-            logits = model(images)
+        with autocast(model, images.device, precision):
+            with torch.backends.cudnn.flags(allow_tf32=False, deterministic=True):
+                logits = model(images).float()
         count += len(labels)
         loss += F.cross_entropy(logits, labels, reduction="sum").double()
         for place, k in enumerate((1, *top)):
@@ -170,7 +172,9 @@ def train(
                 step(*batch)
                 bar.update(batch_size)
             masker.check()
-            test = evaluate(model, data.eval_batches("test"), top)
+            # Final numbers in fp32, as analyses have them: no tie of rounded logits decides.
+            exact = "fp32" if epoch + 1 == last else precision
+            test = evaluate(model, data.eval_batches("test"), top, exact)
             loss, right = distributed.all_reduce_sum(loss_sum, correct)
             row = {
                 "epoch": epoch + 1,

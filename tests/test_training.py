@@ -164,7 +164,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_numbers(tmp_path, masked, net
 
 def test_a_network_trained_in_bf16_is_evaluated_in_fp32():
     data, network = resident(count=32), build_model("resnet20", 0.25, 2, (3, 8, 8), 0)
-    row = train(network, data, [0.05], folder=None, **SETTINGS | {"precision": "bf16"})[-1]
+    row = train(network, data, [0.05] * 2, folder=None, **SETTINGS | {"precision": "bf16"})[-1]
     exact = copy.deepcopy(network).double().eval()(next(data.eval_batches())[0].double())
     loss = nn.functional.cross_entropy(exact, data.test_labels)
     assert row["test_loss"] == pytest.approx(float(loss), rel=1e-5)
