@@ -1,0 +1,99 @@
+"""LAUNCH=slurm of run_all.sh, with stand-ins for SLURM's commands, and with SLURM where it runs."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.test_run_all import command, dry, run_all, values
+
+SETTINGS = {"LAUNCH": "slurm", "PAIRS": "0", "SPARSITY": "0.5 0.8", "SBATCH": "--gres=gpu:1"}
+NAMES = ["dense", "imp", "align", "sparse", "analyses"]
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """Stand-ins: sbatch does its tasks at once, python3 notes its arguments instead of training."""
+    script = 'case "$*" in -c*) ;; *analyze.status*) exec {} "$@" ;; *) echo "$*" >> {} ;; esac'
+    command(tmp_path, "python3", script.format(sys.executable, tmp_path / "log"))
+    command(tmp_path, "squeue", f"cat {tmp_path}/queue 2> /dev/null || :")
+    tasks = 'for i in $(seq "$count"); do SLURM_ARRAY_TASK_ID=$i bash "$0.script"; done'
+    count = 'count=$(echo "$*" | sed "s/.*--array=1-\\([0-9]*\\).*/\\1/")'
+    lines = f'cat > "$0.script"; echo "$*" >> {tmp_path}/jobs; {count}; {tasks}'
+    path = command(tmp_path, "sbatch", f"{lines}; wc -l < {tmp_path}/jobs")
+    return SETTINGS | {"PATH": path, "OUT": str(tmp_path / "runs")}
+
+
+def test_slurm_gets_an_array_job_a_stage_each_after_the_one_before(tmp_path, cluster):
+    done = run_all("quick", **cluster)
+    assert done.returncode == 0, done.stderr
+    jobs = [line.split() for line in (tmp_path / "jobs").read_text().splitlines()]
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == NAMES
+    for number, words in enumerate(jobs):
+        assert {f"--job-name={NAMES[number]}", "--gres=gpu:1", "--requeue"} <= set(words)
+        assert (f"--dependency=afterany:{number}" in words) == (number > 0)
+    expected = dry("quick", **cluster)
+    ran = (tmp_path / "log").read_text().splitlines()
+    assert [line.split() for line in ran] == [
+        [word for word in words[1:] if word] for words in expected
+    ]
+    arms = [words for words in expected if words[1] == "train_sparse.py"]
+    assert [values(words, "--sparsity") for words in arms] == [["0.5"], ["0.8"]] * 3
+
+
+def test_slurm_gets_what_is_missing_and_nothing_twice(tmp_path, cluster):
+    finished = tmp_path / "runs/w2/dense/seed1/result.json"
+    finished.parent.mkdir(parents=True)
+    finished.write_text('{"seconds": 1, "arguments": {"epochs": 9}}')
+    run_all("quick", **cluster)
+    ran = (tmp_path / "log").read_text()
+    assert "--seed 0 " in ran and "--seed 1 " not in ran
+    (tmp_path / "queue").write_text(f"7 {tmp_path} elsewhere\n")
+    assert run_all("quick", **cluster).returncode == 0
+    (tmp_path / "queue").write_text(f"7 {ROOT} {cluster['OUT']}\n")
+    refused = run_all("quick", **cluster)
+    assert refused.returncode == 2 and "has jobs in the queue (7)" in refused.stderr
+
+
+def has_slurm():
+    asked = shutil.which("sinfo") and subprocess.run(["sinfo"], capture_output=True)
+    return bool(asked) and asked.returncode == 0
+
+
+@pytest.mark.skipif(not has_slurm(), reason="needs a running SLURM")
+def test_the_experiment_runs_on_slurm_and_the_same_call_goes_on(tmp_path):
+    flags = "--image-size 8 --limit-train 256 --batch-size 64"
+    settings = {"LAUNCH": "slurm", "MODEL": "mlp", "WIDTHS": "0.25", "PAIRS": "0", "REWIND": "1"}
+    settings |= {"OUT": str(tmp_path), "SBATCH": "--cpus-per-task=1"}
+    settings |= {"DENSE_FLAGS": f"{flags} --epochs 200", "IMP_FLAGS": "--batch-size 64 --epochs 1"}
+    settings |= {"SPARSE_FLAGS": "--batch-size 64 --epochs 3"}
+    settings |= {key: value for key, value in os.environ.items() if key.startswith("SLURM_")}
+
+    def submit():
+        done = run_all("quick", **settings)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def wait(seconds=600):
+        until = time.monotonic() + seconds
+        while subprocess.run(["squeue", "--me", "-h"], capture_output=True, text=True).stdout:
+            assert time.monotonic() < until
+            time.sleep(2)
+
+    first = submit().splitlines()[0].rpartition(" ")[2]
+    while not (tmp_path / "w0.25/dense/seed1/resume.pt").is_file():
+        time.sleep(0.5)
+    subprocess.run(["scancel", f"{first}_2"], check=True)
+    wait()
+    finished = {path.parts[-4] for path in tmp_path.rglob("s0.*/result.json")}
+    assert finished == {"lth"}  # what needs no more than the other network is done
+    assert "stopped" in "".join(path.read_text() for path in (tmp_path / "slurm").glob("dense*"))
+    assert "dense: 1 tasks" in submit().splitlines()[0]
+    wait()
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 1 + 6
+    assert submit().splitlines()[0].startswith("analyses")
+    wait()
