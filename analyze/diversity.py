@@ -7,7 +7,8 @@ an arm in one cell, the networks that IMP left at a sparsity, and the dense ones
 the members, accuracy of the ensemble (mean of the probabilities), disagreement (share of images on
 which two members predict different classes), and the mean over images of the KL divergence (over
 ordered pairs) and the JS divergence (over unordered pairs), in nats (Fort et al. 2020; Evci et al.
-2022). All on the test set; each network's logits are kept beside it. Writes diversity.csv.
+2022). All on the whole test set in fp32; each network's logits are kept beside it. Writes
+diversity.csv.
 """
 
 import itertools
@@ -20,12 +21,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from analyze.lib import style
-from analyze.lib.cache import code_digest
+from analyze.lib import cache, style
+from analyze.lib.networks import build, imp_networks
 from analyze.lib.runs import (
     CELL,
+    SEEDS,
     dense_runs,
-    find_results,
     parse_root,
     readable,
     skipped,
@@ -36,11 +37,9 @@ from analyze.lib.runs import (
 from common import checkpoint, cli, paths
 from common.data import reader
 from common.errors import UserError
-from common.models import build_model
 from common.runtime.device import pick_device
 
 SET = [*CELL, "variant"]  # what the members of an ensemble share
-COLUMNS = ["members", "mean_acc", "std_acc", "ensemble_acc", "disagreement", "kl", "js"]
 
 
 def diversity(logits: list[Tensor], labels: Tensor) -> dict[str, float]:
@@ -63,59 +62,37 @@ def diversity(logits: list[Tensor], labels: Tensor) -> dict[str, float]:
     def differ(one: Tensor, other: Tensor) -> Tensor:
         return (one != other).double().mean()
 
-    values = (
-        len(logs),
-        float(accuracies.mean()),
-        float(accuracies.std()),
-        100 * float((mean.argmax(1) == labels).double().mean()),
-        average(differ, itertools.combinations(guesses, 2)),
-        average(kl, itertools.permutations(logs, 2)),
-        average(js, itertools.combinations(logs, 2)),
-    )
-    return dict(zip(COLUMNS, values))
+    return {
+        "members": len(logs),
+        "mean_acc": float(accuracies.mean()),
+        "std_acc": float(accuracies.std()),
+        "ensemble_acc": 100 * float((mean.argmax(1) == labels).double().mean()),
+        "disagreement": average(differ, itertools.combinations(guesses, 2)),
+        "kl": average(kl, itertools.permutations(logs, 2)),
+        "js": average(js, itertools.combinations(logs, 2)),
+    }
 
 
-def networks(root: Path) -> pd.DataFrame:
+def members(root: Path) -> pd.DataFrame:
     """All finished networks below `root`: cell, variant, seeds and file."""
-    rows = []
-    for run in dense_runs(root).itertuples():
-        last = max(paths.epoch_files(run.folder).values(), default=paths.epoch_file(run.folder, 0))
-        rows.append(
-            (
-                run.model,
-                run.width,
-                run.dataset,
-                0.0,
-                None,
-                variant("dense", tag=run.tag),
-                run.seed,
-                last,
-            )
-        )
-    for run in find_results(root, "prune_imp"):
-        for sparsity, path in paths.imp_files(run["folder"]).items():
-            if (entry := readable(checkpoint.load, path, ("model", "dataset", "seed"))) is None:
-                continue
-            about = (entry["model"]["name"], entry["model"]["width"], entry["dataset"]["name"])
-            rows.append(
-                (
-                    *about,
-                    sparsity,
-                    None,
-                    variant("IMP", tag=entry.get("tag") or ""),
-                    entry["seed"],
-                    path,
-                )
-            )
+    dense = dense_runs(root).rename(columns={"seed": "seeds"}).assign(sparsity=0.0)
+    dense["variant"] = [variant("dense", tag=tag) for tag in dense["tag"]]
+    kept = dense["folder"].map(paths.epoch_files)
+    dense["file"] = [max(files.items(), default=(0, None))[1] for files in kept]
+    imp = pd.DataFrame(imp_networks(root, rounds=False)).rename(columns={"seed": "seeds"})
+    if len(imp):
+        imp["sparsity"] = imp["file"].map(paths.sparsity_of)  # as asked for
+        imp["variant"] = [variant("IMP", tag=tag) for tag in imp["tag"]]
     try:
         sparse = sparse_runs(root)
     except UserError:  # none yet
         sparse = pd.DataFrame()
-    for run, name in zip(sparse.itertuples(), variants(sparse) if len(sparse) else ()):
-        cell = (getattr(run, name) for name in CELL)
-        seeds = f"{run.source_seed}-{run.target_seed}-{run.seed}"
-        rows.append((*cell, name, seeds, paths.final_file(Path(run.path))))
-    found = pd.DataFrame(rows, columns=[*SET, "seeds", "file"])
+    else:
+        sparse["variant"] = variants(sparse)
+        numbers = sparse[[*SEEDS, "seed"]].astype(str)
+        sparse["seeds"] = numbers.agg("-".join, axis=1)
+        sparse["file"] = sparse["path"].map(paths.final_file)
+    found = pd.concat([dense, imp, sparse]).reindex(columns=[*SET, "seeds", "file"])
     twice = found[found.duplicated([*SET, "seeds"])]
     if len(twice):
         file, name = twice[["file", "variant"]].iloc[0]
@@ -125,21 +102,24 @@ def networks(root: Path) -> pd.DataFrame:
     return found
 
 
-@torch.no_grad()
 def predict(path: Path, read: Callable) -> tuple[Tensor, Tensor]:
-    """Logits (images, classes) on the test set and the labels; kept beside the network."""
-    entry = checkpoint.load(path, ("model", "dataset", "state_dict"))
-    made_by = code_digest(__file__), checkpoint.digest(path)[:8]
-    cache = paths.cache_file(path, "logits", *made_by, suffix=".pt")
-    if not cache.is_file():
+    """Logits (images, classes) on the test set and the labels; kept beside the network.
+
+    In fp32, as results.csv has them (common.training.evaluate).
+    """
+
+    @torch.no_grad()
+    def make() -> dict[str, Tensor]:
+        entry = checkpoint.load(path, checkpoint.WEIGHTS)
         data = read(entry["dataset"])
-        model = build_model(**entry["model"]).to(data.device, memory_format=torch.channels_last)
-        model.eval().load_state_dict(entry["state_dict"])
-        parts = [(model(images).float(), labels) for images, labels in data.eval_batches()]
+        model = build(entry, data).eval()
+        with torch.backends.cudnn.flags(allow_tf32=False, deterministic=True):
+            parts = [(model(images), labels) for images, labels in data.eval_batches()]
         logits, labels = (torch.cat(part).cpu() for part in zip(*parts))
-        checkpoint.save({"logits": logits, "labels": labels}, cache)
-    kept = checkpoint.load(cache, ("logits", "labels"))
-    return kept["logits"], kept["labels"]
+        return {"logits": logits, "labels": labels}
+
+    found = cache.kept(cache.place(__file__, "logits", [path], suffix=".pt"), make)
+    return found["logits"], found["labels"]
 
 
 def table(found: pd.DataFrame, read: Callable) -> pd.DataFrame:
@@ -148,13 +128,13 @@ def table(found: pd.DataFrame, read: Callable) -> pd.DataFrame:
     sizes = found.groupby(SET, dropna=False)["file"].transform("size")
     sets = found[sizes > 1].groupby(SET, dropna=False)
     for key, group in tqdm(sets, "sets", unit="set", disable=None):
-        members = [one for path in group["file"] if (one := readable(predict, path, read))]
-        if len(members) < 2:
+        predicted = [one for path in group["file"] if (one := readable(predict, path, read))]
+        if len(predicted) < 2:
             skipped(f"{key[-1]}: a set needs two members")
             continue
-        logits, labels = zip(*members)
+        logits, labels = zip(*predicted)
         rows.append(dict(zip(SET, key)) | diversity(logits, labels[0]))
-    return pd.DataFrame(rows, columns=[*SET, *COLUMNS])
+    return pd.DataFrame(rows)
 
 
 def main() -> None:
@@ -163,7 +143,7 @@ def main() -> None:
     cli.add_data(parser)
     args = parser.parse_args()
     read, root = reader(args.data_dir, pick_device(args.device), args.workers), args.root
-    result = table(networks(root), read)
+    result = table(members(root), read)
     if result.empty:
         raise UserError(f"no two finished networks of the same kind below {root}: train more seeds")
     checkpoint.save_text(result.to_csv(index=False), root / "diversity.csv")
