@@ -48,29 +48,26 @@ def main() -> None:
     root = parse_root(__doc__).parse_args().root
     masks = load_all(root)
     units, layers = [], []
-    for key, entry in masks.items():
-        about, model = dict(zip(MASK, key)), entry["model"]
-        if about["width"] is not None:  # else its module is not known here
-            idle = idle_units(entry["mask"], build_model(**model), model["input_shape"])
-            units.append(about | idle)
-        if entry["target_seed"] is None:
-            layers += [
-                about
-                | {"layer": name, "weights": mask.numel()}
-                | {"layer_sparsity": 1 - int(mask.sum()) / mask.numel()}
-                for name, mask in entry["mask"].items()
-            ]
+    for run in masks.to_dict("records"):
+        about, entry = {key: run[key] for key in MASK}, run["entry"]
+        model, mask = entry["model"], entry["mask"]
+        if "width" in model:  # else its module is not known here
+            units.append(about | idle_units(mask, build_model(**model), model["input_shape"]))
+        for name, layer in mask.items() if run["method"] is None else ():
+            kept = {
+                "weights": layer.numel(),
+                "layer_sparsity": 1 - int(layer.sum()) / layer.numel(),
+            }
+            layers.append(about | {"layer": name} | kept)
     idle = pd.DataFrame(units, columns=[*MASK, *IDLE])
     checkpoint.save_text(pd.DataFrame(layers).to_csv(index=False), root / "layer_sparsity.csv")
     checkpoint.save_text(idle.to_csv(index=False), root / "units.csv")
-    idle = idle[idle["target_seed"].isna()].groupby([*NETWORK, "tag", "sparsity"])
+    idle = idle[idle["method"].isna()].groupby([*NETWORK, "tag", "sparsity"])
     print("hidden units, and those without kept weights into or out of them, mean over IMP's masks")
     print(idle[IDLE].mean().round(1).to_string())
     table = overlaps(masks)
     if table.empty:
-        print(
-            "no target below this folder was pruned: run prune_imp.py on B to see how masks overlap"
-        )
+        print("no target below this folder was pruned: run prune_imp.py on B to see masks overlap")
         return
     checkpoint.save_text(table.to_csv(index=False), root / "masks.csv")
     print("\nweights kept by IMP in B that the mask of A keeps too, in percent; ratio: over chance")
