@@ -88,9 +88,9 @@ def training_rate(
 ) -> float:
     """Images a second of all `models`, side by side, in the second of two epochs.
 
-    The first sets up. The learning rate is 0, which costs what any other does and cannot diverge on images that
-    nothing can be learned from. The second epochs start together, so that none is measured while it
-    has the device to itself. No state is kept, which would weigh much here.
+    The first sets up. The learning rate is 0, which costs what any other does and cannot diverge on
+    images that nothing can be learned from. The second epochs start together, so that none is
+    measured while it has the device to itself. No state is kept, which would weigh much here.
     """
     fork = multiprocessing.get_context("fork")
     together, start = fork.Barrier(len(models)), fork.Value("d")

@@ -22,12 +22,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from analyze.lib import cache, style
-from analyze.lib.networks import build, imp_networks
+from analyze.lib.networks import arguments, build, imp_networks
 from analyze.lib.runs import (
     CELL,
     SEEDS,
     dense_runs,
-    parse_root,
     readable,
     skipped,
     sparse_runs,
@@ -35,9 +34,7 @@ from analyze.lib.runs import (
     variants,
 )
 from common import checkpoint, cli, paths
-from common.data import reader
 from common.errors import UserError
-from common.runtime.device import pick_device
 
 SET = [*CELL, "variant"]  # what the members of an ensemble share
 
@@ -138,12 +135,8 @@ def table(found: pd.DataFrame, read: Callable) -> pd.DataFrame:
 
 
 def main() -> None:
-    parser = parse_root(__doc__)
-    cli.add_device(parser)
-    cli.add_data(parser)
-    args = parser.parse_args()
-    read, root = reader(args.data_dir, pick_device(args.device), args.workers), args.root
-    result = table(members(root), read)
+    args = arguments(__doc__)
+    result, root = table(members(args.root), args.read), args.root
     if result.empty:
         raise UserError(f"no two finished networks of the same kind below {root}: train more seeds")
     checkpoint.save_text(result.to_csv(index=False), root / "diversity.csv")

@@ -10,12 +10,10 @@ import pandas as pd
 from tqdm import tqdm
 
 from analyze.lib import lines, style
-from analyze.lib.networks import IMAGES, imp_networks
-from analyze.lib.runs import parse_root, readable
+from analyze.lib.networks import IMAGES, SEVERAL, arguments, imp_networks
+from analyze.lib.runs import readable
 from common import cli
-from common.data import reader
 from common.errors import UserError
-from common.runtime.device import pick_device
 
 KEY = ["model", "dataset", "tag", "width", "seed", "sparsity"]
 METRICS = ["error_barrier", "loss_barrier"]
@@ -45,18 +43,13 @@ def plot(points: pd.DataFrame, title: str, joined: bool) -> style.Figure:
 
 
 def main() -> None:
-    parser = parse_root(__doc__)
-    add = parser.add_argument
-    add("--points", type=cli.number(int, 3), default=11, help="of the line (default: %(default)s)")
-    add("--images", type=cli.positive, default=IMAGES, help="for REPAIR (default: %(default)s)")
-    cli.add_device(parser)
-    cli.add_data(parser)
-    args = parser.parse_args()
-    read, curves = reader(args.data_dir, pick_device(args.device), args.workers), []
+    points = {"type": SEVERAL, "default": 11, "help": "of the line"}
+    args = arguments(__doc__, points=points, images=IMAGES | {"help": "for REPAIR"})
+    curves = []
     found = imp_networks(args.root, rounds=True)
     for run in tqdm(found, "networks", unit="network", disable=None):
         files = [run.pop("source"), run.pop("file")]
-        curve = readable(lines.curve, files, args.points, args.images, read)
+        curve = readable(lines.curve, files, args.points, args.images, args.read)
         if curve is not None:
             curves.append(curve.assign(**run))
     if not curves:
@@ -79,7 +72,7 @@ def main() -> None:
         when = (
             f"after each of {count} rounds"
             if rounds
-            else "at the asked sparsities, not every round"
+            else "at the asked sparsities, not after every round"
         )
         title = f"dense network to IMP's {when}\n"
         title += f"{model} on {dataset}, {seeds} seed{'s' * (seeds != 1)}"

@@ -14,13 +14,11 @@ import pandas as pd
 from tqdm import tqdm
 
 from analyze.lib import lines, style
-from analyze.lib.networks import IMAGES, alignments
+from analyze.lib.networks import IMAGES, SEVERAL, alignments, arguments
 from analyze.lib.panels import ALPHA, draw_mean, widths
-from analyze.lib.runs import NETWORK, SEEDS, parse_root, readable
+from analyze.lib.runs import NETWORK, SEEDS, readable
 from common import cli, paths
-from common.data import reader
 from common.errors import UserError
-from common.runtime.device import pick_device
 
 MATCH = ["tag", "method", "sparsity", "match_epoch"]
 CURVES = {
@@ -59,19 +57,14 @@ def plot(table: pd.DataFrame, title: str) -> style.Figure:
 
 
 def main() -> None:
-    parser = parse_root(__doc__)
-    add = parser.add_argument
-    add("--points", type=cli.number(int, 3), default=21, help="of the line (default: %(default)s)")
-    add("--images", type=cli.positive, default=IMAGES, help="for REPAIR (default: %(default)s)")
-    cli.add_device(parser)
-    cli.add_data(parser)
-    args = parser.parse_args()
-    read, curves = reader(args.data_dir, pick_device(args.device), args.workers), []
+    points = {"type": SEVERAL, "default": 21, "help": "of the line"}
+    args = arguments(__doc__, points=points, images=IMAGES | {"help": "for REPAIR"})
+    curves = []
     for run in tqdm(alignments(args.root), "pairs", unit="pair", disable=None):
         ends = run["source"], run["target"]
         for kind, between in (("naive", []), ("aligned", [run["permutation"]])):
             files = [ends[0], *between, ends[1]]
-            curve = readable(lines.curve, files, args.points, args.images, read)
+            curve = readable(lines.curve, files, args.points, args.images, args.read)
             if curve is not None:
                 about = {key: run[key] for key in (*NETWORK, *MATCH, *SEEDS)}
                 curves.append(curve.assign(curve=kind, **about))

@@ -22,13 +22,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from analyze.lib import cache, lines, networks, repair, style
-from analyze.lib.runs import CELL, NETWORK, SEEDS, parse_root, readable, sparse_runs
+from analyze.lib.runs import CELL, NETWORK, SEEDS, readable, sparse_runs
 from common import checkpoint, cli, paths
 from common.align.axes import find_axes
 from common.align.permutation import permute
-from common.data import reader
 from common.errors import UserError
-from common.runtime.device import pick_device
 from common.training import evaluate
 
 MARGIN = 0.25  # of the extent of the three networks, on every side
@@ -152,30 +150,21 @@ def triples(root: Path) -> pd.DataFrame:
 
 
 def main() -> None:
-    parser = parse_root(__doc__)
-    add = parser.add_argument
-    add("--grid", type=cli.number(int, 3), default=13, help="points a side (default: %(default)s)")
-    add(
-        "--images",
-        type=cli.positive,
-        default=networks.IMAGES,
-        help="for BatchNorm's statistics and REPAIR (default: %(default)s)",
-    )
-    add("--all", action="store_true", help="every pair of every cell, not one alone")
-    for name, kind in (("width", float), ("sparsity", float), ("rewind", int)):
-        add(f"--{name}", type=kind, help="of the cell (default: the middle one)")
-    cli.add_device(parser)
-    cli.add_data(parser)
-    args = parser.parse_args()
-    read, found = reader(args.data_dir, pick_device(args.device), args.workers), triples(args.root)
-    for name in ("width", "sparsity", "rewind"):
+    flags = {"grid": {"type": networks.SEVERAL, "default": 13, "help": "points a side"}}
+    flags["images"] = networks.IMAGES | {"help": "for BatchNorm's statistics and REPAIR"}
+    flags["all"] = {"action": "store_true", "help": "every pair of every cell, not one alone"}
+    cell = {"width": float, "sparsity": float, "rewind": int}
+    flags |= {name: {"type": kind, "help": "of the cell"} for name, kind in cell.items()}
+    args = networks.arguments(__doc__, **flags)
+    found = triples(args.root)
+    for name in cell:
         if (asked := getattr(args, name)) is not None:
             found = found[found[name] == asked]
     if found.empty:
         raise UserError(f"no permuted network of that cell below {args.root}: see results.csv")
     drawn = 0
     for triple in found.to_dict("records"):
-        if (table := readable(measure, triple, args.grid, args.images, read)) is None:
+        if (table := readable(measure, triple, args.grid, args.images, args.read)) is None:
             continue
         model, width, dataset, sparsity, rewind, source, target, method, epoch = (
             triple[key] for key in [*CELL, *PAIR]

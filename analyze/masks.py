@@ -53,7 +53,7 @@ def main() -> None:
         model, mask = entry["model"], entry["mask"]
         if "width" in model:  # else its module is not known here
             units.append(about | idle_units(mask, build_model(**model), model["input_shape"]))
-        for name, layer in mask.items() if run["method"] is None else ():
+        for name, layer in mask.items() if entry["method"] is None else ():
             kept = {
                 "weights": layer.numel(),
                 "layer_sparsity": 1 - int(layer.sum()) / layer.numel(),

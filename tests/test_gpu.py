@@ -83,7 +83,6 @@ ANALYSES = {
     "imp_barrier": ("--points", 3, "--images", 64),
     "landscape": ("--grid", 3, "--images", 100),
     "diversity": (),
-    "planted": ("--images", 250),
 }
 
 

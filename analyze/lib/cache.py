@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from common import checkpoint, paths, provenance
+from common.errors import UserError
 
 LOOKS = ("style", "panels")  # of figures, which no result depends on
 
@@ -24,7 +25,13 @@ def code_digest(script: str) -> str:
 
 
 def place(script: str, kind: str, files: list[Path], *settings: Any, suffix: str = ".csv") -> Path:
-    """Where what `script` makes of `files` is kept: beside the last of them."""
+    """Where what `script` makes of `files` is kept: beside the last of them.
+
+    Raises UserError when one is missing.
+    """
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"no such file: {file}")
     made_of = "".join(checkpoint.digest(file)[:8] for file in files)
     made_by = code_digest(script), made_of, *settings
     return paths.cache_file(files[-1], kind, *made_by, suffix=suffix)

@@ -1,18 +1,37 @@
 """Networks and permutations below a folder: finding them, and building them to be evaluated."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from analyze.lib.runs import NETWORK, dense_files, find_results, readable, skipped
-from common import checkpoint, masking, paths
-from common.data import Resident, Streamed
+from analyze.lib.runs import NETWORK, dense_files, find_results, parse_root, readable, skipped
+from common import checkpoint, cli, masking, paths
+from common.data import Resident, Streamed, reader
 from common.errors import UserError
 from common.models import build_model
+from common.runtime.device import pick_device
 
-IMAGES = 10_000  # training images for activation statistics, in every analysis
+IMAGES = {"type": cli.positive, "default": 10_000}  # training images for activation statistics
+SEVERAL = cli.number(int, 3)
+
+
+def arguments(doc: str, **flags: dict[str, Any]) -> argparse.Namespace:
+    """The command line of an analysis that evaluates networks: `root`, its flags, and `read`.
+
+    A flag is what argparse's add_argument takes; `read(description)` opens a data set.
+    """
+    parser = parse_root(doc)
+    for name, how in flags.items():
+        how["help"] += " (default: %(default)s)" * ("default" in how)
+        parser.add_argument(f"--{name}", **how)
+    cli.add_device(parser)
+    cli.add_data(parser)
+    args = parser.parse_args()
+    args.read = reader(args.data_dir, pick_device(args.device), args.workers)
+    return args
 
 
 def build(entry: dict[str, Any], data: Resident | Streamed) -> nn.Module:
