@@ -29,7 +29,8 @@ def plot(points: pd.DataFrame, title: str, joined: bool) -> style.Figure:
     figure, axes = style.plt.subplots(2, 1, figsize=(4.6, 5.2), sharex=True)
     for (width, repaired), group in points.groupby(["width", "repair"]):
         line = ("-" if repaired else ":") if joined else ""
-        look = style.width_look(width) | {"linestyle": line, "markersize": 4 if repaired else 2.5}
+        look = {"linestyle": line, "markersize": 4 if repaired else 2.5, "elinewidth": 0.7}
+        look |= style.width_look(width)
         x = 100 * group["sparsity"]
         for axis, metric in zip(axes, METRICS):
             mean, spread = group[f"{metric}_mean"], group[f"{metric}_std"].fillna(0)
@@ -37,7 +38,8 @@ def plot(points: pd.DataFrame, title: str, joined: bool) -> style.Figure:
     for axis, label in zip(axes, LABELS):
         axis.set_ylabel(label)
     axes[1].set_xlabel("sparsity (%)")
-    axes[0].legend()
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2)
     figure.suptitle(title, fontsize=10)
     return figure
 
@@ -63,7 +65,8 @@ def main() -> None:
         two = f"two IMP chains of seed {twice.iloc[0]} lie below {args.root}"
         raise UserError(f"{two}: keep experiments apart")
     for (model, dataset, tag), group in table.groupby(["model", "dataset", "tag"]):
-        seeds, count = group["seed"].nunique(), group["sparsity"].nunique()
+        seeds = group["seed"].nunique()
+        count = group.groupby("width")["sparsity"].nunique().max()
         points = group.groupby(["width", "repair", "sparsity"])[METRICS]
         points = points.agg(["mean", "std", "count"])
         points.columns = ["_".join(column) for column in points.columns]
@@ -74,8 +77,8 @@ def main() -> None:
             if rounds
             else "at the asked sparsities, not after every round"
         )
-        title = f"dense network to IMP's {when}\n"
-        title += f"{model} on {dataset}, {seeds} seed{'s' * (seeds != 1)}"
+        title = f"dense network to IMP's, {model} on {dataset}, {seeds} seed{'s' * (seeds != 1)}"
+        title += f"\n{when}"
         name = f"imp_barrier_{model}_{dataset}" + f"_{tag}" * bool(tag)
         figure = plot(points, title, joined=rounds and count >= FEW)
         style.save(figure, points, args.root / "figures", name)

@@ -115,8 +115,9 @@ def plot(table: pd.DataFrame, title: str) -> style.Figure:
             name, marker = CORNERS[mark.network]
             point = (mark.x, mark.y)
             axis.plot(*point, marker, color="white", markeredgecolor="black", markersize=9)
-            words = {"color": "white", "fontweight": "bold", "ha": "center"}
-            axis.annotate(name, point, (0, 8), textcoords="offset points", **words)
+            box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}
+            look = {"textcoords": "offset points", "ha": "center", "bbox": box}
+            axis.annotate(name, point, (0, 9), **look)
         axis.grid(False)
         axis.set_aspect("equal")
         axis.set_xlabel("distance along π(LTH) to permuted")
@@ -128,7 +129,7 @@ def plot(table: pd.DataFrame, title: str) -> style.Figure:
 def triples(root: Path) -> pd.DataFrame:
     """Files that belong together: of an lth, a permuted, a dense network, a permutation.
 
-    A row a pair of seeds and cell, the middle cell first.
+    A row a cell and pair of seeds.
     """
     runs = sparse_runs(root)
     plain, key = runs[~runs["signs"] & ~runs["fan_in"]], [*CELL, "source_seed", "tag"]
@@ -145,8 +146,7 @@ def triples(root: Path) -> pd.DataFrame:
     found = found[fits & (sparsity.isna() | (sparsity == found["sparsity"]))]
     found = found.assign(lth=found["path_y"].map(paths.final_file))
     found = found.assign(permuted=found["path_x"].map(paths.final_file))
-    cell = found.groupby(CELL).ngroup()
-    return found.assign(distance=(cell - cell.max() / 2).abs()).sort_values(["distance", *PAIR])
+    return found.sort_values([*CELL, *PAIR], ignore_index=True)
 
 
 def main() -> None:
@@ -162,8 +162,10 @@ def main() -> None:
             found = found[found[name] == asked]
     if found.empty:
         raise UserError(f"no permuted network of that cell below {args.root}: see results.csv")
+    number = found.groupby(CELL).ngroup()
+    middle = (number - number.max() / 2).abs().sort_values(kind="stable")
     drawn = 0
-    for triple in found.to_dict("records"):
+    for triple in found.loc[middle.index].to_dict("records"):
         if (table := readable(measure, triple, args.grid, args.images, args.read)) is None:
             continue
         model, width, dataset, sparsity, rewind, source, target, method, epoch = (
