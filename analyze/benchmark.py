@@ -79,6 +79,10 @@ def timed(work: float, run: Callable[[], Any]) -> float:
     return work / (time.perf_counter() - start)
 
 
+def compared(name: str, work: float, ours: Callable, baseline: Callable) -> Row:
+    return name, partial(timed, work, ours), partial(timed, work, baseline)
+
+
 def training_rate(
     models: list[nn.Module],
     data: Resident,
@@ -164,47 +168,48 @@ def large(device: torch.device, *_: object) -> Iterator[Row]:
         yield about, eager, partial(eager, compiled=True)
 
 
+def pair(data: Resident, width: float = 1) -> list[nn.Module]:
+    return [network(data, width, seed).to(data.device) for seed in (0, 1)]
+
+
 def line(device: torch.device, size: int, *_: object) -> Iterator[Row]:
     """Three points of a line, with and without REPAIR, on the same images as test and train."""
     data, alphas = random_images(IMAGES, size, device), (0.0, 0.5, 1.0)
-    model, standard = (network(data, seed=seed).to(device) for seed in (0, 1))
+    model, standard = pair(data)
     ends = [copy.deepcopy(one.state_dict()) for one in (model, standard)]
     model.to(memory_format=torch.channels_last)
     batches = partial(data.eval_batches, "train", lines.BATCH)
     loader = baselines.loader(data, lines.BATCH, train=False)
     ours = partial(lines.metrics_along, model, *ends, alphas, batches, batches)
     theirs = partial(baselines.line_with_repair, standard, ends, alphas, loader, device)
-    rates = (partial(timed, 5 * len(alphas) * IMAGES, run) for run in (ours, theirs))
-    yield f"line with REPAIR, resnet20 x1, {size} px", *rates
+    yield compared(f"line with REPAIR, resnet20 x1, {size} px", 15 * IMAGES, ours, theirs)
 
 
 def matching(device: torch.device, size: int, *_: object) -> Iterator[Row]:
     """One pass against layer by layer."""
     data = random_images(IMAGES, size, device)
-    pair = [network(data, seed=seed).to(device) for seed in (0, 1)]
-    pair = [one.to(memory_format=torch.channels_last) for one in pair]
-    axes = find_axes(pair[0], data.input_shape)
+    ends = [one.to(memory_format=torch.channels_last) for one in pair(data)]
+    axes = find_axes(ends[0], data.input_shape)
 
     def batches() -> Iterator[torch.Tensor]:
         return (x for x, _ in data.eval_batches("train", lines.BATCH))
 
     def ours() -> None:
-        match_activations(*pair, axes, batches())
+        match_activations(*ends, axes, batches())
 
-    theirs = partial(baselines.match_layer_by_layer, *pair, axes, batches)
-    rates = (partial(timed, IMAGES, run) for run in (ours, theirs))
-    yield f"activation matching, resnet20 x1, {size} px, over layer by layer", *rates
+    theirs = partial(baselines.match_layer_by_layer, *ends, axes, batches)
+    yield compared(f"activation matching, resnet20 x1, {size} px", IMAGES, ours, theirs)
 
 
 def weights(device: torch.device, *_: object) -> Iterator[Row]:
     """From the same start, in the same order of axes; rates of whole matchings."""
     data = random_images(1, 32, device)
-    pair = [network(data, 4, seed).to(device) for seed in (0, 1)]
-    axes, names = find_axes(pair[0], data.input_shape), matched_weights(pair[0])
-    ends = [{name: one.state_dict()[name] for name in names} for one in pair]
+    networks = pair(data, 4)
+    axes, names = find_axes(networks[0], data.input_shape), matched_weights(networks[0])
+    ends = [{name: one.state_dict()[name] for name in names} for one in networks]
     methods = (match_weights, baselines.match_weights_every_axis)
-    rates = (partial(timed, 1, partial(method, *ends, axes)) for method in methods)
-    yield "weight matching, resnet20 x4, over the published algorithm", *rates
+    ours, theirs = (partial(method, *ends, axes) for method in methods)
+    yield compared("weight matching, resnet20 x4", 1, ours, theirs)
 
 
 PARTS = {part.__name__: part for part in (training, parallel, large, line, matching, weights)}

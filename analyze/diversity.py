@@ -12,6 +12,7 @@ diversity.csv.
 """
 
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,32 +43,24 @@ SET = [*CELL, "variant"]  # what the members of an ensemble share
 def diversity(logits: list[Tensor], labels: Tensor) -> dict[str, float]:
     """Accuracies in percent, disagreement in [0, 1], KL and JS in nats, of several logits."""
     logs = [F.log_softmax(one.double(), 1) for one in logits]
-    guesses = [one.argmax(1) for one in logs]
-    accuracies = 100 * torch.stack([(guess == labels).double().mean() for guess in guesses])
-    mean = torch.stack([one.exp() for one in logs]).mean(0)
 
-    def kl(p: Tensor, q: Tensor) -> Tensor:
-        return (p.exp() * (p - q)).sum(1).mean()
+    def accuracy(scores: Tensor) -> float:
+        return 100 * float((scores.argmax(1) == labels).double().mean())
 
-    def js(p: Tensor, q: Tensor) -> Tensor:
-        middle = torch.logaddexp(p, q) - torch.tensor(2.0).log()
-        return (kl(p, middle) + kl(q, middle)) / 2
+    def kl(p: Tensor, q: Tensor) -> float:
+        return float((p.exp() * (p - q)).sum(1).mean())
 
-    def average(measure: Callable, pairs: itertools.combinations | itertools.permutations) -> float:
-        return float(torch.stack([measure(*pair) for pair in pairs]).mean())
+    def compare(p: Tensor, q: Tensor) -> dict[str, float]:
+        middle = torch.logaddexp(p, q) - math.log(2)
+        differ = float((p.argmax(1) != q.argmax(1)).double().mean())
+        js = (kl(p, middle) + kl(q, middle)) / 2
+        return {"disagreement": differ, "kl": (kl(p, q) + kl(q, p)) / 2, "js": js}
 
-    def differ(one: Tensor, other: Tensor) -> Tensor:
-        return (one != other).double().mean()
-
-    return {
-        "members": len(logs),
-        "mean_acc": float(accuracies.mean()),
-        "std_acc": float(accuracies.std()),
-        "ensemble_acc": 100 * float((mean.argmax(1) == labels).double().mean()),
-        "disagreement": average(differ, itertools.combinations(guesses, 2)),
-        "kl": average(kl, itertools.permutations(logs, 2)),
-        "js": average(js, itertools.combinations(logs, 2)),
-    }
+    alone = pd.Series([accuracy(one) for one in logs])
+    found = {"members": len(logs), "mean_acc": alone.mean(), "std_acc": alone.std()}
+    found["ensemble_acc"] = accuracy(sum(one.exp() for one in logs))
+    pairs = [compare(*pair) for pair in itertools.combinations(logs, 2)]
+    return found | pd.DataFrame(pairs).mean().to_dict()
 
 
 def members(root: Path) -> pd.DataFrame:

@@ -72,11 +72,9 @@ def main() -> None:
         points.columns = ["_".join(column) for column in points.columns]
         points = points.reset_index()
         rounds = group["rounds"].all()
-        when = (
-            f"after each of {count} rounds"
-            if rounds
-            else "at the asked sparsities, not after every round"
-        )
+        when = "at the asked sparsities, not after every round"
+        if rounds:
+            when = f"after each of {count} rounds"
         title = f"dense network to IMP's, {model} on {dataset}, {seeds} seed{'s' * (seeds != 1)}"
         title += f"\n{when}"
         name = f"imp_barrier_{model}_{dataset}" + f"_{tag}" * bool(tag)

@@ -33,6 +33,11 @@ MARGIN = 0.25  # of the extent of the three networks, on every side
 POINTS = 11  # of the line from π(LTH) to permuted
 CORNERS = {"lth": ("π(LTH)", "o"), "permuted": ("permuted", "^"), "dense": ("π(A)", "*")}
 PAIR = [*SEEDS, "method", "match_epoch"]
+NAME = "landscape_{model}x{width:g}_{dataset}_{method}_s{s}_k{rewind:03d}"
+NAME += "_{source_seed}-{target_seed}_matched{match_epoch}"
+TITLE = "{model} x{width:g} on {dataset}, sparsity {s}, k = {rewind}, "
+TITLE += "seeds {source_seed} and {target_seed}\n"
+TITLE += "loss barrier {barrier:.3f} nats from π(LTH) to permuted, with REPAIR"
 
 
 def plane(corners: list[Tensor]) -> tuple[Tensor, np.ndarray]:
@@ -168,16 +173,12 @@ def main() -> None:
     for triple in found.loc[middle.index].to_dict("records"):
         if (table := readable(measure, triple, args.grid, args.images, args.read)) is None:
             continue
-        model, width, dataset, sparsity, rewind, source, target, method, epoch = (
-            triple[key] for key in [*CELL, *PAIR]
-        )
-        name = f"landscape_{model}x{width:g}_{dataset}_{method}_s{paths.label(sparsity)}"
-        name += f"_k{rewind:03d}_{source}-{target}_matched{epoch}"
+        about = triple | {
+            "s": paths.label(triple["sparsity"]),
+            "barrier": table["loss_barrier"].max(),
+        }
+        name, title = NAME.format(**about), TITLE.format(**about)
         name += f"_{triple['tag']}" * bool(triple["tag"])
-        title = f"{model} x{width:g} on {dataset}, {100 * sparsity:g}% sparse, k = {rewind}"
-        title += f", seeds {source} and {target}"
-        barrier = f"{table['loss_barrier'].max():.3f} nats from π(LTH) to permuted, with REPAIR"
-        title += f"\nloss barrier {barrier}"
         print(title)
         style.save(plot(table, title), table, args.root / "figures", name)
         drawn += 1

@@ -13,6 +13,7 @@ import json
 import math
 import shlex
 import sys
+from collections import defaultdict
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -45,7 +46,6 @@ def runs_of(command: str) -> list[Run]:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     for flag, kind in FLAGS.items():
         parser.add_argument(flag, nargs="+", type=kind, default=[])
-    parser.add_argument("--one-shot", action="store_true")
     flags, _ = parser.parse_known_args(words)
     out, masks = flags.out[0], []
     inputs = flags.dense or flags.target or flags.weights
@@ -54,22 +54,25 @@ def runs_of(command: str) -> list[Run]:
     total = next((load(path)["arguments"]["epochs"] for path in dense), math.nan)
     epochs = flags.epochs[0] if flags.epochs else None
     if stage == "dense":
-        made = [(paths.dense_folder(out, seed), total) for seed in flags.seed]
+        made = {paths.dense_folder(out, seed): total for seed in flags.seed}
     elif stage == "imp":
-        chain = 0 if flags.one_shot else math.ceil(math.log(1 - max(flags.sparsity), 0.8)) - 1
+        rounds = len(flags.sparsity)
+        if "--one-shot" not in words:
+            rounds += math.ceil(math.log(1 - max(flags.sparsity), 0.8)) - 1
         # The paper fine-tunes for a quarter of the epochs.
         each = total - flags.rewind[0] if flags.rewind else epochs or total / 4
-        made = [(folder, each * (chain + len(flags.sparsity))) for folder in flags.out]
+        made = dict.fromkeys(flags.out, rounds * each)
         masks = [paths.mask_file(Path(), sparsity) for sparsity in flags.sparsity]
     elif stage == "align":
-        made = [(out, 1)]
+        made = {out: 1}
         masks = [path.name for path in paths.mask_files(flags.masks[0])]
     else:
         cells = product(flags.sparsity, flags.rewind)
-        made = [(paths.sparse_folder(out, *cell), (epochs or total) - cell[1]) for cell in cells]
+        made = {paths.sparse_folder(out, *cell): (epochs or total) - cell[1] for cell in cells}
+    names = ["result.json", *masks]
     return [
-        Run(stage, group, cost, (folder / "result.json", *(folder / mask for mask in masks)))
-        for folder, cost in made
+        Run(stage, group, cost, tuple(folder / name for name in names))
+        for folder, cost in made.items()
     ]
 
 
@@ -86,16 +89,15 @@ def pace(done: list[Run]) -> float:
 
 def time_left(runs: list[Run]) -> dict[Run, float]:
     """What each run that is missing adds to the time left; NaN where nothing tells."""
-    done = {run for run in runs if all(file.is_file() for file in run.files)}
-    left = {}
-    for group, stage in product({run.group for run in runs}, STAGES.values()):
-        near = [run for run in done if run.group == group]
-        alike = [run for run in near if run.stage == stage]
-        seconds = pace(alike or [run for run in near if run.stage == "dense"])
-        for run in runs:
-            if (run.group, run.stage) == (group, stage) and run not in done:
-                left[run] = run.epochs * seconds
-    return left
+    done, left = defaultdict(list), []
+    for run in runs:
+        if all(file.is_file() for file in run.files):
+            done[run.stage, run.group].append(run)
+        else:
+            left.append(run)
+    keys = {(run.stage, run.group) for run in left}
+    paces = {key: pace(done[key] or done["dense", key[1]]) for key in keys}
+    return {run: run.epochs * paces[run.stage, run.group] for run in left}
 
 
 def duration(seconds: float) -> str:

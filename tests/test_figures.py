@@ -283,9 +283,9 @@ def test_the_report_runs_its_analyses_where_it_was_called(runs, tmp_path, monkey
     (tmp_path / "mine/imp/seed0/mask_0.70.pt").write_bytes(b"broken")
     monkeypatch.chdir(tmp_path)
     made, text = report.run("masks", Path("mine"), [])
-    assert made and "hidden units" in text
+    assert made and "sparsity of layers" in text
     assert "skipped mine/imp/seed0/mask_0.70.pt cannot be read" in text
-    assert (tmp_path / "mine/units.csv").is_file()
+    assert (tmp_path / "mine/layer_sparsity.csv").is_file()
 
 
 def test_the_report_outlives_an_analysis_that_was_killed(tmp_path, monkeypatch):

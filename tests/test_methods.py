@@ -6,9 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from torch import nn
 
-from analyze import masks, methods
+from analyze import methods
 from analyze.lib import cache, lines, networks, overlap
 from analyze.lib.runs import sparse_runs
 from common import masking
@@ -22,17 +21,6 @@ def test_overlap_by_hand():
     # 3 and 4 of 8 are kept, 2 by both; by chance 3 * 4 / 8.
     expected = {"layer": "w", "weights": 8, "kept": 3, "kept_reference": 4}
     assert row == expected | {"shared": 2, "chance": 1.5}
-
-
-def test_idle_units_by_hand():
-    model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
-    first = torch.tensor([True, False, True]).view(3, 1, 1, 1)
-    last = torch.ones(2, 12, dtype=torch.bool)
-    last[:, 4:] = False  # nothing reads the four places of unit 1, nor those of unit 2
-    found = masks.idle_units({"0.weight": first, "3.weight": last}, model, (1, 2, 2))
-    assert found == {"units": 3, "without_inputs": 1, "without_outputs": 2}
-    # A layer that is never pruned keeps everything.
-    assert masks.idle_units({"3.weight": last}, model, (1, 2, 2))["without_inputs"] == 0
 
 
 def align_and_train(root, a, b, name, *flags):
