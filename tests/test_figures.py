@@ -167,8 +167,11 @@ def test_ensembles_are_evaluated_without_tf32_as_runs_are(ends, monkeypatch, tmp
     assert tf32 and not any(tf32)
 
 
-def test_imp_barrier_says_of_which_networks_it_is(runs, tmp_path):
-    root = tmp_path / "runs"
+def test_imp_barrier_says_of_which_networks_it_is(runs, tmp_path, monkeypatch):
+    root, plot, figures = tmp_path / "runs", imp_barrier.plot, []
+    monkeypatch.setattr(
+        imp_barrier, "plot", lambda *a, **b: figures.append(plot(*a, **b)) or figures[-1]
+    )
     shutil.copytree(runs / "dense", root / "dense"), shutil.copytree(runs / "imp", root / "imp")
     flags = ("--points", 3, "--images", 64, *CPU)
     rounds = len(list((root / "imp/seed0").glob("round_*.pt")))
@@ -183,12 +186,8 @@ def test_imp_barrier_says_of_which_networks_it_is(runs, tmp_path):
     assert "at the asked sparsities, not after every round" in out
     table = pd.read_csv(root / "figures/imp_barrier_mlp_glyphs.csv")
     assert table["sparsity"].round(1).tolist() == [0.5, 0.7, 0.5, 0.7]
-    for joined in (True, False):  # two points have no course
-        axis, _ = imp_barrier.plot(table, "", joined).axes
-        drawn = [line.get_linestyle() for line in axis.lines]
-        assert drawn == (
-            ["-" if repaired else ":" for repaired in (False, True)] if joined else 2 * ["None"]
-        )
+    drawn = [[line.get_linestyle() for line in figure.axes[0].lines] for figure in figures]
+    assert drawn == [[":", "-"], ["None", "None"]]  # two points have no course
 
 
 def test_landscape_passes_through_its_three_networks(matched_early):
@@ -214,10 +213,7 @@ def test_landscape_passes_through_its_three_networks(matched_early):
     assert len(drawn("--all")[1]) == 16  # two pairs, two matches, four cells
     assert "s0.70_k000_0-1" in drawn("--sparsity", 0.7, "--rewind", 0)[1][0].stem
     refused(call("analyze.landscape", matched_early, "--rewind", 5), "no permuted network")
-    first = landscape.triples(matched_early).iloc[0]
-    assert "lth/seed0-seed0" in str(first["lth"])
-    line = lines.curve([first["lth"], first["permutation"], first["permuted"]], 11, 100, READ)
-    assert barrier.item() == lines.barriers(line).query("repair")["test"].item()
+    assert "lth/seed0-seed0" in str(landscape.triples(matched_early)["lth"].iloc[0])
 
 
 def test_curves_and_planes_do_not_depend_on_how_many_images_a_device_takes(tmp_path, monkeypatch):
@@ -234,9 +230,13 @@ def test_curves_and_planes_do_not_depend_on_how_many_images_a_device_takes(tmp_p
         for seed, path in enumerate(triple.values()):
             about = {"model": model, "dataset": {}, "seed": seed, "epoch": 0, "permutation": {}}
             checkpoint.save(about | {"state_dict": small_resnet(seed).state_dict()}, path)
+        files = [triple[name] for name in ("lth", "permutation", "permuted")]
         found.append(landscape.measure(triple, 3, 40, lambda _: data))
-        found.append(lines.curve([triple["lth"], triple["permuted"]], 3, 40, lambda _: data))
+        found.append(lines.curve(files, 11, 40, lambda _: data))
     assert found[0].equals(found[2]) and found[1].equals(found[3])
+    repaired = found[1][found[1]["repair"]]
+    barrier = lines.barrier(*repaired[["test_loss", "alpha"]].to_numpy().T)
+    assert found[0]["loss_barrier"].dropna().tolist() == [pytest.approx(barrier)] and barrier > 0
 
 
 def test_a_curve_a_width_needs_no_sparse_run(runs, tmp_path):
