@@ -11,6 +11,7 @@ ordered pairs) and the JS divergence (over unordered pairs), in nats (Fort et al
 diversity.csv.
 """
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable
@@ -65,30 +66,24 @@ def diversity(logits: list[Tensor], labels: Tensor) -> dict[str, float]:
 
 def members(root: Path) -> pd.DataFrame:
     """All finished networks below `root`: cell, variant, seeds and file."""
-    dense = dense_runs(root).rename(columns={"seed": "seeds"}).assign(sparsity=0.0)
-    dense["variant"] = [variant("dense", tag=tag) for tag in dense["tag"]]
+    dense = dense_runs(root).assign(arm="dense", sparsity=0.0)
     kept = dense["folder"].map(paths.epoch_files)
-    dense["file"] = [max(files.items(), default=(0, None))[1] for files in kept]
-    imp = pd.DataFrame(imp_networks(root, rounds=False)).rename(columns={"seed": "seeds"})
-    if len(imp):
-        imp["sparsity"] = imp["file"].map(paths.sparsity_of)  # as asked for
-        imp["variant"] = [variant("IMP", tag=tag) for tag in imp["tag"]]
-    try:
+    dense["file"] = [max(files.items(), default=(0, Path()))[1] for files in kept]
+    imp = pd.DataFrame(imp_networks(root, rounds=False)).assign(arm="IMP")
+    parts = []
+    for part in (dense, imp):
+        if len(part):
+            names = [variant(arm, tag=tag) for arm, tag in zip(part["arm"], part["tag"])]
+            parts.append(part.assign(variant=names, seeds=part["seed"]))
+    with contextlib.suppress(UserError):  # none yet
         sparse = sparse_runs(root)
-    except UserError:  # none yet
-        sparse = pd.DataFrame()
-    else:
-        sparse["variant"] = variants(sparse)
-        numbers = sparse[[*SEEDS, "seed"]].astype(str)
-        sparse["seeds"] = numbers.agg("-".join, axis=1)
-        sparse["file"] = sparse["path"].map(paths.final_file)
-    found = pd.concat([dense, imp, sparse]).reindex(columns=[*SET, "seeds", "file"])
-    twice = found[found.duplicated([*SET, "seeds"])]
+        seeds = sparse[[*SEEDS, "seed"]].astype(str).agg("-".join, axis=1)
+        files = sparse["path"].map(paths.final_file)
+        parts.append(sparse.assign(variant=variants(sparse), seeds=seeds, file=files))
+    found = pd.concat(parts or [dense]).reindex(columns=[*SET, "seeds", "file"])
+    twice = found.loc[found.duplicated([*SET, "seeds"]), "file"]
     if len(twice):
-        file, name = twice[["file", "variant"]].iloc[0]
-        raise UserError(
-            f"{file} repeats the seed of another {name} network: keep experiments apart"
-        )
+        raise UserError(f"{twice.iloc[0]} repeats the seed of another: keep experiments apart")
     return found
 
 

@@ -52,6 +52,8 @@ def measures(run: dict[str, Any]) -> list[dict[str, Any]]:
     a, b = ({name: end["state_dict"][name] for name in names} for end in (source, target))
     permutation = checkpoint.load(run["permutation"], ("permutation",))["permutation"]
     moved, rows = permute(a, dims, permutation), []
+    of_naive = lines.kept_barriers(ends)
+    of_moved = lines.kept_barriers([ends[0], run["permutation"], ends[1]])
     for path in paths.mask_files(run["permutation"].parent):
         sparsity = paths.sparsity_of(path)
         if run["sparsity"] not in (None, sparsity):
@@ -63,8 +65,7 @@ def measures(run: dict[str, Any]) -> list[dict[str, Any]]:
         naive = about | {"method": NAIVE, "match_epoch": None} | cosines(a, unpermuted, b)
         matched = about | {key: entry[key] for key in ("method", "match_epoch")}
         matched |= cosines(moved, entry["mask"], b)
-        rows.append(naive | lines.kept_barriers(ends))
-        rows.append(matched | lines.kept_barriers([ends[0], run["permutation"], ends[1]]))
+        rows += [naive | of_naive, matched | of_moved]
     return rows
 
 

@@ -53,14 +53,14 @@ def imp_networks(root: Path, rounds: bool) -> list[dict[str, Any]]:
         if source is None:
             skipped(f"{run['folder']}: its dense network is not below {root}")
             continue
-        files = paths.imp_files(run["folder"])
         kept = rounds and paths.round_files(run["folder"])
-        for path in (kept or files).values():
+        for sparsity, path in (kept or paths.imp_files(run["folder"])).items():
             if entry := readable(checkpoint.load, path, ("mask", *checkpoint.WEIGHTS)):
                 about = {"model": entry["model"]["name"], "width": entry["model"]["width"]}
                 about |= {"dataset": entry["dataset"]["name"], "tag": entry.get("tag") or ""}
-                about |= {"seed": entry["seed"], "sparsity": masking.sparsity(entry["mask"])}
-                found.append(about | {"rounds": bool(kept), "source": source, "file": path})
+                about |= {"seed": entry["seed"], "source": source, "file": path}
+                reached = masking.sparsity(entry["mask"]) if kept else sparsity
+                found.append(about | {"sparsity": reached, "rounds": bool(kept)})
     return found
 
 
