@@ -134,7 +134,7 @@ def plot(table: pd.DataFrame, title: str) -> style.Figure:
 def triples(root: Path) -> pd.DataFrame:
     """Files that belong together: of an lth, a permuted, a dense network, a permutation.
 
-    A row a cell and pair of seeds.
+    A row a cell and pair of seeds, late matches first.
     """
     runs = sparse_runs(root)
     plain, key = runs[~runs["signs"] & ~runs["fan_in"]], [*CELL, "source_seed", "tag"]
@@ -151,7 +151,8 @@ def triples(root: Path) -> pd.DataFrame:
     found = found[fits & (sparsity.isna() | (sparsity == found["sparsity"]))]
     found = found.assign(lth=found["path_y"].map(paths.final_file))
     found = found.assign(permuted=found["path_x"].map(paths.final_file))
-    return found.sort_values([*CELL, *PAIR], ignore_index=True)
+    order = {"ascending": False, "kind": "stable", "ignore_index": True}
+    return found.sort_values("match_epoch", **order)
 
 
 def main() -> None:

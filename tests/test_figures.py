@@ -169,10 +169,14 @@ def test_ensembles_are_evaluated_without_tf32_as_runs_are(ends, monkeypatch, tmp
 
 def test_imp_barrier_says_of_which_networks_it_is(runs, tmp_path, monkeypatch):
     root, plot, figures = tmp_path / "runs", imp_barrier.plot, []
-    monkeypatch.setattr(
-        imp_barrier, "plot", lambda *a, **b: figures.append(plot(*a, **b)) or figures[-1]
-    )
-    shutil.copytree(runs / "dense", root / "dense"), shutil.copytree(runs / "imp", root / "imp")
+
+    def kept(*arguments, **settings):
+        figures.append(plot(*arguments, **settings))
+        return figures[-1]
+
+    monkeypatch.setattr(imp_barrier, "plot", kept)
+    for part in ("dense", "imp"):
+        shutil.copytree(runs / part, root / part)
     flags = ("--points", 3, "--images", 64, *CPU)
     rounds = len(list((root / "imp/seed0").glob("round_*.pt")))
     assert f"after each of {rounds} rounds" in succeed("analyze.imp_barrier", root, *flags)
@@ -191,24 +195,21 @@ def test_imp_barrier_says_of_which_networks_it_is(runs, tmp_path, monkeypatch):
 
 
 def test_landscape_passes_through_its_three_networks(matched_early):
-    flags = ("--grid", 3, "--images", 100, *CPU)
+    figures, flags = matched_early / "figures", ("--grid", 3, "--images", 100, *CPU)
 
     def drawn(*more):
+        shutil.rmtree(figures, ignore_errors=True)
         out = succeed("analyze.landscape", matched_early, *flags, *more)
-        return out, [
-            Path(line.split()[1][:-1]).with_suffix(".csv")
-            for line in out.splitlines()
-            if "wrote" in line
-        ]
+        return out, [*figures.glob("*.csv")]
 
-    out, (path,) = drawn()  # the first pair of a middle cell
-    assert path.stem == "landscape_mlpx0.03125_glyphs_activation_s0.50_k001_0-1_matched1"
+    out, (path,) = drawn()  # the first pair of a middle cell, matched to B as it ended
+    assert path.stem == "landscape_mlpx0.03125_glyphs_activation_s0.50_k001_0-1_matched3"
     table = pd.read_csv(path)
     assert len(table) == 9 + 3 and table["network"].dropna().tolist() == [*landscape.CORNERS]
     barrier = table.set_index("network")["loss_barrier"].dropna()
     assert barrier.index == ["permuted"] and f"loss barrier {barrier.item():.3f} nats" in out
-    kept, planes = stamps(matched_early, "plane_*"), len(stamps(matched_early, "plane_*"))
-    assert drawn() == (out, [path]) and stamps(matched_early, "plane_*") == kept and planes == 1
+    kept = stamps(matched_early, "plane_*")
+    assert drawn() == (out, [path]) and stamps(matched_early, "plane_*") == kept and len(kept) == 1
     assert table.equals(pd.read_csv(path))
     assert len(drawn("--all")[1]) == 16  # two pairs, two matches, four cells
     assert "s0.70_k000_0-1" in drawn("--sparsity", 0.7, "--rewind", 0)[1][0].stem
