@@ -30,7 +30,7 @@ from analyze.lib import baselines, lines
 from common import checkpoint, cli, masking, provenance
 from common.align.axes import find_axes
 from common.align.matching import match_activations, match_weights, matched_weights
-from common.data import Resident, make_resident
+from common.data import Batches, Resident, make_resident
 from common.errors import UserError
 from common.masking import Mask
 from common.models import build_model
@@ -79,7 +79,7 @@ def timed(work: float, run: Callable[[], Any]) -> float:
     return work / (time.perf_counter() - start)
 
 
-def compared(name: str, work: float, ours: Callable, baseline: Callable) -> Row:
+def timed_row(name: str, work: float, ours: Callable, baseline: Callable) -> Row:
     return name, partial(timed, work, ours), partial(timed, work, baseline)
 
 
@@ -173,16 +173,23 @@ def pair(data: Resident, width: float = 1) -> list[nn.Module]:
 
 
 def line(device: torch.device, size: int, *_: object) -> Iterator[Row]:
-    """Three points of a line, with and without REPAIR, on the same images as test and train."""
+    """Three points of a line, with and without REPAIR, on the same images as test and train.
+
+    The baseline has them from a DataLoader, and its network in NCHW.
+    """
     data, alphas = random_images(IMAGES, size, device), (0.0, 0.5, 1.0)
     model, standard = pair(data)
     ends = [copy.deepcopy(one.state_dict()) for one in (model, standard)]
     model.to(memory_format=torch.channels_last)
-    batches = partial(data.eval_batches, "train", lines.BATCH)
     loader = baselines.loader(data, lines.BATCH, train=False)
-    ours = partial(lines.metrics_along, model, *ends, alphas, batches, batches)
-    theirs = partial(baselines.line_with_repair, standard, ends, alphas, loader, device)
-    yield compared(f"line with REPAIR, resnet20 x1, {size} px", 15 * IMAGES, ours, theirs)
+
+    def loaded() -> Batches:
+        return ((x.to(device), y.to(device)) for x, y in loader)
+
+    resident = partial(data.eval_batches, "train", lines.BATCH)
+    ours = partial(lines.metrics_along, model, *ends, alphas, resident, resident)
+    theirs = partial(lines.metrics_along, standard, *ends, alphas, loaded, loaded)
+    yield timed_row(f"line with REPAIR, resnet20 x1, {size} px", 15 * IMAGES, ours, theirs)
 
 
 def matching(device: torch.device, size: int, *_: object) -> Iterator[Row]:
@@ -198,7 +205,7 @@ def matching(device: torch.device, size: int, *_: object) -> Iterator[Row]:
         match_activations(*ends, axes, batches())
 
     theirs = partial(baselines.match_layer_by_layer, *ends, axes, batches)
-    yield compared(f"activation matching, resnet20 x1, {size} px", IMAGES, ours, theirs)
+    yield timed_row(f"activation matching, resnet20 x1, {size} px", IMAGES, ours, theirs)
 
 
 def weights(device: torch.device, *_: object) -> Iterator[Row]:
@@ -209,7 +216,7 @@ def weights(device: torch.device, *_: object) -> Iterator[Row]:
     ends = [{name: one.state_dict()[name] for name in names} for one in networks]
     methods = (match_weights, baselines.match_weights_every_axis)
     ours, theirs = (partial(method, *ends, axes) for method in methods)
-    yield compared("weight matching, resnet20 x4", 1, ours, theirs)
+    yield timed_row("weight matching, resnet20 x4", 1, ours, theirs)
 
 
 PARTS = {part.__name__: part for part in (training, parallel, large, line, matching, weights)}

@@ -9,7 +9,6 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from analyze.lib.lines import interpolate
 from common.align.axes import trace
 from common.align.matching import Moments, assign, channels_last, objective
 from common.align.permutation import Axes, identity, permute
@@ -49,41 +48,6 @@ def train_epoch(model: nn.Module, batches: DataLoader, device: torch.device) -> 
         loss.backward()
         optimiser.step()
         total += loss.item()
-
-
-@torch.no_grad()
-def line_with_repair(
-    model: nn.Module,
-    ends: list[dict[str, Tensor]],
-    alphas: Iterable[float],
-    batches: DataLoader,
-    device: torch.device,
-) -> list[tuple[float, float]]:
-    """What `lines.metrics_along` measures, on one set of images as both splits."""
-
-    def test() -> tuple[float, float]:
-        model.eval()
-        loss = correct = 0.0
-        for x, y in batches:
-            logits = model(x.to(device))
-            loss += F.cross_entropy(logits, y.to(device), reduction="sum").item()
-            correct += (logits.argmax(1).cpu() == y).sum().item()
-        images = len(batches.dataset)
-        return loss / images, 100 * correct / images
-
-    rows = []
-    for alpha in alphas:
-        model.load_state_dict(interpolate(*ends, alpha))
-        rows += [test(), test()]
-        for norm in model.modules():
-            if isinstance(norm, nn.BatchNorm2d):
-                norm.reset_running_stats()
-                norm.momentum = None
-        model.train()
-        for x, _ in batches:
-            model(x.to(device))
-        rows += [test(), test()]
-    return rows
 
 
 def match_layer_by_layer(
