@@ -7,20 +7,20 @@ For every alignment below the folder: loss and accuracy of (1 - alpha) A + alpha
 that REPAIR uses. The barrier is the largest excess of the loss over the line between the endpoints'
 losses (paper, equation 3); it stands in the legend, as a mean over pairs. Writes
 figures/interpolation_* (with several widths also one panel with a curve a width) and, so that a
-second call is quick, line_*.csv beside the permutation (for A itself beside B's weights).
+second call is quick, line_*.csv beside B's weights.
 """
 
 import pandas as pd
 from tqdm import tqdm
 
 from analyze.lib import lines, style
+from analyze.lib.networks import IMAGES, SEVERAL, alignments, arguments
 from analyze.lib.panels import ALPHA, draw_mean, widths
-from analyze.lib.runs import NETWORK, SEEDS, parse_root, readable
+from analyze.lib.runs import NETWORK, SEEDS, readable
 from common import cli, paths
-from common.data import reader
 from common.errors import UserError
-from common.runtime.device import pick_device
 
+MATCH = ["tag", "method", "sparsity", "match_epoch"]
 CURVES = {
     ("naive", False): {"label": "A to B", "color": "#D55E00", "linestyle": ":"},
     ("naive", True): {"label": "A to B, REPAIR", "color": "#D55E00", "marker": "s"},
@@ -29,28 +29,13 @@ CURVES = {
 }
 
 
-def barriers(table: pd.DataFrame) -> pd.DataFrame:
-    """A row a curve: its barriers in test and training loss."""
-
-    def of_one(rows: pd.DataFrame) -> pd.Series:
-        alphas = rows["alpha"].to_numpy()
-        return pd.Series(
-            {
-                split: lines.barrier(rows[f"{split}_loss"].to_numpy(), alphas)
-                for split in ("test", "train")
-            }
-        )
-
-    columns = ["alpha", "test_loss", "train_loss"]
-    return table.groupby(["width", "curve", "repair", *SEEDS])[columns].apply(of_one).reset_index()
-
-
 def plot(table: pd.DataFrame, title: str) -> style.Figure:
     """A column of panels a width: test loss above, accuracy below, barriers in the legend."""
     widths = sorted(table["width"].unique())
     size = (0.6 + 3.4 * len(widths), 6.2)
     figure, axes = style.plt.subplots(2, len(widths), figsize=size, squeeze=False, sharex=True)
-    means = barriers(table).groupby(["width", "curve", "repair"])[["test", "train"]].mean()
+    found = lines.barriers(table, ["width", "curve", *SEEDS])
+    means = found.groupby(["width", "curve", "repair"])[["test", "train"]].mean()
     for (above, below), width in zip(axes.T, widths):
         here = table[table["width"] == width]
         for (kind, repaired), look in CURVES.items():
@@ -72,26 +57,21 @@ def plot(table: pd.DataFrame, title: str) -> style.Figure:
 
 
 def main() -> None:
-    parser = parse_root(__doc__)
-    add = parser.add_argument
-    add("--points", type=cli.number(int, 3), default=21, help="of the line (default: %(default)s)")
-    add("--images", type=cli.positive, default=10_000, help="for REPAIR (default: %(default)s)")
-    cli.add_device(parser)
-    cli.add_data(parser)
-    args = parser.parse_args()
-    read, tables = reader(args.data_dir, pick_device(args.device), args.workers), []
-    keys = [*NETWORK, "tag", "method", "sparsity", "match_epoch"]
-    for run in tqdm(lines.alignments(args.root), "pairs", unit="pair", disable=None):
-        for kind in ("naive", "aligned"):
-            curve = readable(lines.curve, run, kind, args.points, args.images, read)
+    points = {"type": SEVERAL, "default": 21, "help": "of the line"}
+    args = arguments(__doc__, points=points, images=IMAGES | {"help": "for REPAIR"})
+    curves = []
+    for run in tqdm(alignments(args.root), "pairs", unit="pair", disable=None):
+        ends = run["source"], run["target"]
+        for kind, between in (("naive", []), ("aligned", [run["permutation"]])):
+            files = [ends[0], *between, ends[1]]
+            curve = readable(lines.curve, files, args.points, args.images, args.read)
             if curve is not None:
-                tables.append(
-                    curve.assign(curve=kind, **{key: run[key] for key in [*keys, *SEEDS]})
-                )
-    if not tables:
+                about = {key: run[key] for key in (*NETWORK, *MATCH, *SEEDS)}
+                curves.append(curve.assign(curve=kind, **about))
+    if not curves:
         raise UserError(f"no alignment below {args.root} could be measured (see above)")
-    keys.remove("width")
-    for key, group in pd.concat(tables, ignore_index=True).groupby(keys, dropna=False):
+    found = pd.concat(curves, ignore_index=True)
+    for key, group in found.groupby(["model", "dataset", *MATCH], dropna=False):
         model, dataset, tag, method, sparsity, epoch = key
         if pd.notna(sparsity):  # a permutation for one sparsity
             method += f"_{paths.label(sparsity)}"
@@ -103,9 +83,10 @@ def main() -> None:
         style.save(plot(group, title), group, folder, f"interpolation_{name}")
         if group["width"].nunique() > 1:
             style.save(widths(group, title), group, folder, f"interpolation_widths_{name}")
-        found = barriers(group).groupby(["width", "curve", "repair"])[["test", "train"]]
         print(f"barriers in loss (nats), {model} on {dataset}, {method} at epoch {epoch}")
-        print(found.agg(["mean", "std", "count"]).round(3).to_string())
+        heights = lines.barriers(group, ["width", "curve", *SEEDS])
+        heights = heights.groupby(["width", "curve", "repair"])[["test", "train"]]
+        print(heights.agg(["mean", "std", "count"]).round(3).to_string())
 
 
 if __name__ == "__main__":

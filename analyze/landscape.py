@@ -2,12 +2,13 @@
 
     python -m analyze.landscape runs/quick
 
-For every pair of seeds, sparsity and rewind epoch that has an LTH and a permuted network: π(LTH),
-the permuted network, and π(A), the dense source, all in the frame of B. The plane lies in weight
-space, with orthonormal axes; BatchNorm statistics are recomputed at each point. Filled contours of
-the test loss and of the 0-1 loss, the three networks marked; a plane is kept beside its permuted
-network. Draws the first pair of each (network, sparsity, rewind epoch); --all draws every pair.
-Writes figures/landscape_*.
+For a pair of seeds, sparsity and rewind epoch that has an LTH and a permuted network: π(LTH), the
+permuted network, and π(A), the dense source, all in the frame of B. The plane lies in weight space,
+with orthonormal axes; every point is evaluated on all test images, after BatchNorm statistics were
+recomputed. Filled contours of the test loss and of the 0-1 loss, the three networks marked. The
+barrier between π(LTH) and the permuted network, with REPAIR, is in the title and the CSV. Draws the
+first pair of the middle cell, or of the one asked for; --all draws every pair of every cell. Writes
+figures/landscape_*; planes and lines are kept beside the permuted network.
 """
 
 from collections.abc import Callable
@@ -20,22 +21,23 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from analyze.lib import repair, style
-from analyze.lib.cache import code_digest, kept
-from analyze.lib.lines import alignments
-from analyze.lib.runs import CELL, SEEDS, parse_root, readable, sparse_runs
+from analyze.lib import cache, lines, networks, repair, style
+from analyze.lib.runs import CELL, NETWORK, SEEDS, readable, sparse_runs
 from common import checkpoint, cli, paths
 from common.align.axes import find_axes
 from common.align.permutation import permute
-from common.data import Resident, Streamed, reader
 from common.errors import UserError
-from common.models import build_model
-from common.runtime.device import pick_device
 from common.training import evaluate
 
 MARGIN = 0.25  # of the extent of the three networks, on every side
+POINTS = 11  # of the line from π(LTH) to permuted
 CORNERS = {"lth": ("π(LTH)", "o"), "permuted": ("permuted", "^"), "dense": ("π(A)", "*")}
-PAIR = [*SEEDS, "method", "match_epoch", "tag"]
+PAIR = [*SEEDS, "method", "match_epoch"]
+NAME = "landscape_{model}x{width:g}_{dataset}_{method}_s{s}_k{rewind:03d}"
+NAME += "_{source_seed}-{target_seed}_matched{match_epoch}"
+TITLE = "{model} x{width:g} on {dataset}, sparsity {s}, k = {rewind}, "
+TITLE += "seeds {source_seed} and {target_seed}\n"
+TITLE += "loss barrier {barrier:.3f} nats from π(LTH) to permuted, with REPAIR"
 
 
 def plane(corners: list[Tensor]) -> tuple[Tensor, np.ndarray]:
@@ -51,7 +53,7 @@ def plane(corners: list[Tensor]) -> tuple[Tensor, np.ndarray]:
     if not rest.norm() > 1e-9 * across.norm():
         raise ValueError("the three networks lie on one line")
     directions = torch.stack([x, rest / rest.norm()])
-    return directions, (torch.stack([0 * along, along, across]) @ directions.T).numpy()
+    return directions, (torch.stack([0 * along, along, across]) @ directions.T).cpu().numpy()
 
 
 def grid(points: np.ndarray, resolution: int) -> tuple[np.ndarray, np.ndarray]:
@@ -62,39 +64,42 @@ def grid(points: np.ndarray, resolution: int) -> tuple[np.ndarray, np.ndarray]:
     return xs, ys
 
 
-def measure(
-    model: nn.Module,
-    states: list[dict[str, Tensor]],
-    data: Resident | Streamed,
-    resolution: int,
-    images: int,
-) -> pd.DataFrame:
-    """Test loss in nats and error in percent on the grid, a row a point, and a row a corner.
+def measure(triple: dict[str, Any], resolution: int, images: int, read: Callable) -> pd.DataFrame:
+    """Test loss in nats and error in percent on the grid, a row a point, and a row a network.
 
-    `images` test images are evaluated at a point, after as many training images gave the BatchNorm
-    statistics.
+    The row of the permuted network has the loss barrier between π(LTH) and it.
     """
-    names = [name for name, _ in model.named_parameters()]
-    vectors = [torch.cat([state[name].flatten() for name in names]) for state in states]
-    directions, corners = plane(vectors)
-    xs, ys = grid(corners, resolution)
-    origin, directions = vectors[0].double().to(data.device), directions.to(data.device)
-    model.load_state_dict(states[0])
-    test = list(data.eval_batches("test", limit=images))
-    calibration = []
-    if repair.has_batch_norm(model):
-        calibration = [batch for batch, _ in data.eval_batches("train", limit=images)]
-    rows = []
-    points = [(x, y) for y in ys for x in xs]
-    for x, y in tqdm(points, "plane", unit="point", disable=None, leave=False):
-        weights = origin + x * directions[0] + y * directions[1]
-        nn.utils.vector_to_parameters(weights.float(), model.parameters())
-        if calibration:
-            repair.recompute_batch_norm(model, calibration)
-        loss, accuracy = evaluate(model, test)
-        rows.append({"x": x, "y": y, "test_loss": loss, "test_error": 100 - accuracy})
-    marks = pd.DataFrame(corners, columns=["x", "y"]).assign(network=[*CORNERS])
-    return pd.concat([pd.DataFrame(rows), marks])
+    files = [triple[name] for name in ("lth", "permutation", "permuted")]
+
+    def make() -> pd.DataFrame:
+        entries = {name: checkpoint.load(triple[name], checkpoint.WEIGHTS) for name in CORNERS}
+        permutation = checkpoint.load(triple["permutation"], ("permutation",))["permutation"]
+        data = read(entries["permuted"]["dataset"])
+        model = networks.build(entries["permuted"], data)
+        dims, vectors = find_axes(model, data.input_shape).dims, []
+        for name, entry in entries.items():
+            moved = permute(entry["state_dict"], dims, {} if name == "permuted" else permutation)
+            weights = [moved[name].flatten() for name, _ in model.named_parameters()]
+            vectors.append(torch.cat(weights).to(data.device))
+        directions, corners = plane(vectors)
+        xs, ys = grid(corners, resolution)
+        rows = []
+        points = [(x, y) for y in ys for x in xs]
+        for x, y in tqdm(points, "plane", unit="point", disable=None, leave=False):
+            weights = vectors[0].double() + x * directions[0] + y * directions[1]
+            nn.utils.vector_to_parameters(weights.float(), model.parameters())
+            if repair.has_batch_norm(model):
+                train = data.eval_batches("train", lines.BATCH, images)
+                repair.recompute_batch_norm(model, (batch for batch, _ in train))
+            loss, accuracy = evaluate(model, data.eval_batches("test", lines.BATCH))
+            rows.append({"x": x, "y": y, "test_loss": loss, "test_error": 100 - accuracy})
+        marks = pd.DataFrame(corners, columns=["x", "y"]).assign(network=[*CORNERS])
+        return pd.concat([pd.DataFrame(rows), marks])
+
+    place = cache.place(__file__, "plane", [triple["dense"], *files], resolution, images)
+    table, line = cache.kept(place, make), lines.curve(files, POINTS, images, read)
+    barrier = lines.barriers(line).set_index("repair").loc[True, "test"]
+    return table.assign(loss_barrier=table["network"].map({"permuted": barrier}))
 
 
 def plot(table: pd.DataFrame, title: str) -> style.Figure:
@@ -115,8 +120,9 @@ def plot(table: pd.DataFrame, title: str) -> style.Figure:
             name, marker = CORNERS[mark.network]
             point = (mark.x, mark.y)
             axis.plot(*point, marker, color="white", markeredgecolor="black", markersize=9)
-            words = {"color": "white", "fontweight": "bold", "ha": "center"}
-            axis.annotate(name, point, (0, 8), textcoords="offset points", **words)
+            box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}
+            look = {"textcoords": "offset points", "ha": "center", "bbox": box}
+            axis.annotate(name, point, (0, 9), **look)
         axis.grid(False)
         axis.set_aspect("equal")
         axis.set_xlabel("distance along π(LTH) to permuted")
@@ -125,85 +131,62 @@ def plot(table: pd.DataFrame, title: str) -> style.Figure:
     return figure
 
 
-def triples(root: Path) -> list[dict[str, Any]]:
-    """Files that belong together: of an lth, a permuted, a dense network, a permutation."""
+def triples(root: Path) -> pd.DataFrame:
+    """Files that belong together: of an lth, a permuted, a dense network, a permutation.
+
+    A row a cell and pair of seeds, late matches first.
+    """
     runs = sparse_runs(root)
-    plain = runs[~runs["signs"] & ~runs["fan_in"]]
-    lth = plain.loc[plain["arm"] == "lth", [*CELL, "source_seed", "tag", "path"]]
-    lth = lth.drop_duplicates([*CELL, "source_seed", "tag"])
-    permuted = plain[(plain["arm"] == "permuted") & plain["match_epoch"].notna()]
-    pairs = permuted.merge(lth, on=[*CELL, "source_seed", "tag"], suffixes=("", "_lth"))
-    aligned, found = alignments(root), []
-    for run in pairs.astype({"match_epoch": int}).to_dict("records"):
-        for alignment in aligned:
-            same = all(alignment[key] == run[key] for key in [*CELL[:3], *PAIR[:-1]])
-            same &= alignment["tag"] in ("", run["tag"].split(" ")[0])
-            if same and alignment["sparsity"] in (None, run["sparsity"]):
-                files = {
-                    "lth": paths.final_file(run["path_lth"]),
-                    "permuted": paths.final_file(run["path"]),
-                    "dense": alignment["source"],
-                    "permutation": alignment["path"],
-                }
-                about = {key: run[key] for key in [*CELL, *PAIR]}
-                found.append(about | files)
-    if not found:
+    plain, key = runs[~runs["signs"] & ~runs["fan_in"]], [*CELL, "source_seed", "tag"]
+    lth = plain[plain["arm"] == "lth"].drop_duplicates(key)
+    permuted = plain[plain["arm"] == "permuted"].dropna(subset="match_epoch")
+    pairs = permuted.astype({"match_epoch": int}).merge(lth[[*key, "path"]], on=key)
+    if pairs.empty:
         two = f"no permuted network with LTH's beside it below {root}"
         raise UserError(f"{two}: run train_sparse.py for both")
-    return found
-
-
-def table(triple: dict[str, Any], resolution: int, images: int, read: Callable) -> pd.DataFrame:
-    """The kept or else measured plane of three networks."""
-    keys = ("model", "dataset", "state_dict")
-    entries = {name: checkpoint.load(triple[name], keys) for name in CORNERS}
-    permutation = checkpoint.load(triple["permutation"], ("permutation",))["permutation"]
-    digests = "".join(checkpoint.digest(triple[name])[:4] for name in (*CORNERS, "permutation"))
-    made_by = (code_digest(__file__), digests, resolution, images)
-
-    def make() -> pd.DataFrame:
-        data = read(entries["permuted"]["dataset"])
-        model = build_model(**entries["dense"]["model"])
-        model.to(data.device, memory_format=torch.channels_last)
-        dims = find_axes(model, data.input_shape).dims
-        states = [
-            entry["state_dict"]
-            if name == "permuted"
-            else permute(entry["state_dict"], dims, permutation)
-            for name, entry in entries.items()
-        ]
-        return measure(model, states, data, resolution, images)
-
-    return kept(paths.cache_file(triple["permuted"], "plane", *made_by), make)
+    aligned = pd.DataFrame(networks.alignments(root)).rename(columns={"source": "dense"})
+    found = pairs.merge(aligned, on=[*NETWORK, *PAIR], suffixes=("", "_aligned"))
+    tag, sparsity = found["tag_aligned"], found["sparsity_aligned"]
+    fits = (tag == "") | (tag == found["tag"].str.split(" ").str[0])
+    found = found[fits & (sparsity.isna() | (sparsity == found["sparsity"]))]
+    found = found.assign(lth=found["path_y"].map(paths.final_file))
+    found = found.assign(permuted=found["path_x"].map(paths.final_file))
+    order = {"ascending": False, "kind": "stable", "ignore_index": True}
+    return found.sort_values("match_epoch", **order)
 
 
 def main() -> None:
-    parser = parse_root(__doc__)
-    add = parser.add_argument
-    add("--grid", type=cli.number(int, 3), default=21, help="points a side (default: %(default)s)")
-    add(
-        "--images", type=cli.positive, default=2000, help="evaluated a point (default: %(default)s)"
-    )
-    add("--all", action="store_true", help="every pair of seeds, not the first of each cell")
-    cli.add_device(parser)
-    cli.add_data(parser)
-    args = parser.parse_args()
-    read, drawn = reader(args.data_dir, pick_device(args.device), args.workers), set()
-    for triple in triples(args.root):
-        cell = tuple(triple[name] for name in [*CELL, *PAIR[2:]])
-        if cell in drawn and not args.all:
+    flags = {"grid": {"type": networks.SEVERAL, "default": 13, "help": "points a side"}}
+    flags["images"] = networks.IMAGES | {"help": "for BatchNorm's statistics and REPAIR"}
+    flags["all"] = {"action": "store_true", "help": "every pair of every cell, not one alone"}
+    cell = {"width": float, "sparsity": float, "rewind": int}
+    flags |= {name: {"type": kind, "help": "of the cell"} for name, kind in cell.items()}
+    args = networks.arguments(__doc__, **flags)
+    found = triples(args.root)
+    for name in cell:
+        if (asked := getattr(args, name)) is not None:
+            found = found[found[name] == asked]
+    if found.empty:
+        raise UserError(f"no permuted network of that cell below {args.root}: see results.csv")
+    number = found.groupby(CELL).ngroup()
+    middle = (number - number.max() / 2).abs().sort_values(kind="stable")
+    drawn = 0
+    for triple in found.loc[middle.index].to_dict("records"):
+        if (table := readable(measure, triple, args.grid, args.images, args.read)) is None:
             continue
-        if (points := readable(table, triple, args.grid, args.images, read)) is None:
-            continue
-        drawn.add(cell)
-        model, width, dataset, sparsity, rewind, source, target, method, epoch, tag = (
-            triple[key] for key in [*CELL, *PAIR]
-        )
-        name = f"landscape_{model}x{width:g}_{dataset}_{method}_s{paths.label(sparsity)}"
-        name += f"_k{rewind:03d}_{source}-{target}_matched{epoch}" + f"_{tag}" * bool(tag)
-        title = f"{model} x{width:g} on {dataset}, {100 * sparsity:g}% sparse, k = {rewind}"
-        title += f", seeds {source} and {target}"
-        style.save(plot(points, title), points, args.root / "figures", name)
+        about = triple | {
+            "s": paths.label(triple["sparsity"]),
+            "barrier": table["loss_barrier"].max(),
+        }
+        name, title = NAME.format(**about), TITLE.format(**about)
+        name += f"_{triple['tag']}" * bool(triple["tag"])
+        print(title)
+        style.save(plot(table, title), table, args.root / "figures", name)
+        drawn += 1
+        if not args.all:
+            break
+    if not drawn:
+        raise UserError(f"no plane below {args.root} could be measured (see above)")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from analyze.lib import overlap
-from analyze.lib.lines import alignments, kept_barriers
+from analyze.lib import lines, overlap
+from analyze.lib.networks import alignments
 from analyze.lib.runs import NETWORK, SEEDS, parse_root, readable, sparse_runs, variants
 from analyze.lib.statistics import summary
 from common import checkpoint, cli, masking, paths
@@ -24,6 +24,7 @@ from common.align.axes import find_axes
 from common.align.matching import matched_weights, objective
 from common.align.permutation import inverse, permute
 from common.errors import UserError
+from common.masking import Mask
 from common.models import build_model
 
 NAIVE = "naive"
@@ -35,34 +36,36 @@ def cosine(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return objective(one, other) / np.sqrt(objective(one, one) * objective(other, other))
 
 
+def cosines(weights: dict[str, Tensor], mask: Mask, target: dict[str, Tensor]) -> dict[str, float]:
+    """Of weights, and of those that a mask keeps, with the target's."""
+    kept = masking.apply(weights, mask)
+    return {"cosine": cosine(weights, target), "masked_cosine": cosine(kept, target)}
+
+
 def measures(run: dict[str, Any]) -> list[dict[str, Any]]:
     """A row of the method and one of naive for every mask that a permutation moved."""
-    source, target = (
-        checkpoint.load(run[role], checkpoint.WEIGHTS) for role in ("source", "target")
-    )
+    ends = [run["source"], run["target"]]
+    source, target = (checkpoint.load(path, checkpoint.WEIGHTS) for path in ends)
     model = build_model(**target["model"])
     dims = find_axes(model, target["model"]["input_shape"]).dims
     names = matched_weights(model)
     a, b = ({name: end["state_dict"][name] for name in names} for end in (source, target))
-    permutation = checkpoint.load(run["path"], ("permutation",))["permutation"]
-    moved = permute(a, dims, permutation)
-    barriers = {kind: kept_barriers(run, kind) for kind in ("naive", "aligned")}
-    rows = []
-    for path in paths.mask_files(run["path"].parent):
+    permutation = checkpoint.load(run["permutation"], ("permutation",))["permutation"]
+    moved, rows = permute(a, dims, permutation), []
+    of_naive = lines.kept_barriers(ends)
+    of_moved = lines.kept_barriers([ends[0], run["permutation"], ends[1]])
+    for path in paths.mask_files(run["permutation"].parent):
         sparsity = paths.sparsity_of(path)
         if run["sparsity"] not in (None, sparsity):
             continue
-        mask = checkpoint.load(path, checkpoint.MASKS)
-        unpermuted = permute(mask["mask"], dims, inverse(permutation))
-        about = {key: run[key] for key in (*NETWORK, *SEEDS, "match_epoch")}
-        about |= {"sparsity": sparsity, "tag": mask.get("tag") or ""}
-        for method, kind, weights, kept in (
-            (mask["method"], "aligned", moved, mask["mask"]),
-            (NAIVE, "naive", a, unpermuted),
-        ):
-            row = about | {"method": method, "cosine": cosine(weights, b)}
-            row["masked_cosine"] = cosine(masking.apply(weights, kept), b)
-            rows.append(row | barriers[kind])
+        entry = checkpoint.load(path, checkpoint.MASKS)
+        unpermuted = permute(entry["mask"], dims, inverse(permutation))
+        about = {key: run[key] for key in (*NETWORK, *SEEDS)}
+        about |= {"tag": entry.get("tag") or "", "sparsity": sparsity}
+        naive = about | {"method": NAIVE, "match_epoch": None} | cosines(a, unpermuted, b)
+        matched = about | {key: entry[key] for key in ("method", "match_epoch")}
+        matched |= cosines(moved, entry["mask"], b)
+        rows += [naive | of_naive, matched | of_moved]
     return rows
 
 
@@ -71,52 +74,38 @@ def table(root: Path) -> pd.DataFrame:
 
     Raises UserError without an alignment.
     """
-    found = pd.DataFrame([row for run in alignments(root) for row in readable(measures, run) or []])
+    runs = sorted(alignments(root), key=lambda run: run["match_epoch"])
+    found = pd.DataFrame([row for run in runs for row in readable(measures, run) or []])
     if found.empty:
         raise UserError(f"no alignment below {root} can be read: run align_mask.py again")
-    found = found.drop_duplicates([*KEY, *SEEDS])  # naive comes with every method
-    result = found.drop(columns=SEEDS).groupby(KEY).mean().reset_index()
+    # Naive comes with every method; that beside the latest B counts.
+    found = found.drop_duplicates([*KEY, *SEEDS], keep="last").drop(columns=SEEDS)
+    result = found.groupby(KEY, dropna=False).mean().reset_index()
     shared = overlap.overlaps(overlap.load_all(root))
-    shared = shared[shared["mask_dataset"] == shared["dataset"]]
-    if len(shared):
-        ratio = overlap.summary(shared)[[*KEY, "ratio"]].rename(columns={"ratio": "overlap/chance"})
-        result = _beside(result, ratio)
+    shared = overlap.summary(shared[shared["mask_dataset"] == shared["dataset"]])
+    shared = shared.rename(columns={"ratio": "overlap/chance"})
+    result = result.merge(shared[[*KEY, "overlap/chance"]], how="left", on=KEY)
     try:
         runs = sparse_runs(root)
     except UserError:  # none yet
         return result
     plain = ~runs["signs"] & ~runs["fan_in"] & (runs["mask_dataset"] == runs["dataset"])
     runs = runs[plain & runs["arm"].isin([NAIVE, "permuted", "random-permutation"])]
-    if runs.empty:
-        return result
+    names = {"rewind": "k", "mean": "accuracy"}
+    names |= {"difference": "minus naive", "difference_se": "± SE"}
     about = runs.assign(variant=variants(runs), method=runs["method"].fillna(NAIVE))
     about = about[["variant", "method", "match_epoch", "tag", *NETWORK]].drop_duplicates()
-    columns = {
-        "rewind": "k",
-        "mean": "accuracy",
-        "difference": "minus naive",
-        "difference_se": "± SE",
-    }
-    accuracy = summary(runs).merge(about, on=["variant", *NETWORK]).rename(columns=columns)
-    return _beside(result, accuracy[[*KEY, *columns.values()]])
-
-
-def _beside(table: pd.DataFrame, more: pd.DataFrame) -> pd.DataFrame:
-    """Add the columns of `more`; naive, which has no match epoch there, stands at each."""
-    naive = more["method"] == NAIVE
-    epochs = table[["match_epoch"]].drop_duplicates()
-    everywhere = more[naive].drop(columns="match_epoch").merge(epochs, how="cross")
-    matched = more[~naive].astype({"match_epoch": epochs["match_epoch"].dtype})
-    return table.merge(pd.concat([matched, everywhere[more.columns]]), how="left", on=KEY)
+    accuracy = summary(runs).merge(about, on=["variant", *NETWORK]).rename(columns=names)
+    return result.merge(accuracy[[*KEY, *names.values()]], how="left", on=KEY)
 
 
 def main() -> None:
     root = parse_root(__doc__).parse_args().root
     found = table(root)
     checkpoint.save_text(found.to_csv(index=False), root / "methods.csv")
-    for (model, width, dataset, epoch), group in found.groupby([*NETWORK, "match_epoch"]):
-        print(f"\n{model} x{width:g} on {dataset}, matched at epoch {epoch}")
-        shown = group.drop(columns=[*NETWORK, "match_epoch"])
+    for (model, width, dataset), group in found.groupby(NETWORK):
+        print(f"\n{model} x{width:g} on {dataset}")
+        shown = group.drop(columns=NETWORK)
         print(shown.to_string(index=False, na_rep="-", float_format="{:.3f}".format))
     print(f"wrote {root / 'methods.csv'}")
 

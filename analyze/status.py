@@ -5,14 +5,15 @@
 
 Reads commands of the stages and looks for the result.json of each run that they make: a dense
 network, an IMP chain, an alignment, a sparse network. The time left is that of training, without
-start-up; a stage without a finished run is judged by the epochs of the dense networks.
+start-up: epochs, at the pace of a stage and width, or else of its dense networks.
 """
 
+import argparse
 import json
 import math
 import shlex
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -20,100 +21,83 @@ from typing import NamedTuple
 from common import paths  # and nothing that takes seconds to import
 
 STAGES = {
-    "train_dense": "dense",
-    "prune_imp": "imp",
-    "align_mask": "align",
-    "train_sparse": "sparse",
+    "train_dense.py": "dense",
+    "prune_imp.py": "imp",
+    "align_mask.py": "align",
+    "train_sparse.py": "sparse",
 }
+FLAGS = {"--out": Path, "--dense": Path, "--target": Path, "--weights": Path, "--masks": Path}
+FLAGS |= {"--seed": int, "--rewind": int, "--sparsity": float, "--epochs": float}
 
 
 class Run(NamedTuple):
     stage: str
     group: Path  # the folder of its dense networks: runs of one width cost alike
     epochs: float  # what it trains; NaN before a dense network has finished
-    seconds: float  # what it took; NaN before it has finished
-    ended: float  # in seconds, by the clock
+    files: tuple[Path, ...]  # result.json and masks: it has finished when all are there
 
 
-def runs_of(command: str) -> Iterator[Run]:
+def runs_of(command: str) -> list[Run]:
     """The runs that a command of a stage makes; none of another command."""
     words = shlex.split(command, comments=True)
-    scripts = [word[:-3] for word in words if word.endswith(".py") and word[:-3] in STAGES]
-    if not scripts:
-        return
-    stage, flags = STAGES[scripts[0]], {}
-    for word in words:
-        if word.startswith("--"):
-            values = flags[word] = []
-        elif flags:
-            values.append(word)
-    outs, sparsities = map(Path, flags["--out"]), [float(s) for s in flags.get("--sparsity", [])]
-    rewinds = [int(k) for k in flags.get("--rewind", [])]
-    inputs = [flags[key][0] for key in ("--dense", "--target", "--weights") if key in flags]
-    group = Path(inputs[0]).parent if inputs else Path(flags["--out"][0])
-    dense = [finished(path) for path in group.glob("seed*")]
-    total = next((run["arguments"]["epochs"] for run in dense if run), math.nan)
-    given = [float(epochs) for epochs in flags.get("--epochs", [])]
-
-    def run(folder: Path, epochs: float, masks: list[Path]) -> Run:
-        result = finished(folder)
-        if result is None or not all(mask.is_file() for mask in masks):
-            return Run(stage, group, epochs, math.nan, math.nan)
-        ended = (folder / "result.json").stat().st_mtime
-        return Run(stage, group, epochs, result["seconds"], ended)
-
-    for out in outs:
-        if stage == "dense":
-            for seed in flags["--seed"]:
-                yield run(paths.dense_folder(out, int(seed)), total, [])
-        elif stage == "imp":
-            chain = (
-                0 if "--one-shot" in flags else math.ceil(math.log(1 - max(sparsities), 0.8)) - 1
-            )
-            # The paper fine-tunes for a quarter of the epochs.
-            each = total - rewinds[0] if rewinds else (given or [total / 4])[0]
-            masks = [paths.mask_file(out, sparsity) for sparsity in sparsities]
-            yield run(out, (chain + len(sparsities)) * each, masks)
-        elif stage == "align":
-            sources = paths.mask_files(Path(flags["--masks"][0]))
-            yield run(out, 1, [out / source.name for source in sources])
-        else:
-            for sparsity, rewind in product(sparsities, rewinds):
-                folder = paths.sparse_folder(out, sparsity, rewind)
-                yield run(folder, (given or [total])[0] - rewind, [])
+    stage = next((STAGES[word] for word in words if word in STAGES), None)
+    if stage is None:
+        return []
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for flag, kind in FLAGS.items():
+        parser.add_argument(flag, nargs="+", type=kind, default=[])
+    flags, _ = parser.parse_known_args(words)
+    out, masks = flags.out[0], []
+    inputs = flags.dense or flags.target or flags.weights
+    group = inputs[0].parent if inputs else out
+    dense = group.glob("seed*/result.json")
+    total = next((load(path)["arguments"]["epochs"] for path in dense), math.nan)
+    epochs = flags.epochs[0] if flags.epochs else None
+    if stage == "dense":
+        made = {paths.dense_folder(out, seed): total for seed in flags.seed}
+    elif stage == "imp":
+        rounds = len(flags.sparsity)
+        if "--one-shot" not in words:
+            rounds += math.ceil(math.log(1 - max(flags.sparsity), 0.8)) - 1
+        # The paper fine-tunes for a quarter of the epochs.
+        each = total - flags.rewind[0] if flags.rewind else epochs or total / 4
+        made = dict.fromkeys(flags.out, rounds * each)
+        masks = [paths.mask_file(Path(), sparsity) for sparsity in flags.sparsity]
+    elif stage == "align":
+        made = {out: 1}
+        masks = [path.name for path in paths.mask_files(flags.masks[0])]
+    else:
+        cells = product(flags.sparsity, flags.rewind)
+        made = {paths.sparse_folder(out, *cell): (epochs or total) - cell[1] for cell in cells}
+    names = ["result.json", *masks]
+    return [
+        Run(stage, group, cost, tuple(folder / name for name in names))
+        for folder, cost in made.items()
+    ]
 
 
-def finished(folder: Path) -> dict | None:
-    """The result.json of a run, which is written last of all."""
-    path = folder / "result.json"
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def time_left(runs: list[Run], stage: str) -> list[float]:
-    """What each run of `stage` that is missing adds to the time left; NaN where nothing tells.
-
-    The pace of a width is that of its runs of this stage, or else of its dense networks; as many
-    run at a time as did so far.
-    """
-    done = [run for run in runs if run.seconds >= 0]
-    parallel = at_once([run for run in done if run.stage == stage] or done)
-    left = []
-    for waiting in (run for run in runs if run.stage == stage and math.isnan(run.seconds)):
-        near = [run for run in done if run.group == waiting.group]
-        alike = [r for r in near if r.stage == stage] or [r for r in near if r.stage == "dense"]
-        epochs = sum(run.epochs for run in alike)
-        pace = sum(run.seconds for run in alike) / epochs if epochs else math.nan
-        left.append(waiting.epochs * pace / parallel)
-    return left
-
-
-def at_once(done: list[Run]) -> float:
-    """How many of these runs there were at a time, on average while there was any."""
+def pace(done: list[Run]) -> float:
+    """Seconds by the clock that an epoch of these took, with as many at a time; NaN of none."""
     busy, until = 0.0, -math.inf
-    for begun, ended in sorted((run.ended - run.seconds, run.ended) for run in done):
+    ends = ((run.files[0].stat().st_mtime, load(run.files[0])["seconds"]) for run in done)
+    for begun, ended in sorted((ended - seconds, ended) for ended, seconds in ends):
         busy += max(0.0, ended - max(begun, until))
         until = max(until, ended)
-    return sum(run.seconds for run in done) / busy if busy else 1.0
+    epochs = sum(run.epochs for run in done)
+    return busy / epochs if epochs else math.nan
+
+
+def time_left(runs: list[Run]) -> dict[Run, float]:
+    """What each run that is missing adds to the time left; NaN where nothing tells."""
+    done, left = defaultdict(list), []
+    for run in runs:
+        if all(file.is_file() for file in run.files):
+            done[run.stage, run.group].append(run)
+        else:
+            left.append(run)
+    keys = {(run.stage, run.group) for run in left}
+    paces = {key: pace(done[key] or done["dense", key[1]]) for key in keys}
+    return {run: run.epochs * paces[run.stage, run.group] for run in left}
 
 
 def duration(seconds: float) -> str:
@@ -124,31 +108,33 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
+def describe(count: int, left: list[float]) -> str:
+    known = [seconds for seconds in left if seconds >= 0]
+    text = f"{count - len(left)} of {count}"
+    if known:
+        text += f", {'at least ' * (len(known) < len(left))}{duration(sum(known))} left"
+    return text
+
+
 def main() -> None:
-    if "--missing" in sys.argv:
+    if "--missing" in sys.argv:  # the commands that have something left to do
         for line in sys.stdin:
-            if any(math.isnan(run.seconds) for run in runs_of(line)):
+            if not all(file.is_file() for run in runs_of(line) for file in run.files):
                 print(line, end="")
         return
     runs = [run for line in sys.stdin for run in runs_of(line)]
     if not runs:
         print("status: error: no command of a stage on standard input", file=sys.stderr)
         sys.exit(2)
-    left: list[float] = []
+    left = time_left(runs)
     for stage in STAGES.values():
-        count = sum(run.stage == stage for run in runs)
-        mine = time_left(runs, stage)
-        left += mine
-        print(f"{stage:<8}{describe(count - len(mine), count, mine)}")
-    print(f"runs done {describe(len(runs) - len(left), len(runs), left)}")
+        mine = [run for run in runs if run.stage == stage]
+        print(f"{stage:<8}{describe(len(mine), [left[run] for run in mine if run in left])}")
+    print(f"runs done {describe(len(runs), [*left.values()])}")
 
 
-def describe(done: int, count: int, left: list[float]) -> str:
-    known = [seconds for seconds in left if seconds >= 0]
-    text = f"{done} of {count}"
-    if known:
-        text += f", {'at least ' * (len(known) < len(left))}{duration(sum(known))} left"
-    return text
+def load(result: Path) -> dict:
+    return json.loads(result.read_text())
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 import copy
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from analyze.lib.lines import interpolate
 from common.align.axes import trace
 from common.align.matching import Moments, assign, channels_last, objective
 from common.align.permutation import Axes, identity, permute
@@ -21,20 +21,18 @@ def loader(data: Resident, batch: int, train: bool = True) -> DataLoader:
 
     From a worker a core, at most 8, which stay: their start would weigh much in a short epoch.
     """
-    from PIL import Image
-
     from common.vision import torchvision
 
     transforms, pad = torchvision.transforms, data.pad
-    images = data.train[:, :, pad:-pad, pad:-pad].permute(0, 2, 3, 1).cpu().numpy()
-    augment = [transforms.RandomCrop(images.shape[1], pad), transforms.RandomHorizontalFlip()]
+    images = data.train[:, :, pad:-pad, pad:-pad].cpu()
+    items = [*zip(map(transforms.ToPILImage(), images), data.train_labels.tolist())]
+    augment = [transforms.RandomCrop(images.shape[-1], pad), transforms.RandomHorizontalFlip()]
     finish = [transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.25,) * 3)]
     transform = transforms.Compose(augment * train + finish)
 
-    def collate(rows: list[tuple[Image.Image, int]]) -> tuple[Tensor, Tensor]:
+    def collate(rows: list[tuple[Any, int]]) -> tuple[Tensor, Tensor]:
         return torch.stack([transform(x) for x, _ in rows]), torch.tensor([y for _, y in rows])
 
-    items = [*zip(map(Image.fromarray, images), data.train_labels.tolist())]
     workers = {"num_workers": min(cores(), 8), "persistent_workers": True}
     return DataLoader(items, batch, train, collate_fn=collate, drop_last=train, **workers)
 
@@ -45,47 +43,11 @@ def train_epoch(model: nn.Module, batches: DataLoader, device: torch.device) -> 
     model.train()
     total = 0.0
     for x, y in batches:
-        x, y = x.to(device), y.to(device)
-        loss = F.cross_entropy(model(x), y)
+        loss = F.cross_entropy(model(x.to(device)), y.to(device))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         total += loss.item()
-
-
-@torch.no_grad()
-def line_with_repair(
-    model: nn.Module,
-    ends: list[dict[str, Tensor]],
-    alphas: Iterable[float],
-    batches: DataLoader,
-    device: torch.device,
-) -> list[tuple[float, float]]:
-    """What `lines.metrics_along` measures, on one set of images as both splits."""
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-
-    def test() -> tuple[float, float]:
-        model.eval()
-        loss = correct = 0.0
-        for x, y in batches:
-            logits = model(x.to(device))
-            loss += F.cross_entropy(logits, y.to(device), reduction="sum").item()
-            correct += (logits.argmax(1).cpu() == y).sum().item()
-        images = len(batches.dataset)
-        return loss / images, 100 * correct / images
-
-    rows = []
-    for alpha in alphas:
-        model.load_state_dict(interpolate(*ends, alpha))
-        rows += [test(), test()]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None
-        model.train()
-        for x, _ in batches:
-            model(x.to(device))
-        rows += [test(), test()]
-    return rows
 
 
 def match_layer_by_layer(

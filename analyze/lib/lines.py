@@ -6,20 +6,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor, nn
+from torch import Tensor, lerp, nn
 from tqdm import tqdm
 
-from analyze.lib import repair
-from analyze.lib.cache import code_digest, kept
-from analyze.lib.runs import NETWORK, dense_files, find_results, skipped
-from common import checkpoint, paths
+from analyze.lib import cache, networks, repair
+from common import checkpoint
 from common.align.axes import find_axes
 from common.align.permutation import permute
-from common.data import Batches, Resident, Streamed
-from common.errors import UserError
-from common.models import build_model
+from common.data import Batches
 from common.training import evaluate
+
+BATCH = 250  # images at a time on every device: statistics of BatchNorm are means over batches
 
 
 def barrier(losses: np.ndarray, alphas: np.ndarray) -> float:
@@ -27,12 +24,28 @@ def barrier(losses: np.ndarray, alphas: np.ndarray) -> float:
     return float((losses - ((1 - alphas) * losses[0] + alphas * losses[-1])).max())
 
 
+def barriers(curves: pd.DataFrame, keys: Iterable[str] = ()) -> pd.DataFrame:
+    """A row a curve, which `keys` and `repair` tell apart: its barriers.
+
+    In test loss and training loss in nats, `test` and `train`, and in test error in percent.
+    """
+    metrics = {"test": curves["test_loss"], "train": curves["train_loss"]}
+    metrics["error"] = 100 - curves["test_acc"]
+
+    def of_one(curve: pd.DataFrame) -> pd.Series:
+        alphas = curve["alpha"].to_numpy()
+        return curve[[*metrics]].apply(lambda metric: barrier(metric.to_numpy(), alphas))
+
+    groups = curves.assign(**metrics).groupby([*keys, "repair"], dropna=False)
+    return groups[["alpha", *metrics]].apply(of_one).reset_index()
+
+
 def interpolate(
     source: dict[str, Tensor], target: dict[str, Tensor], alpha: float
 ) -> dict[str, Tensor]:
     """The state dict (1 - alpha) source + alpha target; integer buffers are the target's."""
     return {
-        name: torch.lerp(source[name], value, alpha) if value.is_floating_point() else value
+        name: lerp(source[name], value, alpha) if value.is_floating_point() else value
         for name, value in target.items()
     }
 
@@ -71,94 +84,45 @@ def metrics_along(
     return rows
 
 
-def measure(
-    source: dict[str, Any],
-    target: dict[str, Any],
-    permutation: dict[str, Tensor],
-    data: Resident | Streamed,
-    points: int,
-    images: int,
-) -> pd.DataFrame:
-    """The curve from the permuted source to the target, both checkpoints; `images` for REPAIR."""
-    model = build_model(**target["model"]).to(data.device, memory_format=torch.channels_last)
-    dims = find_axes(model, data.input_shape).dims
-    weights = permute(source["state_dict"], dims, permutation), target["state_dict"]
-
-    def train() -> Batches:
-        return data.eval_batches("train", limit=images)
-
-    alphas = np.linspace(0, 1, points)
-    rows = metrics_along(model, *weights, alphas, data.eval_batches, train)
-    return pd.DataFrame(rows).assign(images=images)
+def curve_file(files: list[Path], points: int | str, images: int | str) -> Path:
+    """Where the curve of a line is kept; `files` as `curve` takes them."""
+    return cache.place(__file__, "line", files, points, images)
 
 
-def alignments(root: Path) -> list[dict[str, Any]]:
-    """Every permutation of dense runs below `root`: its files and how it was made.
+def curve(files: list[Path], points: int, images: int, read: Callable) -> pd.DataFrame:
+    """The curve from source to target, kept or else measured on all test images.
 
-    `sparsity` is that of the masks it is for, None for all. One whose dense runs are not below
-    `root` is skipped. Raises UserError when there is none.
+    `files` hold the source, a permutation of it where there is one, and the target; `images` of
+    the training set are for REPAIR.
     """
-    dense = dense_files(root)
-    found = []
-    for run in find_results(root, "align_mask"):
-        arguments = run.get("arguments", {})
-        if not isinstance(arguments.get("source_seed"), int):
-            continue  # of networks trained elsewhere, whose module is not known here
-        missing = [role for role in ("source", "target") if arguments.get(role) not in dense]
-        if missing:
-            skipped(f"{run['folder']}: its dense {missing[0]} is not below {root}")
-            continue
-        files = {role: dense[arguments[role]] for role in ("source", "target")}
-        target = checkpoint.load_json(files["target"].with_name("result.json"))
-        about = {name: target["arguments"][name] for name in NETWORK}
-        tag = arguments.get("tag") or target["arguments"].get("tag") or ""
-        about |= {"tag": tag}
-        keys = ("method", "source_seed", "target_seed", "match_epoch")
-        about |= {name: arguments[name] for name in keys}
-        found += [
-            about | files | {"path": path, "sparsity": paths.sparsity_of(path)}
-            for path in paths.permutation_files(run["folder"])
-        ]
-    if not found:
-        raise UserError(f"no finished alignment below {root}: run align_mask.py first")
-    return found
-
-
-def curve_file(run: dict[str, Any], kind: str, points: int | str, images: int | str) -> Path:
-    """Where a curve of an alignment is kept; the `naive` one serves all permutations of A."""
-    end = (points, images)
-    if kind == "naive":
-        files = [checkpoint.digest(run[role])[:8] for role in ("source", "target")]
-        return paths.cache_file(run["target"], "line", code_digest(__file__), *files, *end)
-    file = checkpoint.digest(run["path"])[:8]
-    return paths.cache_file(run["path"], "line", code_digest(__file__), file, *end)
-
-
-def curve(run: dict[str, Any], kind: str, points: int, images: int, read: Callable) -> pd.DataFrame:
-    """The curve from A (`naive`) or π(A) (`aligned`) to B: kept, or measured now."""
 
     def make() -> pd.DataFrame:
-        source, target = (
-            checkpoint.load(run[role], checkpoint.WEIGHTS) for role in ("source", "target")
-        )
-        aligned = kind == "aligned"
-        moved = checkpoint.load(run["path"], ("permutation",))["permutation"] if aligned else {}
+        ends = files[0], files[-1]
+        source, target = (checkpoint.load(file, checkpoint.WEIGHTS) for file in ends)
         data = read(target["dataset"])
-        return measure(source, target, moved, data, points, images)
+        model = networks.build(target, data)
+        state = source["state_dict"]
+        for file in files[1:-1]:
+            permutation = checkpoint.load(file, ("permutation",))["permutation"]
+            state = permute(state, find_axes(model, data.input_shape).dims, permutation)
 
-    return kept(curve_file(run, kind, points, images), make)
+        def batches(split: str, limit: int | None = None) -> Callable[[], Batches]:
+            return lambda: data.eval_batches(split, BATCH, limit)
+
+        alphas = np.linspace(0, 1, points)
+        splits = batches("test"), batches("train", images)
+        rows = metrics_along(model, state, target["state_dict"], alphas, *splits)
+        return pd.DataFrame(rows).assign(images=images)
+
+    return cache.kept(curve_file(files, points, images), make)
 
 
-def kept_barriers(run: dict[str, Any], kind: str) -> dict[str, float]:
+def kept_barriers(files: list[Path]) -> dict[str, float]:
     """The barriers in test loss of the kept curve of most points, and then of most images."""
-    pattern = curve_file(run, kind, "*", "*")
-    curves = [pd.read_csv(path) for path in sorted(pattern.parent.glob(pattern.name))]
+    pattern = curve_file(files, "*", "*")
+    curves = [pd.read_csv(path) for path in pattern.parent.glob(pattern.name)]
     if not curves:
         return {}
     finest = max(curves, key=lambda curve: (len(curve), curve["images"].iloc[0]))
-    return {
-        "barrier, REPAIR" if repaired else "barrier": barrier(
-            rows["test_loss"].to_numpy(), rows["alpha"].to_numpy()
-        )
-        for repaired, rows in finest.groupby("repair")
-    }
+    found = barriers(finest).set_index("repair")["test"]
+    return {"barrier" + ", REPAIR" * repaired: value for repaired, value in found.items()}

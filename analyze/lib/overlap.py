@@ -14,36 +14,31 @@ PAIR = [*NETWORK, "tag", "mask_dataset", "sparsity", *SEEDS]
 MASK = [*PAIR, "method", "match_epoch"]
 COUNTS = ["layer", "weights", "kept", "kept_reference", "shared", "chance"]
 
-Masks = dict[tuple, dict[str, Any]]  # the entries of mask files, by the columns MASK
 
+def load_all(root: Path) -> pd.DataFrame:
+    """All masks below `root`, a row each, with the file's content as `entry`.
 
-def load_all(root: Path) -> Masks:
-    """All masks below `root`; target, method and match epoch are None as pruned."""
-    found: Masks = {}
-    folders = [
-        run["folder"] for stage in ("prune_imp", "align_mask") for run in find_results(root, stage)
-    ]
-    for path in [path for folder in folders for path in paths.mask_files(folder)]:
-        if (entry := readable(checkpoint.load, path, checkpoint.MASKS)) is None:
-            continue
-        model, dataset = entry["model"], (entry["dataset"] or {}).get("name")
-        values = {
-            "model": model["name"],
-            "width": model.get("width"),
-            "dataset": dataset,
-            "tag": entry.get("tag") or "",
-            "mask_dataset": entry.get("mask_dataset") or dataset,
-            "sparsity": paths.sparsity_of(path),
-            "match_epoch": entry["match_epoch"] if entry["method"] else None,
-        }
-        key = tuple((entry | values)[name] for name in MASK)
-        if key in found:
-            one, other = path, found[key]["path"]
-            raise UserError(f"{one} repeats the mask of {other}: keep experiments apart")
-        found[key] = entry | {"path": path}
-    if not found:
+    Target, method and match epoch are None as pruned. Raises UserError when there is none.
+    """
+    rows = []
+    for run in [run for stage in ("prune_imp", "align_mask") for run in find_results(root, stage)]:
+        for path in paths.mask_files(run["folder"]):
+            if (entry := readable(checkpoint.load, path, checkpoint.MASKS)) is None:
+                continue
+            about = {key: entry.get(key) for key in MASK} | {"model": entry["model"]["name"]}
+            about |= {"width": entry["model"].get("width"), "tag": entry.get("tag") or ""}
+            about["dataset"] = (entry["dataset"] or {}).get("name")
+            about["mask_dataset"] = about["mask_dataset"] or about["dataset"]
+            about["match_epoch"] = entry["match_epoch"] if entry["method"] else None
+            about["sparsity"] = paths.sparsity_of(path)
+            rows.append(about | {"entry": entry, "path": path})
+    if not rows:
         raise UserError(f"no masks below {root}: run prune_imp.py first")
-    return found
+    masks = pd.DataFrame(rows)
+    twice = masks.loc[masks.duplicated(MASK), "path"]
+    if len(twice):
+        raise UserError(f"{twice.iloc[0]} repeats another mask there: keep experiments apart")
+    return masks
 
 
 def by_layer(mask: Mask, reference: Mask) -> list[dict[str, Any]]:
@@ -56,25 +51,23 @@ def by_layer(mask: Mask, reference: Mask) -> list[dict[str, Any]]:
     return rows
 
 
-def overlaps(masks: Masks) -> pd.DataFrame:
+def overlaps(masks: pd.DataFrame) -> pd.DataFrame:
     """A row a layer and mask of another network, where the target was pruned too.
 
     The method naive is the mask of the source, not permuted.
     """
-    pruned = (None, None, None)  # target, method and match epoch of a mask as IMP left it
-    compared: Masks = {}  # in place of the mask of its key: (mask, reference)
-    for key, entry in masks.items():
-        *network, dataset, tag, mask_dataset, sparsity, source, target, _, _ = key
-        reference = masks.get((*network, dataset, tag, dataset, sparsity, target, *pruned))
-        if target is None or reference is None:
-            continue
-        compared[key] = entry["mask"], reference["mask"]
-        unpermuted = masks.get(
-            (*network, mask_dataset, tag, mask_dataset, sparsity, source, *pruned)
-        )
-        if unpermuted:
-            compared[*key[: len(PAIR)], "naive", None] = unpermuted["mask"], reference["mask"]
-    rows = [dict(zip(MASK, key)) | row for key, pair in compared.items() for row in by_layer(*pair)]
+    columns = [*NETWORK, "tag", "sparsity", "source_seed", "entry"]
+    pruned = masks.loc[masks["method"].isna(), columns]
+    references = pruned.rename(columns={"source_seed": "target_seed", "entry": "reference"})
+    permuted = masks[masks["method"].notna()].merge(references)
+    own = pruned.rename(columns={"dataset": "mask_dataset"})
+    naive = permuted.drop(columns="entry").merge(own).drop_duplicates(PAIR)
+    naive = naive.assign(method="naive", match_epoch=float("nan"))
+    rows = []
+    for run in [*permuted.to_dict("records"), *naive.to_dict("records")]:
+        about = {key: run[key] for key in MASK}
+        layers = by_layer(run["entry"]["mask"], run["reference"]["mask"])
+        rows += [about | layer for layer in layers]
     return pd.DataFrame(rows, columns=[*MASK, *COUNTS])
 
 
@@ -83,9 +76,8 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     sums = table.groupby(MASK, dropna=False)[["kept_reference", "shared", "chance"]].sum()
     share = 100 * sums[["shared", "chance"]].div(sums["kept_reference"], axis=0)
     share["ratio"] = share["shared"] / share["chance"]
-    group = [name for name in MASK if name not in SEEDS]
     return (
-        share.groupby(group, dropna=False)
+        share.groupby([name for name in MASK if name not in SEEDS], dropna=False)
         .agg(
             shared=("shared", "mean"),
             shared_std=("shared", "std"),

@@ -1,0 +1,211 @@
+"""Analyses that evaluate networks: definitions by hand, and every command on tiny runs."""
+
+import math
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+
+from analyze import diversity, early_matching, imp_barrier, landscape
+from analyze.lib import lines, networks
+from analyze.lib import runs as finished
+from common import checkpoint
+from common.data import make_resident, reader, resident
+from tests.conftest import call, refused, small_resnet, sparse, stage1, stage2, stage3, succeed
+
+CPU = ("--device", "cpu")
+READ = reader(None, torch.device("cpu"), 0)
+
+
+def stamps(root, pattern):
+    """When each of the files that analyses keep was written."""
+    return {path: path.stat().st_mtime_ns for path in root.rglob(pattern)}
+
+
+def test_diversity_by_hand():
+    # Two members, two images: they agree on the first and not on the second.
+    p, q = torch.tensor([[0.8, 0.2], [0.6, 0.4]]), torch.tensor([[0.8, 0.2], [0.1, 0.9]])
+    found = diversity.diversity([p.log(), q.log()], torch.tensor([0, 1]))
+    forward = 0.6 * math.log(0.6 / 0.1) + 0.4 * math.log(0.4 / 0.9)
+    backward = 0.1 * math.log(0.1 / 0.6) + 0.9 * math.log(0.9 / 0.4)
+    halves = [(0.6, 0.4), (0.1, 0.9)]
+    js = sum(a * math.log(a / m) for half in halves for a, m in zip(half, (0.35, 0.65))) / 2 / 2
+    expected = {"members": 2, "mean_acc": 75, "std_acc": 100 * 0.125**0.5, "disagreement": 0.5}
+    expected |= {"ensemble_acc": 100}  # the mean of the second image is 0.35 to 0.65
+    # Ordered pairs; the first image adds nothing.
+    assert found == pytest.approx(expected | {"kl": (forward + backward) / 2 / 2, "js": js})
+    three = diversity.diversity([p.log(), q.log(), q.log()], torch.tensor([0, 1]))
+    assert three["disagreement"] == pytest.approx(1 / 3)
+    assert three["js"] == pytest.approx(2 * js / 3)
+
+
+def test_the_plane_by_hand():
+    corners = [torch.tensor([1.0, 1, 1]), torch.tensor([1.0, 1, 3]), torch.tensor([5.0, 1, 2])]
+    directions, points = landscape.plane(corners)
+    assert directions.tolist() == [[0, 0, 1], [1, 0, 0]]
+    assert points.tolist() == [[0, 0], [2, 0], [1, 4]]
+    for corner, (x, y) in zip(corners, points):  # the plane goes through all three
+        assert torch.allclose(corners[0] + x * directions[0] + y * directions[1], corner.double())
+    xs, ys = landscape.grid(points, 5)
+    assert (xs[0], xs[-1], ys[0], ys[-1]) == (-0.5, 2.5, -1, 5) and len(xs) == len(ys) == 5
+    with pytest.raises(ValueError):
+        landscape.plane([corners[0], corners[1], 2 * corners[1] - corners[0]])
+
+
+def test_barriers_in_loss_and_error():
+    curve = {"alpha": [0, 0.5, 1], "test_loss": [1.0, 4.0, 2.0], "train_loss": [1.0, 1.0, 3.0]}
+    curve = pd.DataFrame(curve | {"test_acc": [90.0, 50.0, 80.0]})
+    curves = pd.concat(
+        [curve.assign(seed=seed, repair=repair) for seed in (0, 1) for repair in (False, True)]
+    )
+    found = lines.barriers(curves, ["seed"])
+    assert found[["test", "train", "error"]].to_numpy().tolist() == 4 * [[2.5, 0.0, 35.0]]
+    assert found[["seed", "repair"]].drop_duplicates().shape == (4, 2)
+
+
+@pytest.fixture(scope="module")
+def matched_early(runs, tmp_path_factory):
+    """The pipeline with masks that were matched to an early target as well."""
+    root = tmp_path_factory.mktemp("early") / "runs"
+    shutil.copytree(runs, root)
+    for a, b in ((0, 1), (2, 3)):
+        pair, target = f"early/seed{a}-seed{b}", root / f"dense/seed{b}"
+        files = root / f"dense/seed{a}", target, root / f"imp/seed{a}", root / f"align/{pair}"
+        succeed(*stage3(*files, "--target-epoch", 1))
+        sparse("permuted", target, files[-1], root / f"sparse/permuted/{pair}")
+    return root
+
+
+def test_early_matching_by_epoch(matched_early, runs):
+    out = succeed("analyze.early_matching", matched_early)
+    table = pd.read_csv(matched_early / "early_matching.csv")
+    permuted = table[table["arm"] == "permuted"]
+    assert set(permuted["match_epoch"]) == {1, 3} and (permuted["count"] == 2).all() and "±" in out
+    naive = table.loc[table["arm"] == "naive", "match_epoch"]
+    assert len(naive) and naive.isna().all()
+    all_runs = finished.sparse_runs(matched_early)
+    early = "arm == 'permuted' and match_epoch == 1 and sparsity == 0.7 and rewind == 1"
+    cell, row = all_runs.query(early), permuted.query(early).iloc[0]
+    assert row["mean"] == pytest.approx(cell["test_acc"].mean()) and len(cell) == 2
+    assert (matched_early / "figures/early_matching_mlpx0.03125_glyphs.png").is_file()
+    outcome = call("analyze.early_matching", runs)
+    assert outcome.code == 2 and "--target-epoch" in outcome.err
+    assert early_matching.table(early_matching.plain(all_runs))["count"].max() == 2
+
+
+def test_diversity_reads_every_kind_of_network_once(matched_early):
+    first = succeed("analyze.diversity", matched_early, *CPU)
+    table = pd.read_csv(matched_early / "diversity.csv")
+    assert set(table["variant"]) == {"dense", "IMP", "lth", "naive", "permuted", "permuted @1"}
+    assert (table["members"] == table["variant"].map({"dense": 4}).fillna(2)).all()
+    kept = stamps(matched_early, "logits_*.pt")
+    assert kept and succeed("analyze.diversity", matched_early, *CPU) == first
+    assert kept == stamps(matched_early, "logits_*.pt")
+    # A member's accuracy from its logits is that of its run.
+    cell = "variant == 'naive' and sparsity == 0.7 and rewind == 0"
+    runs = finished.sparse_runs(matched_early).query(cell.replace("variant", "arm"))
+    assert table.query(cell)["mean_acc"].item() == pytest.approx(runs["test_acc"].mean(), abs=1e-9)
+
+
+def test_ensembles_are_evaluated_without_tf32_as_runs_are(ends, monkeypatch, tmp_path):
+    tf32 = []
+
+    def build(entry, data):
+        model = networks.build(entry, data)
+        model.register_forward_pre_hook(lambda *_: tf32.append(torch.backends.cudnn.allow_tf32))
+        return model
+
+    shutil.copy(ends[0] / "epoch_0003.pt", tmp_path)
+    monkeypatch.setattr(diversity, "build", build)
+    diversity.predict(tmp_path / "epoch_0003.pt", READ)
+    assert tf32 and not any(tf32)
+
+
+def test_imp_barrier_says_of_which_networks_it_is(runs, tmp_path, monkeypatch):
+    root, plot, figures = tmp_path / "runs", imp_barrier.plot, []
+
+    def kept(*arguments, **settings):
+        figures.append(plot(*arguments, **settings))
+        return figures[-1]
+
+    monkeypatch.setattr(imp_barrier, "plot", kept)
+    for part in ("dense", "imp"):
+        shutil.copytree(runs / part, root / part)
+    flags = ("--points", 3, "--images", 64, *CPU)
+    rounds = len(list((root / "imp/seed0").glob("round_*.pt")))
+    assert f"after each of {rounds} rounds" in succeed("analyze.imp_barrier", root, *flags)
+    table = pd.read_csv(root / "figures/imp_barrier_mlp_glyphs.csv")
+    assert len(table) == 2 * rounds and (table["loss_barrier_count"] == 2).all()
+    assert table["loss_barrier_mean"].min() >= 0 and rounds > 2
+    assert table["sparsity"].min() == pytest.approx(0.2, abs=1e-3)
+    for path in root.rglob("round_*.pt"):
+        path.unlink()
+    out = succeed("analyze.imp_barrier", root, *flags)
+    assert "at the asked sparsities, not after every round" in out
+    table = pd.read_csv(root / "figures/imp_barrier_mlp_glyphs.csv")
+    assert table["sparsity"].round(1).tolist() == [0.5, 0.7, 0.5, 0.7]
+    drawn = [[line.get_linestyle() for line in figure.axes[0].lines] for figure in figures]
+    assert drawn == [[":", "-"], ["None", "None"]]  # two points have no course
+
+
+def test_landscape_passes_through_its_three_networks(matched_early):
+    figures, flags = matched_early / "figures", ("--grid", 3, "--images", 100, *CPU)
+
+    def drawn(*more):
+        shutil.rmtree(figures, ignore_errors=True)
+        out = succeed("analyze.landscape", matched_early, *flags, *more)
+        return out, [*figures.glob("*.csv")]
+
+    out, (path,) = drawn()  # the first pair of a middle cell, matched to B as it ended
+    assert path.stem == "landscape_mlpx0.03125_glyphs_activation_s0.50_k001_0-1_matched3"
+    table = pd.read_csv(path)
+    assert len(table) == 9 + 3 and table["network"].dropna().tolist() == [*landscape.CORNERS]
+    barrier = table.set_index("network")["loss_barrier"].dropna()
+    assert barrier.index == ["permuted"] and f"loss barrier {barrier.item():.3f} nats" in out
+    kept = stamps(matched_early, "plane_*")
+    assert drawn() == (out, [path]) and stamps(matched_early, "plane_*") == kept and len(kept) == 1
+    assert table.equals(pd.read_csv(path))
+    assert len(drawn("--all")[1]) == 16  # two pairs, two matches, four cells
+    assert "s0.70_k000_0-1" in drawn("--sparsity", 0.7, "--rewind", 0)[1][0].stem
+    refused(call("analyze.landscape", matched_early, "--rewind", 5), "no permuted network")
+    assert "lth/seed0-seed0" in str(landscape.triples(matched_early)["lth"].iloc[0])
+
+
+def test_curves_and_planes_do_not_depend_on_how_many_images_a_device_takes(tmp_path, monkeypatch):
+    images, labels = torch.randint(256, (80, 3, 8, 8), dtype=torch.uint8), torch.arange(80) % 2
+    parts = images[16:], labels[16:], images[:16], labels[:16], ["a", "b"]
+    data = make_resident("random", None, *parts, None, None, torch.device("cpu"), None)
+    model = {"name": "resnet20", "width": 0.25, "classes": 2, "input_shape": [3, 8, 8]}
+    found = []
+    for size in (7, 500):
+        monkeypatch.setitem(resident.EVAL_BATCH, "cpu", size)
+        triple = {
+            name: tmp_path / f"{size}/{name}.pt" for name in (*landscape.CORNERS, "permutation")
+        }
+        for seed, path in enumerate(triple.values()):
+            about = {"model": model, "dataset": {}, "seed": seed, "epoch": 0, "permutation": {}}
+            checkpoint.save(about | {"state_dict": small_resnet(seed).state_dict()}, path)
+        files = [triple[name] for name in ("lth", "permutation", "permuted")]
+        found.append(landscape.measure(triple, 3, 40, lambda _: data))
+        found.append(lines.curve(files, 11, 40, lambda _: data))
+    assert found[0].equals(found[2]) and found[1].equals(found[3])
+    repaired = found[1][found[1]["repair"]]
+    barrier = lines.barrier(*repaired[["test_loss", "alpha"]].to_numpy().T)
+    assert found[0]["loss_barrier"].dropna().tolist() == [pytest.approx(barrier)] and barrier > 0
+
+
+def test_a_curve_a_width_needs_no_sparse_run(runs, tmp_path):
+    for part in ("dense", "imp", "align"):
+        shutil.copytree(runs / part, tmp_path / "w1" / part)
+    wide, pair = tmp_path / "w2", "align/activation/seed0-seed1"
+    succeed(*stage1(wide / "dense", "--seed", 0, 1, "--width", 0.0625))
+    ends = wide / "dense/seed0", wide / "dense/seed1"
+    succeed(*stage2(ends[0], wide / "imp/seed0"))
+    succeed(*stage3(*ends, wide / "imp/seed0", wide / pair))
+    succeed("analyze.interpolation", tmp_path, "--points", 3, "--images", 64, *CPU)
+    name = "interpolation_widths_activation_mlp_glyphs_k003"
+    table = pd.read_csv(tmp_path / f"figures/{name}.csv")
+    counts = table.groupby(["width", "curve", "repair", "alpha"])["source_seed"].nunique()
+    assert counts.loc[0.03125].eq(2).all() and counts.loc[0.0625].eq(1).all() and len(counts) == 24
+    assert (tmp_path / f"figures/{name}.png").is_file()
