@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import sys
+import threading
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -44,8 +46,13 @@ forks = pytest.mark.skipif(torch.cuda.is_available(), reason="trains before it f
 
 
 def fork(function, *arguments):
-    """Start a function in a process of its own, which is there at once."""
-    process = get_context("fork").Process(target=function, args=arguments)
+    """Start a function in a process of its own, which needs to import nothing."""
+
+    def child():
+        tqdm.set_lock(threading.RLock())  # its own, as it may die with it
+        function(*arguments)
+
+    process = get_context("fork").Process(target=child)
     process.start()
     return process
 

@@ -6,10 +6,8 @@ import os
 import shutil
 import signal
 import sys
-import threading
 
 import pandas as pd
-from tqdm import tqdm
 
 from tests.conftest import (
     fork,
@@ -53,7 +51,6 @@ def kill_when(seen, *command):
     """Call a stage in a process of its own, which is killed at the first line that has `seen`."""
 
     def child():
-        tqdm.set_lock(threading.RLock())  # not that of this process, as it dies with it
         sys.stdout = Deadly(seen)
         start(*command)
 
