@@ -317,6 +317,8 @@ def test_an_edit_changes_its_stage_and_no_old_run_is_taken_for_the_new_one(
         assert code == 0 and "goes on under other code" in text, text
         then, now = content(runs, edit.changes)[1], content(new, edit.changes)[1]
         assert content(cut, edit.changes)[1:] == (f"{then}+{now}",) * 2
+        arguments = cut / RESULTS[edit.changes][0] / "arguments.json"
+        assert json.loads(arguments.read_text())["code"] == [then, now]
 
 
 def test_a_pruning_rule_that_rounds_is_named_at_once(unedited, tmp_path):
