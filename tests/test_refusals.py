@@ -12,6 +12,7 @@ from tests.conftest import TINY, call, refuse, stage1, stage2, stage3, stage4, s
 
 WRONG = """\
 --model resnet20 --width 0.3 | 4.8
+--model mlp --width 0.001 | 0.512
 --model vgg11 --width 1 | 32 px
 --model lenet | lenet
 --dataset mnist | mnist
