@@ -1,5 +1,6 @@
 """Runs side by side: the same numbers as one run after the other."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -155,11 +156,16 @@ def test_a_stop_reaches_every_run(tmp_path, capfd):
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)  # to the command alone, not to its runs
     process.join(60)
-    assert process.exitcode == 130 and "goes on from the last epoch" in capfd.readouterr().err
-    with pytest.raises(ProcessLookupError):
-        for _ in range(100):
-            os.killpg(process.pid, 0)  # any of the group
-            time.sleep(0.1)
+    try:
+        assert process.exitcode == 130
+        assert "goes on from the last epoch" in capfd.readouterr().err
+        with pytest.raises(ProcessLookupError):
+            for _ in range(100):
+                os.killpg(process.pid, 0)  # any of the group
+                time.sleep(0.1)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_stop_ends_threads_too(capfd):
@@ -167,6 +173,7 @@ def test_a_stop_ends_threads_too(capfd):
     runs = {"waits": threading.Event().wait, "stops": lambda: os.kill(os.getpid(), signal.SIGINT)}
     process = fork(stoppable, parallel._in_threads, runs, 2, CPU)
     process.join(60)
+    process.kill()
     assert process.exitcode == 130 and "goes on from the last epoch" in capfd.readouterr().err
 
 

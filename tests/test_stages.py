@@ -149,23 +149,29 @@ def test_one_shot_prunes_in_a_single_round(runs, tmp_path):
     assert pd.read_csv(tmp_path / "log.csv")["round"].tolist() == [1, 1]
 
 
-def axes_of_source(runs):
-    shape = state(runs / "dense/seed0/epoch_0003.pt")["model"]
-    return find_axes(build_model(**shape), shape["input_shape"])
-
-
-def test_alignment_permutes_masks_and_signs_by_the_saved_permutation(runs):
-    folder, axes = runs / "align/activation/seed0-seed1", axes_of_source(runs)
-    permutation = state(folder / "permutation.pt")["permutation"]
-    assert {axis: len(index) for axis, index in permutation.items()} == axes.sizes
-    before, after = (state(place / "mask_0.70.pt") for place in (runs / "imp/seed0", folder))
-    for part in ("mask", "signs"):
-        assert same(after[part], permute(before[part], axes.dims, permutation))
-        assert not same(after[part], before[part])
-    made = {"source_seed": 0, "target_seed": 1, "method": "activation", "match_epoch": 3}
-    assert made.items() <= after.items()
-    assert after["sparsity"] == before["sparsity"] == masking.sparsity(after["mask"])
-    log = pd.read_csv(folder / "log.csv", dtype={"axis": str})
+def test_every_method_permutes_masks_and_signs_by_the_saved_permutation(runs, ends, aligned):
+    source, _, imp = ends
+    shape, before = state(source / "epoch_0003.pt")["model"], state(imp / "mask_0.70.pt")
+    axes, gains = find_axes(build_model(**shape), shape["input_shape"]), {}
+    activation = runs / "align/activation/seed0-seed1"
+    for folder in (activation, *aligned.iterdir()):
+        method = "activation" if folder == activation else folder.name
+        name = "permutation_0.70.pt" if method == "masked" else "permutation.pt"
+        found, after = (state(folder / file) for file in (name, "mask_0.70.pt"))
+        permutation, gains[method] = found["permutation"], found["objective"]
+        assert {axis: len(index) for axis, index in permutation.items()} == axes.sizes
+        for part in ("mask", "signs"):
+            assert same(after[part], permute(before[part], axes.dims, permutation))
+            assert same(after[part], before[part]) == (method == "identity")
+        made = {"source_seed": 0, "target_seed": 1, "method": method, "match_epoch": 3}
+        assert made.items() <= after.items()
+        assert after["sparsity"] == before["sparsity"] == masking.sparsity(after["mask"])
+    assert gains["weight"][1] > max(gains["random"][1], gains["weight"][0])
+    assert gains["masked"][1] > gains["masked"][0] and len({*gains["identity"]}) == 1
+    assert gains["masked"][0] != gains["weight"][0]  # the pruned source has another inner product
+    one_each = {f"permutation_{sparsity}.pt" for sparsity in ("0.50", "0.70")}
+    assert files(aligned / "masked", "permutation*") == one_each
+    log = pd.read_csv(activation / "log.csv", dtype={"axis": str})
     assert log["axis"].tolist() == list(axes.sizes)
     assert (log["after"] > log["before"]).all() and log["moved"].sum() > 0
 
@@ -191,22 +197,6 @@ def test_sparse_runs_train_the_asked_weights_under_the_asked_mask(runs, arm, tar
     assert log["epoch"].tolist() == [2, 3] and log["lr"].tolist() == pytest.approx([0.02, 0.01])
     asked = {"arm": arm, "source_seed": 0, "target_seed": target, "rewind": 1}
     assert asked.items() <= result(folder / "s0.70_k001")["arguments"].items()
-
-
-def test_every_method_permutes_consistently_and_says_what_it_gained(runs, aligned):
-    axes, before = axes_of_source(runs), state(runs / "imp/seed0/mask_0.70.pt")
-    gains = {}
-    for method in ("weight", "masked", "random", "identity"):
-        name = "permutation_0.70.pt" if method == "masked" else "permutation.pt"
-        found, after = (state(aligned / method / file) for file in (name, "mask_0.70.pt"))
-        assert after["method"] == method
-        assert same(after["mask"], permute(before["mask"], axes.dims, found["permutation"]))
-        gains[method] = found["objective"]
-    assert gains["weight"][1] > max(gains["random"][1], gains["weight"][0])
-    assert gains["masked"][1] > gains["masked"][0] and len({*gains["identity"]}) == 1
-    assert gains["masked"][0] != gains["weight"][0]  # the pruned source has another inner product
-    one_each = {f"permutation_{sparsity}.pt" for sparsity in ("0.50", "0.70")}
-    assert files(aligned / "masked", "permutation*") == one_each
 
 
 def test_controls_start_from_what_they_say(runs, ends, aligned, tmp_path):
