@@ -1,11 +1,14 @@
 """Shared by the tests: the stages called through their real entry points, at a tiny budget."""
 
 import contextlib
+import functools
 import importlib
 import io
 import json
 import sys
+import threading
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,11 +16,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from common import cli
+from common.data import glyphs
 from common.models import build_model
 from common.runtime import resume
 
@@ -26,16 +31,30 @@ TINY = [*"--model mlp --width 0.03125 --image-size 8 --limit-train 256".split(),
 IMP = ["--epochs", "1", *FAST]
 
 
+glyphs.glyphs = functools.cache(glyphs.glyphs)  # drawn once, not in every call of a stage
+
+
 def sgd(momentum, weight_decay):
     """What the stages train with."""
-    return partial(
-        torch.optim.SGD, lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=True
-    )
+    how = {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay, "fused": True}
+    return partial(torch.optim.SGD, **how)
 
 
 # Where there is a GPU, a process that has trained cannot fork one that trains: the stages never do,
 # but tests here would.
 forks = pytest.mark.skipif(torch.cuda.is_available(), reason="trains before it forks")
+
+
+def fork(function, *arguments):
+    """Start a function in a process of its own, which needs to import nothing."""
+
+    def child():
+        tqdm.set_lock(threading.RLock())  # its own, as it may die with it
+        function(*arguments)
+
+    process = get_context("fork").Process(target=child)
+    process.start()
+    return process
 
 
 class Outcome(NamedTuple):
@@ -44,14 +63,19 @@ class Outcome(NamedTuple):
     err: str
 
 
-def call(script, *arguments):
+def start(script, *arguments, torchrun=False):
     """Run a script's main as its command line does, in this process."""
     module = importlib.import_module(script)
-    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv, code = [f"{script}.py", *map(str, arguments)], 0
+    sys.argv = [f"{script}.py", *map(str, arguments)]
+    cli.run(module.main, torchrun)
+
+
+def call(*command):
+    """Run a script and tell how it ended."""
+    out, err, argv, code = io.StringIO(), io.StringIO(), sys.argv, 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            cli.run(module.main)
+            start(*command)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     finally:
@@ -59,8 +83,8 @@ def call(script, *arguments):
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
-def succeed(script, *arguments):
-    outcome = call(script, *arguments)
+def succeed(*command):
+    outcome = call(*command)
     assert outcome.code == 0, outcome.err
     return outcome.out
 
@@ -171,11 +195,8 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     succeed(*stage1(root / "dense", "--seed", 0, 1, 2, 3))
     for a, b in ((0, 1), (2, 3)):
-        source, target, masks = (
-            root / f"dense/seed{a}",
-            root / f"dense/seed{b}",
-            root / f"imp/seed{a}",
-        )
+        source, target = (root / f"dense/seed{seed}" for seed in (a, b))
+        masks = root / f"imp/seed{a}"
         aligned = root / f"align/activation/seed{a}-seed{b}"
         succeed(*stage2(source, masks, "--keep-rounds"))
         succeed(*stage3(source, target, masks, aligned))

@@ -3,28 +3,24 @@
 It keeps to what differs for a program, not for its numbers: tensors of two devices do not mix; what
 is captured is not computed until it is replayed, from and into the same memory; the host can ask
 for no value meanwhile; and a stream that reads what another wrote has to wait for it. Kernels,
-memory and speed of a real GPU are beyond it.
+precisions, memory and speed of a real GPU are beyond it.
 """
 
 import contextlib
 import threading
-from collections import Counter
 from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
 GPU = torch.device("cuda", 0)  # where a program finds a tensor
 INSIDE = torch.device("meta")  # and where torch does: it knows autograd and owns no memory
-BF16 = (torch.conv2d, F.linear)  # of what autocast computes in it
 aten = torch.ops.aten
 COPIES = (aten.copy_, aten._to_copy)
 ASKS = (aten._local_scalar_dense, aten.equal, aten.nonzero)
-INDEXED = (aten.index, aten.index_put, aten.index_put_)
 
 
 class OnGpu(Tensor):
@@ -46,8 +42,6 @@ class OnGpu(Tensor):
 
     @data.setter
     def data(self, other):
-        if not isinstance(other, OnGpu):  # CUDA would take it, and fail later
-            raise RuntimeError("a tensor of the GPU becomes one of the CPU")
         self.held = other.held
 
     def tolist(self):
@@ -61,33 +55,36 @@ class OnGpu(Tensor):
         raise AssertionError("a tensor of the GPU was used where there is none")
 
 
-class Stream:
-    """Work in turn; `seen` counts, by stream, the work that is done before this one goes on."""
+known = {}  # by address of memory: the streams that may read what was last written there
+one_at_a_time = threading.Lock()  # for that
 
-    def __init__(self, device=None):
-        self.seen = Counter()
+
+class Stream:
+    """Work in turn, beside that of other streams."""
+
+    def __init__(self, device=None): ...
 
     def wait_stream(self, other):
-        self.seen |= other.seen
+        with one_at_a_time:
+            for streams in known.values():
+                if other in streams:
+                    streams.add(self)
 
 
 DEFAULT = Stream()
-done = Counter()  # as the host knows, because it waited
-writers = {}  # of memory, by address: the stream and which of its works it was
-one_at_a_time = threading.Lock()  # for these
 
 
 class Thread(threading.local):
     """What CUDA keeps for each thread of the host."""
 
-    stream, graph, inside, waits = DEFAULT, None, False, 0
+    stream, graph, inside, strict = DEFAULT, None, False, False
 
 
 thread = Thread()
 
 
 class Devices(TorchFunctionMode):
-    """Names the device as torch knows it, and casts what autocast would."""
+    """Names the device as torch knows it."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -96,8 +93,6 @@ class Devices(TorchFunctionMode):
         args, kwargs = tuple(map(_inside, args)), {k: _inside(v) for k, v in kwargs.items()}
         if function in (torch.tensor, torch.as_tensor) and kwargs.get("device") == INSIDE:
             return function(*args, **kwargs | {"device": "cpu"}).to(INSIDE)
-        if function in BF16 and torch.is_autocast_enabled("cuda"):
-            args = tuple(arg.bfloat16() if isinstance(arg, OnGpu) else arg for arg in args)
         return function(*args, **kwargs)
 
 
@@ -123,15 +118,14 @@ class Kernels(TorchDispatchMode):
         if not gpu and device != INSIDE:
             return function(*args, **kwargs)
         waits = _waits(function, args, kwargs, device)
-        if waits and thread.graph:
-            raise RuntimeError(f"operation not permitted when stream is capturing: {function}")
+        if waits and (thread.graph or thread.strict):
+            raise RuntimeError(f"the host waits while a stream is capturing, in {function}")
         if "device" in kwargs:
             kwargs["device"] = torch.device("cpu")
         run = thread.graph.add if thread.graph else compute
         result = run(function, *tree_map(_held, (args, kwargs)))
         if waits:
-            thread.waits += 1
-            done.update(thread.stream.seen - done)
+            _share(lambda streams: thread.stream in streams)
         if function.overloadpacket is aten.copy_:
             return tensors[0]
 
@@ -159,13 +153,10 @@ def _waits(function, args, kwargs, device):
     here = [value for value in _tensors(args, kwargs) if not isinstance(value, OnGpu)]
     if packet in COPIES:
         return bool(here) or device != INSIDE
-    indices = _tensors(args[1]) if packet in INDEXED else []
-    numbers = [value for value in here if not any(value is index for index in indices)]
     written = _written(function, args, kwargs)
-    if any(value.dim() for value in numbers) or any(not value.is_cuda for value in written):
+    if any(value.dim() for value in here) or any(not value.is_cuda for value in written):
         raise RuntimeError(f"Expected all tensors to be on the same device, in {function}")
-    masks = any(not index.is_cuda or index.dtype == torch.bool for index in indices)
-    return packet in ASKS or masks
+    return packet in ASKS
 
 
 def _written(function, args, kwargs):
@@ -176,16 +167,19 @@ def _written(function, args, kwargs):
     return _tensors([given.get(name) for name in changed])
 
 
-def _address(value):
-    return value.untyped_storage().data_ptr()
-
-
 def _by_address(*values):
-    return {_address(value): value for value in _tensors(values)}
+    return {value.untyped_storage().data_ptr(): value for value in _tensors(values)}
 
 
 def _made(result, given):
-    return [value for value in _tensors(result) if _address(value) not in given]
+    return [value for address, value in _by_address(result).items() if address not in given]
+
+
+def _share(which=lambda streams: True):
+    """Any stream may read what has been written where `which` holds, because the host waited."""
+    with one_at_a_time:
+        for address in [address for address, streams in known.items() if which(streams)]:
+            del known[address]
 
 
 def compute(function, args, kwargs):
@@ -195,22 +189,13 @@ def compute(function, args, kwargs):
     """
     stream, given = thread.stream, _by_address(args, kwargs)
     with one_at_a_time:
-        stream.seen |= done
-        for writer, turn in (writers[address] for address in given.keys() & writers.keys()):
-            if stream.seen[writer] < turn:
-                raise RuntimeError(f"a stream does not wait for what another writes, in {function}")
+        if any(stream not in known.get(address, (stream,)) for address in given):
+            raise RuntimeError(f"a stream does not wait for what another writes, in {function}")
     result = function(*args, **kwargs)
     with one_at_a_time:
-        stream.seen[stream] += 1
-        for value in (*_made(result, given), *_written(function, args, kwargs)):
-            writers[_address(value)] = stream, stream.seen[stream]
+        changed = _by_address(_made(result, given), _written(function, args, kwargs))
+        known.update((address, {stream}) for address in changed)
     return result
-
-
-def synchronize(device=None):
-    with one_at_a_time:
-        for stream in {stream for stream, _ in writers.values()}:
-            done.update(stream.seen - done)
 
 
 class Graph:
@@ -275,16 +260,17 @@ def pretend_gpu():
     def does(value=None):  # each its own function, as torch's compiler wants
         return lambda *_, **__: value
 
-    idle = ("_lazy_init", "set_device", "reset_peak_memory_stats")
-    cuda = {name: does() for name in idle} | {
-        "max_memory_allocated": does(0),
-        "get_device_name": does("none"),
+    cuda = {name: does() for name in ("_lazy_init", "set_device", "reset_peak_memory_stats")}
+    cuda |= {
         "is_available": does(True),
         "is_bf16_supported": does(True),
         "device_count": does(1),
+        "max_memory_allocated": does(0),
+        "get_device_name": does("none"),
         "default_stream": does(DEFAULT),
         "current_stream": lambda *_: thread.stream,
-        "synchronize": synchronize,
+        "synchronize": lambda *_: _share(),
+        "set_sync_debug_mode": lambda mode: setattr(thread, "strict", mode == "error"),
         "Stream": Stream,
         "stream": on_stream,
         "set_stream": set_stream,
@@ -292,12 +278,11 @@ def pretend_gpu():
         "graph": Graph.captured,
     }
     overwrite = "torch.__future__.get_overwrite_module_params_on_conversion"
-    thread.inside, thread.waits = True, 0
+    thread.inside = True
     try:
         with mock.patch.multiple(torch.cuda, **cuda), mock.patch(overwrite, does(True)):
             with Devices(), Kernels():
-                yield thread
+                yield
     finally:
-        thread.inside = False
-        for counts in (writers, done, DEFAULT.seen):
-            counts.clear()
+        thread.inside = thread.strict = False
+        known.clear()

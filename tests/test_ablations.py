@@ -39,8 +39,6 @@ MASKS = ("imp/mask_0.30.pt", "align/mask_0.30.pt", "sparse/s0.30_k000/final.pt")
 MLP = "mlp --width 0.03125"
 FEW_IMAGES = ("common/data/glyphs.py", "TRAIN, TEST = 10_000, 1_000", "TRAIN, TEST = 256, 100")
 
-Patch = tuple[str, str, str]  # file, a text that it holds once, and what takes its place
-
 # ---------------------------------------------------------------- the edits
 
 LAYERWISE = """\
@@ -112,9 +110,9 @@ DATASETS ="""
 
 class Edit(NamedTuple):
     changes: str  # the first stage whose result changes
-    patches: tuple[Patch, ...]
+    patches: tuple  # of each a file, a text that it holds once, and what takes its place
     model: str = MLP
-    check: Callable[[dict[str, Any]], bool] = lambda mask: True  # of the file that stage 2 wrote
+    check: Callable = lambda mask: True  # of the content of the mask file of stage 2
     called_with: Any = ()  # what else the edited project needs: model, data, or flags of a stage
 
 
@@ -135,14 +133,9 @@ EDITS = {
             abs(int(entry.sum()) - 0.7 * entry.numel()) < 3 for entry in mask["mask"].values()
         ),
     ),
-    "AdamW in the sparse stage": Edit(
-        "train_sparse",
-        (("train_sparse.py", SGD, ADAMW),),
-    ),
+    "AdamW in the sparse stage": Edit("train_sparse", (("train_sparse.py", SGD, ADAMW),)),
     "a new model": Edit(
-        "train_dense",
-        (("common/models.py", "MODELS = {", SMALL),),
-        called_with={"model": "small"},
+        "train_dense", (("common/models.py", "MODELS = {", SMALL),), called_with={"model": "small"}
     ),
     "cutout": Edit(
         "train_dense",
@@ -173,15 +166,14 @@ EDITS = {
         called_with={"data": "brightness"},
     ),
     "fewer matching images": Edit(
-        "align_mask",
-        (("common/cli.py", "MATCH_IMAGES = (None,", "MATCH_IMAGES = (20,"),),
+        "align_mask", (("common/cli.py", "MATCH_IMAGES = (None,", "MATCH_IMAGES = (20,"),)
     ),
 }
 
 # ---------------------------------------------------------------- copies and their processes
 
 
-def copied(folder: Path, *patches: Patch) -> Path:
+def copied(folder, *patches):
     """A copy of the project with `patches`; fails where the text to replace is not there once."""
     shutil.copytree(ROOT / "common", folder / "common", ignore=shutil.ignore_patterns("*.pyc"))
     for script in STAGES:
@@ -193,13 +185,13 @@ def copied(folder: Path, *patches: Patch) -> Path:
     return folder
 
 
-def command(stage: str, runs: Path, out: Path, model: str, **other: str) -> list[str]:
+def command(stage, runs, out, model, **other):
     """A stage's command line, which reads from `runs` and writes to `out`."""
     texts = USUAL | {"runs": runs, "out": out, "model": model} | other
     return [f"{stage}.py", *(STAGES[stage] + other.get(stage, "")).format(**texts).split()]
 
 
-def call_all(project: Path, commands: list[list[str]], cut_off: bool) -> list[tuple[int, str]]:
+def call_all(project, commands, cut_off):
     """The exit code and output of each command, in a process that has nothing of common/ yet."""
     sys.path.insert(0, str(project))
     torch.set_num_threads(1)
@@ -209,7 +201,7 @@ def call_all(project: Path, commands: list[list[str]], cut_off: bool) -> list[tu
 
     save = checkpoint.save
 
-    def save_and_stop(content: Any, path: Path) -> None:
+    def save_and_stop(content, path):
         save(content, path)
         if path.name in ("resume.pt", "permutation.pt"):
             raise KeyboardInterrupt
@@ -229,7 +221,7 @@ def call_all(project: Path, commands: list[list[str]], cut_off: bool) -> list[tu
     return outcomes
 
 
-def run(project: Path, *commands: list[str], cut_off: bool = False) -> list[tuple[int, str]]:
+def run(project, *commands, cut_off=False):
     """Call stages of `project` in a new process, forked from one that has only imported torch."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "pandas", "scipy.optimize", "matplotlib"])
@@ -237,7 +229,7 @@ def run(project: Path, *commands: list[str], cut_off: bool = False) -> list[tupl
         return pool.submit(call_all, project, commands, cut_off).result()
 
 
-def content(out: Path, stage: str) -> tuple[Any, str, str]:
+def content(out, stage):
     """What a stage made, and the code that result.json and the file say made it."""
     folder, name, key = RESULTS[stage]
     file = torch.load(out / folder / name, weights_only=True)
@@ -248,19 +240,17 @@ def content(out: Path, stage: str) -> tuple[Any, str, str]:
 
 @pytest.fixture(scope="module")
 def unedited(tmp_path_factory):
-    """By model: a folder with `runs`, the four stages, and `cut`, each of them cut off half-way."""
-    made: dict[str, Path] = {}
+    """Of a model: a folder with `runs`, the four stages, and `cut`, each of them cut off."""
 
-    def of(model: str) -> Path:
-        if model not in made:
-            folder = tmp_path_factory.mktemp("unedited")
-            project, runs = copied(folder / "project"), folder / "runs"
-            for code, text in run(project, *(command(s, runs, runs, model) for s in STAGES)):
-                assert code == 0, text
-            cut = [command(stage, runs, folder / "cut", model) for stage in STAGES]
-            assert [code for code, _ in run(project, *cut, cut_off=True)] == [130] * 4
-            made[model] = folder
-        return made[model]
+    @functools.cache
+    def of(model):
+        folder = tmp_path_factory.mktemp("unedited")
+        project, runs = copied(folder / "project"), folder / "runs"
+        for code, text in run(project, *(command(s, runs, runs, model) for s in STAGES)):
+            assert code == 0, text
+        cut = [command(stage, runs, folder / "cut", model) for stage in STAGES]
+        assert [code for code, _ in run(project, *cut, cut_off=True)] == [130] * 4
+        return folder
 
     return of
 
@@ -317,6 +307,8 @@ def test_an_edit_changes_its_stage_and_no_old_run_is_taken_for_the_new_one(
         assert code == 0 and "goes on under other code" in text, text
         then, now = content(runs, edit.changes)[1], content(new, edit.changes)[1]
         assert content(cut, edit.changes)[1:] == (f"{then}+{now}",) * 2
+        arguments = cut / RESULTS[edit.changes][0] / "arguments.json"
+        assert json.loads(arguments.read_text())["code"] == [then, now]
 
 
 def test_a_pruning_rule_that_rounds_is_named_at_once(unedited, tmp_path):

@@ -12,18 +12,17 @@ from common.align.axes import find_axes
 from common.align.permutation import permute
 from tests.conftest import refuse, result, same, stage3, stage4, state, succeed, weights
 
+OTHER = {
+    "activation-pre": "--match-on pre",
+    "activation-covariance": "--statistic covariance",
+    "activation-mean": "--stream mean",
+    "activation-pre-covariance": "--match-on pre --statistic covariance",
+}
 
-@pytest.mark.parametrize(
-    "flags, label",
-    [
-        (("--match-on", "pre"), "activation-pre"),
-        (("--statistic", "covariance"), "activation-covariance"),
-        (("--stream", "mean"), "activation-mean"),
-        (("--match-on", "pre", "--statistic", "covariance"), "activation-pre-covariance"),
-    ],
-)
-def test_other_statistics_give_another_permutation_and_name(runs, ends, tmp_path, flags, label):
-    succeed(*stage3(*ends, tmp_path, *flags))
+
+@pytest.mark.parametrize("label", OTHER)
+def test_other_statistics_give_another_permutation_and_name(runs, ends, tmp_path, label):
+    succeed(*stage3(*ends, tmp_path, *OTHER[label].split()))
     found = state(tmp_path / "permutation.pt")
     usual = state(runs / "align/activation/seed0-seed1/permutation.pt")
     assert found["method"] == state(tmp_path / "mask_0.70.pt")["method"] == label
@@ -34,14 +33,11 @@ def test_other_statistics_give_another_permutation_and_name(runs, ends, tmp_path
 
 def test_each_pair_has_a_random_permutation_of_its_own(runs, ends, aligned, tmp_path):
     one = state(aligned / "random/permutation.pt")["permutation"]
-    pairs = {
-        "again": ends,
-        "other": (runs / "dense/seed2", runs / "dense/seed3", runs / "imp/seed2"),
-    }
-    for name, files in pairs.items():
-        succeed(*stage3(*files, tmp_path / name, "--method", "random"))
-        found = state(tmp_path / name / "permutation.pt")["permutation"]
-        assert same(found, one) == (name == "again")
+    other = (runs / "dense/seed2", runs / "dense/seed3", runs / "imp/seed2")
+    for files in (ends, other):
+        out = tmp_path / files[0].name
+        succeed(*stage3(*files, out, "--method", "random"))
+        assert same(state(out / "permutation.pt")["permutation"], one) == (files == ends)
 
 
 def test_a_tag_is_added_to_that_of_the_inputs_and_the_code_of_the_mask_stays(ends, tmp_path):
@@ -125,15 +121,15 @@ def test_user_supplied_networks(supplied, tmp_path, method):
 
 
 def test_weights_of_half_precision_are_matched_as_their_values(supplied, tmp_path):
-    for kind, source in (("half", torch.half), ("float", torch.float)):
-        (tmp_path / kind).mkdir()
-        for name, dtype in (("my_a", source), ("my_b", torch.float)):
+    for kind in (torch.half, torch.float):
+        folder = tmp_path / str(kind)
+        folder.mkdir()
+        for name, dtype in (("my_a", kind), ("my_b", torch.float)):
             entries = state(supplied / f"{name}.pt").items()
             values = {key: value.half().to(dtype) for key, value in entries}
-            torch.save(values, tmp_path / kind / f"{name}.pt")
-        succeed(*align(supplied, tmp_path / kind / "out", ends=tmp_path / kind))
-    files = (tmp_path / kind / "out/permutation.pt" for kind in ("half", "float"))
-    assert same(*(state(file)["permutation"] for file in files))
+            torch.save(values, folder / f"{name}.pt")
+        succeed(*align(supplied, folder / "out", ends=folder))
+    assert same(*(state(file)["permutation"] for file in tmp_path.glob("*/out/permutation.pt")))
 
 
 def test_a_pruned_state_dict_and_back():

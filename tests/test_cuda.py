@@ -1,137 +1,161 @@
-"""What only a GPU can show: a captured graph computes what single launches do, alone and beside
-others.
+"""Training on a GPU: a captured graph computes what single launches do, alone and beside others.
+
+Where there is none, on a pretended one (tests/pretend_gpu.py), and then to the last bit.
 """
 
+import contextlib
+import dataclasses
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 
-from common import checkpoint, masking, training
+from common import masking
 from common.models import build_model
 from common.runtime import graph, parallel
 from common.runtime.graph import GraphedStep
-from common.training import train
-from tests.conftest import ROOT, TINY, distance
+from common.training import cpu_state, train
+from tests.conftest import ROOT, TINY, distance, small_resnet, weights
+from tests.pretend_gpu import pretend_gpu
 from tests.test_data import resident
+from tests.test_parallel import jobs, trained
 from tests.test_training import SETTINGS
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-RATES = [0.05, 0.02]
+REAL = torch.cuda.is_available()
+TOLERANCES = {"fp32": 1e-4, "bf16": 3e-2} if REAL else {"fp32": 0}
+RATES = [0.125, 0.5, 0.25, 0.0625, 0.25]
 
 
-def data():
-    return resident(count=64, pad=1, flip=True, mean=0.3, std=0.2, device="cuda")
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    with contextlib.nullcontext() if REAL else pretend_gpu():
+        yield
 
 
-def trained(folder, seed=0, **settings):
-    torch.backends.cudnn.deterministic = True
-    model = build_model("resnet20", 0.5, 2, (3, 8, 8), seed)
-    mask = masking.dense_mask(model.state_dict(), masking.prunable(model))
-    mask = masking.prune_by_magnitude(model.state_dict(), mask, masking.size(mask) // 5)
-    settings = SETTINGS | {"batch_size": 16, "seed": seed, "progress": False} | settings
-    rows = train(model, data(), RATES, folder=folder, mask=mask, **settings)
-    checkpoint.save(training.cpu_state(model), folder / "end.pt")
-    return rows
+def data_of(count=16):
+    return resident(count=count, pad=1, flip=True, mean=0.3, std=0.2, device="cuda")
 
 
-def apart(one, other):
-    """How far the networks of two folders are apart."""
-    return distance(*(checkpoint.load(folder / "end.pt") for folder in (one, other)))
+def plain(monkeypatch, *arguments, **settings):
+    """As `train`, without a graph."""
+    with monkeypatch.context() as patched:
+        patched.setattr(graph, "capturable", lambda *_: False)
+        return train(*arguments, folder=None, **settings)
 
 
-@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 3e-2)])
-def test_a_graph_computes_what_single_launches_do(
-    tmp_path, monkeypatch, capfd, precision, tolerance
+@pytest.fixture
+def captures(monkeypatch):
+    """Counts those that worked and those that did not."""
+    counts, capture = {True: 0, False: 0}, GraphedStep._capture
+
+    def counted(step):
+        replay = capture(step)
+        counts[replay != step._step] += 1
+        return replay
+
+    monkeypatch.setattr(GraphedStep, "_capture", counted)
+    return counts
+
+
+@pytest.mark.parametrize("count, masked", [(16, False), (16, True), (6, True)])
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_a_graph_trains_as_the_plain_loop(
+    tmp_path, monkeypatch, captures, precision, count, masked
 ):
-    rows = trained(tmp_path / "graph", precision=precision)
-    assert "slower" not in capfd.readouterr().err
-    monkeypatch.setattr(GraphedStep, "_capture", lambda step: step._step)
-    plain = trained(tmp_path / "plain", precision=precision)
-    assert apart(tmp_path / "plain", tmp_path / "graph") < tolerance
-    assert rows[-1]["train_loss"] == pytest.approx(plain[-1]["train_loss"], rel=10 * tolerance)
-    trained(tmp_path / "other", seed=1, precision=precision)
-    assert (
-        apart(tmp_path / "plain", tmp_path / "other") > 2 * tolerance
-    )  # what the tolerance can tell apart
+    """Also where it is cut off and goes on: place in the epoch, learning rate, momenta."""
+    settings = SETTINGS | {"precision": precision, "first_epoch": 2}
+    if masked:
+        values, names = small_resnet().state_dict(), masking.prunable(small_resnet())
+        everything = masking.dense_mask(values, names)
+        settings["mask"] = masking.prune_by_magnitude(values, everything, 300)
+    by_graph, by_loop, data = small_resnet(), small_resnet(), data_of(count)
+    expected = plain(monkeypatch, by_loop, data, RATES, **settings)
+
+    def kill(epoch):
+        if epoch == 4:
+            raise InterruptedError
+
+    settings["folder"] = tmp_path
+    with pytest.raises(InterruptedError):
+        train(small_resnet(), data, RATES, at_epoch=kill, **settings)
+    rows = train(by_graph, data, RATES, **settings)
+    # A set of one batch is captured in a later epoch, and not before it was cut off.
+    assert captures == {True: 1 + (data.steps(4) > 1), False: 0}
+    tolerance = TOLERANCES[precision]
+    assert distance(cpu_state(by_loop), cpu_state(by_graph)) <= tolerance
+    for key in ("lr", "train_loss", "train_acc", "test_loss"):
+        found, wanted = ([row[key] for row in some] for some in (rows, expected))
+        assert found == pytest.approx(wanted, rel=10 * tolerance, abs=100 * tolerance), key
 
 
-def test_the_host_never_waits_within_an_epoch():
-    total, images = torch.zeros((), device="cuda"), data()
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.Adagrad])
+def test_any_optimiser_trains_in_a_graph_or_without(monkeypatch, captures, make):
+    """The step count of AdamW is in the graph; others cannot be captured, and train without."""
+    settings = SETTINGS | {"make_optimiser": partial(make, lr=0.1)}
+    ends = []
+    for way in (partial(plain, monkeypatch), partial(train, folder=None)):
+        model = build_model("mlp", 1 / 64, 2, (3, 8, 8))
+        way(model, data_of(), [2**-7] * 2, **settings)
+        ends.append(cpu_state(model))
+    assert distance(*ends) < 1e-3 and captures[True] == (make is torch.optim.AdamW)
 
-    def work(x, y):
-        total.add_(x.sum() + y.sum())
 
-    step = GraphedStep(work, images, 8)
-    with graph.side_stream(images.device):
-        for call, _ in enumerate(step.start(0, 0)):
-            if call == graph.EAGER_STEPS + 1:
-                assert isinstance(step.replay.__self__, torch.cuda.CUDAGraph)
-                torch.cuda.set_sync_debug_mode("error")
-            step()
-        torch.cuda.set_sync_debug_mode("default")
-    expected = sum(float(x.sum() + y.sum()) for x, y in images.train_batches(8, 0, 0))
-    assert float(total) == pytest.approx(expected, rel=1e-4)
+def test_the_host_never_waits_within_an_epoch(monkeypatch):
+    call, seen = GraphedStep.__call__, []
+
+    def watched(step):
+        call(step)
+        strict = step.calls > graph.EAGER_STEPS and step.calls % step.steps
+        torch.cuda.set_sync_debug_mode("error" if strict else "default")
+        seen.append(strict)
+
+    monkeypatch.setattr(GraphedStep, "__call__", watched)
+    train(small_resnet(), data_of(), RATES[:4], folder=None, **SETTINGS)
+    assert sum(map(bool, seen)) == 4 * 3 - graph.EAGER_STEPS
 
 
 def test_networks_side_by_side_are_those_of_the_run_alone(tmp_path):
-    """More runs than CUDA has streams to hand out."""
-    for seed in range(8):
-        trained(tmp_path / f"alone{seed}", seed=seed)
-    runs = {f"run{n}": (lambda n=n: trained(tmp_path / f"run{n}", seed=n % 8)) for n in range(48)}
-    parallel.side_by_side(runs, 8, torch.device("cuda"))
-    for n in range(48):
-        assert apart(tmp_path / f"alone{n % 8}", tmp_path / f"run{n}") < 1e-4
-    assert apart(tmp_path / "alone0", tmp_path / "alone1") > 1e-2
+    """On a GPU more of them than CUDA has streams to hand out."""
+    folders = [tmp_path / str(number) for number in range(10 if REAL else 1)]
+    data = data_of()
+    for run in jobs(tmp_path / "alone", data).values():
+        run()
+    # By a kernel, for which the other streams have to wait.
+    data = dataclasses.replace(data_of(), train=data.train.clone())
+    beside = {str(folder): jobs(folder, data) for folder in folders}
+    runs = {
+        f"{folder}/{name}": run for folder, jobs in beside.items() for name, run in jobs.items()
+    }
+    parallel.side_by_side(runs, 8 if REAL else 2, data.device)
+    alone = trained(tmp_path / "alone")
+    for folder in folders:
+        assert all(distance(*ends) <= TOLERANCES["fp32"] for ends in zip(alone, trained(folder)))
+    assert distance(*alone[:2]) > 1e-2
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_train_what_one_does(tmp_path):
     """A network with BatchNorm, whose statistics are taken over both."""
-    dense = [
-        *TINY,
-        "--model",
-        "resnet20",
-        "--width",
-        "0.5",
-        "--device",
-        "cuda",
-        "--epochs",
-        "2",
-        "--save-epochs",
-        "0",
-    ]
-    for name, count in (("one", 1), ("two", 2)):
-        launch = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(count),
-        ]
-        subprocess.run(
-            [*launch, "train_dense.py", *dense, "--out", str(tmp_path / name)], cwd=ROOT, check=True
-        )
-    one, two = (
-        checkpoint.load_dense(tmp_path / name / "seed0")["state_dict"] for name in ("one", "two")
-    )
+    dense = [*TINY, *"--model resnet20 --width 0.5 --device cuda --epochs 2".split()]
+    for count in ("1", "2"):
+        launch = "-m torch.distributed.run --standalone --nproc-per-node".split()
+        out = ("train_dense.py", *dense, "--out", str(tmp_path / count))
+        subprocess.run([sys.executable, *launch, count, *out], cwd=ROOT, check=True)
+    one, two = (weights(tmp_path / count / "seed0/epoch_0002.pt") for count in ("1", "2"))
     assert distance(one, two) < 1e-3
 
 
-def test_a_set_of_few_batches_is_captured_in_a_later_epoch(tmp_path):
-    assert data().steps(48) < graph.EAGER_STEPS
-    assert len(trained(tmp_path, batch_size=48)) == len(RATES)
-
-
-def test_a_step_that_asks_the_device_for_a_value_is_launched_one_by_one(capfd):
+def test_a_step_that_asks_the_device_for_a_value_is_launched_one_by_one(captures, capfd):
     """The last one here: torch 2.11 and 2.12 give no memory back after a capture that failed."""
-    total, images = torch.zeros((), device="cuda"), data()
-    step = GraphedStep(lambda x, y: total.add_(float(x.sum())), images, 8)
-    with graph.side_stream(images.device):
+    total, data = torch.zeros((), device="cuda"), data_of()
+    step = GraphedStep(lambda x, y: total.add_(float(x.sum())), data, 4)
+    with graph.side_stream(data.device):
         for _ in step.start(0, 0):
             step()
-    assert "slower" in capfd.readouterr().err
-    batches = images.train_batches(8, 0, 0)
+    told = capfd.readouterr().err
+    assert told.count("\n") == 1 and "slower" in told and captures == {True: 0, False: 1}
+    batches = data.train_batches(4, 0, 0)
     assert float(total) == pytest.approx(sum(float(x.sum()) for x, _ in batches), rel=1e-4)

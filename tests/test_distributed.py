@@ -1,5 +1,6 @@
 """One network trained by several processes is the network that one process trains."""
 
+import json
 import os
 import subprocess
 import sys
@@ -112,29 +113,49 @@ def test_the_first_process_alone_writes_and_deletes(monkeypatch, tmp_path):
 def torchrun(script, *arguments):
     """Run a script as two processes."""
     launch = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-    command = [sys.executable, *launch, f"{script}.py", *map(str, arguments)]
+    command = [sys.executable, *launch, script, *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = str(ROOT)
     options = {"capture_output": True, "text": True, "timeout": 120}
     return subprocess.run(command, cwd=ROOT, env=environment, **options)
 
 
-def succeed_as_two(*command):
-    """What a script prints as two processes."""
-    done = torchrun(*command)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+SEVERAL = """
+import json, sys
+from common.runtime import distributed
+from tests.conftest import start
+
+distributed.shut_down = lambda: None  # not between the commands
+for command in json.loads(sys.argv[1]):
+    start(*command, torchrun=True)
+"""
 
 
 def test_two_processes_train_what_one_does(tmp_path):
-    """All three stages that train; up to the order in which sums are taken."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    dense = [stage1(root / "dense", "--seed", 0, 1) for root in (one, two)]
-    printed = [succeed(*dense[0]), succeed_as_two(*dense[1])]
-    for run, root in ((succeed_as_two, two), (succeed, one)):
-        source, masks, cell = two / "dense/seed0", two / "imp", ("--sparsity", 0.3)
-        run(*stage2(source, root / "imp", *cell))
-        run(*stage4("lth", source, masks, root / "sparse", *cell, "--rewind", 1))
+    """All three stages that train, up to the order in which sums are taken; then an error."""
+    one, two, file = tmp_path / "one", tmp_path / "two", tmp_path / "file"
+    file.touch()
+    dense, masks, cell = two / "dense/seed0", two / "imp", ("--sparsity", 0.3)
+
+    def commands(root):
+        lth = stage4("lth", dense, masks, root / "sparse", *cell, "--rewind", 1)
+        return stage2(dense, root / "imp", *cell), lth
+
+    (script, *more), again = (stage1(root / "dense", "--seed", 0, 1) for root in (two, one))
+    done = torchrun(f"{script}.py", *more)
+    assert done.returncode == 0, done.stderr
+    printed = [done.stdout, succeed(*again)]
     assert [text.count("/3  lr") for text in printed] == [6, 6]  # a line an epoch
+    (tmp_path / "several.py").write_text(SEVERAL)
+    several = *commands(two), (script, *more), stage1(file / "dense")
+    done = torchrun(tmp_path / "several.py", json.dumps(several, default=str))
+    told = [line for line in done.stderr.splitlines() if ".py: error: " in line]
+    assert done.returncode != 0 and len(told) == 1, done.stderr
+    assert f"cannot write {file}" in told[0] and "gloo" not in done.stderr
+    assert done.stdout.count("nothing to do") == 2
+    for command in commands(one):
+        succeed(*command)
+
     epochs = [f"dense/seed{seed}/epoch_000{epoch}.pt" for seed in (0, 1) for epoch in (0, 1, 3)]
     for name in (*epochs, "imp/sparse_0.30.pt", "sparse/s0.30_k001/final.pt"):
         assert distance(weights(one / name), weights(two / name)) < 1e-4
@@ -144,19 +165,5 @@ def test_two_processes_train_what_one_does(tmp_path):
     for key in ("train_loss", "test_loss", "train_acc", "test_acc"):
         rounding = 0.2 if "acc" in key else 0
         assert results[1][key] == pytest.approx(results[0][key], rel=1e-3, abs=rounding)
-    assert succeed_as_two(*dense[1]).count("nothing to do") == 2
     names = [sorted(path.name for path in (root / "imp").iterdir()) for root in (one, two)]
     assert names[0] == names[1]
-
-
-def test_an_error_of_several_processes_is_told_once(tmp_path):
-    (tmp_path / "file").touch()
-    for out, more, words in (
-        (tmp_path, ("--limit-train", 10**6), "--limit-train 1000000 is more"),  # of all processes
-        (tmp_path / "file/dense", (), f"cannot write {tmp_path}"),  # of the first
-    ):
-        done = torchrun(*stage1(out, *more))
-        lines = done.stderr.splitlines()
-        told = [line for line in lines if line.startswith("train_dense.py: error: ")]
-        assert done.returncode != 0 and len(told) == 1 and words in told[0], done.stderr
-        assert "gloo" not in done.stderr and list(tmp_path.iterdir()) == [tmp_path / "file"]

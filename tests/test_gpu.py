@@ -28,9 +28,8 @@ from tests.pretend_gpu import pretend_gpu
 from tests.test_benchmark import TINY, small
 
 REAL = torch.cuda.is_available()
-TOLERANCE = (
-    0.1 if REAL else 1e-3
-)  # a channel or an image that rounding turns is a few percent of these small runs
+# A channel or an image that rounding turns is a few percent of these small runs.
+TOLERANCE = 0.1 if REAL else 1e-3
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +40,8 @@ def gpu():
 
 def alike(one, other):
     """Whether two masks agree but for rounding; of unlike ones at these sparsities half agree."""
-    return sum(int((one[name] == other[name]).sum()) for name in one) >= (
-        1 - TOLERANCE
-    ) * masking.size(one)
+    same = sum(int((one[name] == other[name]).sum()) for name in one)
+    return same >= (1 - TOLERANCE) * masking.size(one)
 
 
 def test_every_stage_on_a_gpu_does_what_it_does_on_a_cpu(runs, tmp_path):
@@ -54,7 +52,7 @@ def test_every_stage_on_a_gpu_does_what_it_does_on_a_cpu(runs, tmp_path):
     succeed(*stage2(source, imp, *gpu))
     succeed(*stage3(source, target, imp, aligned, *gpu))
     last = call(*stage4("permuted", target, aligned, sparse, "--parallel", "auto", *gpu))
-    assert last.code == 0 and "one by one" not in last.err, last.err
+    assert last.code == 0 and "slower" not in last.err, last.err
 
     def both(path, key):
         return (state(root / path.relative_to(tmp_path))[key] for root in (runs, tmp_path))
@@ -70,12 +68,9 @@ def test_every_stage_on_a_gpu_does_what_it_does_on_a_cpu(runs, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["weight", "masked"])
-def test_methods_without_images_on_a_gpu(ends, tmp_path, method):
-    masks = []
-    for device in ("cpu", "cuda"):
-        succeed(*stage3(*ends, tmp_path / device, "--method", method, "--device", device))
-        masks.append(state(tmp_path / device / "mask_0.70.pt")["mask"])
-    assert alike(*masks)
+def test_methods_without_images_on_a_gpu(ends, aligned, tmp_path, method):
+    succeed(*stage3(*ends, tmp_path, "--method", method, "--device", "cuda"))
+    assert alike(*(state(root / "mask_0.70.pt")["mask"] for root in (aligned / method, tmp_path)))
 
 
 ANALYSES = {

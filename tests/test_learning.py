@@ -21,8 +21,7 @@ from common.vision import torchvision
 from tests.conftest import same, sgd, sparse, succeed
 
 GUESSING = math.log(10)
-EPOCHS = 6  # of 5 steps
-DEVICE = ("--device", "cpu")
+EPOCHS = {"mlp": 3, "vgg11": 3, "resnet20": 6}  # of 5 steps
 
 
 @pytest.fixture(scope="module")
@@ -41,44 +40,45 @@ def patterns(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def dense(patterns, tmp_path_factory):
-    """Dense runs of the small-image networks, with every default of stage 1 but the number of
-    epochs.
-    """
-    root = tmp_path_factory.mktemp("dense")
-    for model in ("mlp", "vgg11", "resnet20"):
-        about = (
-            "--dataset",
-            "folder",
-            "--data-dir",
-            patterns,
-            "--model",
-            model,
-            "--epochs",
-            EPOCHS,
-        )
-        succeed("train_dense", *about, "--save-epochs", 0, *DEVICE, "--out", root / model)
-    return root
+@pytest.fixture
+def learn(patterns, tmp_path):
+    """Trains a dense network on them, by the defaults of stage 1 but for some flags."""
+
+    def dense(model, *more):
+        about = ("--dataset", "folder", "--data-dir", patterns, "--model", model)
+        out = ("--device", "cpu", "--out", tmp_path / "dense")
+        return succeed("train_dense", *about, *out, *more)
+
+    return dense
 
 
-@pytest.mark.parametrize("model", ["mlp", "vgg11", "resnet20"])
-def test_a_network_learns_at_the_defaults_of_stage_1(dense, model):
+def learned(folder):
+    """Whether the network of a run was ever better than guessing."""
+    return pd.read_csv(folder / "log.csv")["test_loss"].min() < 0.9 * GUESSING
+
+
+@pytest.mark.parametrize("model", EPOCHS)
+def test_a_network_learns_at_the_defaults_of_stage_1(learn, tmp_path, model):
     """At some epoch: images as plain as these are forgotten again, at a learning rate of 0.08."""
-    assert pd.read_csv(dense / model / "seed0/log.csv")["test_loss"].min() < 0.9 * GUESSING
+    learn(model, "--epochs", EPOCHS[model])
+    assert learned(tmp_path / "dense/seed0")
 
 
-def test_vgg11_learns_at_the_defaults_of_stages_2_and_4(patterns, tmp_path):
+def test_vgg11_learns_at_the_defaults_of_stages_2_and_4(learn, tmp_path):
     """Narrow, and its dense network at the sparse stage's learning rate: at 0.08 it may forget."""
-    about = ("--dataset", "folder", "--data-dir", patterns, "--model", "vgg11", "--width", 0.25)
-    dense, masks, out = (tmp_path / part for part in ("dense", "imp", "sparse"))
-    succeed("train_dense", *about, "--lr", 0.02, "--epochs", 10, *DEVICE, "--out", dense)
-    network = ("--dense", dense / "seed0", "--sparsity", 0.3, "--epochs", 3, *DEVICE)
-    succeed("prune_imp", *network, "--out", masks)
-    ends = ("--arm", "lth", "--weights", dense / "seed0", "--masks", masks, "--out", out)
-    succeed("train_sparse", *ends, "--sparsity", 0.3, "--rewind", 0, *DEVICE)
-    for log in (dense / "seed0/log.csv", masks / "log.csv", out / "s0.30_k000/log.csv"):
-        assert pd.read_csv(log)["test_loss"].min() < 0.9 * GUESSING, log
+    dense, masks, out = (tmp_path / part for part in ("dense/seed0", "imp", "sparse"))
+    learn("vgg11", "--width", 0.25, "--lr", 0.02, "--epochs", 10)
+    usual = ("--sparsity", 0.3, "--device", "cpu")
+    succeed("prune_imp", "--dense", dense, "--epochs", 3, "--out", masks, *usual)
+    ends = ("--arm", "lth", "--weights", dense, "--masks", masks, "--rewind", 0, "--out", out)
+    succeed("train_sparse", *ends, *usual)
+    assert learned(dense) and learned(masks) and learned(out / "s0.30_k000")
+
+
+def test_a_run_that_ends_at_chance_says_so(learn, tmp_path):
+    for lr, ends_so in ((1e-9, True), (0.02, False)):
+        narrow = ("--width", 0.25, "--epochs", 1, "--lr", lr, "--out", tmp_path / f"{lr}")
+        assert ("ends at chance" in learn("mlp", *narrow)) == ends_so
 
 
 def test_resnet50_learns_at_imagenets_settings(patterns):
@@ -87,63 +87,37 @@ def test_resnet50_learns_at_imagenets_settings(patterns):
     data = dataclasses.replace(data, **twice)  # or a batch would be larger than the set
     paper = {name: imagenet for name, (_, imagenet) in cli.PAPER["dense"].items()}
     rates = learning_rates(paper["schedule"], paper["lr"], paper["epochs"], paper["warmup"])
-    settings = {
-        "batch_size": paper["batch_size"],
-        "make_optimiser": sgd(paper["momentum"], paper["weight_decay"]),
-    }
-    model = build_model("resnet50", 0.25, 10, data.input_shape)
-    few = rates[:1] * 12  # steps of the first epoch, which has 1,251 on ImageNet
-    rows = train(
-        model, data, few, name="resnet50", folder=None, seed=0, precision="fp32", **settings
-    )
-    assert rows[-1]["train_loss"] < 0.7 * GUESSING
+    settings = {"name": "resnet50", "folder": None, "seed": 0, "precision": "fp32"}
+    settings |= {"batch_size": paper["batch_size"]}
+    settings |= {"make_optimiser": sgd(paper["momentum"], paper["weight_decay"])}
+    few = rates[:1] * 10  # steps of the first epoch, which has 1,251 on ImageNet
+    rows = train(build_model("resnet50", 0.25, 10, data.input_shape), data, few, **settings)
+    assert rows[-1]["train_loss"] < 0.9 * GUESSING
 
 
 def test_a_sparse_run_that_diverges_is_a_result(runs, tmp_path):
     def strict(path):
-        return json.loads(
-            path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON")
-        )
+        return json.loads(path.read_text(), parse_constant=pytest.fail)  # NaN is no JSON
 
     shutil.copytree(runs, tmp_path / "R")
     ends = ("naive", runs / "dense/seed1", runs / "imp/seed0", tmp_path / "R/sparse/naive/wild")
     cells = ("--sparsity", 0.5, 0.7, "--rewind", 1, "--lr", 1e6)
-    outcome = sparse(*ends, *cells)
+    outcome, names = sparse(*ends, *cells), ("s0.50_k001", "s0.70_k001")
     assert outcome.code == 0 and outcome.out.count("diverged in epoch 2") == 2, outcome
-    for folder in (ends[-1] / "s0.50_k001", ends[-1] / "s0.70_k001"):
+    for folder in (ends[-1] / name for name in names):
         result = strict(folder / "result.json")
-        assert (
-            result["diverged"] == 2 and result["test_loss"] is None and 0 <= result["test_acc"] < 50
-        )
+        assert result["diverged"] == 2 and result["test_loss"] is None
+        assert 0 <= result["test_acc"] < 50
         assert pd.read_csv(folder / "log.csv")["epoch"].tolist() == [2]  # the last that it trained
-        assert not (folder / "final.pt").exists() and not (folder / "resume.pt").exists()
+        assert not list(folder.glob("*.pt"))
     assert sparse(*ends, *cells).out.count("nothing to do") == 2
     sane = tmp_path / "R/sparse/naive/seed0-seed1"
     assert strict(sane / "s0.50_k001/result.json")["diverged"] is None
-    for cell in ("s0.50_k001", "s0.70_k001"):
-        shutil.rmtree(sane / cell)
+    for name in names:
+        shutil.rmtree(sane / name)
     table = succeed("analyze.results", tmp_path / "R")
     assert "2 of 24 runs diverged" in table and f"{folder} in epoch 2" in table
     assert pd.read_csv(tmp_path / "R/results.csv")["diverged"].dropna().tolist() == [2, 2]
-
-
-def test_a_run_that_ends_at_chance_says_so(patterns, tmp_path):
-    about = (
-        "--dataset",
-        "folder",
-        "--data-dir",
-        patterns,
-        "--model",
-        "mlp",
-        "--width",
-        0.25,
-        "--epochs",
-        1,
-        *DEVICE,
-    )
-    hint = "ends at chance"
-    assert hint in succeed("train_dense", *about, "--lr", 1e-9, "--out", tmp_path / "slow")
-    assert hint not in succeed("train_dense", *about, "--lr", 0.02, "--out", tmp_path / "fast")
 
 
 @pytest.mark.parametrize(

@@ -27,21 +27,19 @@ def test_magnitude_pruning_by_hand():
         masking.prune_by_magnitude(WEIGHTS, mask, 4)
 
 
-@pytest.mark.parametrize("rounds", [1, 3])
-def test_equals_torch_global_unstructured(rounds):
+def test_equals_torch_global_unstructured():
     model = build_model("resnet20", 0.5, seed=1)
-    names = masking.prunable(model)
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    names, weights = masking.prunable(model), model.state_dict()
+    weights = {name: weights[name].clone() for name in names}
     mask = masking.dense_mask(weights, names)
     layers = [(model.get_submodule(name.removesuffix(".weight")), "weight") for name in names]
-    for _ in range(rounds):
+    for _ in range(3):
         keep = masking.keep_count(masking.kept(mask), 0.3)
         amount = masking.kept(mask) - keep
         prune.global_unstructured(layers, prune.L1Unstructured, amount=amount)
         mask = masking.prune_by_magnitude(weights, mask, keep)
         for name, (layer, _) in zip(names, layers):
             assert torch.equal(mask[name], layer.weight_mask.bool()), name
-    assert masking.kept(mask) == keep
 
 
 @pytest.mark.parametrize(
@@ -81,11 +79,26 @@ def test_sparsity_total_counts_the_shortcuts():
     assert masking.sparsity_total(nothing, model) == pytest.approx(268_336 / 291_376)
 
 
-def test_apply_and_signs():
+def test_apply_signs_fan_in_by_hand():
     masked = masking.apply(WEIGHTS, {"a": DIAGONAL})
     assert as_lists(masked) == {"a": [[1, 0], [0, -4]], "b": [0.5, -5]}
-    signs = {"a": [[True, False], [True, False]]}
-    assert as_lists(masking.signs(WEIGHTS, ["a"])) == signs
+    signs = masking.signs(WEIGHTS, ["a"])
+    assert as_lists(signs) == {"a": [[True, False], [True, False]]}
+    signed = masking.with_signs({"a": WEIGHTS["a"]}, {"a": ~DIAGONAL})
+    assert signed["a"].tolist() == [[-1, 2], [3, -4]]
+    kept = {"a": torch.tensor([[True, True, False, False], [False] * 4, [True] * 4])}
+    scaled = masking.rescale_fan_in({"a": 3.0 * kept["a"]}, kept)["a"]
+    expected = torch.tensor([3 * 2**0.5, 0, 3])  # a row with none stays 0
+    assert torch.allclose(scaled.amax(1), expected) and torch.equal(scaled > 0, kept["a"])
+
+
+def test_shuffling_keeps_the_count_of_each_layer():
+    mask = {"a": torch.arange(100) < 30, "b": torch.arange(50).view(5, 10) < 40}
+    shuffled, again, other = (masking.shuffle(mask, seed) for seed in (1, 1, 2))
+    assert {name: int(entry.sum()) for name, entry in shuffled.items()} == {"a": 30, "b": 40}
+    assert shuffled["b"].shape == (5, 10) and torch.equal(again["a"], shuffled["a"])
+    for different in (mask, other):
+        assert not torch.equal(different["a"], shuffled["a"])
 
 
 def test_masker_holds_the_mask_and_notices_a_leak():
@@ -100,19 +113,3 @@ def test_masker_holds_the_mask_and_notices_a_leak():
         layer.weight[0, 1] = 1e-30
     with pytest.raises(RuntimeError, match="1 pruned"):
         masker.check()
-
-
-def test_signs_fan_in_and_shuffling_by_hand():
-    positive = {"a": torch.tensor([[False, True], [True, False]])}
-    signed = masking.with_signs({"a": WEIGHTS["a"]}, positive)
-    assert signed["a"].tolist() == [[-1, 2], [3, -4]]
-    mask = {"a": torch.tensor([[True, False], [False, False]])}
-    scaled = masking.rescale_fan_in({"a": torch.tensor([[3.0, 0.0], [0.0, 0.0]])}, mask)["a"]
-    assert scaled[0, 0].item() == pytest.approx(3 * 2**0.5)
-    assert scaled[1].tolist() == [0, 0]  # a row with none stays 0
-    wide = {"a": torch.arange(100) < 30, "b": torch.arange(50).view(5, 10) < 40}
-    shuffled, again, other = (masking.shuffle(wide, seed) for seed in (1, 1, 2))
-    assert {name: int(entry.sum()) for name, entry in shuffled.items()} == {"a": 30, "b": 40}
-    assert shuffled["b"].shape == (5, 10) and torch.equal(again["a"], shuffled["a"])
-    for different in (wide, other):
-        assert not torch.equal(different["a"], shuffled["a"])

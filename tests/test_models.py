@@ -57,20 +57,6 @@ def test_initialisation_depends_on_the_seed_alone(name):
         assert not torch.equal(again[weight], other[weight])
 
 
-def test_kaiming_scale():
-    weight = build_model("resnet20", 4).blocks[8].conv2.weight.detach()
-    assert float(weight.std()) == pytest.approx((2 / (256 * 9)) ** 0.5, rel=0.01)
-
-
-@pytest.mark.parametrize(
-    "name, width, size, words",
-    [
-        ("resnet20", 0.3, 32, "4.8"),
-        ("mlp", 0.001, 8, "0.512"),
-        ("vgg11", 1, 16, "32 px"),
-        ("lenet", 1, 32, "lenet"),
-    ],
-)
-def test_impossible_models_are_refused(name, width, size, words):
-    with pytest.raises(UserError, match=words):
-        build_model(name, width, 10, (3, size, size))
+def test_an_unknown_model_is_refused():
+    with pytest.raises(UserError, match="lenet"):
+        build_model("lenet")

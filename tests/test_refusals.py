@@ -8,17 +8,33 @@ import pytest
 import torch
 
 from common import masking
-from tests.conftest import (
-    TINY,
-    call,
-    refuse,
-    stage1,
-    stage2,
-    stage3,
-    stage4,
-    state,
-    succeed,
-)
+from tests.conftest import TINY, call, refuse, stage1, stage2, stage3, stage4, state, succeed
+
+WRONG = """\
+--model resnet20 --width 0.3 | 4.8
+--model mlp --width 0.001 | 0.512
+--model vgg11 --width 1 | 32 px
+--model lenet | lenet
+--dataset mnist | mnist
+--dataset folder --data-dir /nowhere | /nowhere
+--device cuda:99 | cuda:99
+--device abacus | --device cpu
+--device meta | meta
+--epochs 0 | --epochs
+--lr -1 | --lr
+--lr nan | --lr
+--lr 1e6 | diverged
+--width x | --width
+--width inf | --width
+--width 1e307 | --width
+--limit-train 10000000 | --limit-train
+--batch-size 300 | --batch-size 300
+--save-epochs 5 | --save-epochs
+--momentum 1 | --momentum
+--seed 1000000000000000000000000000000 | --seed
+--parallel 0 | --parallel
+--parallel many | --parallel
+--parallel -1 | --parallel"""
 
 
 def files(folder):
@@ -30,36 +46,10 @@ def copied(folder, to):
     return to
 
 
-@pytest.mark.parametrize(
-    "more, words",
-    [
-        (("--model", "resnet20", "--width", 0.3), "4.8"),
-        (("--model", "vgg11", "--width", 1), "32 px"),
-        (("--dataset", "folder", "--data-dir", "/nowhere"), "/nowhere"),
-        (("--device", "cuda:99"), "cuda:99"),
-        (("--epochs", 0), "--epochs"),
-        (("--lr", -1), "--lr"),
-        (("--lr", "nan"), "--lr"),
-        (("--width", "x"), "--width"),
-        (("--limit-train", 10**7), "--limit-train"),
-        (("--batch-size", 300), "--batch-size 300"),
-        (("--save-epochs", 5), "--save-epochs"),
-        (("--model", "lenet"), "lenet"),
-        (("--dataset", "mnist"), "mnist"),
-        (("--momentum", 1), "--momentum"),
-        (("--width", "inf"), "--width"),
-        (("--width", "1e307"), "--width"),
-        (("--epochs", "9" * 400), "--epochs"),
-        (("--seed", 10**30), "--seed"),
-        (("--device", "meta"), "meta"),
-        (("--lr", 1e6), "diverged"),
-        (("--parallel", "0"), "--parallel"),
-        (("--parallel", "many"), "--parallel"),
-        (("--parallel", "-1"), "--parallel"),
-    ],
-)
-def test_stage_1_refuses(tmp_path, more, words):
-    refuse(stage1(tmp_path, *more), words)
+@pytest.mark.parametrize("line", [*WRONG.splitlines(), f"--epochs {'9' * 400} | --epochs"])
+def test_stage_1_refuses(tmp_path, line):
+    flags, words = line.split(" | ")
+    refuse(stage1(tmp_path, *flags.split()), words)
     assert not list(tmp_path.glob("*/result.json"))
     assert words == "diverged" or not files(tmp_path)
 
@@ -75,18 +65,21 @@ def test_stage_1_refuses_a_folder_of_another_experiment(runs, tmp_path):
 
 def test_stage_2_refuses(runs, tmp_path):
     root, out = copied(runs / "dense", tmp_path / "dense"), tmp_path / "o"
-    seed0 = stage2(root / "seed0", out)
-    refuse(stage2(root / "nowhere", out), "nowhere", "no dense run")
-    refuse(stage2(runs / "imp/seed0", out), "prune_imp")
-    refuse((*seed0, "--sparsity", 1.5), "1.5")
-    refuse((*seed0, "--sparsity", 0), "above 0")
+    seed0, last = stage2(root / "seed0", out), root / "seed0/epoch_0003.pt"
     rewind = ("prune_imp", "--dense", root / "seed0", "--sparsity", 0.5, "--out", out, "--rewind")
-    refuse((*rewind, 2), "no weights after epoch 2", "0, 1, 3")
-    for extreme in (1e-7, 1 - 1e-7):
-        refuse((*seed0, "--sparsity", extreme), "all or none")
-    for outs in ((out,), (out, out)):
-        refuse((*seed0, "--dense", root / "seed0", root / "seed2", "--out", *outs), "--out")
-    last = root / "seed0/epoch_0003.pt"
+    two = (*seed0, "--dense", root / "seed0", root / "seed2", "--out", out)
+    for command, *words in (
+        (stage2(root / "nowhere", out), "nowhere", "no dense run"),
+        (stage2(runs / "imp/seed0", out), "prune_imp"),
+        ((*seed0, "--sparsity", 1.5), "1.5"),
+        ((*seed0, "--sparsity", 0), "above 0"),
+        ((*seed0, "--sparsity", 1e-7), "all or none"),
+        ((*seed0, "--sparsity", 1 - 1e-7), "all or none"),
+        ((*rewind, 2), "no weights after epoch 2", "0, 1, 3"),
+        (two, "--out"),
+        ((*two, out), "--out"),
+    ):
+        refuse(command, *words)
     diverged, whole = state(last), last.read_bytes()
     last.write_bytes(whole[:500])
     refuse(seed0, "epoch_0003.pt", "cut off")
@@ -109,21 +102,25 @@ def test_a_sparsity_that_keeps_few_weights_is_met(runs, tmp_path):
 def test_stage_3_refuses(runs, ends, tmp_path):
     wide, out, (source, target, masks) = tmp_path / "wide", tmp_path / "o", ends
     succeed(*stage1(wide, "--width", 0.0625, "--epochs", 1, "--seed", 0, 1))
-    refuse(stage3(source, wide / "seed0", masks, out), "source and target differ")
-    refuse(stage3(wide / "seed0", wide / "seed1", masks, out), "mask_0.50.pt", "0.0625")
-    refuse(stage3(source, source, masks, out), "the same network")
-    refuse(stage3(runs / "dense/seed2", target, masks, out), "no mask of the source")
-    refuse(stage3(source, target, tmp_path, out), "no mask_*.pt")
-    refuse(stage3(*ends, out, "--target-epoch", 2), "no weights after epoch 2")
-    refuse(stage3(*ends, out, "--method", "weight", "--match-on", "pre"), "--match-on")
-    refuse(stage3(*ends, out, "--dataset", "glyphs"), "--model-fn")
-    refuse(("align_mask", "--source", source, "--target", target, "--out", out), "--masks")
-    refuse(stage4("naive", wide / "seed0", masks, out), "mask_0.50.pt", "mlp")
+    usual = stage3(*ends, out)
+    for command, *words in (
+        (stage3(source, wide / "seed0", masks, out), "source and target differ"),
+        (stage3(wide / "seed0", wide / "seed1", masks, out), "mask_0.50.pt", "0.0625"),
+        (stage3(source, source, masks, out), "the same network"),
+        (stage3(runs / "dense/seed2", target, masks, out), "no mask of the source"),
+        (stage3(source, target, tmp_path, out), "no mask_*.pt"),
+        ((*usual, "--target-epoch", 2), "no weights after epoch 2"),
+        ((*usual, "--method", "weight", "--match-on", "pre"), "--match-on"),
+        ((*usual, "--dataset", "glyphs"), "--model-fn"),
+        (("align_mask", "--source", source, "--target", target, "--out", out), "--masks"),
+        (stage4("naive", wide / "seed0", masks, out), "mask_0.50.pt", "mlp"),
+    ):
+        refuse(command, *words)
     assert not files(out)
 
 
 def test_stage_4_refuses(runs, ends, aligned, tmp_path):
-    (_, _, imp), out = ends, tmp_path / "o"
+    (_, target, imp), out = ends, tmp_path / "o"
     permuted = runs / "align/activation/seed0-seed1"
     for arm, seed, masks, words in (
         ("lth", 1, imp, "seed 0"),
@@ -138,19 +135,18 @@ def test_stage_4_refuses(runs, ends, aligned, tmp_path):
     ):
         command = stage4(arm, runs / f"dense/seed{seed}", masks, out)
         refuse(command, f"--arm {arm} contradicts", words)
-    naive = stage4("naive", runs / "dense/seed1", imp, out)
-    refuse((*naive, "--sparsity", 0.6), "mask_0.60.pt", "mask_0.50.pt, mask_0.70.pt")
-    refuse((*naive, "--rewind", 2), "no weights after epoch 2", "0, 1, 3")
-    refuse((*naive, "--rewind", 3), "no epoch to train")
-    changed = tmp_path / "changed"
-    changed.mkdir()
-    entry = state(imp / "mask_0.70.pt")
+    naive, changed, entry = stage4("naive", target, imp, out), tmp_path, state(imp / "mask_0.70.pt")
     torch.save(entry, changed / "mask_0.50.pt")  # a mask under the name of another sparsity
     entry["mask"]["1.weight"] = entry["mask"]["1.weight"][:, :-1]
     torch.save(entry, changed / "mask_0.70.pt")
-    refuse((*naive, "--masks", changed, "--sparsity", 0.5), "prunes 70")
-    misfit = "mask_0.70.pt does not fit the network: 1.weight"
-    refuse((*naive, "--masks", changed, "--sparsity", 0.7), misfit)
+    for more, *words in (
+        (("--sparsity", 0.6), "mask_0.60.pt", "mask_0.50.pt, mask_0.70.pt"),
+        (("--rewind", 2), "no weights after epoch 2", "0, 1, 3"),
+        (("--rewind", 3), "no epoch to train"),
+        (("--masks", changed, "--sparsity", 0.5), "prunes 70"),
+        (("--masks", changed, "--sparsity", 0.7), "mask_0.70.pt does not fit", "1.weight"),
+    ):
+        refuse((*naive, *more), *words)
     assert not files(out)
 
 
@@ -167,22 +163,18 @@ def test_stages_refuse_files_of_another_experiment_under_the_same_seed(runs, end
 
 
 def of_a_gpu():
-    raise torch.OutOfMemoryError(
-        "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 7 GiB."
-    )
+    told = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 7 GiB."
+    raise torch.OutOfMemoryError(told)
 
 
-@pytest.mark.parametrize(
-    "take, words",
-    [
-        (
-            lambda: torch.empty(10**15),
-            "(can't allocate memory: you tried to allocate 4000000000000000 bytes",
-        ),
-        (lambda: numpy.empty(10**15), "7.11 PiB"),
-        (of_a_gpu, "(CUDA out of memory. Tried to allocate 20.00 MiB)"),
-    ],
-)
+OUT_OF_MEMORY = [
+    (lambda: torch.empty(10**15), "(can't allocate memory: you tried to allocate 40000000000000"),
+    (lambda: numpy.empty(10**15), "7.11 PiB"),
+    (of_a_gpu, "(CUDA out of memory. Tried to allocate 20.00 MiB)"),
+]
+
+
+@pytest.mark.parametrize("take, words", OUT_OF_MEMORY)
 def test_too_little_memory_is_one_line(monkeypatch, take, words):
     monkeypatch.setattr("train_dense.load_data", lambda *_, **__: take())
     refuse(("train_dense", *TINY, "--out", "nowhere"), "out of memory: use smaller", words)

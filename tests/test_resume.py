@@ -1,15 +1,17 @@
 """Stages that are called again, and stages that were cut off."""
 
+import io
 import json
+import os
 import shutil
 import signal
-import subprocess
 import sys
 
 import pandas as pd
 
 from tests.conftest import (
-    ROOT,
+    fork,
+    forks,
     refuse,
     result,
     same,
@@ -17,16 +19,44 @@ from tests.conftest import (
     stage2,
     stage3,
     stage4,
+    start,
     state,
     succeed,
     weights,
 )
+
+ALIGNED = "align/activation/seed0-seed1"
 
 
 def copied(runs, folder):
     """A copy of the pipeline; its source, target and masks."""
     shutil.copytree(runs, folder)
     return folder / "dense/seed0", folder / "dense/seed1", folder / "imp/seed0"
+
+
+class Deadly(io.StringIO):
+    """An output that kills its process at the first line that contains a text."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def write(self, text):
+        if self.seen in text:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().write(text)
+
+
+def kill_when(seen, *command):
+    """Call a stage in a process of its own, which is killed at the first line that has `seen`."""
+
+    def child():
+        sys.stdout = Deadly(seen)
+        start(*command)
+
+    process = fork(child)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 def test_called_again_a_stage_does_nothing_and_says_so(runs, tmp_path):
@@ -38,13 +68,12 @@ def test_called_again_a_stage_does_nothing_and_says_so(runs, tmp_path):
     for command in (
         (*dense, "--seed", 0, 1),
         stage2(source, masks, "--keep-rounds"),
-        stage3(source, target, masks, root / "align/activation/seed0-seed1"),
+        stage3(source, target, masks, root / ALIGNED),
         naive,
     ):
         assert "nothing to do" in succeed(*command)
     assert stamps == {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
     assert "nothing to do" in succeed(*dense, "--save-epochs", 0)
-    assert (source / "epoch_0001.pt").exists()
     refuse((*dense, "--save-epochs", 1, 2), "save_epochs")
     more = succeed(*dense, "--seed", 0, 4)
     assert "seed0 is finished" in more and "seed 4  epoch   3/3" in more
@@ -53,17 +82,16 @@ def test_called_again_a_stage_does_nothing_and_says_so(runs, tmp_path):
 
 
 def test_a_mask_that_came_later_is_permuted_without_matching_again(runs, tmp_path):
-    ends, aligned = copied(runs, tmp_path / "copy"), "align/activation/seed0-seed1"
-    folder = tmp_path / "copy" / aligned
+    ends, folder = copied(runs, tmp_path / "copy"), tmp_path / "copy" / ALIGNED
     (folder / "mask_0.70.pt").unlink()
     (folder / "result.json").write_text(json.dumps(result(folder) | {"seconds": 1000}))
     out = succeed(*stage3(*ends, folder))
     assert "objective" not in out and "mask_0.70.pt" in out and "mask_0.50.pt" not in out
-    masks = (state(place / aligned / "mask_0.70.pt")["mask"] for place in (tmp_path / "copy", runs))
-    assert same(*masks)
+    assert same(*(state(place / "mask_0.70.pt")["mask"] for place in (folder, runs / ALIGNED)))
     assert 1000 < result(folder)["seconds"] < 1100  # of both calls
 
 
+@forks
 def test_a_chain_goes_on_for_other_sparsities_as_if_each_were_asked_for_alone(runs, tmp_path):
     imp, out = stage2(runs / "dense/seed0", tmp_path / "imp"), tmp_path / "imp"
     succeed(*imp, "--sparsity", 0.3)
@@ -81,50 +109,19 @@ def test_a_chain_goes_on_for_other_sparsities_as_if_each_were_asked_for_alone(ru
     assert not list(out.glob("round_*.pt"))
 
 
-DEADLY = """
-import os, runpy, signal, sys
-from common.runtime import resume
-
-resume.EVERY = -1
-seen, sys.argv = sys.argv[1], sys.argv[2:]
-write = sys.stdout.write
-
-
-def write_and_die(text):
-    write(text)
-    if seen in text:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-sys.stdout.write = write_and_die
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def kill_when(seen, script, *arguments):
-    """Start a script in its own process, which is killed at the first line that contains `seen`."""
-    command = [sys.executable, "-c", DEADLY, seen, str(ROOT / f"{script}.py"), *map(str, arguments)]
-    environment = {"OMP_NUM_THREADS": "1", "PATH": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
-
-
+@forks
 def test_stages_that_were_killed_end_with_the_same_numbers(runs, tmp_path):
-    source, masks = tmp_path / "dense/seed0", tmp_path / "imp"
-    dense = stage1(tmp_path / "dense")
-    kill_when("epoch   2/3", *dense)
-    assert not (source / "result.json").exists()
-    assert "goes on after epoch 2" in succeed(*dense)
-    imp = stage2(source, masks, "--keep-rounds")
-    kill_when("round  3", *imp)
-    assert "round  2" not in succeed(*imp)
-    for seen, command in (
-        ("s0.50_k001  epoch   2/3", stage4("lth", source, masks, tmp_path / "sparse")),
-        ("axis", stage3(source, runs / "dense/seed1", masks, tmp_path / "align")),
+    source, masks, sparse = tmp_path / "dense/seed0", tmp_path / "imp", tmp_path / "sparse"
+    goes_on, lth = "goes on after epoch 2", stage4("lth", source, masks, sparse)
+    for seen, command, told, untold in (
+        ("epoch   2/3", stage1(tmp_path / "dense"), goes_on, "epoch   2/3"),
+        ("round  3", stage2(source, masks, "--keep-rounds"), "round  3", "round  2"),
+        ("s0.50_k001  epoch   2/3", lth, goes_on, "s0.50_k000  epoch"),
+        ("axis", stage3(source, runs / "dense/seed1", masks, tmp_path / "align"), "wrote", "axis"),
     ):
         kill_when(seen, *command)
-        succeed(*command)
-
+        out = succeed(*command)
+        assert told in out and untold not in out
     for killed, undisturbed in (
         ("dense/seed0/epoch_0003.pt", "dense/seed0/epoch_0003.pt"),
         ("imp/sparse_0.70.pt", "imp/seed0/sparse_0.70.pt"),
@@ -132,23 +129,19 @@ def test_stages_that_were_killed_end_with_the_same_numbers(runs, tmp_path):
         ("sparse/s0.70_k001/final.pt", "sparse/lth/seed0-seed0/s0.70_k001/final.pt"),
     ):
         assert same(weights(tmp_path / killed), weights(runs / undisturbed)), killed
-    folders = (tmp_path / "align", runs / "align/activation/seed0-seed1")
+    folders = (tmp_path / "align", runs / ALIGNED)
     assert same(*(state(folder / "mask_0.70.pt")["mask"] for folder in folders))
     logs = [pd.read_csv(folder / "log.csv") for folder in (masks, runs / "imp/seed0")]
     pd.testing.assert_frame_equal(*(log.drop(columns="seconds") for log in logs))
 
 
-def test_a_run_that_goes_on_keeps_the_epochs_it_set_out_to_keep(tmp_path):
-    kill_when("epoch   1/3", *stage1(tmp_path, "--save-epochs", 0, 1, 2))
-    succeed(*stage1(tmp_path))
-    kept = sorted(path.name for path in tmp_path.glob("seed0/*.pt"))
-    assert kept == [f"epoch_000{k}.pt" for k in range(4)]
-
-
-def test_a_resume_file_that_was_cut_off_starts_the_run_over(runs, tmp_path):
-    kill_when("epoch   2/3", *stage1(tmp_path))
+@forks
+def test_a_run_whose_state_was_cut_off_starts_over_and_keeps_what_it_set_out_to(runs, tmp_path):
+    kill_when("epoch   2/3", *stage1(tmp_path, "--save-epochs", 0, 1, 2))
     resume = tmp_path / "seed0/resume.pt"
     resume.write_bytes(resume.read_bytes()[:100])
     assert "starts again" in succeed(*stage1(tmp_path))
+    kept = sorted(path.name for path in tmp_path.glob("seed0/*.pt"))
+    assert kept == [f"epoch_000{k}.pt" for k in range(4)]
     last = "seed0/epoch_0003.pt"
     assert same(weights(tmp_path / last), weights(runs / "dense" / last))

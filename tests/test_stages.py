@@ -31,42 +31,47 @@ from tests.conftest import (
     weights,
 )
 
+RATES = learning_rates("cosine", 0.08, 3)  # of the dense runs
+
 
 def files(folder, pattern="*"):
     return {path.name for path in folder.glob(pattern)}
+
+
+def train_by_hand(run, epoch, stage, rates, mask=None, seed=0):
+    """The weights of a dense run after an epoch, trained as a stage should."""
+    dense = state(run / f"epoch_{epoch:04d}.pt")
+    model, data = build_model(**dense["model"]), load_described(dense["dataset"])
+    model.load_state_dict(masking.apply(dense["state_dict"], mask or {}))
+    settings = {"name": "by hand", "folder": None, "batch_size": 64, "precision": "fp32"}
+    settings |= {"make_optimiser": sgd(0.9, 5e-4), "seed": stage_seed(seed, stage)}
+    train(model, data, rates, first_epoch=epoch, mask=mask, **settings)
+    return model.state_dict()
 
 
 def test_dense_runs_keep_the_initialisation_the_asked_epochs_and_the_last(runs):
     folder = runs / "dense/seed1"
     kept = {f"epoch_000{epoch}.pt" for epoch in (0, 1, 3)}
     assert files(folder) == kept | {"arguments.json", "log.csv", "result.json"}
-    first = state(folder / "epoch_0000.pt")
-    assert {"model", "dataset", "seed", "epoch", "state_dict", "code", "commit", "tag"} == set(
-        first
-    )
-    assert (first["epoch"], first["seed"], first["tag"]) == (0, 1, None)
-    untrained = build_model(**first["model"], seed=1).state_dict()
-    assert same(first["state_dict"], untrained)
-    log = pd.read_csv(folder / "log.csv")
-    assert log["epoch"].tolist() == [1, 2, 3]
-    assert log["lr"].tolist() == pytest.approx([0.08, 0.06, 0.02])
-    assert result(folder)["test_acc"] == pytest.approx(log["test_acc"].iloc[-1])
+    first, last = (state(folder / f"epoch_000{epoch}.pt") for epoch in (0, 3))
+    about = {"model", "dataset", "seed", "epoch", "state_dict", "code", "commit", "tag"}
+    assert set(first) == about and first["tag"] is None
+    assert [(one["seed"], one["epoch"]) for one in (first, last)] == [(1, 0), (1, 3)]
     about = {"name", "data_dir", "image_size", "limit_train", "classes", "mean", "std"}
     assert about <= set(first["dataset"])
-
-
-def test_a_seed_alone_equals_the_seed_after_others(runs, tmp_path):
-    succeed(*stage1(tmp_path, "--seed", 1))
-    for name in ("seed1/epoch_0001.pt", "seed1/epoch_0003.pt"):
-        assert same(weights(tmp_path / name), weights(runs / "dense" / name))
-    zero, one = (weights(runs / f"dense/seed{seed}/epoch_0003.pt") for seed in (0, 1))
-    assert not same(zero, one)
+    untrained = build_model(**first["model"], seed=1).state_dict()
+    assert same(first["state_dict"], untrained)
+    # The second of four seeds is what it is alone.
+    assert same(last["state_dict"], train_by_hand(folder, 0, "dense", RATES, seed=1))
+    log = pd.read_csv(folder / "log.csv")
+    assert log["epoch"].tolist() == [1, 2, 3]
+    assert log["lr"].tolist() == pytest.approx(RATES) == [0.08, 0.06, 0.02]
+    assert result(folder)["test_acc"] == pytest.approx(log["test_acc"].iloc[-1])
 
 
 def test_imp_prunes_20_percent_a_round_and_branches_off_to_each_sparsity(runs):
     folder, dense = runs / "imp/seed0", weights(runs / "dense/seed0/epoch_0003.pt")
-    total = 3744
-    chain = [total, 2995, 2396, 1917, 1534, 1227]  # less 20%, to the nearest weight
+    chain = [3744, 2995, 2396, 1917, 1534, 1227]  # less 20%, to the nearest weight
     goals = {0.5: (3, 1872), 0.7: (5, 1123)}  # the last round that keeps more, and the weights kept
     log = pd.read_csv(folder / "log.csv")
     assert log["kept"].tolist() == sorted(chain[1:] + [1872, 1123], reverse=True)
@@ -74,28 +79,24 @@ def test_imp_prunes_20_percent_a_round_and_branches_off_to_each_sparsity(runs):
     networks = [{"mask": everything, "state_dict": dense}]
     networks += [state(folder / f"round_{number:02d}.pt") for number in range(1, 6)]
     assert networks[-1]["round"] == state(folder / "chain.pt")["round"] == 5
-
-    def check_pruned(before, after, keep):
-        expected = masking.prune_by_magnitude(before["state_dict"], before["mask"], keep)
-        assert same(after["mask"], expected) and masking.kept(expected) == keep
-        for name, entry in after["mask"].items():
-            assert (after["state_dict"][name][~entry] == 0).all()
-
-    for before, after, keep in zip(networks, networks[1:], chain[1:]):
-        check_pruned(before, after, keep)
+    steps = list(zip(networks, networks[1:], chain[1:]))
     for sparsity, (number, keep) in goals.items():
         masks, network = (
             state(folder / f"{kind}_{sparsity:.2f}.pt") for kind in ("mask", "sparse")
         )
-        check_pruned(networks[number], network, keep)
+        steps.append((networks[number], network, keep))
         assert network["round"] == number + 1 and same(masks["mask"], network["mask"])
         assert (masks["source_seed"], masks["target_seed"], masks["tag"]) == (0, None, None)
-        assert masks["sparsity"] == 1 - keep / total and "code" in masks
+        assert masks["sparsity"] == 1 - keep / chain[0] and "code" in masks
         assert same(masks["signs"], masking.signs(dense, [*everything]))
+    for before, after, keep in steps:
+        expected = masking.prune_by_magnitude(before["state_dict"], before["mask"], keep)
+        assert same(after["mask"], expected)
+        assert all(not after["state_dict"][name][~entry].any() for name, entry in expected.items())
 
 
 def test_no_stage_sees_the_batches_of_another_and_arms_of_a_pair_share_theirs(
-    runs, tmp_path, monkeypatch
+    runs, ends, tmp_path, monkeypatch
 ):
     seen, draw = [], Resident.draw
 
@@ -107,20 +108,24 @@ def test_no_stage_sees_the_batches_of_another_and_arms_of_a_pair_share_theirs(
     def orders(command, *more):
         seen.clear()
         succeed(*command, *more)
-        return set(seen)
+        return list(seen)
 
     monkeypatch.setattr(Resident, "draw", recorded)
-    masks, one = runs / "imp/seed0", ("--sparsity", 0.5, "--rewind", 0)
-    dense, target = orders(stage1(tmp_path / "dense")), runs / "dense/seed1"
-    flags = ("--dense", runs / "dense/seed0", "--sparsity", 0.2, "--rewind", 0, "--device", "cpu")
-    pruned = orders(("prune_imp", *flags, "--out", tmp_path / "imp"))
-    lth = orders(stage4("lth", runs / "dense/seed0", masks, tmp_path / "lth"), *one)
-    naive = orders(stage4("naive", target, masks, tmp_path / "naive"), *one)
-    aligned = runs / "align/activation/seed0-seed1"
-    permuted = orders(stage4("permuted", target, aligned, tmp_path / "permuted"), *one)
-    assert {epoch for epoch, _ in dense} == {epoch for epoch, _ in lth} == {0, 1, 2}
-    assert not dense & lth and not dense & pruned and not pruned & lth
-    assert naive == permuted and not naive & lth
+    (source, target, masks), aligned = ends, runs / "align/activation/seed0-seed1"
+    dense = orders(stage1(tmp_path / "dense"))
+    pruned = orders(stage2(source, tmp_path / "imp", "--sparsity", 0.3))
+    lth, naive, permuted = (
+        orders(stage4(arm, weights, folder, tmp_path / arm), "--sparsity", 0.5, "--rewind", 0)
+        for arm, weights, folder in (
+            ("lth", source, masks),
+            ("naive", target, masks),
+            ("permuted", target, aligned),
+        )
+    )
+    assert [epoch for epoch, _ in dense] == [epoch for epoch, _ in lth] == [0, 1, 2]
+    assert [epoch for epoch, _ in pruned] == [3, 4]  # as many rounds
+    one_each = [order for _, order in dense + pruned + lth + naive]
+    assert len(set(one_each)) == 3 + 2 + 3 + 3 and naive == permuted
 
 
 def test_imp_with_rewinding_trains_from_epoch_k_on_the_dense_schedule(runs, tmp_path):
@@ -129,24 +134,8 @@ def test_imp_with_rewinding_trains_from_epoch_k_on_the_dense_schedule(runs, tmp_
     succeed(*command)  # batch size and all else are the dense run's
     found = state(tmp_path / "imp/sparse_0.20.pt")
     assert same(found["mask"], state(runs / "imp/seed0/round_01.pt")["mask"])
-    # The same by hand: the masked weights of epoch 1, trained on the rest of the dense schedule.
-    dense = state(runs / "dense/seed0/epoch_0001.pt")
-    model, data = build_model(**dense["model"]), load_described(dense["dataset"])
-    model.load_state_dict(masking.apply(dense["state_dict"], found["mask"]))
-    train(
-        model,
-        data,
-        learning_rates("cosine", 0.08, 3)[1:],
-        make_optimiser=sgd(0.9, 5e-4),
-        name="by hand",
-        folder=None,
-        seed=stage_seed(0, "imp"),
-        batch_size=64,
-        precision="fp32",
-        first_epoch=1,
-        mask=found["mask"],
-    )
-    assert same(found["state_dict"], model.state_dict())
+    expected = train_by_hand(runs / "dense/seed0", 1, "imp", RATES[1:], found["mask"])
+    assert same(found["state_dict"], expected)
     refuse((*command, "--lr", 1), "--rewind")
 
 
@@ -160,23 +149,29 @@ def test_one_shot_prunes_in_a_single_round(runs, tmp_path):
     assert pd.read_csv(tmp_path / "log.csv")["round"].tolist() == [1, 1]
 
 
-def axes_of_source(runs):
-    shape = state(runs / "dense/seed0/epoch_0003.pt")["model"]
-    return find_axes(build_model(**shape), shape["input_shape"])
-
-
-def test_alignment_permutes_masks_and_signs_by_the_saved_permutation(runs):
-    folder, axes = runs / "align/activation/seed0-seed1", axes_of_source(runs)
-    permutation = state(folder / "permutation.pt")["permutation"]
-    assert {axis: len(index) for axis, index in permutation.items()} == axes.sizes
-    before, after = (state(place / "mask_0.70.pt") for place in (runs / "imp/seed0", folder))
-    for part in ("mask", "signs"):
-        assert same(after[part], permute(before[part], axes.dims, permutation))
-        assert not same(after[part], before[part])
-    made = {"source_seed": 0, "target_seed": 1, "method": "activation", "match_epoch": 3}
-    assert made.items() <= after.items()
-    assert after["sparsity"] == before["sparsity"] == masking.sparsity(after["mask"])
-    log = pd.read_csv(folder / "log.csv", dtype={"axis": str})
+def test_every_method_permutes_masks_and_signs_by_the_saved_permutation(runs, ends, aligned):
+    source, _, imp = ends
+    shape, before = state(source / "epoch_0003.pt")["model"], state(imp / "mask_0.70.pt")
+    axes, gains = find_axes(build_model(**shape), shape["input_shape"]), {}
+    activation = runs / "align/activation/seed0-seed1"
+    for folder in (activation, *aligned.iterdir()):
+        method = "activation" if folder == activation else folder.name
+        name = "permutation_0.70.pt" if method == "masked" else "permutation.pt"
+        found, after = (state(folder / file) for file in (name, "mask_0.70.pt"))
+        permutation, gains[method] = found["permutation"], found["objective"]
+        assert {axis: len(index) for axis, index in permutation.items()} == axes.sizes
+        for part in ("mask", "signs"):
+            assert same(after[part], permute(before[part], axes.dims, permutation))
+            assert same(after[part], before[part]) == (method == "identity")
+        made = {"source_seed": 0, "target_seed": 1, "method": method, "match_epoch": 3}
+        assert made.items() <= after.items()
+        assert after["sparsity"] == before["sparsity"] == masking.sparsity(after["mask"])
+    assert gains["weight"][1] > max(gains["random"][1], gains["weight"][0])
+    assert gains["masked"][1] > gains["masked"][0] and len({*gains["identity"]}) == 1
+    assert gains["masked"][0] != gains["weight"][0]  # the pruned source has another inner product
+    one_each = {f"permutation_{sparsity}.pt" for sparsity in ("0.50", "0.70")}
+    assert files(aligned / "masked", "permutation*") == one_each
+    log = pd.read_csv(activation / "log.csv", dtype={"axis": str})
     assert log["axis"].tolist() == list(axes.sizes)
     assert (log["after"] > log["before"]).all() and log["moved"].sum() > 0
 
@@ -190,61 +185,41 @@ def test_alignment_permutes_masks_and_signs_by_the_saved_permutation(runs):
     ],
 )
 def test_sparse_runs_train_the_asked_weights_under_the_asked_mask(runs, arm, target, masks):
-    folder = runs / f"sparse/{arm}/seed0-seed{target}/s0.70_k001"
-    final, mask = state(folder / "final.pt"), state(runs / masks / "mask_0.70.pt")["mask"]
-    assert same(final["mask"], mask)
-    for name, entry in mask.items():
-        values = final["state_dict"][name]
-        assert (values[~entry] == 0).all() and values[entry].ne(0).any()
-    log = pd.read_csv(folder / "log.csv")
-    assert log["epoch"].tolist() == [2, 3]  # T - k epochs, on a fresh schedule
-    assert log["lr"].tolist() == pytest.approx([0.02, 0.01])
+    folder, mask = runs / f"sparse/{arm}/seed0-seed{target}", state(runs / masks / "mask_0.70.pt")
+    run, final = runs / f"dense/seed{target}", state(folder / "s0.70_k001/final.pt")
+    assert same(final["mask"], mask["mask"])
+    rates = learning_rates("cosine", 0.02, 2)  # T - k epochs, on a fresh schedule
+    expected = train_by_hand(run, 1, "sparse", rates, mask["mask"], target)
+    assert same(final["state_dict"], expected)
+    for name, entry in mask["mask"].items():
+        assert (expected[name][~entry] == 0).all() and expected[name][entry].ne(0).any()
+    log = pd.read_csv(folder / "s0.70_k001/log.csv")
+    assert log["epoch"].tolist() == [2, 3] and log["lr"].tolist() == pytest.approx([0.02, 0.01])
     asked = {"arm": arm, "source_seed": 0, "target_seed": target, "rewind": 1}
-    assert asked.items() <= result(folder)["arguments"].items()
+    assert asked.items() <= result(folder / "s0.70_k001")["arguments"].items()
 
 
-def test_every_method_permutes_consistently_and_says_what_it_gained(runs, aligned):
-    axes, before = axes_of_source(runs), state(runs / "imp/seed0/mask_0.70.pt")
-    gains = {}
-    for method in ("weight", "masked", "random", "identity"):
-        name = "permutation_0.70.pt" if method == "masked" else "permutation.pt"
-        found, after = (state(aligned / method / file) for file in (name, "mask_0.70.pt"))
-        assert after["method"] == method
-        assert same(after["mask"], permute(before["mask"], axes.dims, found["permutation"]))
-        gains[method] = found["objective"]
-    assert gains["weight"][1] > max(gains["random"][1], gains["weight"][0])
-    assert gains["masked"][1] > gains["masked"][0] and len({*gains["identity"]}) == 1
-    assert gains["masked"][0] != gains["weight"][0]  # the pruned source has another inner product
-    one_each = {f"permutation_{sparsity}.pt" for sparsity in ("0.50", "0.70")}
-    assert files(aligned / "masked", "permutation*") == one_each
-
-
-def test_controls_start_from_what_they_say(runs, aligned, tmp_path):
-    imp = runs / "imp/seed0"
-    for arm, seed, masks, more in (
-        ("shuffled", 1, imp, ()),
-        ("random-permutation", 1, aligned / "random", ()),
-        ("imp-target", 0, imp, ()),
-        ("permuted", 1, aligned / "masked", ("--signs",)),
-        ("naive", 1, imp, ("--signs", "--fan-in")),
+def test_controls_start_from_what_they_say(runs, ends, aligned, tmp_path):
+    source, target, imp = ends
+    for arm, weights_of, masks, *more in (
+        ("shuffled", target, imp),
+        ("random-permutation", target, aligned / "random"),
+        ("imp-target", source, imp),
+        ("naive", target, imp, "--signs", "--fan-in"),
     ):
-        command = stage4(arm, runs / f"dense/seed{seed}", masks, tmp_path / arm, *more)
+        command = stage4(arm, weights_of, masks, tmp_path / arm, *more)
         succeed(*command, "--sparsity", 0.7, "--rewind", 0)
     mask = state(imp / "mask_0.70.pt")["mask"]
     shuffled = state(tmp_path / "shuffled/s0.70_k000/final.pt")["mask"]
     assert not same(mask, shuffled)
-    for name, entry in mask.items():
-        assert entry.sum() == shuffled[name].sum()
-    masks, target = (
-        state(aligned / "masked/mask_0.70.pt"),
-        weights(runs / "dense/seed1/epoch_0000.pt"),
-    )
-    start = train_sparse.start_weights(target, masks, signs=True, fan_in=False)
+    assert all(entry.sum() == shuffled[name].sum() for name, entry in mask.items())
+    asked = {"signs": True, "fan_in": True, "mask_dataset": "glyphs"}
+    assert asked.items() <= result(tmp_path / "naive/s0.70_k000")["arguments"].items()
+    masks, first = state(aligned / "masked/mask_0.70.pt"), weights(target / "epoch_0000.pt")
+    start = train_sparse.start_weights(first, masks, signs=True, fan_in=False)
     for name, entry in masks["mask"].items():
         assert torch.equal(start[name][entry] > 0, masks["signs"][name][entry])
-        assert torch.equal(start[name].abs(), target[name].abs() * entry)
-    arguments = result(tmp_path / "naive/s0.70_k000")["arguments"]
-    assert arguments["signs"] and arguments["fan_in"] and arguments["mask_dataset"] == "glyphs"
+        assert torch.equal(start[name].abs(), first[name].abs() * entry)
 
 
 def test_early_matching_uses_the_targets_early_weights(runs, ends, tmp_path):
@@ -254,15 +229,13 @@ def test_early_matching_uses_the_targets_early_weights(runs, ends, tmp_path):
     assert early["match_epoch"] == 1 and not same(early["permutation"], late)
 
 
-def test_the_seed_of_stage_4_changes_the_data_order_and_nothing_else(runs, tmp_path):
-    before = weights(runs / "sparse/naive/seed0-seed1/s0.50_k001/final.pt")
-    for seed in (1, 7):  # by default that of the weights, 1
-        out = tmp_path / str(seed)
-        command = stage4("naive", runs / "dense/seed1", runs / "imp/seed0", out)
-        command += ("--sparsity", 0.5, "--rewind", 1)
-        succeed(*command, "--seed", seed)
-        assert same(weights(out / "s0.50_k001/final.pt"), before) == (seed == 1)
-    refuse(command, "seed is 7 there")
+def test_the_seed_of_stage_4_changes_the_data_order(runs, ends, tmp_path):
+    command = stage4("naive", *ends[1:], tmp_path, "--sparsity", 0.5, "--rewind", 1, "--seed", 7)
+    succeed(*command)
+    cell = "s0.50_k001/final.pt"
+    before, after = (root / cell for root in (runs / "sparse/naive/seed0-seed1", tmp_path))
+    assert not same(weights(before), weights(after))
+    refuse((*command, "--seed", 1), "seed is 7 there")
 
 
 def test_a_folder_is_the_same_with_a_slash_at_its_end(tmp_path):
