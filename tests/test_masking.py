@@ -4,6 +4,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from common import masking
+from common.errors import UserError
 from common.models import build_model
 
 WEIGHTS = {"a": torch.tensor([[1.0, -2.0], [3.0, -4.0]]), "b": torch.tensor([0.5, -5.0])}
@@ -45,7 +46,7 @@ def test_equals_torch_global_unstructured():
 @pytest.mark.parametrize(
     "prune, words",
     [
-        (lambda _, mask, keep: mask, "kept 3 weights, not 2"),
+        (lambda _, mask, keep: mask, "kept 3 weights: it must keep exactly 2"),
         (lambda *_: {"a": WEIGHTS["a"] == 1, "b": torch.tensor([True, False])}, "brought back"),
         (lambda _, mask, keep: {"b": mask["b"]}, "changed the names"),
         (lambda _, mask, keep: {"a": mask["a"] * 1.0, "b": mask["b"]}, "types"),
@@ -65,10 +66,15 @@ def test_keep_count_meets_the_sparsity_to_one_weight():
 
 
 def test_the_plan_of_a_chain_by_hand():
-    counts, branches = masking.plan(100, {0.2: 80, 0.5: 50, 0.3: 70}, 0.2)
-    assert counts == [100, 80, 64, 51, 41]
-    assert branches == {0: [0.2], 1: [0.3], 3: [0.5]}  # the last round that keeps more
-    assert masking.plan(100, {0.5: 50, 0.3: 70}, 1) == ([100, 0], {0: [0.5, 0.3]})  # one-shot
+    chain = [(1, 80, None), (2, 64, None), (3, 51, None)]
+    branches = [(1, 80, 0.2), (2, 70, 0.3), (4, 50, 0.5)]  # off the last round that keeps more
+    found = masking.plan(100, [0.2, 0.5, 0.3], 0.2)
+    assert [row for row in found if row[2] is None] == chain
+    assert [row for row in found if row[2]] == branches
+    assert [number for number, *_ in found] == sorted(number for number, *_ in found)
+    assert masking.plan(100, [0.5, 0.3], 1) == [(1, 50, 0.5), (1, 70, 0.3)]  # one-shot
+    with pytest.raises(UserError, match="0.999 keeps all or none of the 100"):
+        masking.plan(100, [0.999], 0.2)
 
 
 def test_sparsity_total_counts_the_shortcuts():

@@ -6,8 +6,10 @@ import os
 import shutil
 import signal
 import sys
+import time
 
 import pandas as pd
+import pytest
 
 from tests.conftest import (
     fork,
@@ -145,3 +147,19 @@ def test_a_run_whose_state_was_cut_off_starts_over_and_keeps_what_it_set_out_to(
     assert kept == [f"epoch_000{k}.pt" for k in range(4)]
     last = "seed0/epoch_0003.pt"
     assert same(weights(tmp_path / last), weights(runs / "dense" / last))
+
+
+@pytest.mark.parametrize("more", [(), ("--parallel", 2)])
+def test_sigterm_lets_runs_finish_their_epoch_and_keep_their_state(tmp_path, more, capfd):
+    command = stage1(tmp_path, "--epochs", 10**5, "--save-epochs", 9, "--seed", 0, 1, *more)
+    process, last = fork(start, *command), tmp_path / f"seed{1 if more else 0}"
+    while not (last / "epoch_0009.pt").is_file():
+        assert process.is_alive()
+        time.sleep(0.05)
+    process.terminate()
+    process.join()
+    assert process.exitcode == 130
+    assert capfd.readouterr().err.count("the same command goes on") == 1
+    rows = state(last / "resume.pt")["rows"]
+    assert len(rows) >= 9 and not list(tmp_path.rglob("*.tmp"))
+    assert (tmp_path / "seed1").exists() == bool(more)  # no other run was begun
