@@ -31,10 +31,11 @@ def plot(points: pd.DataFrame, title: str, joined: bool) -> style.Figure:
         line = ("-" if repaired else ":") if joined else ""
         look = {"linestyle": line, "markersize": 4 if repaired else 2.5, "elinewidth": 0.7}
         look |= style.width_look(width)
+        name = f"width {width:g}{', REPAIR' if repaired else ''}"
         x = 100 * group["sparsity"]
         for axis, metric in zip(axes, METRICS):
             mean, spread = group[f"{metric}_mean"], group[f"{metric}_std"].fillna(0)
-            axis.errorbar(x, mean, spread, label=f"width {width:g}" + ", REPAIR" * repaired, **look)
+            axis.errorbar(x, mean, spread, label=name, **look)
     for axis, label in zip(axes, LABELS):
         axis.set_ylabel(label)
     axes[1].set_xlabel("sparsity (%)")

@@ -95,6 +95,7 @@ def table(root: Path) -> pd.DataFrame:
     names |= {"difference": "minus naive", "difference_se": "± SE"}
     about = runs.assign(variant=variants(runs), method=runs["method"].fillna(NAIVE))
     about = about[["variant", "method", "match_epoch", "tag", *NETWORK]].drop_duplicates()
+    about = about.astype({"match_epoch": float})  # of naive alone it is None
     accuracy = summary(runs).merge(about, on=["variant", *NETWORK]).rename(columns=names)
     return result.merge(accuracy[[*KEY, *names.values()]], how="left", on=KEY)
 

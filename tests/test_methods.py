@@ -83,6 +83,17 @@ def test_methods_puts_everything_beside_each_other(compared):
         assert gain == pytest.approx(activation["minus naive"]) and len(group) == 3
 
 
+def test_methods_takes_what_there_is(runs, tmp_path):
+    for part in ("dense", "align"):
+        shutil.copytree(runs / part, tmp_path / part)
+    succeed("analyze.methods", tmp_path)
+    assert "k" not in pd.read_csv(tmp_path / "methods.csv")
+    shutil.copytree(runs / "sparse/naive", tmp_path / "sparse/naive")
+    succeed("analyze.methods", tmp_path)
+    table = pd.read_csv(tmp_path / "methods.csv")
+    assert table["accuracy"].notna().tolist() == (table["method"] == "naive").tolist()
+
+
 def test_cosines_are_of_the_masks_that_were_permuted(compared):
     run = next(run for run in networks.alignments(compared) if run["method"] == "activation")
     rows = {(row["sparsity"], row["method"]): row for row in methods.measures(run)}

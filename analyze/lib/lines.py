@@ -125,4 +125,6 @@ def kept_barriers(files: list[Path]) -> dict[str, float]:
         return {}
     finest = max(curves, key=lambda curve: (len(curve), curve["images"].iloc[0]))
     found = barriers(finest).set_index("repair")["test"]
-    return {"barrier" + ", REPAIR" * repaired: value for repaired, value in found.items()}
+    return {
+        f"barrier{', REPAIR' if repaired else ''}": height for repaired, height in found.items()
+    }
