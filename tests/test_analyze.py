@@ -98,15 +98,10 @@ def test_repair_at_the_endpoints_changes_nothing_and_interpolation_meets_them(na
 def frame(*rows):
     common = {"model": "m", "width": 1.0, "dataset": "d", "mask_dataset": "d", "sparsity": 0.9}
     common |= {"rewind": 0, "match_epoch": None, "method": "activation", "signs": False, "tag": ""}
-    common |= {
-        "fan_in": False,
-        "code": "abc",
-        "mask_code": "m",
-        "dense_epochs": None,
-        "diverged": None,
-        "path": "somewhere",
-    }
-    return pd.DataFrame([common | row for row in rows])
+    common |= {"fan_in": False, "code": "abc", "mask_code": "m", "dense_epochs": 200}
+    common |= {"diverged": None, "path": "somewhere", "settings": {}}
+    table = pd.DataFrame([common | row for row in rows])
+    return table.assign(variant=finished.variants(table))
 
 
 def run(arm, source, target, accuracy, **more):

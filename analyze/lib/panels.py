@@ -1,68 +1,67 @@
-"""Figures of several panels that more than one command draws: Figures 3 and 5 to 10."""
+"""Figures of several panels that more than one command draws: Figures 3 and 5 to 11."""
 
 from typing import Any
 
 import pandas as pd
 
 from analyze.lib import style
-from analyze.lib.runs import variant
 
 ALPHA = "α (0: A, 1: B)"
+LABELS = {"sparsity": "sparsity (%)", "rewind": "rewind epoch k"}
+METRICS = {"test_acc": ("accuracy", "test accuracy"), "test_top5": ("top5", "top-5 accuracy")}
+THIN = {"linewidth": 0.7, "alpha": 0.7, "label": None, "marker": ""}
 
 
 def accuracy(
     points: pd.DataFrame,
-    dense: pd.DataFrame,
     x: str,
     panel: str,
     title: str,
+    metric: str = "test accuracy",
     reference: pd.DataFrame | None = None,
 ) -> style.Figure:
     """Draw accuracy against column `x`: a row of panels a width, a column a value of `panel`.
 
-    `points` has width, sparsity, rewind, variant, mean and std, `dense` the width, tag and test_acc
-    of dense networks. A `reference` of the form of `points` is drawn thin beside them.
+    `points` has width, sparsity, rewind, variant, mean and std; a row without `x` is a level, one
+    without `panel` stands in all. A `reference` of the same form is drawn thin beside them.
     """
-    widths, panels = sorted(points["width"].unique()), sorted(points[panel].unique())
+    points = points.assign(sparsity=100 * points["sparsity"])
+    widths, panels, ticks = (sorted(points[key].dropna().unique()) for key in ("width", panel, x))
     size = (max(4.2, 0.9 + 2.4 * len(panels)), 0.9 + 2.1 * len(widths))
     figure, axes = style.plt.subplots(
         len(widths), len(panels), figsize=size, squeeze=False, sharex=True, sharey="row"
     )
-    dense = dense.assign(variant=[variant("dense", tag=tag) for tag in dense["tag"]])
-    looks, levels = style.looks(points["variant"].unique()), style.looks(dense["variant"].unique())
-    ticks = sorted(points[x].unique())
+    looks = style.looks(points["variant"].unique())
+    layers = [(points, looks)]
+    if reference is not None:
+        reference = reference.assign(sparsity=100 * reference["sparsity"], std=0.0)
+        layers.insert(0, (reference, {name: look | THIN for name, look in looks.items()}))
     for row, width in zip(axes, widths):
         for axis, value in zip(row, panels):
-            for name, look in looks.items():
-                if reference is not None:
-                    curve = _curve(reference, name, width, panel, value)
-                    thin = {"color": look["color"], "linewidth": 0.7, "alpha": 0.7}
-                    axis.plot(curve[x], curve["mean"], **thin)
-                curve = _curve(points, name, width, panel, value)
-                if len(curve):
-                    _draw(axis, curve[x], curve["mean"], curve["std"].fillna(0), **look)
-            same = dense[dense["width"] == width].groupby("variant")["test_acc"].mean()
-            for name, level in same.items():
-                axis.axhline(level, linewidth=1, **levels[name])
-            where = f"sparsity {100 * value:.4g}%" if panel == "sparsity" else f"k = {value}"
+            for table, lines in layers:
+                here = table[panel].isna() | (table[panel] == value)
+                _curves(axis, table[here & (table["width"] == width)], x, lines)
+            where = f"sparsity {value:.4g}%" if panel == "sparsity" else f"k = {value:g}"
             axis.set_title(f"width {width:g}, {where}")
-            if x == "sparsity":
-                axis.set_xticks(ticks, [f"{100 * tick:.4g}" for tick in ticks])
-            elif len(ticks) <= 6:
+            if len(ticks) <= 6:
                 axis.set_xticks(ticks)
             else:
                 axis.xaxis.set_major_locator(style.plt.MaxNLocator(integer=True, nbins=6))
-        row[0].set_ylabel("test accuracy (%)")
+        row[0].set_ylabel(f"{metric} (%)")
     for axis in axes[-1]:
-        axis.set_xlabel("sparsity (%)" if x == "sparsity" else "rewind epoch k")
+        axis.set_xlabel(LABELS[x])
     _legend(figure)
     figure.suptitle(title, fontsize=10)
     return figure
 
 
-def _curve(points: pd.DataFrame, name: str, width: float, panel: str, value: float) -> pd.DataFrame:
-    here = (points["width"] == width) & (points[panel] == value)
-    return points[here & (points["variant"] == name)]
+def _curves(axis: Any, table: pd.DataFrame, x: str, looks: dict[str, dict[str, Any]]) -> None:
+    for name, look in looks.items():
+        curve = table[table["variant"] == name].sort_values(x)
+        for level in curve.loc[curve[x].isna(), "mean"]:
+            axis.axhline(level, **look)
+        if len(curve := curve.dropna(subset=x)):
+            _draw(axis, curve[x], curve["mean"], curve["std"].fillna(0), **look)
 
 
 def _draw(axis: Any, x: Any, mean: pd.Series, spread: pd.Series, **look: Any) -> None:
