@@ -10,8 +10,7 @@ paper's curves stand beside ours, thin, in the cells that both have.
 
 import pandas as pd
 
-from analyze.lib import paper_numbers, style
-from analyze.lib.panels import METRICS, accuracy
+from analyze.lib import panels, paper_numbers
 from analyze.lib.runs import (
     CELL,
     NETWORK,
@@ -33,26 +32,20 @@ def main() -> None:
     runs, dense = sparse_runs(args.root), dense_runs(args.root)
     dense["variant"] = [variant("dense", tag=tag) for tag in dense["tag"]]
     for (model, dataset), group in runs.groupby(["model", "dataset"]):
-        pairs = group[~of_one_network(group)]
-        count = len((pairs if len(pairs) else group)[SEEDS].drop_duplicates())
-        title = f"{model} on {dataset}, {count} seed pair" + "s" * (count != 1)
-        same = dense[(dense["model"] == model) & (dense["dataset"] == dataset)]
-        for metric, (name, label) in METRICS.items():
+        pairs = len(group.loc[~of_one_network(group), SEEDS].drop_duplicates())
+        about, name = f"{model} on {dataset}, pairs of networks: {pairs}", f"{{}}_{model}_{dataset}"
+        for metric in panels.METRICS:
             if group[metric].isna().all():
                 continue
-            theirs = None
-            if args.paper:
-                theirs = paper_numbers.of(paper_numbers.accuracies(metric), model, dataset)
-                if theirs.empty:
-                    print(f"the paper has no accuracies of {model} on {dataset}")
-            points = [
-                table.groupby(key)[metric].agg(["mean", "std", "count"]).reset_index()
-                for table, key in ((group, [*CELL, "variant"]), (same, [*NETWORK, "variant"]))
-            ]
-            points = pd.concat(points, ignore_index=True)
-            for x, panel in (("rewind", "sparsity"), ("sparsity", "rewind")):
-                figure = accuracy(points, x, panel, title, label, theirs)
-                style.save(figure, points, args.root / "figures", f"{name}_{x}_{model}_{dataset}")
+            theirs = paper_numbers.of(paper_numbers.accuracies(metric), model, dataset)
+            if args.paper and theirs.empty:
+                print(f"the paper has no accuracies of {model} on {dataset}")
+            levels = paper_numbers.of(dense, model, dataset).groupby([*NETWORK, "variant"])[metric]
+            tables = group.groupby([*CELL, "variant"])[metric], levels
+            points = [table.agg(["mean", "std", "count"]).reset_index() for table in tables]
+            points, folder = pd.concat(points, ignore_index=True), args.root / "figures"
+            theirs = theirs if args.paper else None
+            panels.save_accuracy(points, about, metric, folder, name, theirs)
         for line in remarks(group):
             print(line)
 

@@ -16,13 +16,11 @@ from common import cli
 
 def draw(folder: Path) -> None:
     """All figures of accuracies and of lines."""
-    for metric, (name, label) in panels.METRICS.items():
+    for metric in panels.METRICS:
         table = paper_numbers.accuracies(metric)
         for (model, dataset), points in table.groupby(["model", "dataset"]):
-            title = f"the paper: {model} on {dataset}"
-            for x, panel in (("rewind", "sparsity"), ("sparsity", "rewind")):
-                figure = panels.accuracy(points, x, panel, title, label)
-                style.save(figure, points, folder, f"paper_{name}_{x}_{model}_{dataset}")
+            title, name = f"the paper: {model} on {dataset}", f"paper_{{}}_{model}_{dataset}"
+            panels.save_accuracy(points, title, metric, folder, name)
     for (model, dataset), points in paper_numbers.lines().groupby(["model", "dataset"]):
         figure = panels.widths(points, f"the paper: {model} on {dataset}")
         style.save(figure, points, folder, f"paper_interpolation_{model}_{dataset}")

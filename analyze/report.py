@@ -1,7 +1,7 @@
 """All figures and tables that the runs below a folder allow, in one file.
 
     python -m analyze.report runs/quick
-    python -m analyze.report runs/quick --only results accuracy masks methods     # none that takes long
+    python -m analyze.report runs/quick --only results accuracy masks     # nothing that takes long
 
 Runs the analyses of this package, and writes report.html (pictures inlined, opens without a
 network) and report.md: what was found, what the words mean, every table and figure, the paper's
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from common.errors import UserError
 
 HERE = Path(__file__).parent
 STAGES = ("train_dense", "prune_imp", "align_mask", "train_sparse")
+MACHINE = ("precision", "device", "threads", "processes", "versions", "code", "commit")
 CHECKSUMS = ("source", "target", "dense", "weights", "mask")
 ANALYSES = {
     "results": (
@@ -44,8 +45,8 @@ ANALYSES = {
     ),
     "interpolation": (
         "The line from A to B (Figure 3)",
-        "How far the loss rises between A and B, and between π(A) and B: the lower the barrier, the "
-        "more the two lie in one basin, and the better the mask should fit.",
+        "How far the loss rises between A and B, and between π(A) and B: the lower the barrier, "
+        "the more the two lie in one basin, and the better the mask should fit.",
     ),
     "imp_barrier": (
         "Barrier between dense and pruned networks (Figure 4a)",
@@ -75,11 +76,11 @@ COSTLY = {
     "landscape": (("grid", "images", "all"), ("permutation*.pt",), 1, 21),
     "diversity": ((), ("final.pt", "sparse_*.pt"), 1, 1),
 }
-INTRODUCTION = """Pruning a trained network A gives a mask, and under it A trains well from an early epoch on
-(LTH). Another network B, from another random initialisation, trains worse with it (naive). The
-neurons of a layer can be permuted without changing what a network computes, and B may have learned
-the same in another order. So find the permutation π that maps A onto B, permute the mask with it,
-and train B with that (permuted). An independent implementation of the paper:"""
+INTRODUCTION = """Pruning a trained network A gives a mask, and under it A trains well from an early
+epoch on (LTH). Another network B, from another random initialisation, trains worse with it (naive).
+The neurons of a layer can be permuted without changing what a network computes, and B may have
+learned the same in another order. So find the permutation π that maps A onto B, permute the mask
+with it, and train B with that (permuted). An independent implementation of the paper:"""
 PAPER = {
     "Sparse Training from Random Initialization: Aligning Lottery Ticket Masks using Weight "
     "Symmetry (Adnan et al., ICML 2025, arXiv:2505.05143)": "https://arxiv.org/abs/2505.05143"
@@ -151,7 +152,9 @@ def section(name: str, root: Path, options: dict[str, Any]) -> tuple[str, list[B
     blocks: list[Block] = [("h2", title), ("p", sentence)]
     blocks += [("pre", text)] if text else []
     blocks += [("picture", path) for path in written if path.suffix == ".png"]
-    tables = {path.name: path.relative_to(root).as_posix() for path in written if path.suffix == ".csv"}
+    tables = {
+        path.name: path.relative_to(root).as_posix() for path in written if path.suffix == ".csv"
+    }
     command = shlex.join(["python", "-m", f"analyze.{name}", str(root), *flags])
     return "", [*blocks, ("p", f"Numbers, written by {command}"), ("links", tables)]
 
@@ -176,32 +179,21 @@ def together(values: Iterable[Any]) -> str:
     return ", ".join(dict.fromkeys(str(value) for value in values if value is not None))
 
 
-def costs(stages: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
-    """A row a stage: finished runs, seconds in them, when, on what, and by which code."""
-    rows = {}
-    for stage, found in stages.items():
-        times = sorted((one["folder"] / "result.json").stat().st_mtime for one in found)
-        rows[stage] = {
-            "runs": len(found),
-            "seconds": round(sum(one["seconds"] for one in found)),
-            "finished": together(f"{datetime.fromtimestamp(t):%Y-%m-%d}" for t in times),
-            "hardware": together(f"{one['device']}, {one['threads']} threads" for one in found),
-            "torch": together(one["versions"]["torch"] for one in found),
-            "code": together(one.get("code", "unknown") for one in found),
-            "commit": together(one.get("commit") for one in found),
-        }
-    return pd.DataFrame.from_dict(rows, "index").rename_axis("stage")
-
-
 def settings(stages: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
-    """A row an argument and a column a stage: the values that its runs had; precision as used."""
+    """A column a stage: how many runs there are, and every value that their settings had."""
     table = {}
     for stage, found in stages.items():
-        used = [one["arguments"] | {"precision": one.get("precision")} for one in found]
-        keys = dict.fromkeys(key for arguments in used for key in arguments)
-        values = {key: together(arguments.get(key) for arguments in used) for key in keys}
-        table[stage] = {key: text for key, text in values.items() if text and key not in CHECKSUMS}
-    return pd.DataFrame(table).fillna("").rename_axis("argument")
+        runs = [run["arguments"] | {key: run.get(key) for key in MACHINE} for run in found]
+        dates = (os.stat(run["folder"] / "result.json").st_mtime for run in found)
+        table[stage] = {
+            "finished runs": str(len(found)),
+            "seconds": f"{sum(run['seconds'] for run in found):.0f}",
+            "finished on": together(str(date.fromtimestamp(when)) for when in sorted(dates)),
+        }
+        for key in dict.fromkeys(key for run in runs for key in run if key not in CHECKSUMS):
+            table[stage][key] = together(run.get(key) for run in runs)
+    table = pd.DataFrame(table).fillna("").rename_axis("setting")
+    return table[(table != "").any(axis=1)]
 
 
 def test_sets(dense: list[dict[str, Any]]) -> Iterable[str]:
@@ -211,8 +203,8 @@ def test_sets(dense: list[dict[str, Any]]) -> Iterable[str]:
         low, high = wilson(accuracy, count)
         yield (
             f"{one['arguments']['dataset']}: {one['images']['train']} training and {count} test "
-            f"images of {one['classes']} classes. One test image is {100 / count:.2g} points, and a "
-            f"network that is right on {accuracy:.1f}% of them may be one of {low:.1f}% to "
+            f"images of {one['classes']} classes. One test image is {100 / count:.2g} points, and "
+            f"a network that is right on {accuracy:.1f}% of them may be one of {low:.1f}% to "
             f"{high:.1f}% (95%, Wilson): a single network tells no smaller difference."
         )
 
@@ -253,8 +245,7 @@ def gather(root: Path, options: dict[str, Any]) -> list[Block]:
     about = [("h2", "What this is about"), ("p", INTRODUCTION), ("links", PAPER)]
     parts = [*about, ("drawing", drawing), ("words", WORDS), *parts]
     parts += [("h2", "What is missing"), ("words", missing)] if missing else []
-    parts += [("h2", "Cost"), ("table", costs(stages)), ("h2", "Settings")]
-    parts += [("p", "As they were; what is not named was not set."), ("table", settings(stages))]
+    parts += [("h2", "Settings and cost"), ("table", settings(stages))]
     commands = dict.fromkeys(run.get("command") for runs in stages.values() for run in runs)
     commands[shlex.join(["python", "-m", "analyze.report", *sys.argv[1:]])] = None
     parts += [("p", f"Written on {datetime.now():%Y-%m-%d %H:%M}, after these commands:")]
@@ -266,7 +257,9 @@ def gather(root: Path, options: dict[str, Any]) -> list[Block]:
 def main() -> None:
     parser = parse_root(__doc__)
     add, several = parser.add_argument, cli.number(int, 3)
-    add("--only", nargs="+", choices=ANALYSES, metavar="NAME", help=f"some of {', '.join(ANALYSES)}")
+    add(
+        "--only", nargs="+", choices=ANALYSES, metavar="NAME", help=f"some of {', '.join(ANALYSES)}"
+    )
     add("--points", type=several, help="of each line (default: as each analysis)")
     add("--grid", type=several, help="points a side of the plane (default: landscape's)")
     add("--images", type=cli.positive, help="for REPAIR and the plane (default: as each)")

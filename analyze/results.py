@@ -15,12 +15,12 @@ import pandas as pd
 
 from analyze.lib import style
 from analyze.lib.runs import COLUMNS, NETWORK, parse_root, remarks, sparse_runs
-from analyze.lib.statistics import cell_name, findings, interval, summary
+from analyze.lib.statistics import cell_name, findings, interval, plus_minus, summary
 from common import checkpoint, cli
 
 DIFFERENCE = "minus naive, in points (share of the LTH-naive gap closed)"
-TESTED = """minus naive, in points [95% interval, Student, paired by seeds] (share of the LTH-naive gap closed;
-the smallest difference that so many pairs show with a probability of 80%)"""
+TESTED = """minus naive, in points [95% interval, Student, paired by seeds] (share of the LTH-naive gap
+closed; the smallest difference that so many pairs show with a probability of 80%)"""
 STARS = """*  the interval excludes 0
 ** so it does after Holm's correction for the {} differences of this table"""
 
@@ -33,7 +33,7 @@ def render(runs: pd.DataFrame) -> str:
         model, width, dataset = network
         lines += [f"{model} x{width:g} on {dataset}", ""]
         lines += ["test accuracy in percent, mean ± sample standard deviation"]
-        lines += [_grid(block, _accuracy)]
+        lines += [_grid(block, lambda row: plus_minus(row.mean, row.std))]
         differences = block[block["difference"].notna()]
         if len(differences):
             tests = differences["p"].count()
@@ -58,10 +58,6 @@ def _grid(table: pd.DataFrame, show: Callable[[Any], str]) -> str:
     grid = grid.loc[table["cell"].unique(), names].rename(columns=style.label)
     grid = grid.rename_axis(index=None, columns=None)
     return (grid if len(names) <= 4 else grid.T).to_string()
-
-
-def _accuracy(row: Any) -> str:
-    return f"{row.mean:.2f}" + f" ± {row.std:.2f}" * pd.notna(row.std)
 
 
 def _difference(row: Any) -> str:

@@ -39,7 +39,9 @@ def page(title: str, blocks: list[Block]) -> str:
         return f'<div class="wide">{content.to_html(border=0, index_names=False)}</div>'
 
     def links(content: dict[str, Any]) -> str:
-        items = (f'<a href="{escape(str(url))}">{escape(text)}</a>' for text, url in content.items())
+        items = (
+            f'<a href="{escape(str(url))}">{escape(text)}</a>' for text, url in content.items()
+        )
         return f"<nav>{' '.join(items)}</nav>"
 
     def words(content: dict[str, str]) -> str:

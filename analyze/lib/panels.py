@@ -1,5 +1,6 @@
 """Figures of several panels that more than one command draws: Figures 3 and 5 to 11."""
 
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -7,8 +8,15 @@ import pandas as pd
 from analyze.lib import style
 
 ALPHA = "α (0: A, 1: B)"
-LABELS = {"sparsity": "sparsity (%)", "rewind": "rewind epoch k"}
-METRICS = {"test_acc": ("accuracy", "test accuracy"), "test_top5": ("top5", "top-5 accuracy")}
+LABELS = {
+    "sparsity": "sparsity (%)",
+    "rewind": "rewind epoch k",
+    "match_epoch": "epoch of B that A is matched to",
+}
+METRICS = {
+    "test_acc": ("accuracy", "test accuracy (%)"),
+    "test_top5": ("top5", "top-5 accuracy (%)"),
+}
 THIN = {"linewidth": 0.7, "alpha": 0.7, "label": None, "marker": ""}
 
 
@@ -17,7 +25,7 @@ def accuracy(
     x: str,
     panel: str,
     title: str,
-    metric: str = "test accuracy",
+    ylabel: str = "test accuracy (%)",
     reference: pd.DataFrame | None = None,
 ) -> style.Figure:
     """Draw accuracy against column `x`: a row of panels a width, a column a value of `panel`.
@@ -25,34 +33,46 @@ def accuracy(
     `points` has width, sparsity, rewind, variant, mean and std; a row without `x` is a level, one
     without `panel` stands in all. A `reference` of the same form is drawn thin beside them.
     """
-    points = points.assign(sparsity=100 * points["sparsity"])
+    looks = style.looks(points["variant"].unique())
+    layers = [(points, looks)]
+    if reference is not None:
+        thin = {name: look | THIN for name, look in looks.items()}
+        layers.insert(0, (reference.assign(std=0.0), thin))
+    layers = [(table.assign(sparsity=100 * table["sparsity"]), look) for table, look in layers]
+    points = layers[-1][0]
     widths, panels, ticks = (sorted(points[key].dropna().unique()) for key in ("width", panel, x))
     size = (max(4.2, 0.9 + 2.4 * len(panels)), 0.9 + 2.1 * len(widths))
     figure, axes = style.plt.subplots(
         len(widths), len(panels), figsize=size, squeeze=False, sharex=True, sharey="row"
     )
-    looks = style.looks(points["variant"].unique())
-    layers = [(points, looks)]
-    if reference is not None:
-        reference = reference.assign(sparsity=100 * reference["sparsity"], std=0.0)
-        layers.insert(0, (reference, {name: look | THIN for name, look in looks.items()}))
     for row, width in zip(axes, widths):
         for axis, value in zip(row, panels):
             for table, lines in layers:
                 here = table[panel].isna() | (table[panel] == value)
                 _curves(axis, table[here & (table["width"] == width)], x, lines)
-            where = f"sparsity {value:.4g}%" if panel == "sparsity" else f"k = {value:g}"
-            axis.set_title(f"width {width:g}, {where}")
-            if len(ticks) <= 6:
-                axis.set_xticks(ticks)
-            else:
-                axis.xaxis.set_major_locator(style.plt.MaxNLocator(integer=True, nbins=6))
-        row[0].set_ylabel(f"{metric} (%)")
+            axis.set_title(f"width {width:g}, {LABELS[panel]}: {value:.4g}")
+            axis.set_xticks(ticks if len(ticks) <= 6 else ticks[:: len(ticks) // 4])
+        row[0].set_ylabel(ylabel)
     for axis in axes[-1]:
         axis.set_xlabel(LABELS[x])
     _legend(figure)
     figure.suptitle(title, fontsize=10)
     return figure
+
+
+def save_accuracy(
+    points: pd.DataFrame,
+    title: str,
+    metric: str,
+    folder: Path,
+    name: str,
+    reference: pd.DataFrame | None = None,
+) -> None:
+    """Draw and write `accuracy` against rewind epoch, and against sparsity; {} in `name`."""
+    what, label = METRICS[metric]
+    for x, panel in (("rewind", "sparsity"), ("sparsity", "rewind")):
+        figure = accuracy(points, x, panel, title, label, reference)
+        style.save(figure, points, folder, name.format(f"{what}_{x}"))
 
 
 def _curves(axis: Any, table: pd.DataFrame, x: str, looks: dict[str, dict[str, Any]]) -> None:
@@ -66,22 +86,20 @@ def _curves(axis: Any, table: pd.DataFrame, x: str, looks: dict[str, dict[str, A
 
 def _draw(axis: Any, x: Any, mean: pd.Series, spread: pd.Series, **look: Any) -> None:
     axis.plot(x, mean, **look)
-    color = look["color"]
     if len(x) == 1:  # a band has no width there
-        axis.errorbar(x, mean, spread, color=color, capsize=3)
-    axis.fill_between(x, mean - spread, mean + spread, color=color, alpha=0.15, linewidth=0)
+        axis.errorbar(x, mean, spread, color=look["color"], capsize=3)
+    axis.fill_between(x, mean - spread, mean + spread, color=look["color"], alpha=0.15, linewidth=0)
 
 
 def _legend(figure: style.Figure) -> None:
     entries: dict[str, Any] = {}  # no panel need have all
     for axis in figure.axes:
         entries |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels())}
-    if len(entries) > 5:
-        figure.set_figwidth(figure.get_figwidth() + 1.8)
-        place: dict[str, Any] = {"loc": "outside right upper"}
-    else:
-        place = {"loc": "outside lower center", "ncols": len(entries)}
-    figure.legend(entries.values(), entries.keys(), **place)
+    beside = len(entries) > 5
+    figure.set_figwidth(figure.get_figwidth() + 1.8 * beside)
+    place = "outside right upper" if beside else "outside lower center"
+    columns = 1 if beside else len(entries)
+    figure.legend(entries.values(), entries.keys(), loc=place, ncols=columns)
 
 
 def draw_mean(axis: Any, rows: pd.DataFrame, metric: str, **look: object) -> None:
@@ -92,11 +110,10 @@ def draw_mean(axis: Any, rows: pd.DataFrame, metric: str, **look: object) -> Non
 
 def widths(table: pd.DataFrame, title: str) -> style.Figure:
     """Figure 3: test loss, a colour a width, without REPAIR and with it; A dotted, π(A) solid."""
-    panels = [repaired for repaired in (False, True) if (table["repair"] == repaired).any()]
+    panels = table.groupby("repair")
     size = (0.8 + 3.6 * len(panels), 3.4)
     figure, axes = style.plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True)
-    for axis, repaired in zip(axes[0], panels):
-        here = table[table["repair"] == repaired]
+    for axis, (repaired, here) in zip(axes[0], panels):
         for (width, kind), rows in here.groupby(["width", "curve"]):
             start, dashes = ("A", ":") if kind == "naive" else ("π(A)", "-")
             look = style.width_look(width) | {"linestyle": dashes, "markersize": 3}
@@ -104,6 +121,6 @@ def widths(table: pd.DataFrame, title: str) -> style.Figure:
         axis.set_title("with REPAIR" if repaired else "without REPAIR")
         axis.set_xlabel(ALPHA)
     axes[0, 0].set_ylabel("test loss (nats)")
-    figure.legend(*axes[0, -1].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    _legend(figure)
     figure.suptitle(title, fontsize=10)
     return figure

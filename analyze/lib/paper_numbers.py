@@ -1,4 +1,4 @@
-"""The paper's numbers (paper_numbers.csv), in the terms of our tables, and its tables beside ours."""
+"""The paper's numbers, in paper_numbers.csv by the names of our tables, and its tables beside ours."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pandas as pd
 
 from analyze.lib import style
 from analyze.lib.runs import CELL, NETWORK, sparse_runs
+from analyze.lib.statistics import plus_minus
 from common import checkpoint
 from common.errors import UserError
 
@@ -79,29 +80,22 @@ def layout(both: pd.DataFrame) -> pd.DataFrame:
     """
     across = "metric" if both["metric"].isin(MEASURES).any() else "rewind"
     digits = 3 if across == "metric" else 2  # as the paper has
-
-    def text(mean: str, std: str) -> list[str]:
-        return [
-            f"{value:.{digits}f}" + ("" if pd.isna(spread) else f" ± {spread:.{digits}f}")
-            for value, spread in zip(both[mean], both[std])
-        ]
-
-    table = both.assign(
-        metric=both["metric"].map(NAMES),
-        sparsity=(100 * both["sparsity"]).map("{:.4g}%".format),
-        rewind=both["rewind"].map("k = {:g}".format, na_action="ignore").fillna("-"),
-        method=both["variant"].map(style.label),
-        ours=text("mean", "std"),
-        paper=text("paper", "paper_std"),
-        difference=both["difference"].map(f"{{:+.{digits}f}}".format),
-    )
-    rows = ["sparsity", "method", "numbers"]
-    rows = [key for key in ("dataset", "metric", "rewind") if table[key].nunique() > 1] + rows
-    rows = [key for key in rows if key != across]
-    lines = ["ours", "paper", "difference"]
-    long = table.melt([*rows[:-1], across], lines, "numbers", "text", ignore_index=False)
-    long = long.sort_index(kind="stable")
-    return long.pivot_table("text", rows, across, "first", sort=False).fillna("")
+    cells = []
+    for row in both.itertuples():
+        cell = {
+            "dataset": row.dataset,
+            "metric": NAMES[row.metric],
+            "rewind": f"k = {row.rewind:g}",
+        }
+        cell |= {"sparsity": f"{100 * row.sparsity:.4g}%", "method": style.label(row.variant)}
+        lines = {"ours": plus_minus(row.mean, row.std, digits)}
+        lines |= {"paper": plus_minus(row.paper, row.paper_std, digits)}
+        lines |= {"difference": f"{row.difference:+.{digits}f}"}
+        cells += [cell | {"numbers": line, "text": text} for line, text in lines.items()]
+    table = pd.DataFrame(cells)
+    rows = [key for key in ("dataset", "metric", "rewind") if table[key].nunique() > 1]
+    rows = [key for key in (*rows, "sparsity", "method", "numbers") if key != across]
+    return table.pivot_table("text", rows, across, "first", sort=False).fillna("")
 
 
 def save(number: int, ours: pd.DataFrame, folder: Path) -> pd.DataFrame:
@@ -111,12 +105,9 @@ def save(number: int, ours: pd.DataFrame, folder: Path) -> pd.DataFrame:
     """
     both = beside(number, ours)
     if both.empty:
-        theirs = numbers(str(number))
-        needs = [f"{' and '.join((theirs['model'] + ' on ' + theirs['dataset']).unique())}"]
-        for key in ("width", "sparsity", "rewind"):
-            values = [f"{value:g}" for value in sorted(theirs[key].dropna().unique())]
-            needs += [f"{key} {' '.join(values)}"] * bool(values)
-        raise UserError(f"no run for Table {number}: it has {', '.join(needs)}")
+        cells = numbers(str(number))[CELL].dropna(axis=1)
+        needs = (f"{key} {', '.join(map(str, cells[key].unique()))}" for key in cells)
+        raise UserError(f"no run for Table {number}, which is of {'; '.join(needs)}")
     shown = layout(both)
     checkpoint.save_text(both.to_csv(index=False), folder / f"table_{number}.csv")
     latex = shown.to_latex(escape=True, multirow=False).replace("±", r"$\pm$")

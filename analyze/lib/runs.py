@@ -46,20 +46,25 @@ def find_results(root: Path, stage: str) -> list[dict[str, Any]]:
     return found
 
 
-def read_runs(
-    root: Path, stage: str, row: Callable[[dict[str, Any]], dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """`row` of every finished run of `stage` below `root`.
+def read_runs(root: Path, stage: str, columns: list[str], needed: set[str]) -> pd.DataFrame:
+    """A row a finished run of `stage` below `root`: arguments and results by name, and `settings`.
 
-    A run that lacks what it reads is skipped with one line.
+    The precision asked for stands in the arguments, the one that was used over it. A run that lacks
+    what is needed is skipped with one line.
     """
     rows = []
     for result in find_results(root, stage):
         try:
-            rows.append(row(result))
+            values = result["arguments"] | result
+            if lacking := sorted(key for key in needed if values.get(key) is None):
+                raise KeyError(*lacking)
+            dense = values.get("dense")
+            values["dense_epochs"] = dense.get("epochs") if isinstance(dense, dict) else None
+            rows.append({key: values.get(key) for key in columns} | {"settings": settings(result)})
         except (KeyError, TypeError) as error:
             skipped(result["folder"], f"its result.json lacks {error}")
-    return rows
+    runs = pd.DataFrame(rows, columns=[*columns, "settings"])
+    return runs.assign(tag=with_settings(runs))
 
 
 def readable(read: Callable[..., Any], *arguments: Any) -> Any:
@@ -75,32 +80,20 @@ def skipped(*why: object) -> None:
 
 
 def sparse_runs(root: Path) -> pd.DataFrame:
-    """All finished sparse runs below `root`, a row a run: COLUMNS, and `settings`; percent.
+    """All finished sparse runs below `root`, a row a run: COLUMNS and `settings`; percent.
 
     Raises UserError when there is none, and when runs repeat others.
     """
-
-    def describe(result: dict[str, Any]) -> dict[str, Any]:
-        # The precision asked for stands in the arguments, the one that was used over it.
-        row = {key: (result["arguments"] | result).get(key) for key in COLUMNS}
-        if lacking := sorted(key for key in NEEDED if row[key] is None):
-            raise KeyError(*lacking)
-        row |= {"path": str(result["folder"]), "settings": settings(result)}
-        return row | {"dense_epochs": (result.get("dense") or {}).get("epochs")}
-
-    rows = read_runs(root, "train_sparse", describe)
-    if not rows:
+    runs = read_runs(root, "train_sparse", [*COLUMNS, "folder"], NEEDED)
+    if runs.empty:
         raise UserError(f"no finished sparse run below {root}: run train_sparse.py first")
-    runs = pd.DataFrame(rows)
-    for flag in ("signs", "fan_in"):
-        runs[flag] = runs[flag].eq(True)
-    runs["code"], runs["tag"] = runs["code"].fillna("unknown"), with_settings(runs)
+    runs["path"], runs["code"] = runs["folder"].map(str), runs["code"].fillna("unknown")
+    runs["signs"], runs["fan_in"] = runs["signs"].eq(True), runs["fan_in"].eq(True)
     runs["mask_dataset"] = runs["mask_dataset"].fillna(runs["dataset"])
     runs["method"] = runs["method"].where(runs["arm"].isin(PERMUTED))
     runs["variant"] = variants(runs)
     runs = runs.sort_values([*CELL, *RUN], ignore_index=True)
-    repeated = runs.duplicated([*CELL, *RUN]).sum()
-    if repeated:  # which of them counts?
+    if repeated := runs.duplicated([*CELL, *RUN]).sum():  # which of them counts?
         two = runs.loc[runs.duplicated([*CELL, *RUN], keep=False), "path"].head(2)
         raise UserError(
             f"{repeated} runs below {root} repeat arm, cell and seeds of others, as "
@@ -111,16 +104,8 @@ def sparse_runs(root: Path) -> pd.DataFrame:
 
 def dense_runs(root: Path) -> pd.DataFrame:
     """All finished dense runs below `root`: NETWORK, seed, tag, test_acc, test_top5, folder."""
-
-    def describe(result: dict[str, Any]) -> dict[str, Any]:
-        row = {key: result["arguments"][key] for key in (*NETWORK, "seed")}
-        row |= {"tag": result["arguments"].get("tag"), "test_top5": result.get("test_top5")}
-        row |= {key: result[key] for key in ("test_acc", "folder")}
-        return row | {"settings": settings(result)}
-
-    columns = [*NETWORK, "seed", "tag", "test_acc", "test_top5", "folder", "settings"]
-    runs = pd.DataFrame(read_runs(root, "train_dense", describe), columns=columns)
-    return runs.assign(tag=with_settings(runs))
+    needed = [*NETWORK, "seed", "test_acc", "folder"]
+    return read_runs(root, "train_dense", [*needed, "tag", "test_top5"], set(needed))
 
 
 def settings(result: dict[str, Any]) -> dict[str, str]:
@@ -200,25 +185,22 @@ def of_one_network(runs: pd.DataFrame) -> pd.Series:
     return (runs["source_seed"] == runs["target_seed"]) & other_mask(runs).isna()
 
 
-def baselines(runs: pd.DataFrame) -> dict[str, list[tuple[str, str]]]:
-    """For every variant of a network, the (naive, lth) that it can be compared with, best first.
+def baselines(runs: pd.DataFrame) -> dict[str, tuple[str, str]]:
+    """The (naive, lth) that each variant of a network can be compared with, where there is one.
 
-    The naive use of masks of the same data set, of the same tag or of one that it begins with, as
-    far as the settings are the same.
+    The naive use of masks of the same data set, of the same tag or else of one that it begins with,
+    as far as the settings are the same.
     """
     kinds = runs.assign(mask=other_mask(runs).fillna("")).drop_duplicates("variant")
     naive = kinds[(kinds["arm"] == "naive") & ~kinds["signs"] & ~kinds["fan_in"]]
-    naive = naive.sort_values("tag", key=lambda tag: -tag.str.len())
-    return {
-        kind.variant: [
-            (one.variant, variant("lth", tag=one.tag))
-            for one in naive.itertuples()
-            if one.mask == kind.mask
-            and kind.tag.startswith(one.tag)
-            and all(kind.settings.get(key, value) == value for key, value in one.settings.items())
-        ]
-        for kind in kinds.itertuples()
-    }
+    found = {}
+    for kind in kinds.itertuples():
+        for one in naive.sort_values("tag", key=lambda tag: tag.str.len()).itertuples():
+            known = one.settings.keys() & kind.settings.keys()
+            alike = all(one.settings[key] == kind.settings[key] for key in known)
+            if alike and one.mask == kind.mask and kind.tag.startswith(one.tag):
+                found[kind.variant] = one.variant, variant("lth", tag=one.tag)
+    return found
 
 
 def by_pair(runs: pd.DataFrame) -> pd.DataFrame:
@@ -249,19 +231,19 @@ def remarks(runs: pd.DataFrame) -> list[str]:
         names = f"seed{'s' * (len(shared) > 1)} {', '.join(map(str, shared))}"
         lines.append(f"pairs share networks ({names}) and are not independent: no intervals")
     if runs["code"].nunique() > 1:
-        lines.append(f"these runs were made by different code: {_counts(runs, 'code')}")
+        lines.append(f"these runs were made by different code: {_counts(runs['code'])}")
     if runs.groupby("tag")["mask_code"].nunique().max() > 1:
-        lines.append(f"their masks were pruned by different code: {_counts(runs, 'mask_code')}")
+        lines.append(f"their masks were pruned by different code: {_counts(runs['mask_code'])}")
     if len(lost):
         names = ", ".join(f"{run.path} in epoch {run.diverged:.0f}" for run in lost.itertuples())
         lines.append(f"{len(lost)} of {len(runs)} runs diverged, and count as they ended: {names}")
     return lines
 
 
-def _counts(runs: pd.DataFrame, key: str) -> str:
-    """'abc (12 runs), def [adamw] (6 runs)': how many runs there are of each code and tag."""
-    counts = runs.fillna({key: "unknown"}).groupby([key, "tag"]).size().items()
-    return ", ".join(f"{code}{f' [{tag}]' * bool(tag)} ({n} runs)" for (code, tag), n in counts)
+def _counts(values: pd.Series) -> str:
+    """For example 'abc (12 runs), def (6 runs)'."""
+    counts = values.fillna("unknown").value_counts().items()
+    return ", ".join(f"{value} ({count} runs)" for value, count in counts)
 
 
 def parse_root(doc: str) -> argparse.ArgumentParser:

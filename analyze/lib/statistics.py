@@ -17,14 +17,16 @@ def paired(differences: pd.Series, independent: bool = True) -> dict[str, float]
     they could have shown: the true difference that would have been told from zero with a
     probability of 80% (noncentral t).
 
-    The mean alone of one pair, and of pairs that are not independent.
+    Of one pair, and of pairs that are not independent, the mean alone.
     """
     count, mean = len(differences), differences.mean()
-    error, freedom = differences.sem() if independent else math.nan, count - 1
-    low, high = t_interval(differences) if independent else (math.nan, math.nan)
-    p = 2 * stdtr(freedom, -abs(mean) / error) if error > 0 else float(mean == 0) + 0 * error
-    detectable = error * nctdtrinc(max(freedom, 1), 0.2, stdtrit(freedom, 0.975))
-    return dict(zip(PAIRED, (mean, error, low, high, p, detectable, count)))
+    error = differences.sem() if independent and count > 1 else math.nan
+    t = stdtrit(max(count - 1, 1), 0.975)
+    p = 2 * stdtr(count - 1, -abs(mean) / error) if error else float(mean == 0)
+    detectable = error * nctdtrinc(max(count - 1, 1), 0.2, t)
+    return dict(
+        zip(PAIRED, (mean, error, mean - t * error, mean + t * error, p, detectable, count))
+    )
 
 
 def holm(p: pd.Series) -> pd.Series:
@@ -34,7 +36,7 @@ def holm(p: pd.Series) -> pd.Series:
 
 
 def against_naive(
-    pairs: pd.DataFrame, compared: dict[str, list[tuple[str, str]]]
+    pairs: pd.DataFrame, compared: dict[str, tuple[str, str]]
 ) -> dict[str, dict[str, float]]:
     """For every variant: its difference to naive, and the share of the LTH-naive gap closed.
 
@@ -45,31 +47,22 @@ def against_naive(
     """
     found, independent = {}, not shared_networks(pairs.index.to_frame())
     for variant in pairs.columns:
-        usable = (
-            (naive, lth)
-            for naive, lth in compared[variant]
-            if naive in pairs and pairs[[variant, naive]].notna().all(axis=1).any()
-        )
-        naive, lth = next(usable, (variant, ""))
-        if naive == variant:
+        naive, lth = compared.get(variant, (variant, ""))
+        if naive == variant or naive not in pairs:
             continue
-        row = paired((pairs[variant] - pairs[naive]).dropna(), independent) | {"baseline": naive}
+        differences = (pairs[variant] - pairs[naive]).dropna()
+        if differences.empty:
+            continue
+        row = paired(differences, independent) | {"baseline": naive}
         if lth in pairs:
             both = pairs[list({lth, naive, variant})].dropna()
             gain, gap = both[variant] - both[naive], both[lth] - both[naive]
             if gap.mean() > 0:
-                row["gap_closed"] = 100 * gain.mean() / gap.mean()
-                if independent:
-                    ends = ratio_interval(gain, gap)
-                    row["gap_low"], row["gap_high"] = (100 * end for end in ends)
+                ends = ratio_interval(gain, gap) if independent else (math.nan, math.nan)
+                shares = 100 * np.array([gain.mean() / gap.mean(), *ends])
+                row |= dict(zip(("gap_closed", "gap_low", "gap_high"), shares))
         found[variant] = row
     return found
-
-
-def t_interval(values: pd.Series) -> tuple[float, float]:
-    """The 95% interval of the mean (Student); missing for a single value."""
-    half = stdtrit(len(values) - 1, 0.975) * values.sem()
-    return values.mean() - half, values.mean() + half
 
 
 def ratio_interval(numerators: pd.Series, denominators: pd.Series) -> tuple[float, float]:
@@ -132,25 +125,30 @@ def findings(table: pd.DataFrame) -> list[str]:
         rows = rows.sort_values(["sparsity", "variant"], na_position="first")
         text = "no permuted mask stands beside an unpermuted one yet"
         for row in rows.head(1).itertuples():
-            if pd.isna(row.difference_low):
-                text = "these pairs cannot tell an effect of permuting the mask from chance"
-            elif row.difference_low > 0:
+            text = "whether permuting the mask helps cannot be told from these runs"
+            if row.difference_low > 0:
                 text = "permuting the mask helps"
             elif row.difference_high < 0:
                 text = "permuting the mask hurts"
-            else:
-                text = "no effect of permuting the mask can be told from chance"
-            text += f": {row.difference:+.1f} points of test accuracy over the unpermuted one"
-            text += interval(row.difference_low, row.difference_high)
-            if pd.notna(row.gap_low):
-                text += f", {row.gap_closed:.0f}% of the gap to the mask's own network"
-                text += interval(row.gap_low, row.gap_high)
-            cell = cell_name(row.sparsity, row.rewind)
-            text += f" ({row.variant}, {cell}, pairs of networks: {row.pairs})"
+            text += (
+                f": {row.difference:+.1f} points{interval(row.difference_low, row.difference_high)}"
+            )
+            text += f" of test accuracy over the unpermuted mask, {row.variant}, "
+            text += f"{cell_name(row.sparsity, row.rewind)}, pairs of networks: {row.pairs}"
             if row.difference_low < 0 < row.difference_high:
-                text += f"; so many pairs show a difference of {row.detectable:.1f} points"
+                text += f"; so many can show a difference of {row.detectable:.1f} points"
+            elif pd.notna(row.gap_low):
+                text += (
+                    f"; that is {row.gap_closed:.0f}%{interval(row.gap_low, row.gap_high)} of the "
+                )
+                text += "gap to the mask's own network"
         sentences.append(f"{model} x{width:g} on {dataset}: {text}.")
     return sentences
+
+
+def plus_minus(mean: float, std: float, digits: int = 2) -> str:
+    """For example '91.20 ± 0.30'; a single run has no spread."""
+    return f"{mean:.{digits}f}" + ("" if pd.isna(std) else f" ± {std:.{digits}f}")
 
 
 def interval(low: float, high: float) -> str:
