@@ -32,7 +32,7 @@ from common.errors import UserError
 
 HERE = Path(__file__).parent
 STAGES = ("train_dense", "prune_imp", "align_mask", "train_sparse")
-MACHINE = ("precision", "device", "threads", "processes", "versions", "code", "commit")
+MACHINE = ("precision", "device", "threads", "processes", "code", "commit")
 CHECKSUMS = ("source", "target", "dense", "weights", "mask")
 ANALYSES = {
     "results": (
@@ -55,7 +55,8 @@ ANALYSES = {
     ),
     "landscape": (
         "The plane through three networks (Figure 4b)",
-        "Loss over the plane through π(LTH), permuted and π(A): whether they lie in one basin.",
+        "Loss over the plane through π(LTH), permuted and π(A): whether they lie in one basin. One "
+        "plane of all that there are; analyze.landscape --all draws the others.",
     ),
     "diversity": (
         "Ensembles (Table 1)",
@@ -68,13 +69,12 @@ ANALYSES = {
     "masks": ("Masks", "What the permuted mask of A shares with the mask that pruning B gives."),
     "methods": ("Matching methods", "The ways to find π beside each other."),
 }
-# Of those that evaluate networks: the flags that they know beside --device and --data-dir, the
-# files of lines or networks, the evaluations at a point, and how many points there are by default.
-COSTLY = {
-    "interpolation": (("points", "images"), ("permutation*.pt",), 8, 21),
-    "imp_barrier": (("points", "images"), ("round_*.pt", "sparse_*.pt"), 4, 11),
-    "landscape": (("grid", "images", "all"), ("permutation*.pt",), 1, 21),
-    "diversity": ((), ("final.pt", "sparse_*.pt"), 1, 1),
+# Passed on to the analyses that evaluate networks.
+FLAGS = {
+    "interpolation": ("points", "images", "device", "data_dir"),
+    "imp_barrier": ("points", "images", "device", "data_dir"),
+    "landscape": ("grid", "images", "device", "data_dir"),
+    "diversity": ("device", "data_dir"),
 }
 INTRODUCTION = """Pruning a trained network A gives a mask, and under it A trains well from an early
 epoch on (LTH). Another network B, from another random initialisation, trains worse with it (naive).
@@ -123,40 +123,44 @@ def run(name: str, root: Path, flags: list[str]) -> tuple[bool, str]:
     return True, "\n".join(lines).strip()
 
 
-def evaluations(name: str, root: Path, options: dict[str, Any]) -> int:
-    """How often an analysis evaluates a network, at most: what was kept is not evaluated again."""
-    flags, patterns, each, points = COSTLY[name]
-    files = sum(len(list(root.rglob(pattern))) for pattern in patterns)
-    if name == "landscape":
-        return (options["grid"] or points) ** 2 * (files if options["all"] else min(files, 1))
-    return files * each * (options["points"] or points if "points" in flags else 1)
+def evaluations(root: Path, points: int | None, grid: int | None) -> dict[str, int]:
+    """How often analyses evaluate a network, at most: what was kept is not evaluated again."""
+
+    def files(*patterns: str) -> int:
+        return sum(len(list(root.rglob(pattern))) for pattern in patterns)
+
+    return {
+        "interpolation": 8 * (points or 21) * files("permutation*.pt"),
+        "imp_barrier": 4 * (points or 11) * files("round_*.pt", "sparse_*.pt"),
+        "landscape": (grid or 21) ** 2,
+        "diversity": files("final.pt", "sparse_*.pt", "arguments.json"),
+    }
 
 
 def stamps(root: Path) -> dict[Path, int]:
     """When each table and figure was written."""
     files = [*root.glob("*.csv"), *root.glob("figures/*.png"), *root.glob("figures/*.csv")]
-    return {path: path.stat().st_mtime_ns for path in files}
+    return {path: path.stat().st_mtime_ns for path in sorted(files)}
 
 
 def section(name: str, root: Path, options: dict[str, Any]) -> tuple[str, list[Block]]:
     """Run an analysis; what it lacks, or else nothing, and its part of the report."""
-    known = ("device", "data_dir", *COSTLY[name][0]) if name in COSTLY else ()
-    flags = [f"--{key.replace('_', '-')}={options[key]}" for key in known if options[key]]
-    flags = [flag.removesuffix("=True") for flag in flags] + ["--paper"] * (name == "accuracy")
+    flags = ["--paper"] * (name == "accuracy")
+    for key in FLAGS.get(name, ()):
+        if options[key]:
+            flags += [f"--{key.replace('_', '-')}", str(options[key])]
     before = stamps(root)
     made, text = run(name, root, flags)
     if not made:
         return text, []
-    written = [path for path, stamp in sorted(stamps(root).items()) if before.get(path) != stamp]
+    written = [path for path, stamp in stamps(root).items() if before.get(path) != stamp]
     title, sentence = ANALYSES[name]
-    blocks: list[Block] = [("h2", title), ("p", sentence)]
-    blocks += [("pre", text)] if text else []
+    blocks: list[Block] = [("h2", title), ("p", sentence), ("pre", text or "(no remarks)")]
     blocks += [("picture", path) for path in written if path.suffix == ".png"]
-    tables = {
-        path.name: path.relative_to(root).as_posix() for path in written if path.suffix == ".csv"
-    }
     command = shlex.join(["python", "-m", f"analyze.{name}", str(root), *flags])
-    return "", [*blocks, ("p", f"Numbers, written by {command}"), ("links", tables)]
+    blocks += [("p", f"Numbers, written by {command}")]
+    tables = [path.relative_to(root).as_posix() for path in written if path.suffix == ".csv"]
+    return "", [*blocks, ("links", dict(zip(tables, tables)))]
 
 
 def paper_tables(root: Path) -> list[Block]:
@@ -170,7 +174,7 @@ def paper_tables(root: Path) -> list[Block]:
             blocks += [("h3", f"Table {number}"), ("table", shown), ("links", links)]
     said = "Mean ± sample standard deviation, and ours minus the paper's."
     if not blocks:
-        said = "None of the paper's tables is of these networks, data sets, sparsities and epochs."
+        said = "No table of the paper has these networks, data sets, sparsities and rewind epochs."
     return [("h2", "The paper's tables beside ours"), ("p", said), *blocks]
 
 
@@ -183,7 +187,10 @@ def settings(stages: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
     """A column a stage: how many runs there are, and every value that their settings had."""
     table = {}
     for stage, found in stages.items():
-        runs = [run["arguments"] | {key: run.get(key) for key in MACHINE} for run in found]
+        runs = [
+            run["arguments"] | {key: run.get(key) for key in MACHINE} | run.get("versions", {})
+            for run in found
+        ]
         dates = (os.stat(run["folder"] / "result.json").st_mtime for run in found)
         table[stage] = {
             "finished runs": str(len(found)),
@@ -204,8 +211,8 @@ def test_sets(dense: list[dict[str, Any]]) -> Iterable[str]:
         yield (
             f"{one['arguments']['dataset']}: {one['images']['train']} training and {count} test "
             f"images of {one['classes']} classes. One test image is {100 / count:.2g} points, and "
-            f"a network that is right on {accuracy:.1f}% of them may be one of {low:.1f}% to "
-            f"{high:.1f}% (95%, Wilson): a single network tells no smaller difference."
+            f"where {accuracy:.1f}% of them are right, a network's accuracy lies between {low:.1f}% "
+            f"and {high:.1f}% (95%, Wilson): two single networks show no smaller difference."
         )
 
 
@@ -215,15 +222,18 @@ def gather(root: Path, options: dict[str, Any]) -> list[Block]:
     `options` are passed on to the analyses that know them, where they are set. Raises UserError
     when no run has finished.
     """
-    stages = {stage: found for stage in STAGES if (found := find_results(root, stage))}
+    stages = {}
+    for stage in STAGES:
+        runs = [run for run in find_results(root, stage) if {"arguments", "seconds"} <= run.keys()]
+        stages |= {stage: runs} if runs else {}
     if not stages:
         raise UserError(f"no finished run below {root}: run the stages first")
     dense, names = stages.get("train_dense", []), options["only"] or [*ANALYSES]
-    counts = {name: evaluations(name, root, options) for name in names if name in COSTLY}
-    pace = max((run["seconds"] / run["arguments"]["epochs"] for run in dense), default=0)
-    expected = ", ".join(f"{count} for {name}" for name, count in counts.items()) or "none"
-    print(f"evaluations of networks, at most: {expected}")
-    print(f"(an epoch of training took {pace:.1f} s, an evaluation takes less)")
+    counts = evaluations(root, options["points"], options["grid"]).items()
+    expected = ", ".join(f"{count} for {name}" for name, count in counts if name in names)
+    pace = max((run["seconds"] / run["arguments"].get("epochs", 1) for run in dense), default=0)
+    print(f"evaluations of a network, at most: {expected or 'none'}")
+    print(f"(an epoch of training took {pace:.1f} s, and an evaluation takes less)")
     missing, parts = {}, []
     for name, (title, _) in ANALYSES.items():
         if name not in names:
@@ -236,9 +246,10 @@ def gather(root: Path, options: dict[str, Any]) -> list[Block]:
         parts += blocks
         if lacks:
             missing[title] = lacks
-    found = ["No sparse network has been trained yet."]
-    if "train_sparse" in stages:
+    try:
         found, parts = findings(summary(sparse_runs(root))), parts + paper_tables(root)
+    except UserError as error:
+        found = [str(error)]
     drawing = root / "figures/overview.svg"
     drawing.parent.mkdir(exist_ok=True)
     shutil.copy(HERE / "lib/overview.svg", drawing)
@@ -263,15 +274,13 @@ def main() -> None:
     add("--points", type=several, help="of each line (default: as each analysis)")
     add("--grid", type=several, help="points a side of the plane (default: landscape's)")
     add("--images", type=cli.positive, help="for REPAIR and the plane (default: as each)")
-    add("--all", action="store_true", help="every plane, not one")
     cli.add_device(parser)
     add("--data-dir", help="if not where stage 1 found the data set")
     args = parser.parse_args()
     blocks, title = gather(args.root, vars(args)), f"Report on {args.root.name}"
     checkpoint.save_text(pages.markdown(title, blocks, args.root), args.root / "report.md")
     checkpoint.save_text(pages.page(title, blocks), args.root / "report.html")
-    print(f"wrote {args.root / 'report.md'}")
-    print(f"wrote {args.root / 'report.html'}")
+    print(f"wrote report.md and {args.root / 'report.html'}")
 
 
 if __name__ == "__main__":

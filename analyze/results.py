@@ -19,8 +19,8 @@ from analyze.lib.statistics import cell_name, findings, interval, plus_minus, su
 from common import checkpoint, cli
 
 DIFFERENCE = "minus naive, in points (share of the LTH-naive gap closed)"
-TESTED = """minus naive, in points [95% interval, Student, paired by seeds] (share of the LTH-naive gap
-closed; the smallest difference that so many pairs show with a probability of 80%)"""
+TESTED = """minus naive, in points [95% interval, Student, paired by seeds] (share of the LTH-naive
+gap closed; the smallest difference that so many pairs show with a probability of 80%)"""
 STARS = """*  the interval excludes 0
 ** so it does after Holm's correction for the {} differences of this table"""
 

@@ -211,7 +211,7 @@ def test_the_report_holds_what_there_is_and_names_what_is_missing(root):
     text, page = (root / "report.md").read_text(), (root / "report.html").read_text()
     finding = statistics.findings(statistics.summary(finished.sparse_runs(root)))[0]
     assert text.splitlines()[2] == finding and "pairs of networks: 2" in finding
-    assert "may be one of 94.0% to 100.0%" in text and "One test image is 1.7 points" in text
+    assert "lies between 94.0% and 100.0%" in text and "One test image is 1.7 points" in text
     assert "- **Early matching (Table 15)**: no permuted runs matched at two epochs" in text
     assert "![accuracy_rewind_mlp_glyphs](figures/accuracy_rewind_mlp_glyphs.png)" in text
     assert page.count("data:image/png;base64,") >= 4 and "<svg" in page and "<script" not in page
@@ -231,13 +231,13 @@ def test_the_report_holds_what_there_is_and_names_what_is_missing(root):
 def test_the_report_does_what_is_asked_for_alone(root):
     out = succeed("analyze.report", root, "--only", "results", "masks")
     text = (root / "report.md").read_text()
-    assert "evaluations of networks, at most: none" in out and "interpolation " not in out
+    assert "evaluations of a network, at most: none" in out and "interpolation " not in out
     assert "**The line from A to B (Figure 3)**: not asked for" in text
     assert "[summary.csv](summary.csv)" in text and "[masks.csv]" not in text
     refused(call("analyze.report", root, "--only", "nothing"), "nothing")
     shutil.rmtree(root / "sparse")
     succeed("analyze.report", root, "--only", "masks")
-    assert "No sparse network has been trained yet" in (root / "report.md").read_text()
+    assert "no finished sparse run below" in (root / "report.md").read_text()
     (root / "empty").mkdir()
     refused(call("analyze.report", root / "empty"), "no finished run")
 

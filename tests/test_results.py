@@ -336,7 +336,7 @@ def test_runs_of_two_settings_have_columns_of_their_own(part, keys):
 
 
 def test_a_sceptical_referee_accepts_what_is_printed(runs, tmp_path):
-    """A mixed run, an ensemble, an early match, a tag, and two machines' precision in one folder."""
+    """A mixed run, an ensemble, an early match, a tag and another machine's precision together."""
     for name, arm in (("plain", ""), ("tagged", "permuted"), ("early", "permuted"), ("shared", "")):
         shutil.copytree(runs / "sparse" / arm, tmp_path / name / arm)
     edit(tmp_path / "tagged", tag="adamw")

@@ -1,4 +1,4 @@
-"""The paper's numbers, in paper_numbers.csv by the names of our tables, and its tables beside ours."""
+"""The paper's numbers (paper_numbers.csv, in our names), and its tables beside ours."""
 
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def layout(both: pd.DataFrame) -> pd.DataFrame:
         cell = {
             "dataset": row.dataset,
             "metric": NAMES[row.metric],
-            "rewind": f"k = {row.rewind:g}",
+            "rewind": "-" if pd.isna(row.rewind) else f"k = {row.rewind:g}",
         }
         cell |= {"sparsity": f"{100 * row.sparsity:.4g}%", "method": style.label(row.variant)}
         lines = {"ours": plus_minus(row.mean, row.std, digits)}

@@ -1,4 +1,4 @@
-"""One look for all figures: figures.mplstyle, and in looks.csv the colour (Okabe and Ito's, safe for
+"""One look for all figures: figures.mplstyle, and in looks.csv the colour (Okabe and Ito's, for
 the colour-blind), marker and line of each variant, which keep the arms apart in grey, too.
 """
 
