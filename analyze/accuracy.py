@@ -5,7 +5,7 @@
 Writes figures/accuracy_rewind_* (a panel a width and sparsity) and figures/accuracy_sparsity_* (a
 panel a width and rewind epoch): mean over seeds, a band of one sample standard deviation, the dense
 networks dashed. ImageNet's top-5 accuracy has figures of its own, figures/top5_*. With --paper the
-paper's curves stand beside ours, thin, in the cells that both have.
+paper's curves stand beside ours, in the cells that both have.
 """
 
 import pandas as pd
@@ -27,7 +27,7 @@ from common import cli
 
 def main() -> None:
     parser = parse_root(__doc__)
-    parser.add_argument("--paper", action="store_true", help="the paper's curves beside ours, thin")
+    parser.add_argument("--paper", action="store_true", help="the paper's curves beside ours")
     args = parser.parse_args()
     runs, dense = sparse_runs(args.root), dense_runs(args.root)
     dense["variant"] = [variant("dense", tag=tag) for tag in dense["tag"]]
@@ -37,15 +37,17 @@ def main() -> None:
         for metric in panels.METRICS:
             if group[metric].isna().all():
                 continue
-            theirs = paper_numbers.of(paper_numbers.accuracies(metric), model, dataset)
-            if args.paper and theirs.empty:
-                print(f"the paper has no accuracies of {model} on {dataset}")
             levels = paper_numbers.of(dense, model, dataset).groupby([*NETWORK, "variant"])[metric]
             tables = group.groupby([*CELL, "variant"])[metric], levels
             points = [table.agg(["mean", "std", "count"]).reset_index() for table in tables]
-            points, folder = pd.concat(points, ignore_index=True), args.root / "figures"
-            theirs = theirs if args.paper else None
-            panels.save_accuracy(points, about, metric, folder, name, theirs)
+            points = pd.concat(points, ignore_index=True)
+            if args.paper:
+                theirs = paper_numbers.accuracies(metric).merge(points[CELL].drop_duplicates())
+                theirs["variant"] += " (paper)"
+                points = pd.concat([points, theirs], ignore_index=True)
+                if theirs.empty:
+                    print(f"the paper has no accuracies of {model} on {dataset}")
+            panels.save_accuracy(points, about, metric, args.root / "figures", name)
         for line in remarks(group):
             print(line)
 

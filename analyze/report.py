@@ -203,7 +203,7 @@ def settings(stages: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
     return table[(table != "").any(axis=1)]
 
 
-def test_sets(dense: list[dict[str, Any]]) -> Iterable[str]:
+def image_facts(dense: list[dict[str, Any]]) -> Iterable[str]:
     """A sentence a data set: its images, and what so many can tell apart."""
     for one in {run["arguments"]["dataset"]: run for run in dense if "images" in run}.values():
         count, accuracy = one["images"]["test"], one["test_acc"]
@@ -261,7 +261,7 @@ def gather(root: Path, options: dict[str, Any]) -> list[Block]:
     commands[shlex.join(["python", "-m", "analyze.report", *sys.argv[1:]])] = None
     parts += [("p", f"Written on {datetime.now():%Y-%m-%d %H:%M}, after these commands:")]
     parts += [("pre", "\n".join(filter(None, commands)))]
-    opening = [("p", text) for text in (*found, *test_sets(dense))]
+    opening = [("p", text) for text in (*found, *image_facts(dense))]
     return [*opening, pages.contents(parts), *parts]
 
 

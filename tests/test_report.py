@@ -27,6 +27,19 @@ def drawn(axis):
     return [list(line.get_ydata()) for line in axis.lines]
 
 
+def as_resnet20(root, **arguments):
+    """Let the finished runs below `root` be of the paper's network, in cells of its tables."""
+    about = {"model": "resnet20", "width": 1.0, "dataset": "cifar10", "mask_dataset": "cifar10"}
+    for path in root.rglob("result.json"):
+        result = json.loads(path.read_text())
+        cell = {"sparsity": {0.5: 0.8, 0.7: 0.9}, "rewind": {0: 0, 1: 20}}
+        moved = {key: cell[key].get(result["arguments"].get(key)) for key in cell}
+        result["arguments"] |= about | {
+            key: value for key, value in moved.items() if value is not None
+        }
+        path.write_text(json.dumps(result | {"test_acc": 90.0}))
+
+
 def test_figures_and_their_data_are_written(root):
     succeed("analyze.accuracy", root)
     interpolation = ("--points", 3, "--images", 100, "--device", "cpu")
@@ -109,16 +122,14 @@ def test_the_papers_figures_are_drawn_from_its_numbers(tmp_path):
 def test_the_papers_curves_stand_beside_ours(root):
     out = succeed("analyze.accuracy", root, "--paper")
     assert "the paper has no accuracies of mlp on glyphs" in out
-    ours = pd.DataFrame({"rewind": [0, 5], "mean": [1.0, 2.0], "variant": "lth", "sparsity": 0.8})
-    levels = pd.DataFrame({"variant": ["dense", "dense [x]"], "mean": [3.0, 4.0]})
-    points = pd.concat([ours, levels]).assign(width=1.0, std=0.1)
-    reference = paper_numbers.of(paper_numbers.accuracies(), "resnet20", "cifar10")
-    figure = panels.accuracy(points, "rewind", "sparsity", "", reference=reference)
-    theirs, their_level, mine, *dense = drawn(figure.axes[0])
-    assert len(theirs) == 9 and theirs[0] == 90.41 and mine == [1, 2]
-    assert their_level == [92.88, 92.88] and dense == [[3, 3], [4, 4]]
-    names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names == ["LTH", "dense", "dense [x]"]
+    as_resnet20(root)
+    succeed("analyze.accuracy", root, "--paper")
+    points = pd.read_csv(root / "figures/accuracy_rewind_resnet20_cifar10.csv")
+    assert len(points) == 2 * (4 * 3 + 1)  # in the same cells, and the dense level
+    axis = panels.accuracy(points, "rewind", "sparsity", "").axes[0]
+    curves = {line.get_label(): list(line.get_ydata()) for line in axis.lines}
+    assert curves["LTH"] == [90, 90] and curves["LTH (paper)"] == [90.41, 92.25]
+    assert curves["dense (paper)"] == [92.88, 92.88] and len(curves) == 8
 
 
 def test_a_curve_a_width():
@@ -135,19 +146,6 @@ def test_a_curve_a_width():
     # The paper drew π(A) with REPAIR only.
     figure = panels.widths(paper_numbers.of(paper_numbers.lines(), "resnet50", "imagenet"), "")
     assert len(figure.axes) == 1 and len(figure.axes[0].lines) == 2
-
-
-def as_resnet20(root, **arguments):
-    """Let the finished runs below `root` be of the paper's network, in cells of its tables."""
-    about = {"model": "resnet20", "width": 1.0, "dataset": "cifar10", "mask_dataset": "cifar10"}
-    for path in root.rglob("result.json"):
-        result = json.loads(path.read_text())
-        cell = {"sparsity": {0.5: 0.8, 0.7: 0.9}, "rewind": {0: 0, 1: 20}}
-        moved = {key: cell[key].get(result["arguments"].get(key)) for key in cell}
-        result["arguments"] |= about | {
-            key: value for key, value in moved.items() if value is not None
-        }
-        path.write_text(json.dumps(result | {"test_acc": 90.0}))
 
 
 def test_a_table_of_the_paper_stands_beside_ours_as_text_csv_and_latex(root):

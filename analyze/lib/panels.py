@@ -17,71 +17,48 @@ METRICS = {
     "test_acc": ("accuracy", "test accuracy (%)"),
     "test_top5": ("top5", "top-5 accuracy (%)"),
 }
-THIN = {"linewidth": 0.7, "alpha": 0.7, "label": None, "marker": ""}
 
 
 def accuracy(
-    points: pd.DataFrame,
-    x: str,
-    panel: str,
-    title: str,
-    ylabel: str = "test accuracy (%)",
-    reference: pd.DataFrame | None = None,
+    points: pd.DataFrame, x: str, panel: str, title: str, metric: str = "test_acc"
 ) -> style.Figure:
     """Draw accuracy against column `x`: a row of panels a width, a column a value of `panel`.
 
     `points` has width, sparsity, rewind, variant, mean and std; a row without `x` is a level, one
-    without `panel` stands in all. A `reference` of the same form is drawn thin beside them.
+    without `panel` stands in all.
     """
-    looks = style.looks(points["variant"].unique())
-    layers = [(points, looks)]
-    if reference is not None:
-        thin = {name: look | THIN for name, look in looks.items()}
-        layers.insert(0, (reference.assign(std=0.0), thin))
-    layers = [(table.assign(sparsity=100 * table["sparsity"]), look) for table, look in layers]
-    points = layers[-1][0]
+    points = points.assign(sparsity=100 * points["sparsity"])
     widths, panels, ticks = (sorted(points[key].dropna().unique()) for key in ("width", panel, x))
     size = (max(4.2, 0.9 + 2.4 * len(panels)), 0.9 + 2.1 * len(widths))
     figure, axes = style.plt.subplots(
         len(widths), len(panels), figsize=size, squeeze=False, sharex=True, sharey="row"
     )
+    looks = style.looks(points["variant"].unique())
     for row, width in zip(axes, widths):
         for axis, value in zip(row, panels):
-            for table, lines in layers:
-                here = table[panel].isna() | (table[panel] == value)
-                _curves(axis, table[here & (table["width"] == width)], x, lines)
+            shown = points[panel].isna() | (points[panel] == value)
+            here = points[shown & (points["width"] == width)].sort_values(x)
+            for name, look in looks.items():
+                curve = here[here["variant"] == name]
+                for level in curve.loc[curve[x].isna(), "mean"]:
+                    axis.axhline(level, **look)
+                if len(curve := curve.dropna(subset=x)):
+                    _draw(axis, curve[x], curve["mean"], curve["std"].fillna(0), **look)
             axis.set_title(f"width {width:g}, {LABELS[panel]}: {value:.4g}")
             axis.set_xticks(ticks if len(ticks) <= 6 else ticks[:: len(ticks) // 4])
-        row[0].set_ylabel(ylabel)
-    for axis in axes[-1]:
-        axis.set_xlabel(LABELS[x])
+            axis.set_xlabel(LABELS[x])
+            axis.set_ylabel(METRICS[metric][1])
+            axis.label_outer()
     _legend(figure)
     figure.suptitle(title, fontsize=10)
     return figure
 
 
-def save_accuracy(
-    points: pd.DataFrame,
-    title: str,
-    metric: str,
-    folder: Path,
-    name: str,
-    reference: pd.DataFrame | None = None,
-) -> None:
+def save_accuracy(points: pd.DataFrame, title: str, metric: str, folder: Path, name: str) -> None:
     """Draw and write `accuracy` against rewind epoch, and against sparsity; {} in `name`."""
-    what, label = METRICS[metric]
     for x, panel in (("rewind", "sparsity"), ("sparsity", "rewind")):
-        figure = accuracy(points, x, panel, title, label, reference)
-        style.save(figure, points, folder, name.format(f"{what}_{x}"))
-
-
-def _curves(axis: Any, table: pd.DataFrame, x: str, looks: dict[str, dict[str, Any]]) -> None:
-    for name, look in looks.items():
-        curve = table[table["variant"] == name].sort_values(x)
-        for level in curve.loc[curve[x].isna(), "mean"]:
-            axis.axhline(level, **look)
-        if len(curve := curve.dropna(subset=x)):
-            _draw(axis, curve[x], curve["mean"], curve["std"].fillna(0), **look)
+        figure = accuracy(points, x, panel, title, metric)
+        style.save(figure, points, folder, name.format(f"{METRICS[metric][0]}_{x}"))
 
 
 def _draw(axis: Any, x: Any, mean: pd.Series, spread: pd.Series, **look: Any) -> None:

@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -219,17 +218,18 @@ def by_pair(runs: pd.DataFrame) -> pd.DataFrame:
 
 def shared_networks(pairs: pd.DataFrame) -> list[int]:
     """The seeds of networks that several pairs share, by columns source_seed and target_seed."""
-    different = set(pairs[SEEDS].itertuples(index=False, name=None))
-    counts = Counter(seed for pair in different for seed in set(pair))
-    return sorted(seed for seed, count in counts.items() if count > 1)
+    different = pairs[SEEDS].drop_duplicates()
+    of_one = different["source_seed"] == different["target_seed"]
+    seeds = pd.concat([different["source_seed"], different.loc[~of_one, "target_seed"]])
+    return sorted(seeds[seeds.duplicated()].unique())
 
 
 def remarks(runs: pd.DataFrame) -> list[str]:
     """Lines for below a table of `runs`: other code, divergence, pairs that share networks."""
     lines, lost = [], runs[runs["diverged"].notna()]
     if shared := shared_networks(runs[~of_one_network(runs)]):
-        names = f"seed{'s' * (len(shared) > 1)} {', '.join(map(str, shared))}"
-        lines.append(f"pairs share networks ({names}) and are not independent: no intervals")
+        seeds = ", ".join(map(str, shared))
+        lines.append(f"pairs share networks (seed {seeds}) and are not independent: no intervals")
     if runs["code"].nunique() > 1:
         lines.append(f"these runs were made by different code: {_counts(runs['code'])}")
     if runs.groupby("tag")["mask_code"].nunique().max() > 1:

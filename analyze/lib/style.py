@@ -21,8 +21,8 @@ HERE = Path(__file__).parent
 plt.style.use(HERE / "figures.mplstyle")
 LOOKS = pd.read_csv(HERE / "looks.csv", index_col=0, keep_default_na=False).to_dict("index")
 OTHER = {"color": "0.5", "marker": ".", "linestyle": "-"}
-# Of variants that only begin with a known name, as tags and early matching make them.
-DASHES = ((0, (3, 1, 1, 1)), (0, (8, 2)), (0, (1, 1)), (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
+# Of variants that only begin with a known name: with a tag, matched early, or the paper's.
+DASHES = ("-.", ":", (0, (3, 1, 1, 1)), "--")
 WIDTHS = ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9")
 
 
