@@ -97,7 +97,7 @@ WORDS = {
     "naive": "B at epoch k, trained with A's mask",
     "permuted": "B at epoch k, trained with π of A's mask",
     "barrier": "how far the loss on the line between two networks rises above that of its ends",
-    "REPAIR": "renewed activation statistics of the networks on such a line, which collapse else",
+    "REPAIR": "renewed statistics of the activations on such a line, which collapse otherwise",
     "interval": "[low, high]: of a mean over pairs of networks, 95% (Student)",
 }
 
@@ -155,7 +155,7 @@ def section(name: str, root: Path, options: dict[str, Any]) -> tuple[str, list[B
         return text, []
     written = [path for path, stamp in stamps(root).items() if before.get(path) != stamp]
     title, sentence = ANALYSES[name]
-    blocks: list[Block] = [("h2", title), ("p", sentence), ("pre", text or "(no remarks)")]
+    blocks: list[Block] = [("h2", title), ("p", sentence), *[("pre", text)] * bool(text)]
     blocks += [("picture", path) for path in written if path.suffix == ".png"]
     command = shlex.join(["python", "-m", f"analyze.{name}", str(root), *flags])
     blocks += [("p", f"Numbers, written by {command}")]
@@ -211,8 +211,8 @@ def image_facts(dense: list[dict[str, Any]]) -> Iterable[str]:
         yield (
             f"{one['arguments']['dataset']}: {one['images']['train']} training and {count} test "
             f"images of {one['classes']} classes. One test image is {100 / count:.2g} points, and "
-            f"where {accuracy:.1f}% of them are right, a network's accuracy lies between {low:.1f}% "
-            f"and {high:.1f}% (95%, Wilson): two single networks show no smaller difference."
+            f"where {accuracy:.1f}% of them are right, an accuracy lies between {low:.1f}% and "
+            f"{high:.1f}% (95%, Wilson): two single networks show no smaller difference."
         )
 
 

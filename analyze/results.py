@@ -8,6 +8,7 @@ of the LTH-naive gap that it closes, and the smallest difference that so many pa
 summary.csv has all of these as numbers.
 """
 
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +48,7 @@ def render(runs: pd.DataFrame) -> str:
         if block["count"].max() == 1:
             lines += ["one seed only: there is no spread to tell an effect from chance"]
         lines += [""]
-    return "\n".join([*lines, *findings(table)])
+    return "\n".join([*lines, *(textwrap.fill(text, 100) for text in findings(table))])
 
 
 def _grid(table: pd.DataFrame, show: Callable[[Any], str]) -> str:

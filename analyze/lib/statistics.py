@@ -130,18 +130,18 @@ def findings(table: pd.DataFrame) -> list[str]:
                 text = "permuting the mask helps"
             elif row.difference_high < 0:
                 text = "permuting the mask hurts"
-            text += (
-                f": {row.difference:+.1f} points{interval(row.difference_low, row.difference_high)}"
-            )
-            text += f" of test accuracy over the unpermuted mask, {row.variant}, "
-            text += f"{cell_name(row.sparsity, row.rewind)}, pairs of networks: {row.pairs}"
+            text += f": {row.difference:+.1f} points of test accuracy over the unpermuted mask"
+            if pd.notna(row.difference_low):
+                text += f", 95% interval{interval(row.difference_low, row.difference_high)}"
+            cell = cell_name(row.sparsity, row.rewind)
+            text += f" ({row.variant}, {cell}; pairs of networks: {row.pairs})"
             if row.difference_low < 0 < row.difference_high:
                 text += f"; so many can show a difference of {row.detectable:.1f} points"
             elif pd.notna(row.gap_low):
                 text += (
-                    f"; that is {row.gap_closed:.0f}%{interval(row.gap_low, row.gap_high)} of the "
+                    f"; that is {row.gap_closed:.0f}%{interval(row.gap_low, row.gap_high)} of the"
                 )
-                text += "gap to the mask's own network"
+                text += " gap to the mask's own network"
         sentences.append(f"{model} x{width:g} on {dataset}: {text}.")
     return sentences
 
