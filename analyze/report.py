@@ -184,21 +184,17 @@ def together(values: Iterable[Any]) -> str:
 
 
 def settings(stages: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
-    """A column a stage: how many runs there are, and every value that their settings had."""
+    """A column a stage, with its finished runs and seconds: every value that their settings had."""
     table = {}
     for stage, found in stages.items():
-        runs = [
-            run["arguments"] | {key: run.get(key) for key in MACHINE} | run.get("versions", {})
-            for run in found
-        ]
-        dates = (os.stat(run["folder"] / "result.json").st_mtime for run in found)
-        table[stage] = {
-            "finished runs": str(len(found)),
-            "seconds": f"{sum(run['seconds'] for run in found):.0f}",
-            "finished on": together(str(date.fromtimestamp(when)) for when in sorted(dates)),
-        }
-        for key in dict.fromkeys(key for run in runs for key in run if key not in CHECKSUMS):
-            table[stage][key] = together(run.get(key) for run in runs)
+        runs = []
+        for run in found:
+            when = date.fromtimestamp(os.stat(run["folder"] / "result.json").st_mtime)
+            machine = {key: run.get(key) for key in MACHINE} | run.get("versions", {})
+            runs.append(run["arguments"] | machine | {"finished": when})
+        keys = dict.fromkeys(key for run in runs for key in run if key not in CHECKSUMS)
+        name = f"{stage}: {len(found)} runs, {sum(run['seconds'] for run in found):.0f} s"
+        table[name] = {key: together(run.get(key) for run in runs) for key in keys}
     table = pd.DataFrame(table).fillna("").rename_axis("setting")
     return table[(table != "").any(axis=1)]
 

@@ -57,10 +57,9 @@ def read_runs(root: Path, stage: str, columns: list[str], needed: set[str]) -> p
             values = result["arguments"] | result
             if lacking := sorted(key for key in needed if values.get(key) is None):
                 raise KeyError(*lacking)
-            dense = values.get("dense")
-            values["dense_epochs"] = dense.get("epochs") if isinstance(dense, dict) else None
+            values["dense_epochs"] = (values.get("dense") or {}).get("epochs")
             rows.append({key: values.get(key) for key in columns} | {"settings": settings(result)})
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             skipped(result["folder"], f"its result.json lacks {error}")
     runs = pd.DataFrame(rows, columns=[*columns, "settings"])
     return runs.assign(tag=with_settings(runs))
@@ -86,7 +85,7 @@ def sparse_runs(root: Path) -> pd.DataFrame:
     runs = read_runs(root, "train_sparse", [*COLUMNS, "folder"], NEEDED)
     if runs.empty:
         raise UserError(f"no finished sparse run below {root}: run train_sparse.py first")
-    runs["path"], runs["code"] = runs["folder"].map(str), runs["code"].fillna("unknown")
+    runs["path"], runs["code"] = runs.pop("folder").map(str), runs["code"].fillna("unknown")
     runs["signs"], runs["fan_in"] = runs["signs"].eq(True), runs["fan_in"].eq(True)
     runs["mask_dataset"] = runs["mask_dataset"].fillna(runs["dataset"])
     runs["method"] = runs["method"].where(runs["arm"].isin(PERMUTED))
