@@ -256,6 +256,7 @@ def test_stars_and_findings_say_what_the_intervals_say():
     assert "25% [24.1, 25.4] of the gap" in text(4.9, 5.1)
     assert "mask hurts: -5.0 points" in text(-5.1, -4.9)
     assert "Holm's correction for the 2 differences" in text(4.9, 5.1)
+    assert "cannot be told from these runs: -1.0 points" in text(-3, 1)
     nothing = text(-1, 3)
     assert (
         "cannot be told from these runs: +1.0 points" in nothing
@@ -324,7 +325,7 @@ TRAINED = "epochs lr schedule warmup weight_decay batch_size momentum precision"
 )
 def test_runs_of_two_settings_have_columns_of_their_own(part, keys):
     for key in keys.split():
-        made = {name: {"tag": None} for name in ("arguments", "dense", "imp", "align")}
+        made = {name: {"precision": None} for name in ("arguments", "dense", "imp", "align")}
         other = made | {part: {key: "other"}}
         if (part, key) == ("arguments", "precision"):  # that was used counts, not that asked for
             other = made | {key: "other"}
