@@ -88,7 +88,7 @@ def test_early_matching_by_epoch(matched_early, runs):
     early = "arm == 'permuted' and match_epoch == 1 and sparsity == 0.7 and rewind == 1"
     cell, row = all_runs.query(early), permuted.query(early).iloc[0]
     assert row["mean"] == pytest.approx(cell["test_acc"].mean()) and len(cell) == 2
-    assert (matched_early / "figures/early_matching_mlpx0.03125_glyphs.png").is_file()
+    assert (matched_early / "figures/early_matching_mlp_glyphs_k001.png").is_file()
     outcome = call("analyze.early_matching", runs)
     assert outcome.code == 2 and "--target-epoch" in outcome.err
     assert early_matching.table(early_matching.plain(all_runs))["count"].max() == 2

@@ -1,88 +1,82 @@
-"""Figures of several panels that more than one command draws: Figures 3 and 5 to 10."""
+"""Figures of several panels that more than one command draws: Figures 3 and 5 to 11."""
 
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from analyze.lib import style
-from analyze.lib.runs import variant
 
 ALPHA = "α (0: A, 1: B)"
+LABELS = {
+    "sparsity": "sparsity (%)",
+    "rewind": "rewind epoch k",
+    "match_epoch": "epoch of B that A is matched to",
+}
+METRICS = {
+    "test_acc": ("accuracy", "test accuracy (%)"),
+    "test_top5": ("top5", "top-5 accuracy (%)"),
+}
 
 
 def accuracy(
-    points: pd.DataFrame,
-    dense: pd.DataFrame,
-    x: str,
-    panel: str,
-    title: str,
-    reference: pd.DataFrame | None = None,
+    points: pd.DataFrame, x: str, panel: str, title: str, metric: str = "test_acc"
 ) -> style.Figure:
     """Draw accuracy against column `x`: a row of panels a width, a column a value of `panel`.
 
-    `points` has width, sparsity, rewind, variant, mean and std, `dense` the width, tag and test_acc
-    of dense networks. A `reference` of the form of `points` is drawn thin beside them.
+    `points` has width, sparsity, rewind, variant, mean and std; a row without `x` is a level, one
+    without `panel` stands in all.
     """
-    widths, panels = sorted(points["width"].unique()), sorted(points[panel].unique())
+    points = points.assign(sparsity=100 * points["sparsity"])
+    widths, panels, ticks = (sorted(points[key].dropna().unique()) for key in ("width", panel, x))
     size = (max(4.2, 0.9 + 2.4 * len(panels)), 0.9 + 2.1 * len(widths))
     figure, axes = style.plt.subplots(
         len(widths), len(panels), figsize=size, squeeze=False, sharex=True, sharey="row"
     )
-    dense = dense.assign(variant=[variant("dense", tag=tag) for tag in dense["tag"]])
-    looks, levels = style.looks(points["variant"].unique()), style.looks(dense["variant"].unique())
-    ticks = sorted(points[x].unique())
+    looks = style.looks(points["variant"].unique())
     for row, width in zip(axes, widths):
         for axis, value in zip(row, panels):
+            shown = points[panel].isna() | (points[panel] == value)
+            here = points[shown & (points["width"] == width)].sort_values(x)
             for name, look in looks.items():
-                if reference is not None:
-                    curve = _curve(reference, name, width, panel, value)
-                    thin = {"color": look["color"], "linewidth": 0.7, "alpha": 0.7}
-                    axis.plot(curve[x], curve["mean"], **thin)
-                curve = _curve(points, name, width, panel, value)
-                if len(curve):
+                curve = here[here["variant"] == name]
+                for level in curve.loc[curve[x].isna(), "mean"]:
+                    axis.axhline(level, **look)
+                if len(curve := curve.dropna(subset=x)):
                     _draw(axis, curve[x], curve["mean"], curve["std"].fillna(0), **look)
-            same = dense[dense["width"] == width].groupby("variant")["test_acc"].mean()
-            for name, level in same.items():
-                axis.axhline(level, linewidth=1, **levels[name])
-            where = f"sparsity {100 * value:.4g}%" if panel == "sparsity" else f"k = {value}"
-            axis.set_title(f"width {width:g}, {where}")
-            if x == "sparsity":
-                axis.set_xticks(ticks, [f"{100 * tick:.4g}" for tick in ticks])
-            elif len(ticks) <= 6:
-                axis.set_xticks(ticks)
-            else:
-                axis.xaxis.set_major_locator(style.plt.MaxNLocator(integer=True, nbins=6))
-        row[0].set_ylabel("test accuracy (%)")
-    for axis in axes[-1]:
-        axis.set_xlabel("sparsity (%)" if x == "sparsity" else "rewind epoch k")
+            axis.set_title(f"width {width:g}, {LABELS[panel]}: {value:.4g}")
+            axis.set_xticks(ticks if len(ticks) <= 6 else ticks[:: len(ticks) // 4])
+            axis.set_xlabel(LABELS[x])
+            axis.set_ylabel(METRICS[metric][1])
+            axis.label_outer()
     _legend(figure)
     figure.suptitle(title, fontsize=10)
     return figure
 
 
-def _curve(points: pd.DataFrame, name: str, width: float, panel: str, value: float) -> pd.DataFrame:
-    here = (points["width"] == width) & (points[panel] == value)
-    return points[here & (points["variant"] == name)]
+def save_accuracy(points: pd.DataFrame, title: str, metric: str, folder: Path, name: str) -> None:
+    """Draw and write `accuracy` against rewind epoch, and against sparsity; {} in `name`."""
+    for x, panel in (("rewind", "sparsity"), ("sparsity", "rewind")):
+        figure = accuracy(points, x, panel, title, metric)
+        style.save(figure, points, folder, name.format(f"{METRICS[metric][0]}_{x}"))
 
 
 def _draw(axis: Any, x: Any, mean: pd.Series, spread: pd.Series, **look: Any) -> None:
     axis.plot(x, mean, **look)
-    color = look["color"]
     if len(x) == 1:  # a band has no width there
-        axis.errorbar(x, mean, spread, color=color, capsize=3)
-    axis.fill_between(x, mean - spread, mean + spread, color=color, alpha=0.15, linewidth=0)
+        axis.errorbar(x, mean, spread, color=look["color"], capsize=3)
+    axis.fill_between(x, mean - spread, mean + spread, color=look["color"], alpha=0.15, linewidth=0)
 
 
 def _legend(figure: style.Figure) -> None:
     entries: dict[str, Any] = {}  # no panel need have all
     for axis in figure.axes:
         entries |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels())}
-    if len(entries) > 5:
-        figure.set_figwidth(figure.get_figwidth() + 1.8)
-        place: dict[str, Any] = {"loc": "outside right upper"}
-    else:
-        place = {"loc": "outside lower center", "ncols": len(entries)}
-    figure.legend(entries.values(), entries.keys(), **place)
+    beside = len(entries) > 5
+    figure.set_figwidth(figure.get_figwidth() + 1.8 * beside)
+    place = "outside right upper" if beside else "outside lower center"
+    columns = 1 if beside else len(entries)
+    figure.legend(entries.values(), entries.keys(), loc=place, ncols=columns)
 
 
 def draw_mean(axis: Any, rows: pd.DataFrame, metric: str, **look: object) -> None:
@@ -93,11 +87,10 @@ def draw_mean(axis: Any, rows: pd.DataFrame, metric: str, **look: object) -> Non
 
 def widths(table: pd.DataFrame, title: str) -> style.Figure:
     """Figure 3: test loss, a colour a width, without REPAIR and with it; A dotted, π(A) solid."""
-    panels = [repaired for repaired in (False, True) if (table["repair"] == repaired).any()]
+    panels = table.groupby("repair")
     size = (0.8 + 3.6 * len(panels), 3.4)
     figure, axes = style.plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True)
-    for axis, repaired in zip(axes[0], panels):
-        here = table[table["repair"] == repaired]
+    for axis, (repaired, here) in zip(axes[0], panels):
         for (width, kind), rows in here.groupby(["width", "curve"]):
             start, dashes = ("A", ":") if kind == "naive" else ("π(A)", "-")
             look = style.width_look(width) | {"linestyle": dashes, "markersize": 3}
@@ -105,6 +98,6 @@ def widths(table: pd.DataFrame, title: str) -> style.Figure:
         axis.set_title("with REPAIR" if repaired else "without REPAIR")
         axis.set_xlabel(ALPHA)
     axes[0, 0].set_ylabel("test loss (nats)")
-    figure.legend(*axes[0, -1].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    _legend(figure)
     figure.suptitle(title, fontsize=10)
     return figure

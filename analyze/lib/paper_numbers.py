@@ -1,75 +1,115 @@
-"""The paper's numbers (paper_numbers.csv), in the terms of our tables."""
+"""The paper's numbers (paper_numbers.csv, in our names), and its tables beside ours."""
 
 from pathlib import Path
 
 import pandas as pd
 
-from analyze.lib.runs import CELL, NETWORK, variant
+from analyze.lib import style
+from analyze.lib.runs import CELL, NETWORK, sparse_runs
+from analyze.lib.statistics import plus_minus
+from common import checkpoint
+from common.errors import UserError
 
+TABLES = (1, *range(5, 17))
+KEY = [*CELL, "variant", "metric"]
 NAMES = {
-    "model": {"ResNet20": "resnet20", "VGG11": "vgg11", "ResNet50": "resnet50"},
-    "dataset": {
-        "CIFAR-10": "cifar10",
-        "CIFAR-100": "cifar100",
-        "ImageNet": "imagenet",
-        "SVHN": "svhn",
-    },
+    "test_acc": "test accuracy (%)",
+    "test_top5": "top-5 accuracy (%)",
+    "mean_acc": "test accuracy (%)",
+    "ensemble_acc": "of the ensemble (%)",
+    "disagreement": "disagreement",
+    "kl": "KL (nats)",
+    "js": "JS (nats)",
 }
-ARMS = {"LTH": "lth", "naive": "naive", "permuted": "permuted"}
+MEASURES = [*NAMES][2:]  # of Table 1
 
 
 def numbers(tables: str) -> pd.DataFrame:
-    """The rows of some tables (a regular expression), by our names; sparsity as a share."""
-    table = pd.read_csv(Path(__file__).with_suffix(".csv"))
-    table = table[table["table"].str.fullmatch(tables)].replace(NAMES)
-    table = table.rename(columns={"rewind_epoch": "rewind"}).astype({"width": float})
-    return table.assign(variant=table["method"].map(ARMS), sparsity=table["sparsity"] / 100)
+    """The rows of some tables (a regular expression): percent, nats, sparsity as a share."""
+    table = pd.read_csv(Path(__file__).with_suffix(".csv"), dtype={"table": str, "width": float})
+    return table[table["table"].str.fullmatch(tables)]
 
 
-def accuracies(metrics: tuple[str, ...] = ("test_acc", "top1")) -> pd.DataFrame:
-    """Tables 5 to 14, and 16 (masks of CIFAR-10): test accuracy in percent by cell and variant.
-
-    Of ImageNet with the metric `top5`: how often the label is among five guesses.
+def accuracies(metric: str = "test_acc") -> pd.DataFrame:
+    """Tables 5 to 14, 16 (masks of CIFAR-10) and the dense levels of the figures, which have no
+    rewind epoch, by cell and variant. `test_top5`: how often the label is among five guesses.
     """
-    table = numbers(r"table([5-9]|1[0-46])")
-    table = table[table["metric"].isin(metrics) & table["match_epoch"].isna()]
-    table = table[table["variant"].notna() & table["rewind"].notna()].astype({"rewind": int})
-    reused = table["table"].eq("table16").map({True: "cifar10", False: None})
-    table["variant"] = [variant(a, mask=mask) for a, mask in zip(table["variant"], reused)]
-    return table[[*CELL, "variant", "mean", "std"]]
-
-
-def ensembles() -> pd.DataFrame:
-    """Table 1, a row a set: mean and ensemble accuracy in percent, disagreement, KL, JS in nats."""
-    table = numbers("table1").fillna({"sparsity": 0})
-    table["variant"] = table["variant"].fillna(table["method"])
-    table["metric"] = table["metric"].replace("mean_test_acc", "mean_acc")
-    wide = table.pivot(index=[*CELL[:4], "variant"], columns="metric", values="mean")
-    return wide.rename_axis(columns=None).reset_index()
-
-
-def early_matching() -> pd.DataFrame:
-    """Table 15: test accuracy in percent by cell, arm and match epoch."""
-    table = numbers("table15").rename(columns={"variant": "arm"})
-    return table[[*CELL, "arm", "match_epoch", "mean", "std"]]
+    table = numbers(r"[5-9]|1[0-46]|figure-dense-line")
+    return table.loc[table["metric"] == metric, [*CELL, "variant", "mean", "std"]]
 
 
 def lines() -> pd.DataFrame:
     """Figure 3: test loss in nats by network and alpha, from π(A) to B with REPAIR."""
-    table = numbers("figure3").rename(columns={"mean": "test_loss"})
-    alpha = table["method"].str.removeprefix("interp alpha=")
-    table = table.assign(alpha=pd.to_numeric(alpha, errors="coerce"), curve="aligned", repair=True)
-    return table.dropna(subset=["alpha", "model"])[
-        [*NETWORK, "alpha", "curve", "repair", "test_loss"]
-    ]
-
-
-def dense() -> pd.DataFrame:
-    """Test accuracy in percent of the dense networks, which have no tag."""
-    table = numbers("figure-dense-line").rename(columns={"mean": "test_acc"})
-    return table[[*NETWORK, "test_acc"]].assign(tag="")
+    table = numbers("figure3").dropna(subset="alpha").rename(columns={"mean": "test_loss"})
+    table = table.assign(curve="aligned", repair=True)
+    return table[[*NETWORK, "alpha", "curve", "repair", "test_loss"]]
 
 
 def of(table: pd.DataFrame, model: str, dataset: str) -> pd.DataFrame:
     """The rows of one network and data set."""
     return table[(table["model"] == model) & (table["dataset"] == dataset)]
+
+
+def measured(root: Path) -> pd.DataFrame:
+    """What the runs below `root` have of the paper's tables: KEY, mean and std.
+
+    Of Table 1 what analyze.diversity wrote.
+    """
+    runs = sparse_runs(root).melt([*CELL, "variant"], ["test_acc", "test_top5"], "metric")
+    parts = [runs.groupby(KEY)["value"].agg(["mean", "std"]).dropna(subset="mean").reset_index()]
+    if (root / "diversity.csv").is_file():
+        sets = pd.read_csv(root / "diversity.csv")
+        parts.append(sets.melt([*CELL, "variant"], MEASURES, "metric", "mean"))
+    return pd.concat(parts)
+
+
+def beside(number: int, ours: pd.DataFrame) -> pd.DataFrame:
+    """The cells of a table of the paper that `ours`, from `measured`, has too: KEY, mean, std,
+    paper, paper_std and difference. Table 1 does not say its rewind epoch.
+    """
+    theirs = numbers(str(number)).rename(columns={"mean": "paper", "std": "paper_std"})
+    key = [name for name in KEY if theirs[name].notna().any()]
+    both = theirs[[*key, "paper", "paper_std"]].merge(ours, on=key)
+    both["difference"] = both["mean"] - both["paper"]
+    return both[[*KEY, "mean", "std", "paper", "paper_std", "difference"]]
+
+
+def layout(both: pd.DataFrame) -> pd.DataFrame:
+    """A table from `beside` as the paper has it, as text: below each other ours, the paper's and
+    the difference, a column a rewind epoch; in Table 1 a column a measure.
+    """
+    across = "metric" if both["metric"].isin(MEASURES).any() else "rewind"
+    digits = 3 if across == "metric" else 2  # as the paper has
+    cells = []
+    for row in both.itertuples():
+        cell = {
+            "dataset": row.dataset,
+            "metric": NAMES[row.metric],
+            "rewind": "-" if pd.isna(row.rewind) else f"k = {row.rewind:g}",
+        }
+        cell |= {"sparsity": f"{100 * row.sparsity:.4g}%", "method": style.label(row.variant)}
+        lines = {"ours": plus_minus(row.mean, row.std, digits)}
+        lines |= {"paper": plus_minus(row.paper, row.paper_std, digits)}
+        lines |= {"difference": f"{row.difference:+.{digits}f}"}
+        cells += [cell | {"numbers": line, "text": text} for line, text in lines.items()]
+    table = pd.DataFrame(cells)
+    rows = [key for key in ("dataset", "metric", "rewind") if table[key].nunique() > 1]
+    rows = [key for key in (*rows, "sparsity", "method", "numbers") if key != across]
+    return table.pivot_table("text", rows, across, "first", sort=False).fillna("")
+
+
+def save(number: int, ours: pd.DataFrame, folder: Path) -> pd.DataFrame:
+    """Write a table of the paper beside `ours` as CSV and LaTeX; returns its layout.
+
+    Raises UserError when `ours` has none of its cells.
+    """
+    both = beside(number, ours)
+    if both.empty:
+        cells = numbers(str(number))[CELL].dropna(axis=1)
+        needs = (f"{key} {', '.join(map(str, cells[key].unique()))}" for key in cells)
+        raise UserError(f"no run for Table {number}, which is of {'; '.join(needs)}")
+    shown = layout(both)
+    checkpoint.save_text(both.to_csv(index=False), folder / f"table_{number}.csv")
+    latex = shown.to_latex(escape=True, multirow=False).replace("±", r"$\pm$")
+    checkpoint.save_text(latex, folder / f"table_{number}.tex")
+    return shown

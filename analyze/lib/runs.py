@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,16 @@ from common.errors import UserError
 
 COLUMNS = """tag code precision epochs arm signs fan_in model width dataset mask_dataset sparsity
     sparsity_total rewind source_seed target_seed seed method match_epoch test_acc test_loss
-    test_top5 diverged mask_code dense_epochs seconds path""".split()
+    test_top5 diverged mask_code dense_epochs seconds path variant""".split()
 NETWORK = ["model", "width", "dataset"]
 CELL = [*NETWORK, "sparsity", "rewind"]
 SEEDS = ["source_seed", "target_seed"]
 RUN = ["arm", "signs", "fan_in", "mask_dataset", "method", "match_epoch", *SEEDS, "seed", "tag"]
+NEEDED = {*CELL, "arm", "target_seed", "test_acc", "seconds", "sparsity_total"}
 PERMUTED = ("permuted", "random-permutation")
-SETTINGS = """epochs lr schedule warmup weight_decay batch_size momentum precision limit_train
-    image_size one_shot""".split()
+# Of a sparse run, its dense network's, the pruning chain's and the alignment's.
+SETTINGS = """epochs lr schedule warmup weight_decay batch_size momentum precision rewind one_shot
+    data image_size limit_train match_images restarts""".split()
 
 
 def find_results(root: Path, stage: str) -> list[dict[str, Any]]:
@@ -44,20 +45,24 @@ def find_results(root: Path, stage: str) -> list[dict[str, Any]]:
     return found
 
 
-def read_runs(
-    root: Path, stage: str, row: Callable[[dict[str, Any]], dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """`row` of every finished run of `stage` below `root`.
+def read_runs(root: Path, stage: str, columns: list[str], needed: set[str]) -> pd.DataFrame:
+    """A row a finished run of `stage` below `root`: arguments and results by name, and `settings`.
 
-    A run that lacks what it reads is skipped with one line.
+    The precision asked for stands in the arguments, the one that was used over it. A run that lacks
+    what is needed is skipped with one line.
     """
     rows = []
     for result in find_results(root, stage):
         try:
-            rows.append(row(result))
-        except (KeyError, TypeError) as error:
+            values = result["arguments"] | result
+            if lacking := sorted(key for key in needed if values.get(key) is None):
+                raise KeyError(*lacking)
+            values["dense_epochs"] = (values.get("dense") or {}).get("epochs")
+            rows.append({key: values.get(key) for key in columns} | {"settings": settings(result)})
+        except (AttributeError, KeyError, TypeError) as error:
             skipped(result["folder"], f"its result.json lacks {error}")
-    return rows
+    runs = pd.DataFrame(rows, columns=[*columns, "settings"])
+    return runs.assign(tag=with_settings(runs))
 
 
 def readable(read: Callable[..., Any], *arguments: Any) -> Any:
@@ -73,83 +78,60 @@ def skipped(*why: object) -> None:
 
 
 def sparse_runs(root: Path) -> pd.DataFrame:
-    """All finished sparse runs below `root`, a row a run with COLUMNS; accuracy in percent.
+    """All finished sparse runs below `root`, a row a run: COLUMNS and `settings`; percent.
 
     Raises UserError when there is none, and when runs repeat others.
     """
-    needed = {*CELL, "arm", "target_seed", "test_acc", "seconds", "sparsity_total"}
-
-    def describe(result: dict[str, Any]) -> dict[str, Any]:
-        # The precision asked for stands in the arguments, the one that was used over it.
-        row = {key: (result["arguments"] | result).get(key) for key in COLUMNS}
-        lacking = needed - {key for key, value in row.items() if value is not None}
-        if lacking:
-            raise KeyError(*sorted(lacking))
-        row |= {"signs": bool(row["signs"]), "fan_in": bool(row["fan_in"])}
-        row |= {"tag": row["tag"] or "", "code": row["code"] or "unknown"}
-        row["dense_epochs"] = (result.get("dense") or {}).get("epochs")
-        row |= {"mask_dataset": row["mask_dataset"] or row["dataset"]}
-        method = row["method"] if row["arm"] in PERMUTED else None
-        path, made_by = str(result["folder"]), settings(result)
-        return row | {"method": method, "path": path, "settings": made_by}
-
-    rows = read_runs(root, "train_sparse", describe)
-    if not rows:
+    runs = read_runs(root, "train_sparse", [*COLUMNS, "folder"], NEEDED)
+    if runs.empty:
         raise UserError(f"no finished sparse run below {root}: run train_sparse.py first")
-    runs = pd.DataFrame(rows, columns=COLUMNS)
-    runs["tag"] = tags([row["settings"] for row in rows], runs)
+    runs["path"], runs["code"] = runs.pop("folder").map(str), runs["code"].fillna("unknown")
+    runs["signs"], runs["fan_in"] = runs["signs"].eq(True), runs["fan_in"].eq(True)
+    runs["mask_dataset"] = runs["mask_dataset"].fillna(runs["dataset"])
+    runs["method"] = runs["method"].where(runs["arm"].isin(PERMUTED))
+    runs["variant"] = variants(runs)
     runs = runs.sort_values([*CELL, *RUN], ignore_index=True)
-    alike = runs[runs.duplicated([*CELL, *RUN], keep=False)]
-    twice = int(runs.duplicated([*CELL, *RUN]).sum())
-    two = alike["path"].head(2)
-    if twice:  # other hyper-parameters: their mean would be of no experiment
+    if repeated := runs.duplicated([*CELL, *RUN]).sum():  # which of them counts?
+        two = runs.loc[runs.duplicated([*CELL, *RUN], keep=False), "path"].head(2)
         raise UserError(
-            f"{twice} runs below {root} repeat arm, cell and seeds of others, as "
+            f"{repeated} runs below {root} repeat arm, cell and seeds of others, as "
             f"{' and '.join(two)}: keep experiments in folders apart, or run one again with a --tag"
         )
     return runs
 
 
+def dense_runs(root: Path) -> pd.DataFrame:
+    """All finished dense runs below `root`: NETWORK, seed, tag, test_acc, test_top5, folder."""
+    needed = [*NETWORK, "seed", "test_acc", "folder"]
+    return read_runs(root, "train_dense", [*needed, "tag", "test_top5"], set(needed))
+
+
 def settings(result: dict[str, Any]) -> dict[str, str]:
-    """How a sparse run was trained, how its network was before, and how its mask was pruned.
+    """How a network was trained; of a sparse one also how its dense network and its mask were made.
 
-    Nothing of the latter two where an older result does not tell.
+    Nothing of the latter where an older result does not tell.
     """
-    parts = {"": result["arguments"] | result, "dense ": result.get("dense")}
-    parts |= {"imp ": result.get("imp")}
-    found = {
-        f"{prefix}{key}": str(part.get(key))
-        for prefix, part in parts.items()
-        for key in SETTINGS
-        if part
-    }
-    return found | ({"imp rewind": str(result["imp"].get("rewind"))} if result.get("imp") else {})
+    parts = {"": result["arguments"] | result | {"rewind": None}}  # that is its cell
+    parts |= {name: result[name] for name in ("dense", "imp", "align") if result.get(name)}
+    found = {}
+    for name, part in parts.items():
+        part = part | {"data": part.get("checksum") or part.get("data_dir")}
+        found |= {f"{name} {key}".strip(): str(part.get(key)) for key in SETTINGS}
+    return found
 
 
-def tags(settings: list[dict[str, str]], runs: pd.DataFrame) -> pd.Series:
+def with_settings(runs: pd.DataFrame) -> pd.Series:
     """The tag of each run, with the settings in which runs of its network and tag differ.
 
     So runs of two settings stand in columns of their own, and no mean is of both.
     """
-    groups = [runs[key] for key in (*NETWORK, "tag")]
-    tag = runs["tag"]
-    for key, values in pd.DataFrame(settings, index=runs.index, dtype=object).items():
+    tag = runs["tag"].astype(object).fillna("")
+    groups = [*(runs[key] for key in NETWORK), tag]
+    made = pd.DataFrame(list(runs["settings"]), index=runs.index, dtype=object)
+    for key, values in made.items():
         mixed = values.groupby(groups).transform("nunique") > 1
         tag = tag + (f" {key}=" + values).where(mixed & values.notna(), "")
     return tag.str.strip()
-
-
-def dense_runs(root: Path) -> pd.DataFrame:
-    """All finished dense runs below `root`: model, width, dataset, seed, tag, test_acc, folder."""
-    keys = [*NETWORK, "seed"]
-
-    def describe(result: dict[str, Any]) -> dict[str, Any]:
-        row = {key: result["arguments"][key] for key in keys}
-        row["tag"] = result["arguments"].get("tag") or ""
-        return row | {key: result[key] for key in ("test_acc", "folder")}
-
-    rows = read_runs(root, "train_dense", describe)
-    return pd.DataFrame(rows, columns=[*keys, "tag", "test_acc", "folder"])
 
 
 def dense_files(root: Path) -> dict[str, Path]:
@@ -185,11 +167,10 @@ def variant(
 def variants(runs: pd.DataFrame) -> pd.Series:
     """The `variant` of each run."""
     epoch = pd.to_numeric(runs["match_epoch"])
-    last = epoch.groupby([runs[key] for key in (*NETWORK, "tag")]).transform("max")
-    last = pd.to_numeric(runs["dense_epochs"]).fillna(last)
-    early, mask = epoch.where(epoch < last), other_mask(runs)  # early: Table 15
-    keys = (runs["arm"], runs["method"], early, mask, runs["signs"], runs["fan_in"], runs["tag"])
-    return pd.Series(list(map(variant, *keys)), index=runs.index, dtype=object)
+    early = epoch.where(epoch != pd.to_numeric(runs["dense_epochs"]))  # Table 15
+    keys = (runs[key] for key in ("signs", "fan_in", "tag"))
+    names = map(variant, runs["arm"], runs["method"], early, other_mask(runs), *keys)
+    return pd.Series(list(names), index=runs.index, dtype=object)
 
 
 def other_mask(runs: pd.DataFrame) -> pd.Series:
@@ -202,16 +183,22 @@ def of_one_network(runs: pd.DataFrame) -> pd.Series:
     return (runs["source_seed"] == runs["target_seed"]) & other_mask(runs).isna()
 
 
-def baselines(runs: pd.DataFrame) -> dict[str, list[tuple[str, str]]]:
-    """For every variant, the (naive, lth) that it can be compared with, the better ones first.
+def baselines(runs: pd.DataFrame) -> dict[str, tuple[str, str]]:
+    """The (naive, lth) that each variant of a network can be compared with, where there is one.
 
-    The naive use of masks of the same data set, of the same tag, and else without a tag.
+    The naive use of masks of the same data set, of the same tag or else of one that it begins with,
+    as far as the settings are the same.
     """
-    keys = zip(variants(runs), other_mask(runs), runs["tag"])
-    return {
-        name: [(variant("naive", mask=mask, tag=t), variant("lth", tag=t)) for t in (tag, "")]
-        for name, mask, tag in dict.fromkeys(keys)
-    }
+    kinds = runs.assign(mask=other_mask(runs).fillna("")).drop_duplicates("variant")
+    naive = kinds[(kinds["arm"] == "naive") & ~kinds["signs"] & ~kinds["fan_in"]]
+    found = {}
+    for kind in kinds.itertuples():
+        for one in naive.sort_values("tag", key=lambda tag: tag.str.len()).itertuples():
+            known = one.settings.keys() & kind.settings.keys()
+            alike = all(one.settings[key] == kind.settings[key] for key in known)
+            if alike and one.mask == kind.mask and kind.tag.startswith(one.tag):
+                found[kind.variant] = one.variant, variant("lth", tag=one.tag)
+    return found
 
 
 def by_pair(runs: pd.DataFrame) -> pd.DataFrame:
@@ -220,44 +207,42 @@ def by_pair(runs: pd.DataFrame) -> pd.DataFrame:
     LTH and other runs of one network stand beside every pair with that source; imp-target beside
     that target.
     """
-    runs = runs.assign(variant=variants(runs))
-    single = of_one_network(runs)
+    single, of_target = of_one_network(runs), runs["arm"] == "imp-target"
     pairs = runs.loc[~single, [*CELL, *SEEDS]].drop_duplicates()
-    side = runs["arm"].map({"imp-target": "target_seed"}).fillna("source_seed")
     parts = [runs[~single]]
-    for key, other in (SEEDS, SEEDS[::-1]):
-        alone = runs[single & (side == key)].drop(columns=other)
-        parts.append(alone.merge(pairs, on=[*CELL, key]))
+    for key, other, alone in ((*SEEDS, ~of_target), (*SEEDS[::-1], of_target)):
+        parts.append(runs[single & alone].drop(columns=other).merge(pairs, on=[*CELL, key]))
     return pd.concat(parts).pivot_table("test_acc", [*CELL, *SEEDS], "variant")
 
 
 def shared_networks(pairs: pd.DataFrame) -> list[int]:
     """The seeds of networks that several pairs share, by columns source_seed and target_seed."""
-    different = set(pairs[SEEDS].itertuples(index=False, name=None))
-    counts = Counter(seed for pair in different for seed in set(pair))
-    return sorted(seed for seed, count in counts.items() if count > 1)
+    different = pairs[SEEDS].drop_duplicates()
+    of_one = different["source_seed"] == different["target_seed"]
+    seeds = pd.concat([different["source_seed"], different.loc[~of_one, "target_seed"]])
+    return sorted(seeds[seeds.duplicated()].unique())
 
 
 def remarks(runs: pd.DataFrame) -> list[str]:
     """Lines for below a table of `runs`: other code, divergence, pairs that share networks."""
     lines, lost = [], runs[runs["diverged"].notna()]
     if shared := shared_networks(runs[~of_one_network(runs)]):
-        names = f"seed{'s' * (len(shared) > 1)} {', '.join(map(str, shared))}"
-        lines.append(f"pairs share networks ({names}) and are not independent: no intervals")
+        seeds = ", ".join(map(str, shared))
+        lines.append(f"pairs share networks (seed {seeds}) and are not independent: no intervals")
     if runs["code"].nunique() > 1:
-        lines.append(f"these runs were made by different code: {_counts(runs, 'code')}")
+        lines.append(f"these runs were made by different code: {_counts(runs['code'])}")
     if runs.groupby("tag")["mask_code"].nunique().max() > 1:
-        lines.append(f"their masks were pruned by different code: {_counts(runs, 'mask_code')}")
+        lines.append(f"their masks were pruned by different code: {_counts(runs['mask_code'])}")
     if len(lost):
         names = ", ".join(f"{run.path} in epoch {run.diverged:.0f}" for run in lost.itertuples())
         lines.append(f"{len(lost)} of {len(runs)} runs diverged, and count as they ended: {names}")
     return lines
 
 
-def _counts(runs: pd.DataFrame, key: str) -> str:
-    """'abc (12 runs), def [adamw] (6 runs)': how many runs there are of each code and tag."""
-    counts = runs.fillna({key: "unknown"}).groupby([key, "tag"]).size().items()
-    return ", ".join(f"{code}{f' [{tag}]' * bool(tag)} ({n} runs)" for (code, tag), n in counts)
+def _counts(values: pd.Series) -> str:
+    """For example 'abc (12 runs), def (6 runs)'."""
+    counts = values.fillna("unknown").value_counts().items()
+    return ", ".join(f"{value} ({count} runs)" for value, count in counts)
 
 
 def parse_root(doc: str) -> argparse.ArgumentParser:

@@ -4,54 +4,65 @@ import math
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit  # Student's t; scipy.stats takes a second to import
+from scipy.special import nctdtrinc, stdtr, stdtrit  # scipy.stats takes a second to import
 
-from analyze.lib.runs import CELL, NETWORK, SEEDS, baselines, by_pair, shared_networks, variants
+from analyze.lib.runs import CELL, NETWORK, SEEDS, baselines, by_pair, shared_networks
 
-DIFFERENCES = """baseline difference difference_se difference_low difference_high pairs
-    gap_closed gap_low gap_high""".split()
+PAIRED = "difference difference_se difference_low difference_high p detectable pairs".split()
+DIFFERENCES = ["baseline", *PAIRED, "p_holm", "gap_closed", "gap_low", "gap_high"]
+
+
+def paired(differences: pd.Series, independent: bool = True) -> dict[str, float]:
+    """Of the differences of pairs: mean, standard error, 95% interval and p (Student), and what
+    they could have shown: the true difference that would have been told from zero with a
+    probability of 80% (noncentral t).
+
+    Of one pair, and of pairs that are not independent, the mean alone.
+    """
+    count, mean = len(differences), differences.mean()
+    error = differences.sem() if independent and count > 1 else math.nan
+    t = stdtrit(max(count - 1, 1), 0.975)
+    p = 2 * stdtr(count - 1, -abs(mean) / error) if error else float(mean == 0)
+    detectable = error * nctdtrinc(max(count - 1, 1), 0.2, t)
+    return dict(
+        zip(PAIRED, (mean, error, mean - t * error, mean + t * error, p, detectable, count))
+    )
+
+
+def holm(p: pd.Series) -> pd.Series:
+    """The p values of a family of tests, corrected by Holm (1979)."""
+    ordered = p.dropna().sort_values()
+    return (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1).reindex(p.index)
 
 
 def against_naive(
-    pairs: pd.DataFrame, compared: dict[str, list[tuple[str, str]]]
+    pairs: pd.DataFrame, compared: dict[str, tuple[str, str]]
 ) -> dict[str, dict[str, float]]:
     """For every variant: its difference to naive, and the share of the LTH-naive gap closed.
 
     `pairs` has a row a pair and a column a variant, `compared` is from `baselines`. Differences are
-    means over pairs, with standard error and 95% interval. The share is in percent, both as means
-    over the pairs that have all three; it is missing where there is no gap. Intervals are missing
-    where pairs share a network, as such pairs are not independent.
+    `paired`; the share is in percent, both as means over the pairs that have all three, with 95%
+    intervals; it is missing where there is no gap. Intervals are missing where pairs share a
+    network, as such pairs are not independent.
     """
     found, independent = {}, not shared_networks(pairs.index.to_frame())
     for variant in pairs.columns:
-        usable = (
-            (naive, lth)
-            for naive, lth in compared[variant]
-            if naive in pairs and pairs[[variant, naive]].notna().all(axis=1).any()
-        )
-        naive, lth = next(usable, (variant, ""))
-        if naive == variant:
+        naive, lth = compared.get(variant, (variant, ""))
+        if naive == variant or naive not in pairs:
             continue
-        difference = (pairs[variant] - pairs[naive]).dropna()
-        low, high = t_interval(difference) if independent else (math.nan, math.nan)
-        mean, error = difference.mean(), difference.sem()
-        row = dict(zip(DIFFERENCES, (naive, mean, error, low, high, len(difference))))
+        differences = (pairs[variant] - pairs[naive]).dropna()
+        if differences.empty:
+            continue
+        row = paired(differences, independent) | {"baseline": naive}
         if lth in pairs:
             both = pairs[list({lth, naive, variant})].dropna()
             gain, gap = both[variant] - both[naive], both[lth] - both[naive]
             if gap.mean() > 0:
-                row["gap_closed"] = 100 * gain.mean() / gap.mean()
-                if independent:
-                    ends = ratio_interval(gain, gap)
-                    row["gap_low"], row["gap_high"] = (100 * end for end in ends)
+                ends = ratio_interval(gain, gap) if independent else (math.nan, math.nan)
+                shares = 100 * np.array([gain.mean() / gap.mean(), *ends])
+                row |= dict(zip(("gap_closed", "gap_low", "gap_high"), shares))
         found[variant] = row
     return found
-
-
-def t_interval(values: pd.Series) -> tuple[float, float]:
-    """The 95% interval of the mean (Student); missing for a single value."""
-    half = stdtrit(len(values) - 1, 0.975) * values.sem()
-    return values.mean() - half, values.mean() + half
 
 
 def ratio_interval(numerators: pd.Series, denominators: pd.Series) -> tuple[float, float]:
@@ -74,30 +85,77 @@ def ratio_interval(numerators: pd.Series, denominators: pd.Series) -> tuple[floa
     return (middle - half) / (1 - g), (middle + half) / (1 - g)
 
 
+def wilson(percent: float, count: int) -> tuple[float, float]:
+    """The 95% interval of a share of `count` images, in percent (Wilson 1927)."""
+    p, w = percent / 100, 1.96**2 / count
+    half = math.sqrt(w * p * (1 - p) + w**2 / 4)
+    return 100 * (p + w / 2 - half) / (1 + w), 100 * (p + w / 2 + half) / (1 + w)
+
+
 def summary(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row a cell and variant: mean, sample std, number of runs, and `against_naive`."""
-    key = [*CELL, "variant"]
-    grouped = runs.assign(variant=variants(runs)).groupby(key)["test_acc"]
-    accuracy = grouped.agg(["mean", "std", "count"]).reset_index()
-    compared = baselines(runs)
-    rows = [
-        (*cell, variant, *(row.get(name) for name in DIFFERENCES))
-        for cell, pairs in by_pair(runs).groupby(level=CELL)
-        for variant, row in against_naive(pairs, compared).items()
-    ]
-    differences = pd.DataFrame(rows, columns=[*key, *DIFFERENCES])
-    return accuracy.merge(differences.astype(accuracy.dtypes[key]), "left", key)
+    """A row a cell and variant: mean, sample std and number of runs, and `against_naive`.
+
+    Of a network with several cells also a row a variant, without sparsity and rewind epoch, of each
+    pair's mean over the cells that have every variant. Holm's family are all rows of a network.
+    """
+    rows = []
+    for network, mine in runs.groupby(NETWORK):
+        compared, tables = baselines(mine), {}
+        for cell, here in mine.groupby(CELL[3:]):
+            tables[cell] = here.groupby("variant")["test_acc"], by_pair(here)
+        whole = pd.concat([pairs for _, pairs in tables.values()])
+        whole = whole.dropna(axis=1, how="all").dropna().groupby(SEEDS).mean()
+        if len(tables) > 1 and len(whole):
+            tables[math.nan, None] = whole.melt().groupby("variant")["value"], whole
+        for cell, (accuracy, pairs) in tables.items():
+            differences = against_naive(pairs, compared)
+            for variant, means in accuracy.agg(["mean", "std", "count"]).iterrows():
+                row = dict(zip(CELL, (*network, *cell))) | {"variant": variant}
+                rows.append(row | means.to_dict() | differences.get(variant, {}))
+    table = pd.DataFrame(rows, columns=[*CELL, "variant", "mean", "std", "count", *DIFFERENCES])
+    table["p_holm"] = table.groupby(NETWORK)["p"].transform(holm)
+    return table.astype({"rewind": "Int64", "count": int, "pairs": "Int64"})
 
 
-def overall(runs: pd.DataFrame) -> pd.DataFrame:
-    """As `summary`, a row a network and variant, of each pair's mean over the complete cells."""
-    compared, rows = baselines(runs), []
-    for key, cells in by_pair(runs).groupby(level=NETWORK):
-        complete = cells.dropna(axis=1, how="all").dropna()
-        pairs = complete.groupby(level=[*NETWORK, *SEEDS]).mean()
-        differences = against_naive(pairs, compared)
-        for variant, values in pairs.items():
-            row = dict(zip(NETWORK, key)) | {"variant": variant, "count": len(pairs)}
-            row |= {"mean": values.mean(), "std": values.std()}
-            rows.append(row | differences.get(variant, {}))
-    return pd.DataFrame(rows, columns=[*NETWORK, "variant", "mean", "std", "count", *DIFFERENCES])
+def findings(table: pd.DataFrame) -> list[str]:
+    """What the rows of `summary` say of the permuted mask, in a sentence a network."""
+    sentences = []
+    for (model, width, dataset), rows in table.groupby(NETWORK):
+        rows = rows[rows["variant"].str.startswith("permuted") & rows["difference"].notna()]
+        rows = rows.sort_values(["sparsity", "variant"], na_position="first")
+        text = "no permuted mask stands beside an unpermuted one yet"
+        for row in rows.head(1).itertuples():
+            text = "whether permuting the mask helps cannot be told from these runs"
+            if row.difference_low > 0:
+                text = "permuting the mask helps"
+            elif row.difference_high < 0:
+                text = "permuting the mask hurts"
+            text += f": {row.difference:+.1f} points of test accuracy over the unpermuted mask"
+            if pd.notna(row.difference_low):
+                text += f", 95% interval{interval(row.difference_low, row.difference_high)}"
+            cell = cell_name(row.sparsity, row.rewind)
+            text += f" ({row.variant}, {cell}; pairs of networks: {row.pairs})"
+            if row.difference_low < 0 < row.difference_high:
+                text += f"; so many can show a difference of {row.detectable:.1f} points"
+            elif pd.notna(row.gap_low):
+                text += (
+                    f"; that is {row.gap_closed:.0f}%{interval(row.gap_low, row.gap_high)} of the"
+                )
+                text += " gap to the mask's own network"
+        sentences.append(f"{model} x{width:g} on {dataset}: {text}.")
+    return sentences
+
+
+def plus_minus(mean: float, std: float, digits: int = 2) -> str:
+    """For example '91.20 ± 0.30'; a single run has no spread."""
+    return f"{mean:.{digits}f}" + ("" if pd.isna(std) else f" ± {std:.{digits}f}")
+
+
+def interval(low: float, high: float) -> str:
+    """For example ' [1.0, 2.0]', or nothing where there is none."""
+    return "" if pd.isna(low) else f" [{low:.1f}, {high:.1f}]"
+
+
+def cell_name(sparsity: float, rewind: int) -> str:
+    """For example '90%, k=5'; 'all' of a row of `summary` over several cells."""
+    return "all" if pd.isna(sparsity) else f"{100 * sparsity:.4g}%, k={rewind}"

@@ -1,0 +1,273 @@
+"""Figures of accuracies, the paper's numbers beside ours, and the report."""
+
+import itertools
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from analyze import report
+from analyze.lib import pages, panels, paper_numbers, statistics
+from analyze.lib import runs as finished
+from tests.conftest import call, refused, succeed
+
+
+@pytest.fixture
+def root(runs, tmp_path):
+    return Path(shutil.copytree(runs, tmp_path / "runs"))
+
+
+def drawn(axis):
+    return [list(line.get_ydata()) for line in axis.lines]
+
+
+def as_resnet20(root, **arguments):
+    """Let the finished runs below `root` be of the paper's network, in cells of its tables."""
+    about = {"model": "resnet20", "width": 1.0, "dataset": "cifar10", "mask_dataset": "cifar10"}
+    for path in root.rglob("result.json"):
+        result = json.loads(path.read_text())
+        cell = {"sparsity": {0.5: 0.8, 0.7: 0.9}, "rewind": {0: 0, 1: 20}}
+        moved = {key: cell[key].get(result["arguments"].get(key)) for key in cell}
+        result["arguments"] |= about | {
+            key: value for key, value in moved.items() if value is not None
+        }
+        path.write_text(json.dumps(result | {"test_acc": 90.0}))
+
+
+def test_figures_and_their_data_are_written(root):
+    succeed("analyze.accuracy", root)
+    interpolation = ("--points", 3, "--images", 100, "--device", "cpu")
+    out = succeed("analyze.interpolation", root, *interpolation)
+    accuracy, lines = "accuracy_{}_mlp_glyphs", "interpolation_activation_mlp_glyphs_k003"
+    figures = root / "figures"
+    for name in (accuracy.format("rewind"), accuracy.format("sparsity"), lines):
+        for suffix in ("png", "pdf", "csv"):
+            assert (figures / f"{name}.{suffix}").stat().st_size > 500
+        pixels = np.asarray(Image.open(figures / f"{name}.png").convert("RGB"))
+        colours = np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)
+        assert len(colours) > 20  # not an empty page
+    points = pd.read_csv(figures / f"{accuracy.format('rewind')}.csv")
+    one = points.query("variant == 'naive' and sparsity == 0.7 and rewind == 1").iloc[0]
+    paths = (root / f"sparse/naive/{pair}/s0.70_k001" for pair in ("seed0-seed1", "seed2-seed3"))
+    by_hand = [json.loads((path / "result.json").read_text())["test_acc"] for path in paths]
+    expected = [np.mean(by_hand), np.std(by_hand, ddof=1), 2]
+    assert one[["mean", "std", "count"]].tolist() == pytest.approx(expected)
+    dense = finished.dense_runs(root).set_index("seed")["test_acc"]
+    level = points[points["variant"] == "dense"]
+    assert level["rewind"].isna().all() and level["mean"].item() == pytest.approx(dense.mean())
+    table = pd.read_csv(figures / f"{lines}.csv")
+    ends = table[table["alpha"].isin([0, 1]) & ~table["repair"]]
+    for row in ends.to_dict("records"):
+        # α = 0 is the source, permuted or not, and α = 1 the target.
+        seed = row["source_seed"] if row["alpha"] == 0 else row["target_seed"]
+        assert row["test_acc"] == pytest.approx(dense[seed])
+    assert "barrier" in out
+    stamps = {path: path.stat().st_mtime_ns for path in root.rglob("line_*.csv")}
+    assert len(stamps) == 4  # a curve of A itself and one of π(A) for each pair
+    succeed("analyze.interpolation", root, *interpolation)
+    assert stamps == {path: path.stat().st_mtime_ns for path in root.rglob("line_*.csv")}
+
+
+def test_dense_networks_of_two_settings_have_levels_of_their_own(root):
+    path = root / "dense/seed0/result.json"
+    result = json.loads(path.read_text())
+    result["arguments"]["lr"] = "other"
+    path.write_text(json.dumps(result))
+    assert sorted(finished.dense_runs(root)["tag"]) == 3 * ["lr=0.08"] + ["lr=other"]
+
+
+def test_imagenet_has_figures_of_its_five_best_guesses(root):
+    for path in root.rglob("result.json"):
+        result = json.loads(path.read_text())
+        if "test_acc" in result:
+            path.write_text(json.dumps(result | {"test_top5": 90.0}))
+    succeed("analyze.accuracy", root)
+    table = pd.read_csv(root / "figures/top5_rewind_mlp_glyphs.csv")
+    assert (table["mean"] == 90).all() and set(table["variant"]) > {"dense", "lth"}
+
+
+# ---------------------------------------------------------------- the paper's numbers
+
+
+def test_the_papers_numbers_by_our_names():
+    table = paper_numbers.accuracies().dropna(subset="rewind")
+    table = table.set_index([*finished.CELL, "variant"])["mean"]
+    assert table["resnet20", 1, "cifar10", 0.8, 0, "lth"] == 90.41
+    assert table["resnet20", 1, "svhn", 0.97, 20, "permuted [cifar10 mask]"] == 92.61
+    assert len(table) == 661 and table.index.is_unique and table.between(0, 100).all()
+    names = set(table.index.get_level_values("variant"))
+    assert names == {
+        arm + mask for arm in ("naive", "permuted") for mask in ("", " [cifar10 mask]")
+    } | {"lth"}
+
+
+def test_the_papers_figures_are_drawn_from_its_numbers(tmp_path):
+    succeed("analyze.paper", tmp_path)
+    table = pd.read_csv(tmp_path / "paper_accuracy_rewind_vgg11_cifar10.csv")
+    assert len(table) == 42 + 2 and len(list(tmp_path.glob("paper_accuracy_*.pdf"))) == 10
+    # Figure 7, and of Figure 11 the level in each panel.
+    assert len(pd.read_csv(tmp_path / "paper_top5_rewind_resnet50_imagenet.csv")) == 27
+    axes = panels.accuracy(table, "rewind", "sparsity", "").axes
+    assert [drawn(axis)[-1] for axis in axes] == [[91.64, 91.64], [91.52, 91.52]]
+    table = pd.read_csv(tmp_path / "paper_interpolation_resnet20_cifar10.csv")
+    assert set(table["width"]) == {1, 4, 8, 16} and table["test_loss"].iloc[0] == 0.275
+
+
+def test_the_papers_curves_stand_beside_ours(root):
+    out = succeed("analyze.accuracy", root, "--paper")
+    assert "the paper has no accuracies of mlp on glyphs" in out
+    as_resnet20(root)
+    succeed("analyze.accuracy", root, "--paper")
+    points = pd.read_csv(root / "figures/accuracy_rewind_resnet20_cifar10.csv")
+    assert len(points) == 2 * (4 * 3 + 1)  # in the same cells, and the dense level
+    axis = panels.accuracy(points, "rewind", "sparsity", "").axes[0]
+    curves = {line.get_label(): list(line.get_ydata()) for line in axis.lines}
+    assert curves["LTH"] == [90, 90] and curves["LTH (paper)"] == [90.41, 92.25]
+    assert curves["dense (paper)"] == [92.88, 92.88] and len(curves) == 8
+
+
+def test_a_curve_a_width():
+    keys = ["width", "repair", "curve", "alpha", "seed"]
+    values = ((1.0, 4.0), (False, True), ("naive", "aligned"), (0.0, 1.0), (0, 2))
+    table = pd.DataFrame(itertools.product(*values), columns=keys)
+    table["test_loss"] = table["width"] + table["alpha"] + table["seed"]
+    figure = panels.widths(table, "")
+    assert [axis.get_title() for axis in figure.axes] == ["without REPAIR", "with REPAIR"]
+    for axis in figure.axes:
+        assert sorted(drawn(axis)) == [[2, 3], [2, 3], [5, 6], [5, 6]]  # means of seeds
+        assert len({line.get_color() for line in axis.lines}) == 2
+        assert len({line.get_linestyle() for line in axis.lines}) == 2
+    # The paper drew π(A) with REPAIR only.
+    figure = panels.widths(paper_numbers.of(paper_numbers.lines(), "resnet50", "imagenet"), "")
+    assert len(figure.axes) == 1 and len(figure.axes[0].lines) == 2
+
+
+def test_a_table_of_the_paper_stands_beside_ours_as_text_csv_and_latex(root):
+    refused(call("analyze.paper", "--table", 15, root), "Table 15", "resnet20", "0.95", "rewind 20")
+    as_resnet20(root)
+    out = succeed("analyze.paper", "--table", 5, root)
+    lines = [line.split() for line in out.splitlines()]
+    assert "k = 0" in out and "k = 20" in out and "k = 5" not in out and "nan" not in out
+    place = lines.index("80% LTH ours 90.00 ± 0.00 90.00 ± 0.00".split())
+    assert lines[place + 1] == "paper 90.41 ± 0.14 92.25 ± 0.14".split()
+    assert lines[place + 2] == "difference -0.41 -2.25".split()
+    table = pd.read_csv(root / "tables/table_5.csv").set_index(["variant", "sparsity", "rewind"])
+    assert table.loc[("permuted", 0.9, 20), ["mean", "paper"]].tolist() == [90, 89.5]
+    latex = (root / "tables/table_5.tex").read_text()
+    assert r"\toprule" in latex and r"80\% & LTH & ours & 90.00 $\pm$ 0.00" in latex
+    assert "permuted" in succeed("analyze.paper", "--table", 15, root)
+
+
+def test_table_1_stands_beside_an_ensemble_of_any_rewind_epoch():
+    about = {"model": "resnet20", "width": 1.0, "dataset": "cifar10", "std": None}
+    ours = [("IMP", 0.9, None, "mean_acc", 1.0), ("naive", 0.9, 25, "js", 0.1)]
+    ours += [("naive", 0.8, 25, "js", 0.1), ("dense", 0, None, "mean_acc", 93.0)]
+    ours = pd.DataFrame(ours, columns=["variant", "sparsity", "rewind", "metric", "mean"])
+    found = paper_numbers.beside(1, ours.assign(**about)).set_index("variant")
+    assert found["paper"].to_dict() == {"dense": 92.76, "IMP": 91.09, "naive": 0.089}
+    shown = paper_numbers.layout(paper_numbers.beside(1, ours.assign(**about)))
+    assert (
+        shown.columns.tolist() == ["test accuracy (%)", "JS (nats)"]
+        and "nan" not in shown.to_string()
+    )
+
+
+def test_table_10_has_the_best_five_guesses_too(tmp_path):
+    about = {"model": "resnet50", "width": 1, "dataset": "imagenet", "sparsity": 0.8, "rewind": 10}
+    for arm, target, right in (("lth", 0, 70.0), ("naive", 1, 60.0)):
+        seeds = {"source_seed": 0, "target_seed": target, "seed": 0}
+        result = {"stage": "train_sparse", "arguments": about | {"arm": arm} | seeds}
+        result |= {"test_acc": right, "test_top5": right + 20, "test_loss": 1}
+        result |= {"seconds": 1, "sparsity_total": 0.8}
+        (tmp_path / arm).mkdir()
+        (tmp_path / arm / "result.json").write_text(json.dumps(result))
+    found = paper_numbers.beside(10, paper_numbers.measured(tmp_path))
+    found = found.set_index(["variant", "metric"])[["mean", "paper"]]
+    assert found.loc[("lth", "test_acc")].tolist() == [70, 72.87]
+    assert found.loc[("naive", "test_top5")].tolist() == [80, 88.85]
+
+
+# ---------------------------------------------------------------- the report
+
+
+def test_the_report_holds_what_there_is_and_names_what_is_missing(root):
+    path = root / "sparse/naive/seed0-seed1/s0.50_k000/result.json"
+    path.write_text("{")  # cut off
+    for path in root.glob("dense/*/result.json"):
+        facts = {"images": {"train": 256, "test": 60}, "classes": 10, "test_acc": 100.0}
+        path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+    flags = ("--device", "cpu", "--grid", 3, "--points", 3, "--images", 100)
+    out = succeed("analyze.report", root, *flags)
+    assert "48 for interpolation" in out  # 2 permutations, 2 curves, 3 points, 2 x 2 evaluations
+    assert re.search(r"^results +\d+ s", out, re.M) and out.endswith(f"{root / 'report.html'}\n")
+    text, page = (root / "report.md").read_text(), (root / "report.html").read_text()
+    finding = statistics.findings(statistics.summary(finished.sparse_runs(root)))[0]
+    assert text.splitlines()[2] == finding and "pairs of networks: 2" in finding
+    assert "lies between 94.0% and 100.0%" in text and "One test image is 1.7 points" in text
+    assert "- **Early matching (Table 15)**: no permuted runs matched at two epochs" in text
+    assert "![accuracy_rewind_mlp_glyphs](figures/accuracy_rewind_mlp_glyphs.png)" in text
+    assert page.count("data:image/png;base64,") >= 4 and "<svg" in page and "<script" not in page
+    assert not re.search(r"\bnan\b|NaN|\bNone\b", text + re.sub('base64,[^"]*', "", page))
+    assert 'name="viewport"' in page and "prefers-color-scheme: dark" in page
+    for word in ("REPAIR", "sparsity", "naive", "https://arxiv.org/abs/2505.05143"):
+        assert word in page and word in text
+    for target in re.findall(r'href="([^"]+)"', page):  # contents and files are where links lead
+        there = f'id="{target[1:]}"' in page if target[0] == "#" else (root / target).is_file()
+        assert there or target.startswith("https:"), target
+    assert (
+        re.search(r"\| precision \| fp32 \| fp32 \| +\| fp32 \|", text) and "weight_decay" in page
+    )
+    assert "Warning" not in text and finished.sparse_runs(root)["code"].iloc[0] in text
+
+
+def test_the_report_does_what_is_asked_for_alone(root):
+    out = succeed("analyze.report", root, "--only", "results", "masks")
+    text = (root / "report.md").read_text()
+    assert "evaluations of a network, at most: none" in out and "interpolation " not in out
+    assert "**The line from A to B (Figure 3)**: not asked for" in text
+    assert "[summary.csv](summary.csv)" in text and "[masks.csv]" not in text
+    refused(call("analyze.report", root, "--only", "nothing"), "nothing")
+    shutil.rmtree(root / "sparse")
+    succeed("analyze.report", root, "--only", "masks")
+    assert "no finished sparse run below" in (root / "report.md").read_text()
+    (root / "empty").mkdir()
+    refused(call("analyze.report", root / "empty"), "no finished run")
+
+
+def test_the_report_has_the_papers_tables_by_their_names(root):
+    as_resnet20(root)
+    succeed("analyze.report", root, "--only", "results")
+    text, page = (root / "report.md").read_text(), (root / "report.html").read_text()
+    assert "### Table 5" in text and "<h3>Table 15</h3>" in page and "Table 6" not in text
+    assert "| 80% | LTH | difference | -0.41 | -2.25 |" in text
+
+
+def test_blocks_as_markdown_and_html():
+    table = pd.DataFrame({"x": ["1 | <b>"]}, index=pd.Index(["one"], name="row"))
+    blocks = [("h2", "Is π(A) <B>?"), ("table", table), ("words", {"k": "an epoch"})]
+    blocks.insert(0, pages.contents(blocks))
+    text, page = pages.markdown("T", blocks, Path()), pages.page("T", blocks)
+    assert "| row | x |\n| --- | --- |\n| one | 1 \\| <b> |" in text and text.startswith("# T\n")
+    assert "[Is π(A) <B>?](#is-πa-b)" in text and "- **k**: an epoch" in text
+    assert '<h2 id="is-πa-b">Is π(A) &lt;B&gt;?</h2>' in page and "1 | &lt;b&gt;" in page
+    assert '<a href="#is-πa-b">' in page and "<dt>k</dt><dd>an epoch</dd>" in page
+
+
+def test_the_report_runs_its_analyses_where_it_was_called(root, monkeypatch):
+    (root / "imp/seed0/mask_0.70.pt").write_bytes(b"broken")
+    monkeypatch.chdir(root.parent)
+    made, text = report.run("masks", Path("runs"), [])
+    assert made and "skipped runs/imp/seed0/mask_0.70.pt cannot be read" in text
+    assert (root / "units.csv").is_file()
+
+
+def test_the_report_outlives_an_analysis_that_was_killed(tmp_path, monkeypatch):
+    killed = subprocess.CompletedProcess([], -9, "", "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
+    assert report.run("masks", tmp_path, []) == (False, "failed (exit code -9)")
