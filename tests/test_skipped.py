@@ -6,6 +6,7 @@ import shutil
 import pandas as pd
 import pytest
 
+from analyze.lib import runs as finished
 from tests.conftest import call
 
 
