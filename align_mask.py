@@ -128,8 +128,8 @@ def main() -> None:
         if not path.is_file():
             checkpoint.save(found | about, path)
             show(found, difference)
-        more = {"dataset": target["dataset"], "mask_code": mask.get("code")} | made | stamp
-        more["tag"] = cli.joined_tag(mask.get("tag"), args.tag)
+        more = {"dataset": target["dataset"], "mask_code": mask.get("code"), "align": arguments}
+        more |= {"tag": cli.joined_tag(mask.get("tag"), args.tag)} | made | stamp
         for part in ("mask", "signs"):
             more[part] = permute(mask[part], axes.dims, found["permutation"])
         checkpoint.save(mask | more, args.out / name)

@@ -34,7 +34,7 @@ PARALLEL        word   auto|$n   auto or a number: networks at once on a device 
 SPREAD          word   |$n       a number: GPUs that share a network; otherwise each GPU has its own commands
 LAUNCH          word   |slurm    slurm: an array job a stage, a command a task
 SBATCH          flags  .*        flags of sbatch, as --gres=gpu:1 --time=12:00:00"
-settings+=$(printf '\n%s_FLAGS flags .* more flags' DENSE IMP ALIGN SPARSE INTERPOLATION REPORT)
+settings+=$(printf '\n%s_FLAGS flags .* more flags' DENSE IMP ALIGN SPARSE REPORT)
 # ---------------------------------------------------------------- what is asked for
 set -euf -o pipefail
 cd "$(dirname "$0")"
@@ -45,19 +45,19 @@ case ${1-} in status | --help | -h) mode=$1; shift ;; esac
 preset=${1:-quick}
 row=$(awk -v name="${preset/#test/quick}" '$1 == name' <<< "$presets" | sed 's/   */|/g')
 [ -n "$row" ] || refuse "unknown preset '$preset': choose from $(awk '{ printf "%s ", $1 }' <<< "$presets")test"
-d_OUT=runs/$preset d_DATA_DIR=data analyses="results report" d_PARALLEL=1
+d_OUT=runs/$preset d_DATA_DIR=data d_PARALLEL=1
 IFS='|' read -r _ d_DATASET d_MODEL d_PAIRS d_WIDTHS d_SPARSITY d_REWIND d_METHODS <<< "$row"
 case $preset in
   svhn) d_SOURCE_DATASET=cifar10 ;;
   quick)
     d_DENSE_FLAGS="--image-size 16 --limit-train 3000 --epochs 9 --batch-size 64 --lr 0.05 --warmup 2"
     d_IMP_FLAGS="--epochs 1 --batch-size 64 --lr 0.02" d_SPARSE_FLAGS="--batch-size 64 --lr 0.01"
-    d_INTERPOLATION_FLAGS="--points 5 --images 500" analyses="results accuracy interpolation masks methods" ;;
+    d_REPORT_FLAGS="--only results accuracy interpolation masks methods --points 5 --images 500" ;;
 esac
 if [ -n "${ENSEMBLE-}" ]; then # one cell, as in Table 1
   d_OUT+=-ensemble d_SPARSITY=0.9
-  case $preset in quick) analyses="results diversity" ;; svhn) d_REWIND=20 ;; *) d_WIDTHS=1 d_REWIND=25 ;; esac
-  if [ "$preset" = cifar100 ]; then d_WIDTHS=4; fi
+  case $preset in quick) d_REPORT_FLAGS="--only results diversity" ;; svhn) d_REWIND=20 ;;
+    cifar100) d_WIDTHS=4 d_REWIND=25 ;; *) d_WIDTHS=1 d_REWIND=25 ;; esac
 fi
 if [ "$preset" != cifar10 ] || [ -n "${REWIND-}${ENSEMBLE-}" ]; then wide_rewind=""; fi
 gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null | sed -n '/^[0-9][0-9]*$/p' || :)
@@ -143,13 +143,7 @@ sparse() {
     esac; done
   done <<< "$pairs"
 }
-figures() {
-  for name in $analyses; do
-    case $name in interpolation | report | diversity) more=$data ;; *) more="" ;; esac
-    flags=$(tr '[:lower:]' '[:upper:]' <<< "$name")_FLAGS
-    echo "$python -m analyze.$name '$OUT' $more ${!flags-}"
-  done
-}
+figures() { echo "$python -m analyze.results '$OUT'"; echo "$python -m analyze.report '$OUT' $data $REPORT_FLAGS"; }
 # ---------------------------------------------------------------- run them
 run() { # the commands of a stage: one at a time on each GPU; on a CPU those of stages 3 and 4 share its cores
   local at_once=1 slots="" lines; lines=$(cat)
@@ -193,4 +187,4 @@ fi
 for name in dense imp align sparse; do stage $name | run $name; [ -n "$mode" ] || status || :; done
 if [ "$mode" = dry ]; then figures; exit; fi
 eval "$(figures)"
-echo "done in $SECONDS s: its tables and figures/ are in $OUT"
+echo "done in $SECONDS s: open $OUT/report.html"

@@ -102,7 +102,8 @@ def main() -> None:
             at_epoch=keep,
             **how,
         )
-        more = {"precision": how["precision"]}
+        more = {key: data.description[key] for key in ("classes", "images", "checksum")}
+        more |= {"precision": how["precision"]}
         runs.finish(folder, "train_dense", arguments, rows, device, stamp, **more)
 
     run_all({str(job[0]): partial(run, *job) for job in todo}, args.parallel, args.width, data)

@@ -119,9 +119,10 @@ def main() -> None:
             print(f"{error}; this is recorded as the run's result")
             rows, diverged = error.rows, error.rows[-1]["epoch"]
         more = {"diverged": diverged, "sparsity_total": mask["sparsity_total"]}
-        more |= {"precision": how["precision"], "imp": mask.get("imp")}
+        more |= {"precision": how["precision"]} | {key: mask.get(key) for key in ("imp", "align")}
         more |= {"mask_code": mask.get("mask_code", mask.get("code"))}
-        more |= {"dense": recipe | {"precision": dense["result"]["precision"]}}
+        made_in = {"precision": dense["result"]["precision"], "checksum": dataset["checksum"]}
+        more |= {"dense": recipe | made_in}
         runs.finish(folder, "train_sparse", arguments, rows, device, stamp, **more)
 
     jobs = {str(folder): partial(run, folder, *more) for folder, *more in todo}

@@ -10,6 +10,8 @@ import json
 import math
 import os
 import platform
+import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -134,6 +136,7 @@ def finish(
     seconds = sum(row.get("seconds", 0) for row in rows)
     result = {"stage": stage, "arguments": arguments, "seconds": seconds, **metrics(rows[-1])}
     result |= more | stamp | provenance.environment(device)
+    result["command"] = shlex.join(["python", *sys.argv])
     checkpoint.save_json(result, folder / "result.json")
     checkpoint.remove([folder / "resume.pt"])
     _unlock(folder)

@@ -38,6 +38,7 @@ class Streamed:
             "data_dir": str(folder),
             "image_size": 224,
             "limit_train": None,
+            "images": {"train": len(self.augmented), "test": len(test)},
             "classes": len(test.classes),
             "class_names": test.classes,
             "mean": list(IMAGENET_MEAN),

@@ -114,6 +114,7 @@ def make_resident(
         "data_dir": data_dir,
         "image_size": test.shape[-1],
         "limit_train": limit,
+        "images": {"train": len(train_labels) if limit is None else limit, "test": len(test)},
         "classes": len(class_names),
         "class_names": class_names,
         "mean": moments["mean"],
