@@ -213,5 +213,3 @@ def test_what_cannot_be_read_is_skipped_with_one_line(littered, module, flags, c
     if module == "interpolation":  # the other pair alone
         table = pd.read_csv(littered / "figures/interpolation_activation_mlp_glyphs_k003.csv")
         assert set(table.loc[table["curve"] == "aligned", "source_seed"]) == {2}
-
-
