@@ -133,7 +133,7 @@ def evaluations(root: Path, points: int | None, grid: int | None) -> dict[str, i
         "interpolation": 8 * (points or 21) * files("permutation*.pt"),
         "imp_barrier": 4 * (points or 11) * files("round_*.pt", "sparse_*.pt"),
         "landscape": (grid or 21) ** 2,
-        "diversity": files("final.pt", "sparse_*.pt", "arguments.json"),
+        "diversity": files("final.pt", "sparse_*.pt", "epoch_0000.pt"),
     }
 
 

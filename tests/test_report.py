@@ -264,7 +264,7 @@ def test_the_report_runs_its_analyses_where_it_was_called(root, monkeypatch):
     monkeypatch.chdir(root.parent)
     made, text = report.run("masks", Path("runs"), [])
     assert made and "skipped runs/imp/seed0/mask_0.70.pt cannot be read" in text
-    assert (root / "units.csv").is_file()
+    assert (root / "layer_sparsity.csv").is_file()
 
 
 def test_the_report_outlives_an_analysis_that_was_killed(tmp_path, monkeypatch):
