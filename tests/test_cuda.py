@@ -12,8 +12,6 @@ from functools import partial
 import pytest
 import torch
 
-from common import masking
-from common.models import build_model
 from common.runtime import graph, parallel
 from common.runtime.graph import GraphedStep
 from common.training import cpu_state, train
@@ -21,7 +19,7 @@ from tests.conftest import ROOT, TINY, distance, small_resnet, weights
 from tests.pretend_gpu import pretend_gpu
 from tests.test_data import resident
 from tests.test_parallel import jobs, trained
-from tests.test_training import SETTINGS
+from tests.test_training import SETTINGS, masked, tiny
 
 REAL = torch.cuda.is_available()
 TOLERANCES = {"fp32": 1e-4, "bf16": 3e-2} if REAL else {"fp32": 0}
@@ -33,6 +31,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     with contextlib.nullcontext() if REAL else pretend_gpu():
         yield
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def data_of(count=16):
@@ -60,17 +59,14 @@ def captures(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("count, masked", [(16, False), (16, True), (6, True)])
+@pytest.mark.parametrize("count, pruned", [(16, False), (16, True), (6, True)])
 @pytest.mark.parametrize("precision", TOLERANCES)
 def test_a_graph_trains_as_the_plain_loop(
-    tmp_path, monkeypatch, captures, precision, count, masked
+    tmp_path, monkeypatch, captures, precision, count, pruned
 ):
     """Also where it is cut off and goes on: place in the epoch, learning rate, momenta."""
     settings = SETTINGS | {"precision": precision, "first_epoch": 2}
-    if masked:
-        values, names = small_resnet().state_dict(), masking.prunable(small_resnet())
-        everything = masking.dense_mask(values, names)
-        settings["mask"] = masking.prune_by_magnitude(values, everything, 300)
+    settings["mask"] = masked(small_resnet()) if pruned else None
     by_graph, by_loop, data = small_resnet(), small_resnet(), data_of(count)
     expected = plain(monkeypatch, by_loop, data, RATES, **settings)
 
@@ -97,7 +93,7 @@ def test_any_optimiser_trains_in_a_graph_or_without(monkeypatch, captures, make)
     settings = SETTINGS | {"make_optimiser": partial(make, lr=0.1)}
     ends = []
     for way in (partial(plain, monkeypatch), partial(train, folder=None)):
-        model = build_model("mlp", 1 / 64, 2, (3, 8, 8))
+        model = tiny()
         way(model, data_of(), [2**-7] * 2, **settings)
         ends.append(cpu_state(model))
     assert distance(*ends) < 1e-3 and captures[True] == (make is torch.optim.AdamW)
@@ -113,7 +109,7 @@ def test_the_host_never_waits_within_an_epoch(monkeypatch):
         seen.append(strict)
 
     monkeypatch.setattr(GraphedStep, "__call__", watched)
-    train(small_resnet(), data_of(), RATES[:4], folder=None, **SETTINGS)
+    train(tiny(), data_of(), RATES[:4], folder=None, **SETTINGS)
     assert sum(map(bool, seen)) == 4 * 3 - graph.EAGER_STEPS
 
 
