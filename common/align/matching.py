@@ -1,18 +1,17 @@
 """Finding the permutation that maps the source network onto the target (paper, section 3)."""
 
-import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, fx, nn
 
-from common.align.axes import trace
+from common.align.axes import Graph, export
 from common.align.permutation import (
     Axes,
-    Carrier,
     Place,
+    Readout,
     channel_rows,
     find_places,
     identity,
@@ -132,38 +131,22 @@ def similarities(
     for each axis that is seen. One pass is enough: a permuted network computes the same function,
     so permuting early channels changes no later channel's values.
     """
-    # Copies, because tracing sets evaluation mode and fp32 must hold whatever the caller trains in.
-    pair = [fx.Interpreter(trace(copy.deepcopy(model).float())) for model in (target, source)]
+    states = [_in_fp32(model.state_dict()) for model in (target, source)]
     moments: dict[str, list[Any]] = {axis: [] for axis in axes.sizes}
-    wanted: dict[str, list[tuple[Any, Carrier, int]]] = {}
-    for axis, size in axes.sizes.items():
-        for carrier in axes.carriers[axis] if stream == "mean" else axes.carriers[axis][-1:]:
+    wanted: dict[str, list[tuple[Any, Readout]]] = {}
+    for axis, readouts in axes.readouts.items():
+        for readout in readouts if stream == "mean" else readouts[-1:]:
             moments[axis].append(new_similarity(statistic))
-            node = carrier.node if match_on == "post" else carrier.before
-            wanted.setdefault(node, []).append((moments[axis][-1], carrier, size))
-    last = max(
-        position for position, node in enumerate(pair[0].module.graph.nodes) if node.name in wanted
-    )
+            node = readout.node if match_on == "post" else readout.before
+            wanted.setdefault(node, []).append((moments[axis][-1], readout))
+    graphs: dict[torch.Size, Graph] = {}  # each holds for one number of images
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         for images in batches:
-            for interpreter in pair:
-                interpreter.env, interpreter.args_iter = {}, iter([images])
-            # Both networks advance node by node, so that no more activations are alive than a
-            # forward pass needs.
-            for position, nodes in enumerate(
-                zip(*(interpreter.module.graph.nodes for interpreter in pair))
-            ):
-                for interpreter, node in zip(pair, nodes):
-                    interpreter.env[node] = interpreter.run_node(node)
-                for moment, carrier, size in wanted.get(nodes[0].name, ()):
-                    moment.add(
-                        *(channels_last(i.env[n], carrier, size) for i, n in zip(pair, nodes))
-                    )
-                for interpreter, node in zip(pair, nodes):
-                    for dead in interpreter.user_to_last_uses.get(node, ()):
-                        del interpreter.env[dead]
-                if position == last:
-                    break
+            if images.shape not in graphs:
+                graphs[images.shape] = export(target, images.shape)
+            for name, pair in _forward(graphs[images.shape], states, images, wanted.keys()):
+                for moment, readout in wanted[name]:
+                    moment.add(*(channels_last(value, readout) for value in pair))
     return {
         axis: sum(moment.result() for moment in several) / len(several)
         for axis, several in moments.items()
@@ -171,15 +154,47 @@ def similarities(
     }
 
 
-def channels_last(value: Tensor, carrier: Carrier, size: int) -> Tensor:
-    """View an activation as (samples, channels) of the axis of `size` channels that `carrier` finds
-    in it.
+def _in_fp32(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: value.float() if value.is_floating_point() else value
+        for name, value in tensors.items()
+    }
+
+
+def _forward(
+    graph: Graph, states: list[dict[str, Tensor]], images: Tensor, wanted: Iterable[str]
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """Run a graph on several state dicts node by node, so that no more activations are alive than
+    forward passes need; yields the values of the nodes of the `wanted` names.
     """
-    value = value.movedim(carrier.dim, -1)
-    value = value.narrow(-1, carrier.offset, size * carrier.repeat)
-    if carrier.repeat > 1:
-        value = value.unflatten(-1, (size, carrier.repeat)).transpose(-1, -2)
-    return value.reshape(-1, size)
+    runs = [fx.Interpreter(graph.module) for _ in states]
+    inputs = [*enumerate(graph.inputs)]
+    constants = _in_fp32({i: x for i, x in inputs if isinstance(x, Tensor)})
+    for run, state in zip(runs, states):
+        known = {**state, None: images}
+        run.args_iter = iter([constants[i] if i in constants else known[x] for i, x in inputs])
+    left = set(wanted)
+    for node in graph.module.graph.nodes:
+        for run in runs:
+            run.env[node] = run.run_node(node)
+        if node.name in left:
+            left.discard(node.name)
+            yield node.name, [run.env[node] for run in runs]
+        for run in runs:
+            for dead in run.user_to_last_uses.get(node, ()):
+                del run.env[dead]
+        if not left:
+            return
+
+
+def channels_last(value: Tensor, readout: Readout) -> Tensor:
+    """View an activation as (samples, channels) of the axis that `readout` finds in it."""
+    places = readout.places
+    value = value.movedim(readout.dim, -1)
+    if not torch.equal(places.flatten(), torch.arange(value.shape[-1])):
+        value = value[..., places.flatten().to(value.device)]
+    value = value.unflatten(-1, places.shape).transpose(-1, -2)
+    return value.reshape(-1, len(places))
 
 
 def assign(similarity: Tensor) -> Tensor:
@@ -227,7 +242,7 @@ def match_activations(
     """
     matrices = similarities(source, target, axes, batches, **how)
     permutation = {}
-    for names, blocks in axes.units:
+    for names, blocks in axes.groups:
         if matrices.keys() >= set(names):  # inside an attention layer no values are seen
             permutation |= zip(names, assign_blocks([matrices[axis] for axis in names], [], blocks))
     rows = describe(permutation)
@@ -287,7 +302,7 @@ def match_weights(
     permutation = identity(axes) | (start or {})
     moved = permute(source, axes.dims, permutation)
     places = find_places(source, axes)
-    units = {axis: unit for unit in axes.units for axis in unit.axes}
+    groups = {axis: group for group in axes.groups for axis in group.axes}
     generator = torch.Generator().manual_seed(seed)
     names = list(axes.sizes)
     history = [objective(moved, target)]
@@ -298,14 +313,14 @@ def match_weights(
             if axis not in stale:
                 continue
             stale.discard(axis)
-            unit = (axis, *(other for other in units[axis].axes if other != axis))
+            unit = (axis, *(other for other in groups[axis].axes if other != axis))
             seen: set[str] = set()  # a tensor along which several axes of the unit lie counts once
             sums = []
             for member in unit:
                 here = [
                     place for place in places[member] if member == axis or place.tensor not in seen
                 ]
-                sums.append(_similarity(target, moved, here, axes.sizes[member]))
+                sums.append(_similarity(target, moved, here))
                 seen |= {place.tensor for place in here}
             touched = {name: moved[name] for name in seen}
             best = objective(touched, target)
@@ -313,7 +328,7 @@ def match_weights(
             # their best orders depend on each other, and the assignment is a proposal. So there are
             # two of them, with the others' orders free or kept.
             for free in sorted({len(unit), 1}, reverse=True):
-                steps = dict(zip(unit, assign_blocks(sums[:free], sums[free:], units[axis].blocks)))
+                steps = dict(zip(unit, assign_blocks(sums[:free], sums[free:], groups[axis].blocks)))
                 candidate = permute(touched, axes.dims, steps)
                 if objective(candidate, target) > best + 1e-7 * abs(best):
                     for member, step in steps.items():
@@ -339,15 +354,15 @@ def match_weights_best(
 
 
 def _similarity(
-    target: dict[str, Tensor], source: dict[str, Tensor], places: list[Place], size: int
+    target: dict[str, Tensor], source: dict[str, Tensor], places: list[Place]
 ) -> Tensor:
     """(target channels, source channels) inner products, summed over all places of an axis; float64
     on the CPU.
     """
-    total = torch.zeros(size, size, dtype=torch.float64)
-    for place in places:
-        total += (
-            channel_rows(target[place.tensor], place, size)
-            @ channel_rows(source[place.tensor], place, size).T
-        ).cpu()
-    return total
+    return sum(
+        (
+            channel_rows(target[place.tensor], place)
+            @ channel_rows(source[place.tensor], place).T
+        ).double().cpu()
+        for place in places
+    )
