@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from analyze import coverage
 from common.align.axes import find_axes
 from common.align.permutation import (
-    Segment,
-    Unit,
+    Layout,
+    BlockGroup,
     check_same_function,
     permute,
     random_permutation,

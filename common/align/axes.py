@@ -86,11 +86,16 @@ def along(label: Tensor) -> set[int]:
     return {dim for dim, size in enumerate(label.shape) if size > 1}
 
 
+def uniform(label: Tensor) -> bool:
+    """Whether a label says, by channel 0, that entries are all the same, as after `expand`."""
+    return not (label % SLOT).any()
+
+
 class Walk:
     """Follows channels through a graph, one operator after the other."""
 
     def __init__(self) -> None:
-        self.starts = [0]  # of each vector of channels that is made, and the end of the last
+        self.starts = [0, 1]  # of each vector of channels that is made, and the end of the last
         self.edges: list[Tensor] = []  # (5, n): two channels, an entry of each, an index
         self.members: list[Tensor] = []  # (2, n): a block, a channel in it
         self.pins: list[tuple[Tensor, str]] = []
@@ -99,6 +104,7 @@ class Walk:
         self.columns: dict[int, tuple[int, Tensor]] = {}  # of grouped convolutions, by vector
         self.env: dict[fx.Node, Any] = {}
         self.computed: list[fx.Node] = []  # made anew: pooling and reshaping only pass values on
+        self.contractions: set[fx.Node] = set()  # of these, the ones that make channels
         self.pointwise: set[fx.Node] = set()  # of these, the ones that keep channels to themselves
         self.activations: set[fx.Node] = set()  # of these, the ones of a single value
         self.names: dict[int, str] = {}  # of the vectors that lie along a parameter
@@ -118,15 +124,17 @@ class Walk:
 
     def tell(self, label: Tensor) -> None:
         """These channels, and no others, take part in something."""
-        self.tie(label, label, self.fresh([1]))
+        if not uniform(label):
+            self.tie(label, label, self.fresh([1]))
 
     def pin(self, label: Tensor, why: str) -> None:
-        self.pins.append((label % SLOT, f"{self.where} {why}"))
+        if not uniform(label):
+            self.pins.append((label % SLOT, f"{self.where} {why}"))
 
     def fix(self, label: Tensor, dims: Iterable[int], why: str) -> Tensor | None:
         """What is left of a label when the order along `dims` must stay."""
         dims = along(label) & set(dims)
-        if dims == along(label):
+        if dims == along(label) or dims and uniform(label):
             return self.pin(label, why)
         if not dims:
             return label
@@ -140,7 +148,7 @@ class Walk:
         dims = sorted(along(label) & set(dims))
         if not dims:
             return label
-        if len(dims) == len(along(label)):
+        if len(dims) == len(along(label)) or uniform(label):
             return self.tell(label)
         rows = label.movedim(dims, [*range(-len(dims), 0)]).flatten(-len(dims))
         kept = [1 if dim in dims else size for dim, size in enumerate(label.shape)]
@@ -174,16 +182,18 @@ class Walk:
         pair = [lift(value, rank - len(value.shape)) for value in (x, y)]
         sides = []
         for one, other in (pair, pair[::-1]):
+            same = set().union(*(along(label) for label in other.labels if uniform(label)))
+            varies = {dim for dim, size in enumerate(other.shape) if size > 1} - same
             known = set().union(*map(along, other.labels))
-            side = []
+            side: list[tuple[Tensor | None, Tensor | None]] = []
             for label in one.labels:
-                met = {dim for dim in along(label) if other.shape[dim] > 1}
-                shared = None
-                if met:
-                    apart = along(label) - met
-                    shared = self.group(label, apart)
+                shared, met = None, along(label) & varies
+                if met and uniform(label):
+                    label = None
+                elif met:
+                    shared = self.group(label, along(label) - met)
                     shared = self.fix(shared, met - known, "joins it with values of fixed order")
-                    label = label if apart else shared
+                    label = label if met < along(label) else shared
                 side.append((label, shared))
             sides.append(side)
         for (_, a), (_, b) in itertools.product(*sides):
@@ -247,7 +257,7 @@ class Walk:
             return [sum(cut <= at for cut in cuts if cut > 1) for at in before[: len(sizes)]]
 
         old, new = stretches(x.shape), stretches(shape)
-        labels, todo = [], list(x.labels)
+        labels, todo = [], sorted(x.labels, key=uniform)
         while todo:
             label = todo.pop(0)
             live = {old[dim] for dim in along(label)}
@@ -282,20 +292,25 @@ class Walk:
                 if labels and (len(kinds) > 1 or not all(found)):
                     others = set(range(rank)) - {dim}
                     labels = [self.fix(labels[0], others, "joins channels of fixed order")]
-                if not labels:
+                if not labels or uniform(labels[0]):
+                    plain_ = not labels
                     labels = [self.fresh(value.shape[dim] if d == dim else 1 for d in range(rank))]
-                    self.pin(labels[0], "joins channels of fixed order")
+                    if plain_:
+                        self.pin(labels[0], "joins channels of fixed order")
                 pieces.append(labels[0])
         shape = list(common.shape)
         shape[dim] = sum(value.shape[dim] for value in values)
         return self.value(shape, [*common.labels, *([torch.cat(pieces, dim)] if pieces else [])])
 
     def expand(self, x: Value, shape: Iterable[int]) -> Value:
-        """Entries that are repeated may trade places: channels of their own."""
+        """Entries that are repeated may trade places."""
         shape = tuple(shape)
         x = lift(x, len(shape) - len(x.shape))
         wider = [dim for dim, size in enumerate(shape) if size > x.shape[dim]]
-        new = [self.fresh(shape[d] if d == dim else 1 for d in range(len(shape))) for dim in wider]
+        new = [
+            torch.zeros([shape[d] if d == dim else 1 for d in range(len(shape))], dtype=torch.int64)
+            for dim in wider
+        ]
         return self.value(shape, [*x.labels, *new])
 
     # -- the graph
@@ -313,8 +328,8 @@ class Walk:
                 fx.node.map_arg(node.args, lambda x: self.pin_all(self.env[x], "is the output"))
             elif node.op == "call_function":
                 self.env[node] = self.call(node, shapes)
-                if self.computed and self.computed[-1] is node:
-                    self.note(position, self.env[node])
+                if node in self.contractions:
+                    self.note(position, node)
             else:
                 self.env[node] = None
 
@@ -330,12 +345,15 @@ class Walk:
         self.parameters[name] = Value(shape, tuple(labels))
         return self.parameters[name]
 
-    def note(self, position: int, value: Any) -> None:
-        """Which vectors of channels an operator computes first."""
-        for label in value.labels if isinstance(value, Value) else ():
-            ids = (label % SLOT).flatten().numpy()
-            for vector in set(np.searchsorted(self.starts, ids, "right").tolist()):
-                self.makers.setdefault(vector - 1, position)
+    def note(self, position: int, node: fx.Node) -> None:
+        """Which vectors of channels an operator makes: its value's, but not those of its input."""
+        found = []
+        for value in (self.env[node], self.env[node.all_input_nodes[0]]):
+            ids = [(label % SLOT).flatten() for label in value.labels]
+            ids = torch.cat([torch.empty(0, dtype=torch.int64), *ids]).numpy()
+            found.append(set(np.searchsorted(self.starts, ids, "right").tolist()))
+        for vector in found[0] - found[1]:
+            self.makers.setdefault(vector - 1, position)
 
     def grouped(self, x: Value, weight: Value) -> Value:
         """The second dimension of a grouped convolution's weight stands for other channels in every
@@ -372,6 +390,8 @@ class Walk:
                 a = SimpleNamespace(**given)
                 a.x, a.given, a.out, a.name = given[first], given, shapes, name
                 a.apply = functools.partial(node.target, **rest)
+                if table is CONTRACTIONS:
+                    self.contractions.add(node)
                 if table is not PASSING:
                     self.computed.append(node)
                 if table is POINTWISE:
@@ -773,7 +793,7 @@ POINTWISE = {
     "softmax log_softmax _softmax _log_softmax": softmax,
     "constant_pad_nd pad": pad,
     "dropout feature_dropout alpha_dropout feature_alpha_dropout contiguous to type_as alias "
-    "detach copy fill zero _to_copy lift_fresh_copy log_sigmoid _assert_tensor_metadata": pointwise,
+    "detach copy fill zero _to_copy lift_fresh_copy log_sigmoid hardswish _assert_tensor_metadata": pointwise,
 }
 # Values passed on.
 PASSING = {
