@@ -35,7 +35,7 @@ def idle_units(mask: Mask, model: torch.nn.Module, input_shape: tuple[int, ...])
     for axis, places in find_places(weights, axes).items():
         for dim, column in enumerate(IDLE[1:]):  # a weight is (outputs, inputs, ...)
             rows = [
-                channel_rows(weights[place.tensor], place, axes.sizes[axis])
+                channel_rows(weights[place.tensor], place)
                 for place in places
                 if place.dim == dim
             ]

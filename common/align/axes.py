@@ -12,7 +12,7 @@ import itertools
 import math
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -35,6 +35,26 @@ class Graph(NamedTuple):
 
     module: fx.GraphModule
     inputs: list[str | Tensor | None]
+
+    def start(self, state: dict[str, Tensor], images: Tensor) -> fx.Interpreter:
+        """A forward pass of the network with these parameters and buffers, at its beginning."""
+        run, known = fx.Interpreter(self.module), {**state, None: images}
+        values = [one if isinstance(one, Tensor) else known[one] for one in self.inputs]
+        run.args_iter = iter([x.to(images.dtype) if x.is_floating_point() else x for x in values])
+        return run
+
+
+def lockstep(runs: list[fx.Interpreter]) -> Iterator[tuple[fx.Node, ...]]:
+    """Advance forward passes of one network node by node, so that no more activations are alive
+    than they need; yields the node of each, whose value is in its `env`.
+    """
+    for nodes in zip(*(run.module.graph.nodes for run in runs)):
+        for run, node in zip(runs, nodes):
+            run.env[node] = run.run_node(node)
+        yield nodes
+        for run, node in zip(runs, nodes):
+            for dead in run.user_to_last_uses.get(node, ()):
+                del run.env[dead]
 
 
 class Value(NamedTuple):

@@ -1,13 +1,14 @@
 """Finding the permutation that maps the source network onto the target (paper, section 3)."""
 
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from common.align.axes import Graph, export
+from common.align.axes import Graph, export, lockstep
 from common.align.permutation import (
     Axes,
     Place,
@@ -131,7 +132,7 @@ def similarities(
     for each axis that is seen. One pass is enough: a permuted network computes the same function,
     so permuting early channels changes no later channel's values.
     """
-    states = [_in_fp32(model.state_dict()) for model in (target, source)]
+    states = [model.state_dict() for model in (target, source)]
     moments: dict[str, list[Any]] = {axis: [] for axis in axes.sizes}
     wanted: dict[str, list[tuple[Any, Readout]]] = {}
     for axis, readouts in axes.readouts.items():
@@ -142,49 +143,21 @@ def similarities(
     graphs: dict[torch.Size, Graph] = {}  # each holds for one number of images
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         for images in batches:
+            images = images.float()
             if images.shape not in graphs:
                 graphs[images.shape] = export(target, images.shape)
-            for name, pair in _forward(graphs[images.shape], states, images, wanted.keys()):
-                for moment, readout in wanted[name]:
-                    moment.add(*(channels_last(value, readout) for value in pair))
+            runs = [graphs[images.shape].start(state, images) for state in states]
+            last = max(
+                k for k, node in enumerate(runs[0].module.graph.nodes) if node.name in wanted
+            )
+            for node, _ in itertools.islice(lockstep(runs), last + 1):
+                for moment, readout in wanted.get(node.name, ()):
+                    moment.add(*(channels_last(run.env[node], readout) for run in runs))
     return {
         axis: sum(moment.result() for moment in several) / len(several)
         for axis, several in moments.items()
         if several
     }
-
-
-def _in_fp32(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name: value.float() if value.is_floating_point() else value
-        for name, value in tensors.items()
-    }
-
-
-def _forward(
-    graph: Graph, states: list[dict[str, Tensor]], images: Tensor, wanted: Iterable[str]
-) -> Iterator[tuple[str, list[Tensor]]]:
-    """Run a graph on several state dicts node by node, so that no more activations are alive than
-    forward passes need; yields the values of the nodes of the `wanted` names.
-    """
-    runs = [fx.Interpreter(graph.module) for _ in states]
-    inputs = [*enumerate(graph.inputs)]
-    constants = _in_fp32({i: x for i, x in inputs if isinstance(x, Tensor)})
-    for run, state in zip(runs, states):
-        known = {**state, None: images}
-        run.args_iter = iter([constants[i] if i in constants else known[x] for i, x in inputs])
-    left = set(wanted)
-    for node in graph.module.graph.nodes:
-        for run in runs:
-            run.env[node] = run.run_node(node)
-        if node.name in left:
-            left.discard(node.name)
-            yield node.name, [run.env[node] for run in runs]
-        for run in runs:
-            for dead in run.user_to_last_uses.get(node, ()):
-                del run.env[dead]
-        if not left:
-            return
 
 
 def channels_last(value: Tensor, readout: Readout) -> Tensor:
@@ -307,41 +280,64 @@ def match_weights(
     names = list(axes.sizes)
     history = [objective(moved, target)]
     stale = set(names)  # axes beside which something has moved since they were last optimal
+    products: dict[tuple[str, int], Tensor] = {}  # by axis and place, until something moves there
     while stale:
+        history.append(history[-1])
         for position in torch.randperm(len(names), generator=generator).tolist():
             axis = names[position]
             if axis not in stale:
                 continue
             stale.discard(axis)
-            unit = (axis, *(other for other in groups[axis].axes if other != axis))
-            seen: set[str] = set()  # a tensor along which several axes of the unit lie counts once
-            sums = []
-            for member in unit:
-                here = [
-                    place for place in places[member] if member == axis or place.tensor not in seen
-                ]
-                sums.append(_similarity(target, moved, here))
-                seen |= {place.tensor for place in here}
+            group = (axis, *(other for other in groups[axis].axes if other != axis))
+            seen: set[str] = set()  # a tensor along which several axes of the group lie counts once
+            sums, exact = [], True
+            for member in group:
+                total = torch.zeros(2 * (axes.sizes[member],), dtype=torch.float64)
+                here = set()
+                for k, place in enumerate(places[member]):
+                    exact &= place.tensor not in seen | here
+                    if member == axis or place.tensor not in seen:
+                        if (member, k) not in products:
+                            pair = (target[place.tensor], moved[place.tensor])
+                            products[member, k] = _products(*pair, place)
+                        total += products[member, k]
+                        here.add(place.tensor)
+                seen |= here
+                sums.append(total)
             touched = {name: moved[name] for name in seen}
-            best = objective(touched, target)
-            # Judged by the true gain: where axes of a unit, or one axis twice, share a tensor,
+            best = sum(float(total.trace()) for total in sums) if exact else objective(touched, target)
+            # Judged by the true gain: where axes of a group, or one axis twice, share a tensor,
             # their best orders depend on each other, and the assignment is a proposal. So there are
             # two of them, with the others' orders free or kept.
-            for free in sorted({len(unit), 1}, reverse=True):
-                steps = dict(zip(unit, assign_blocks(sums[:free], sums[free:], groups[axis].blocks)))
-                candidate = permute(touched, axes.dims, steps)
-                if objective(candidate, target) > best + 1e-7 * abs(best):
+            for free in sorted({len(group), 1}, reverse=True):
+                orders = assign_blocks(sums[:free], sums[free:], groups[axis].blocks)
+                steps, candidate = dict(zip(group, orders)), None
+                if exact:
+                    gain = sum(map(matched_sum, sums, orders)) - best
+                else:
+                    candidate = permute(touched, axes.dims, steps)
+                    gain = objective(candidate, target) - best
+                if gain > 1e-7 * abs(best):
+                    moved |= candidate or permute(touched, axes.dims, steps)
+                    history[-1] += gain
                     for member, step in steps.items():
                         permutation[member] = permutation[member][step]
-                    moved |= candidate
-                    stale |= {
-                        other
-                        for other in names
-                        if any(place.tensor in seen for place in places[other])
-                    } - {axis}
+                    for other in names:
+                        beside = [k for k, place in enumerate(places[other]) if place.tensor in seen]
+                        if beside and other != axis:
+                            stale.add(other)
+                        for k in beside:
+                            if exact and other in steps and (other, k) in products:
+                                products[other, k] = products[other, k].index_select(1, steps[other])
+                            else:
+                                products.pop((other, k), None)
                     break
-        history.append(objective(moved, target))
     return permutation, history
+
+
+def matched_sum(similarity: Tensor, order: Tensor) -> float:
+    """The summed similarity of what `order` matches."""
+    return float(similarity[torch.arange(len(order)), order].sum())
 
 
 def match_weights_best(
@@ -353,16 +349,6 @@ def match_weights_best(
     return max(tries, key=lambda found: found[1][-1])[0]
 
 
-def _similarity(
-    target: dict[str, Tensor], source: dict[str, Tensor], places: list[Place]
-) -> Tensor:
-    """(target channels, source channels) inner products, summed over all places of an axis; float64
-    on the CPU.
-    """
-    return sum(
-        (
-            channel_rows(target[place.tensor], place)
-            @ channel_rows(source[place.tensor], place).T
-        ).double().cpu()
-        for place in places
-    )
+def _products(target: Tensor, source: Tensor, place: Place) -> Tensor:
+    """(target channels, source channels) inner products at a place of an axis, on the CPU."""
+    return (channel_rows(target, place) @ channel_rows(source, place).T).cpu()

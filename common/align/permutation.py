@@ -86,6 +86,7 @@ def permute(
 def _permute_one(
     tensor: Tensor, layouts: tuple[Layout | None, ...], permutation: dict[str, Tensor]
 ) -> Tensor:
+    given = tensor
     for dim, layout in enumerate(layouts):
         moving = permutation.keys() & layout.places.keys() if layout else ()
         if not moving:
@@ -101,7 +102,7 @@ def _permute_one(
             blocks = tensor.unflatten(0, (layout.width // size, -1))
             columns = (source % size).view(len(blocks), 1, size, *[1] * (tensor.dim() - 2))
             tensor = blocks.gather(2, columns.expand_as(blocks)).flatten(0, 1)
-    return tensor.clone()
+    return tensor.clone() if tensor is given else tensor
 
 
 class Place(NamedTuple):
@@ -129,7 +130,10 @@ def channel_rows(tensor: Tensor, place: Place) -> Tensor:
         rows = tensor.unflatten(0, (place.groups, -1)).transpose(1, 2).flatten(0, 1)
     else:
         rows = tensor.movedim(place.dim, 0)
-    return rows[place.places.to(tensor.device)].flatten(1)
+    places = place.places
+    if not torch.equal(places.flatten(), torch.arange(len(rows))):
+        rows = rows[places.flatten().to(tensor.device)]
+    return rows.reshape(len(places), -1)
 
 
 def identity(axes: Axes) -> dict[str, Tensor]:
