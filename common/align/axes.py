@@ -344,6 +344,8 @@ class Walk:
                 name = next(inputs)
                 known = isinstance(name, str) and node.users
                 self.env[node] = self.parameter(name, shapes) if known else plain(shapes)
+                if isinstance(name, Tensor) and not name.is_meta:
+                    self.env[node] = constant(name)
             elif node.op == "output":
                 fx.node.map_arg(node.args, lambda x: self.pin_all(self.env[x], "is the output"))
             elif node.op == "call_function":
@@ -358,7 +360,7 @@ class Walk:
         labels = []
         large = [dim for dim, size in enumerate(shape) if size > 1]
         for dim in large:
-            layer = re.sub(r"[._]?weight$", "", name)
+            layer = re.sub(r"[._](parametrizations\.)?weight(_v|_orig|\.original\d*)?$", "", name)
             unclear = dim and len(large) > 1
             self.names[len(self.starts) - 1] = f"{name}.{dim}" if unclear else layer or name
             labels.append(self.fresh(shape[d] if d == dim else 1 for d in range(len(shape))))
@@ -597,7 +599,7 @@ def simplify(label: Tensor) -> Tensor:
             lone = lone.narrow(dim, 0, 1)
         else:
             slots = slots.narrow(dim, 0, 1)
-    return lone if (label // SLOT == slots).all() else label
+    return lone if (label // SLOT == slots).all() and label.any() else label
 
 
 def sizes(value: Any) -> Any:
@@ -610,6 +612,15 @@ def sizes(value: Any) -> Any:
 def plain(shapes: Any) -> Any:
     """Values along which nothing may move."""
     return [plain(one) for one in shapes] if isinstance(shapes, list) else shapes and Value(shapes)
+
+
+def constant(value: Tensor) -> Value:
+    """A value that no permutation reaches, as a filter that is the same for every channel."""
+    labels = []
+    for dim, size in enumerate(value.shape):
+        if size > 1 and torch.equal(value, value.narrow(dim, 0, 1).expand_as(value)):
+            labels.append(torch.zeros([size if d == dim else 1 for d in range(value.dim())], dtype=torch.int64))
+    return Value(tuple(value.shape), tuple(labels))
 
 
 def where(node: fx.Node) -> str:
@@ -665,8 +676,8 @@ def pad(walk: Walk, a: Any) -> Value:
                 label = walk.fix(label, [rank - back], "repeats or cuts a part of it")
                 continue
             label = walk.fix(label, set(range(rank)) - {rank - back}, "joins it with a constant")
-            ends = ([n if d == rank - back else 1 for d in range(rank)] for n in (before, behind))
-            first, last = map(walk.fresh, ends)
+            ends = walk.fresh(before + behind if d == rank - back else 1 for d in range(rank))
+            first, last = ends.split([before, behind], -back)
             label = torch.cat([first, label, last], -back)
         labels.append(label)
     return walk.value(a.out, labels)
@@ -782,6 +793,11 @@ def convolution(walk: Walk, a: Any) -> Value:
     return walk.meet(Value(a.out, labels), scale(a.bias, len(a.out)))
 
 
+def weight_norm(walk: Walk, a: Any) -> Value:
+    walk.mix(a.v, set(range(len(a.v.shape))) - {a.dim})
+    return walk.meet(a.v, a.g)
+
+
 def stack(walk: Walk, a: Any) -> Value:
     shape = list(a.out)
     shape[a.dim] = 1
@@ -830,6 +846,7 @@ PASSING = {
     "repeat": repeat,
     "index embedding": index,
     "pixel_shuffle": pixel_shuffle,
+    "_weight_norm": weight_norm,
     "mean sum amax amin var std prod any all norm linalg_vector_norm logsumexp": reduction,
     "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d "
     "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d "
