@@ -284,16 +284,12 @@ CASES = {
         16,
         {("conv",): 1, ("body.conv",): 1},
     ),
-    "a part": (
-        Network(lambda net, x: F.relu(x[:, 4:])),
-        4,
-        {("conv",): 1, ("conv.1",): 1},
-    ),
+    "a part": (Network(lambda net, x: F.relu(x[:, 4:])), 4, {("conv",): 1, ("conv.1",): 1}),
     "pixel shuffle": ([nn.PixelShuffle(2), nn.ReLU()], 2, {("conv",): 1}),
     "channel shuffle": (
         Network(shuffled, one=conv(8, 8, 1), low=conv(4, 3, 1), high=conv(4, 3, 1)),
         6,
-        {(axis,): 1 for axis in ("conv", "body.one", "body.one.1", "body.low", "body.high")},
+        {(axis,): 1 for axis in ("conv", "body.one", "body.one.2", "body.low", "body.high")},
     ),
     "heads": (
         Network(
@@ -306,7 +302,10 @@ CASES = {
         {("conv",): 1, ("body.q", "body.v", "body.temperature"): 4},
     ),
     "functional": (
-        Network(lambda net, x: F.conv2d(x, net.weight * 2, net.bias), **vars(conv(8, 6, 1))["_parameters"]),
+        Network(
+            lambda net, x: F.conv2d(x, net.weight * 2, net.bias),
+            **vars(conv(8, 6, 1))["_parameters"],
+        ),
         6,
         {("conv",): 1, ("body",): 1},
     ),
@@ -401,7 +400,7 @@ def test_heads_and_hidden_units_of_a_vision_transformer():
     axes = check_axes(vit, (3, 32, 32), alone=20)
     layer = "encoder.layers.encoder_layer_0"
     rows = f"{layer}.self_attention.in_proj"
-    assert axes.groups[1] == ((rows, f"{rows}.1"), 4)  # queries with keys, and values
+    assert axes.groups[1] == ((rows, f"{rows}.2"), 4)  # queries with keys, and values
     assert axes.sizes["conv_proj"] == 24 and axes.sizes[f"{layer}.mlp.0"] == 40
 
 
@@ -425,7 +424,9 @@ def test_no_axes_are_tied_that_could_move_apart(name, channels):
 
 def test_a_weight_under_two_names_moves_under_both():
     one = conv(8, 8, 1)
-    axes = check_axes(between(nn.Sequential(one, nn.ReLU(), nn.Sequential(one))), (3, 8, 8), alone=0)
+    axes = check_axes(
+        between(nn.Sequential(one, nn.ReLU(), nn.Sequential(one))), (3, 8, 8), alone=0
+    )
     assert axes.sizes == {"conv": 8}
     assert layout(axes, "body.2.0.weight") == [{"conv": (8, 1)}, {"conv": (8, 1)}, None, None]
 

@@ -8,16 +8,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from analyze.lib.lines import interpolate
-from common.align.axes import Graph, export, lockstep
+from common.align.graph import Graph, export, lockstep
 from common.align.matching import Moments, assign, channels_last, objective
-from common.align.permutation import (
-    Axes,
-    Readout,
-    channel_rows,
-    find_places,
-    identity,
-    permute,
-)
+from common.align.permutation import Axes, Readout, channel_rows, find_places, identity, permute
 from common.data import Resident
 from common.runtime.parallel import cores
 
@@ -146,9 +139,7 @@ def match_weights_every_axis(
     return permutation, best
 
 
-def _value(
-    graph: Graph, state: dict[str, Tensor], images: Tensor, readout: Readout
-) -> Tensor:
+def _value(graph: Graph, state: dict[str, Tensor], images: Tensor, readout: Readout) -> Tensor:
     """What the sub-network from the input to `readout` computes, (samples, channels)."""
     run = graph.start(state, images)
     for (node,) in lockstep([run]):

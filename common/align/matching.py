@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from common.align.axes import Graph, export, lockstep
+from common.align.graph import Graph, export, lockstep
 from common.align.permutation import (
     Axes,
     Place,
@@ -305,7 +305,9 @@ def match_weights(
                 seen |= here
                 sums.append(total)
             touched = {name: moved[name] for name in seen}
-            best = sum(float(total.trace()) for total in sums) if exact else objective(touched, target)
+            best = (
+                sum(float(total.trace()) for total in sums) if exact else objective(touched, target)
+            )
             # Judged by the true gain: where axes of a group, or one axis twice, share a tensor,
             # their best orders depend on each other, and the assignment is a proposal. So there are
             # two of them, with the others' orders free or kept.
@@ -323,12 +325,16 @@ def match_weights(
                     for member, step in steps.items():
                         permutation[member] = permutation[member][step]
                     for other in names:
-                        beside = [k for k, place in enumerate(places[other]) if place.tensor in seen]
+                        beside = [
+                            k for k, place in enumerate(places[other]) if place.tensor in seen
+                        ]
                         if beside and other != axis:
                             stale.add(other)
                         for k in beside:
                             if exact and other in steps and (other, k) in products:
-                                products[other, k] = products[other, k].index_select(1, steps[other])
+                                products[other, k] = products[other, k].index_select(
+                                    1, steps[other]
+                                )
                             else:
                                 products.pop((other, k), None)
                     break

@@ -175,9 +175,7 @@ def check_same_function(
             for name, value in state.items()
         }
         outputs.append(
-            torch.func.functional_call(
-                network, double, inputs.cpu().double(), tie_weights=False
-            )
+            torch.func.functional_call(network, double, inputs.cpu().double(), tie_weights=False)
         )
     difference = float(
         (outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max().clamp_min(1e-30)
