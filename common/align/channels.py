@@ -48,7 +48,9 @@ def arrange(x: Value, order: Iterable[int | None]) -> Value:
 
 def plain(shapes: Any) -> Any:
     """Values along which nothing may move."""
-    return [plain(one) for one in shapes] if isinstance(shapes, list) else shapes and Value(shapes)
+    if isinstance(shapes, list):
+        return [plain(one) for one in shapes]
+    return None if shapes is None else Value(shapes)
 
 
 class Channels:
@@ -202,14 +204,14 @@ class Channels:
         while left:
             label, *left = left
             joined = {old[dim] for dim in along(label)}
-            apart = [joined.isdisjoint(old[dim] for dim in along(other)) for other in left]
-            self.pin_all(Value((), tuple(o for o, far in zip(left, apart) if not far)), "joins it")
-            left = [other for other, far in zip(left, apart) if far]
+            for other in left:
+                if not joined.isdisjoint(old[dim] for dim in along(other)):
+                    self.pin(other, "joins it with other channels")
+            left = [x for x in left if joined.isdisjoint(old[dim] for dim in along(x))]
             full = [size if at in joined else 1 for size, at in zip(x.shape, old)]
             entries = [n if m == 1 else 1 for n, m in zip(full, label.shape)]
-            slot = label // SLOT * math.prod(entries) + torch.arange(math.prod(entries)).view(
-                entries
-            )
+            place = torch.arange(math.prod(entries)).view(entries)
+            slot = label // SLOT * place.numel() + place
             label = (label % SLOT + SLOT * slot).expand(full)
             label = label.reshape([n if at in joined else 1 for n, at in zip(shape, new)])
             # Say nothing about dimensions along which only the entries of channels vary.
@@ -234,15 +236,17 @@ class Channels:
         common, pieces = self.meet(*rest), []
         alike = len({tuple(along(x[0])) if x else () for x in found}) == 1
         for value, labels in zip(values, found):
-            self.pin_all(Value((), tuple(labels[1:])), "joins it")
-            label = labels[0] if labels else None
-            if label is not None and not alike:
-                label = self.fix(label, others, "joins it with values of fixed order")
-            if label is None or uniform(label):
-                known, label = label is not None, self.fresh(only({dim}, value.shape))
-                if not known:
-                    self.pin(label, "joins values of fixed order")
-            pieces.append(label)
+            for label in labels[1:]:
+                self.pin(label, "joins it with other channels")
+            if not labels or uniform(labels[0]):
+                new = self.fresh(only({dim}, value.shape))
+                if not labels:
+                    self.pin(new, "joins values of fixed order")
+                pieces.append(new)
+            elif alike:
+                pieces.append(labels[0])
+            else:
+                pieces.append(self.fix(labels[0], others, "joins it with values of fixed order"))
         shape = [*common.shape]
         shape[dim] = sum(value.shape[dim] for value in values)
         return self.value(shape, [*common.labels, *([torch.cat(pieces, dim)] * any(found))])
