@@ -1,6 +1,6 @@
 """The four networks of the project, each with a `width` that multiplies every channel count.
 
-All can be traced by torch.fx, which is how their permutation axes are found (common/align/axes.py).
+torch.export can follow all, which is how their permutation axes are found (common/align/axes.py).
 To add a network: write a function (width, classes, input_shape) -> module here and name it in
 MODELS.
 """

@@ -124,7 +124,7 @@ def scramble(*columns: np.ndarray) -> np.ndarray:
     return pd.util.hash_pandas_object(rows, index=False).to_numpy().view(np.int64)
 
 
-def settle(walk: Walk, vector: np.ndarray) -> tuple[np.ndarray, pd.DataFrame]:
+def settle(known: Channels, vector: np.ndarray) -> tuple[np.ndarray, pd.DataFrame]:
     """The channel that each label stands for in the end, and of every channel the `block` that it
     is in (or -1), the number of the reason why it is pinned (or -1), and its `colour`: channels of
     one colour may trade places.
@@ -132,9 +132,7 @@ def settle(walk: Walk, vector: np.ndarray) -> tuple[np.ndarray, pd.DataFrame]:
     They may when every tie of one is a tie of the other: exchanging them, with all their entries in
     order, then takes ties to ties.
     """
-    edges, members = (
-        torch.cat(rows, 1).numpy() for rows in (walk.channels.edges, walk.channels.members)
-    )
+    edges, members = (torch.cat(rows, 1).numpy() for rows in (known.edges, known.members))
     links, count = edges[:2], len(vector)
     while True:  # a channel is in one block, so blocks that share one are the same
         link = coo_matrix((np.ones(links.shape[1]), tuple(links)), (count, count))
@@ -147,8 +145,8 @@ def settle(walk: Walk, vector: np.ndarray) -> tuple[np.ndarray, pd.DataFrame]:
         links = np.concatenate([links, first[np.stack([block[again], block[again + 1]])]], 1)
     inside, reason = np.full((2, classes), -1)
     inside[channel] = block
-    reason[np.intersect1d(channel, block)] = len(walk.channels.pins)  # no blocks of blocks
-    for number, (label, _) in reversed([*enumerate(walk.channels.pins)]):
+    reason[np.intersect1d(channel, block)] = len(known.pins)  # no blocks of blocks
+    for number, (label, _) in reversed([*enumerate(known.pins)]):
         reason[root[label.flatten().numpy()]] = number
     code = scramble(vector, pd.Series(vector).groupby([root, vector]).cumcount().to_numpy())
     colour = scramble(np.where(reason < 0, -1, np.arange(classes)))
@@ -163,11 +161,12 @@ def settle(walk: Walk, vector: np.ndarray) -> tuple[np.ndarray, pd.DataFrame]:
 
 
 def solve(walk: Walk, state: dict[str, Tensor]) -> Axes:
-    """Which channels may trade places, and where they lie."""
-    vector = np.repeat(np.arange(len(walk.channels.starts) - 1), np.diff(walk.channels.starts))
-    root, channels = settle(walk, vector)
+    """The axes of a walk through the graph of a network with the tensors of `state`."""
+    known = walk.channels
+    vector = np.repeat(np.arange(len(known.starts) - 1), np.diff(known.starts))
+    root, channels = settle(known, vector)
     # Channels stand in the order in which operators make them; what no parameter has is left out.
-    made = np.full(len(walk.channels.starts) - 1, len(walk.env) + 1)
+    made = np.full(len(known.starts) - 1, len(walk.env) + 1)
     made[[*walk.names]] = [walk.makers.get(one, len(walk.env)) for one in walk.names]
     order = np.argsort(made[vector], kind="stable")
     channels["lead"] = np.unique(root[order], return_index=True)[1]
@@ -181,7 +180,7 @@ def solve(walk: Walk, state: dict[str, Tensor]) -> Axes:
     pinned: dict[str, tuple[int, str]] = {}
     groups: dict[Any, tuple[list[str], int]] = {}
     reasons = [
-        *(why for _, why in walk.channels.pins),
+        *(why for _, why in known.pins),
         "its blocks are in larger blocks",
         "it is tied to itself",
     ]
@@ -218,12 +217,12 @@ def solve(walk: Walk, state: dict[str, Tensor]) -> Axes:
                 found[names[axis]] = torch.from_numpy(at).view(len(many), -1)
         return found
 
-    used = {id(value): walk.parameters.get(name) for name, value in state.items()}
+    used = {id(state[name]): value for name, value in walk.parameters.items()}
     dims = {}
     for name, value in state.items():
         layouts: list[Layout | None] = [None] * value.dim()
-        for label in (used[id(value)] or Value(())).labels:
-            whole = walk.channels.columns.get(walk.channels.vector(label), label)
+        for label in used.get(id(value), Value(())).labels:
+            whole = known.columns.get(known.vector(label), label)
             found = places(whole)
             layouts[min(along(label))] = Layout(whole.numel(), found) if found else None
         dims[name] = tuple(layouts)
@@ -234,7 +233,7 @@ def solve(walk: Walk, state: dict[str, Tensor]) -> Axes:
         if node not in computed or all(user in pointwise for user in node.users):
             continue
         before = node
-        while before in pointwise and len(before.all_input_nodes) == 1:
+        while before in pointwise and (len(before.all_input_nodes) == 1 or "prelu" in before.name):
             before = before.all_input_nodes[0]
         for label in walk.env[node].labels:
             for axis, at in places(label).items() if len(along(label)) == 1 else ():
