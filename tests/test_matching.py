@@ -248,7 +248,7 @@ def test_a_planted_permutation_of_grouped_channels_is_recovered(match):
     )
     tell_apart(target, torch.randn(8, 3, 8, 8))
     axes = find_axes(target, (3, 8, 8))
-    assert {unit.axes: unit.blocks for unit in axes.units} == {("0", "2"): 4, ("4",): 4}
+    assert dict(axes.groups) == {("0", "2"): 4, ("4",): 4}
     source, undone = planted(target, axes)
     if match == "activation":
         found, _ = match_activations(source, target, axes, [torch.randn(64, 3, 8, 8)])

@@ -3,7 +3,7 @@ import torch
 
 from common.align.axes import find_axes
 from common.align.permutation import (
-    Segment,
+    Layout,
     check_same_function,
     inverse,
     permute,
@@ -25,9 +25,16 @@ def built(name, width, size, seed=0):
     return model.eval()
 
 
+SHAPES = (3, (3, 1)), (2, (2, 1)), (4, (2, 2))
+
+
 def test_permute_by_hand():
     tensors = {"w": torch.tensor([[1, 2], [3, 4], [5, 6]]), "v": torch.tensor([10, 11, 12, 13])}
-    dims = {"w": ((Segment("out", 3),), (Segment("in", 2),)), "v": ((Segment("in", 2, 2),),)}
+    out, columns, twice = (torch.arange(n).view(shape) for n, shape in SHAPES)
+    dims = {
+        "w": (Layout(3, {"out": out}), Layout(2, {"in": columns})),
+        "v": (Layout(4, {"in": twice}),),
+    }
     rows, columns = {"out": torch.tensor([2, 0, 1])}, {"in": torch.tensor([1, 0])}
     moved = permute(tensors, dims, rows | columns)
     # index[i] is the source channel that lands at i: row 2 of w comes first, its columns swap.
@@ -37,8 +44,10 @@ def test_permute_by_hand():
     assert permute(tensors, dims, rows)["w"].tolist() == [[5, 6], [1, 2], [3, 4]]
 
 
-def test_concatenated_segments_by_hand():
-    dims = {"w": ((Segment("a", 2, 2), Segment("b", 1), Segment("a", 2)),)}
+def test_an_axis_that_lies_in_several_places_by_hand():
+    # Channel 0 lies at 0, 1 and 5, channel 1 at 2, 3 and 6; position 4 is another axis.
+    places = torch.tensor([[0, 1, 5], [2, 3, 6]])
+    dims = {"w": (Layout(7, {"a": places, "b": torch.tensor([[4]])}),)}
     moved = permute({"w": torch.arange(1, 8)}, dims, {"a": torch.tensor([1, 0])})
     assert moved["w"].tolist() == [3, 4, 1, 2, 5, 7, 6]
 

@@ -1,17 +1,16 @@
 """What analyze.benchmark measures against: standard PyTorch code, and published algorithms."""
 
-import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from common.align.axes import trace
+from common.align.graph import Graph, export, lockstep
 from common.align.matching import Moments, assign, channels_last, objective
-from common.align.permutation import Axes, identity, permute
+from common.align.permutation import Axes, Readout, channel_rows, find_places, identity, permute
 from common.data import Resident
 from common.runtime.parallel import cores
 
@@ -50,6 +49,7 @@ def train_epoch(model: nn.Module, batches: DataLoader, device: torch.device) -> 
         total += loss.item()
 
 
+@torch.no_grad()
 def match_layer_by_layer(
     source: nn.Module, target: nn.Module, axes: Axes, batches: Callable[[], Iterable[Tensor]]
 ) -> dict[str, Tensor]:
@@ -57,19 +57,19 @@ def match_layer_by_layer(
 
     After each axis the source is permuted by what is known so far, as published re-basin codes do.
     """
-    source = copy.deepcopy(source)
-    original = {name: value.clone() for name, value in source.state_dict().items()}
-    position = {node.name: i for i, node in enumerate(trace(source).graph.nodes)}
+    original = source.state_dict()
+    ends = [target.state_dict(), original]
+    graphs: dict[torch.Size, Graph] = {}
     permutation: dict[str, Tensor] = {}
-    for axis in sorted(axes.sizes, key=lambda axis: position[axes.carriers[axis][-1].node]):
-        carrier, size = axes.carriers[axis][-1], axes.sizes[axis]
-        heads = [_cut(model, carrier.node) for model in (target, source)]
+    for axis, readouts in axes.readouts.items():
         moments = Moments()
-        with torch.no_grad():
-            for images in batches():
-                moments.add(*(channels_last(head(images), carrier, size) for head in heads))
+        for images in batches():
+            if images.shape not in graphs:
+                graphs[images.shape] = export(target, images.shape)
+            values = [_value(graphs[images.shape], end, images, readouts[-1]) for end in ends]
+            moments.add(*values)
         permutation[axis] = assign(moments.correlation())
-        source.load_state_dict(permute(original, axes.dims, permutation))
+        ends[1] = permute(original, axes.dims, permutation)
     return permutation
 
 
@@ -81,6 +81,7 @@ def match_weights_every_axis(
     Knows axes of one block each. Returns the permutation and the objective that it reaches.
     """
     permutation, names = identity(axes), list(axes.sizes)
+    places = find_places(source, axes)
     generator = torch.Generator().manual_seed(seed)
     best, improved = objective(source, target), True
     while improved:
@@ -89,12 +90,10 @@ def match_weights_every_axis(
             axis, size = names[position], axes.sizes[names[position]]
             moved = permute(source, axes.dims, permutation)
             similarity = torch.zeros(size, size, dtype=torch.float64)
-            for name, value in moved.items():
-                for dim, layout in enumerate(axes.dims[name]):
-                    if layout and layout[0].axis == axis:
-                        pair = (target[name], value)
-                        here, there = (one.movedim(dim, 0).reshape(size, -1) for one in pair)
-                        similarity += (here @ there.T).cpu()
+            for place in places[axis]:
+                pair = (target[place.tensor], moved[place.tensor])
+                here, there = (channel_rows(one, place) for one in pair)
+                similarity += (here @ there.T).cpu()
             candidate = permutation | {axis: permutation[axis][assign(similarity)]}
             reached = objective(permute(source, axes.dims, candidate), target)
             if reached > best + 1e-7 * abs(best):
@@ -102,11 +101,10 @@ def match_weights_every_axis(
     return permutation, best
 
 
-def _cut(model: nn.Module, last: str) -> fx.GraphModule:
-    """The sub-network from the input to the graph node called `last`."""
-    traced = trace(model)
-    *nodes, output = traced.graph.nodes
-    output.args = tuple(node for node in nodes if node.name == last)
-    traced.graph.eliminate_dead_code()
-    traced.recompile()
-    return traced
+def _value(graph: Graph, state: dict[str, Tensor], images: Tensor, readout: Readout) -> Tensor:
+    """What the sub-network from the input to `readout` computes, (samples, channels)."""
+    run = graph.start(state, images)
+    for (node,) in lockstep([run]):
+        if node.name == readout.node:
+            return channels_last(run.env[node], readout)
+    raise ValueError(f"the graph has no node {readout.node}")

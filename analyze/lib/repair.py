@@ -8,10 +8,10 @@ the two endpoints.
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from common.align.axes import trace
-from common.masking import LAYERS
+from common.align.graph import export, lockstep
+from common.masking import layer_weights
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -67,38 +67,38 @@ def interpolate(source: Statistics, target: Statistics, alpha: float) -> Statist
 @torch.no_grad()
 def _walk(model: nn.Module, batches: list[Tensor], goal: Statistics | None) -> Statistics:
     """Run all batches through the graph at once, a layer after those before it are rescaled."""
-    graph = trace(model)
-    modules = dict(model.named_modules())
-    walkers = [fx.Interpreter(graph) for _ in batches]
-    for walker, images in zip(walkers, batches):
-        walker.args_iter = iter([images])
-    layers = [
-        node
-        for node in graph.graph.nodes
-        if node.op == "call_module" and isinstance(modules[node.target], LAYERS)
-    ]
+    state = model.state_dict()
+    graphs = {shape: export(model, shape) for shape in {images.shape for images in batches}}
+    runs = [graphs[images.shape].start(state, images) for images in batches]
+    graph = graphs[batches[0].shape]
+    names = dict(zip(graph.module.graph.nodes, graph.inputs))
+    weights = layer_weights(model)
+    found = {
+        node: names[one].removesuffix(".weight")
+        for node in graph.module.graph.nodes
+        for one in node.all_input_nodes
+        if names.get(one) in weights
+    }
+    *hidden, _ = found  # all but the output
     measured: Statistics = {}
-    for node in graph.graph.nodes:
-        for walker in walkers:
-            walker.env[node] = walker.run_node(node)
-        if node in layers[:-1]:  # all but the output
-            outputs = [walker.env[node] for walker in walkers]
-            mean, deviation = _moments(outputs)
-            measured[node.target] = (mean, deviation)
-            if goal is not None:
-                scale = torch.where(deviation > 0, goal[node.target][1] / deviation, 1.0)
-                shift = goal[node.target][0] - mean * scale
-                layer = modules[node.target]
-                if layer.bias is None:
-                    raise ValueError(f"{node.target} has no bias to fold the mean into")
-                layer.weight.mul_(scale.view(-1, *[1] * (layer.weight.dim() - 1)))
-                layer.bias.mul_(scale).add_(shift)
-                shape = (1, -1, *[1] * (outputs[0].dim() - 2))
-                for walker in walkers:
-                    walker.env[node] = walker.env[node] * scale.view(shape) + shift.view(shape)
-        for dead in walkers[0].user_to_last_uses.get(node, ()):
-            for walker in walkers:
-                del walker.env[dead]
+    for nodes in lockstep(runs):
+        if nodes[0] not in hidden:
+            continue
+        name = found[nodes[0]]
+        outputs = [run.env[node] for run, node in zip(runs, nodes)]
+        measured[name] = mean, deviation = _moments(outputs)
+        if goal is None:
+            continue
+        scale = torch.where(deviation > 0, goal[name][1] / deviation, 1.0)
+        shift = goal[name][0] - mean * scale
+        if f"{name}.bias" not in state:
+            raise ValueError(f"{name} has no bias to fold the mean into")
+        weight = state[f"{name}.weight"]
+        weight.mul_(scale.view(-1, *[1] * (weight.dim() - 1)))
+        state[f"{name}.bias"].mul_(scale).add_(shift)
+        shape = (1, -1, *[1] * (outputs[0].dim() - 2))
+        for output in outputs:
+            output.mul_(scale.view(shape)).add_(shift.view(shape))
     return measured
 
 

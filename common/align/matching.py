@@ -1,18 +1,18 @@
 """Finding the permutation that maps the source network onto the target (paper, section 3)."""
 
-import copy
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from common.align.axes import trace
+from common.align.graph import Graph, export, lockstep
 from common.align.permutation import (
     Axes,
-    Carrier,
     Place,
+    Readout,
     channel_rows,
     find_places,
     identity,
@@ -132,38 +132,27 @@ def similarities(
     for each axis that is seen. One pass is enough: a permuted network computes the same function,
     so permuting early channels changes no later channel's values.
     """
-    # Copies, because tracing sets evaluation mode and fp32 must hold whatever the caller trains in.
-    pair = [fx.Interpreter(trace(copy.deepcopy(model).float())) for model in (target, source)]
+    states = [model.state_dict() for model in (target, source)]
     moments: dict[str, list[Any]] = {axis: [] for axis in axes.sizes}
-    wanted: dict[str, list[tuple[Any, Carrier, int]]] = {}
-    for axis, size in axes.sizes.items():
-        for carrier in axes.carriers[axis] if stream == "mean" else axes.carriers[axis][-1:]:
+    wanted: dict[str, list[tuple[Any, Readout]]] = {}
+    for axis, readouts in axes.readouts.items():
+        for readout in readouts if stream == "mean" else readouts[-1:]:
             moments[axis].append(new_similarity(statistic))
-            node = carrier.node if match_on == "post" else carrier.before
-            wanted.setdefault(node, []).append((moments[axis][-1], carrier, size))
-    last = max(
-        position for position, node in enumerate(pair[0].module.graph.nodes) if node.name in wanted
-    )
+            node = readout.node if match_on == "post" else readout.before
+            wanted.setdefault(node, []).append((moments[axis][-1], readout))
+    graphs: dict[torch.Size, Graph] = {}  # each holds for one number of images
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         for images in batches:
-            for interpreter in pair:
-                interpreter.env, interpreter.args_iter = {}, iter([images])
-            # Both networks advance node by node, so that no more activations are alive than a
-            # forward pass needs.
-            for position, nodes in enumerate(
-                zip(*(interpreter.module.graph.nodes for interpreter in pair))
-            ):
-                for interpreter, node in zip(pair, nodes):
-                    interpreter.env[node] = interpreter.run_node(node)
-                for moment, carrier, size in wanted.get(nodes[0].name, ()):
-                    moment.add(
-                        *(channels_last(i.env[n], carrier, size) for i, n in zip(pair, nodes))
-                    )
-                for interpreter, node in zip(pair, nodes):
-                    for dead in interpreter.user_to_last_uses.get(node, ()):
-                        del interpreter.env[dead]
-                if position == last:
-                    break
+            images = images.float()
+            if images.shape not in graphs:
+                graphs[images.shape] = export(target, images.shape)
+            runs = [graphs[images.shape].start(state, images) for state in states]
+            last = max(
+                k for k, node in enumerate(runs[0].module.graph.nodes) if node.name in wanted
+            )
+            for node, _ in itertools.islice(lockstep(runs), last + 1):
+                for moment, readout in wanted.get(node.name, ()):
+                    moment.add(*(channels_last(run.env[node], readout) for run in runs))
     return {
         axis: sum(moment.result() for moment in several) / len(several)
         for axis, several in moments.items()
@@ -171,15 +160,14 @@ def similarities(
     }
 
 
-def channels_last(value: Tensor, carrier: Carrier, size: int) -> Tensor:
-    """View an activation as (samples, channels) of the axis of `size` channels that `carrier` finds
-    in it.
-    """
-    value = value.movedim(carrier.dim, -1)
-    value = value.narrow(-1, carrier.offset, size * carrier.repeat)
-    if carrier.repeat > 1:
-        value = value.unflatten(-1, (size, carrier.repeat)).transpose(-1, -2)
-    return value.reshape(-1, size)
+def channels_last(value: Tensor, readout: Readout) -> Tensor:
+    """View an activation as (samples, channels) of the axis that `readout` finds in it."""
+    places = readout.places
+    value = value.movedim(readout.dim, -1)
+    if not torch.equal(places.flatten(), torch.arange(value.shape[-1])):
+        value = value[..., places.flatten().to(value.device)]
+    value = value.unflatten(-1, places.shape).transpose(-1, -2)
+    return value.reshape(-1, len(places))
 
 
 def assign(similarity: Tensor) -> Tensor:
@@ -227,7 +215,7 @@ def match_activations(
     """
     matrices = similarities(source, target, axes, batches, **how)
     permutation = {}
-    for names, blocks in axes.units:
+    for names, blocks in axes.groups:
         if matrices.keys() >= set(names):  # inside an attention layer no values are seen
             permutation |= zip(names, assign_blocks([matrices[axis] for axis in names], [], blocks))
     rows = describe(permutation)
@@ -287,46 +275,75 @@ def match_weights(
     permutation = identity(axes) | (start or {})
     moved = permute(source, axes.dims, permutation)
     places = find_places(source, axes)
-    units = {axis: unit for unit in axes.units for axis in unit.axes}
+    groups = {axis: group for group in axes.groups for axis in group.axes}
     generator = torch.Generator().manual_seed(seed)
     names = list(axes.sizes)
     history = [objective(moved, target)]
     stale = set(names)  # axes beside which something has moved since they were last optimal
+    products: dict[tuple[str, int], Tensor] = {}  # by axis and place, until something moves there
     while stale:
+        history.append(history[-1])
         for position in torch.randperm(len(names), generator=generator).tolist():
             axis = names[position]
             if axis not in stale:
                 continue
             stale.discard(axis)
-            unit = (axis, *(other for other in units[axis].axes if other != axis))
-            seen: set[str] = set()  # a tensor along which several axes of the unit lie counts once
-            sums = []
-            for member in unit:
-                here = [
-                    place for place in places[member] if member == axis or place.tensor not in seen
-                ]
-                sums.append(_similarity(target, moved, here, axes.sizes[member]))
-                seen |= {place.tensor for place in here}
+            group = (axis, *(other for other in groups[axis].axes if other != axis))
+            seen: set[str] = set()  # a tensor along which several axes of the group lie counts once
+            sums, exact = [], True
+            for member in group:
+                total = torch.zeros(2 * (axes.sizes[member],), dtype=torch.float64)
+                here = set()
+                for k, place in enumerate(places[member]):
+                    exact &= place.tensor not in seen | here
+                    if member == axis or place.tensor not in seen:
+                        if (member, k) not in products:
+                            pair = (target[place.tensor], moved[place.tensor])
+                            products[member, k] = _products(*pair, place)
+                        total += products[member, k]
+                        here.add(place.tensor)
+                seen |= here
+                sums.append(total)
             touched = {name: moved[name] for name in seen}
-            best = objective(touched, target)
-            # Judged by the true gain: where axes of a unit, or one axis twice, share a tensor,
+            best = (
+                sum(float(total.trace()) for total in sums) if exact else objective(touched, target)
+            )
+            # Judged by the true gain: where axes of a group, or one axis twice, share a tensor,
             # their best orders depend on each other, and the assignment is a proposal. So there are
             # two of them, with the others' orders free or kept.
-            for free in sorted({len(unit), 1}, reverse=True):
-                steps = dict(zip(unit, assign_blocks(sums[:free], sums[free:], units[axis].blocks)))
-                candidate = permute(touched, axes.dims, steps)
-                if objective(candidate, target) > best + 1e-7 * abs(best):
+            for free in sorted({len(group), 1}, reverse=True):
+                orders = assign_blocks(sums[:free], sums[free:], groups[axis].blocks)
+                steps, candidate = dict(zip(group, orders)), None
+                if exact:
+                    gain = sum(map(matched_sum, sums, orders)) - best
+                else:
+                    candidate = permute(touched, axes.dims, steps)
+                    gain = objective(candidate, target) - best
+                if gain > 1e-7 * abs(best):
+                    moved |= candidate or permute(touched, axes.dims, steps)
+                    history[-1] += gain
                     for member, step in steps.items():
                         permutation[member] = permutation[member][step]
-                    moved |= candidate
-                    stale |= {
-                        other
-                        for other in names
-                        if any(place.tensor in seen for place in places[other])
-                    } - {axis}
+                    for other in names:
+                        beside = [
+                            k for k, place in enumerate(places[other]) if place.tensor in seen
+                        ]
+                        if beside and other != axis:
+                            stale.add(other)
+                        for k in beside:
+                            if exact and other in steps and (other, k) in products:
+                                products[other, k] = products[other, k].index_select(
+                                    1, steps[other]
+                                )
+                            else:
+                                products.pop((other, k), None)
                     break
-        history.append(objective(moved, target))
     return permutation, history
+
+
+def matched_sum(similarity: Tensor, order: Tensor) -> float:
+    """The summed similarity of what `order` matches."""
+    return float(similarity[torch.arange(len(order)), order].sum())
 
 
 def match_weights_best(
@@ -338,16 +355,6 @@ def match_weights_best(
     return max(tries, key=lambda found: found[1][-1])[0]
 
 
-def _similarity(
-    target: dict[str, Tensor], source: dict[str, Tensor], places: list[Place], size: int
-) -> Tensor:
-    """(target channels, source channels) inner products, summed over all places of an axis; float64
-    on the CPU.
-    """
-    total = torch.zeros(size, size, dtype=torch.float64)
-    for place in places:
-        total += (
-            channel_rows(target[place.tensor], place, size)
-            @ channel_rows(source[place.tensor], place, size).T
-        ).cpu()
-    return total
+def _products(target: Tensor, source: Tensor, place: Place) -> Tensor:
+    """(target channels, source channels) inner products at a place of an axis, on the CPU."""
+    return (channel_rows(target, place) @ channel_rows(source, place).T).cpu()

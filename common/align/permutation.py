@@ -12,39 +12,35 @@ import torch
 from torch import Tensor, nn
 
 
-class Segment(NamedTuple):
-    """A stretch of a dimension: `size` channels of an axis, each `repeat` entries long (after a
-    flatten over space).
+class Layout(NamedTuple):
+    """What lies along one dimension of a tensor.
 
-    With `groups` > 1 it is the second dimension of a grouped convolution: the g-th block of rows
-    has `size` entries that stand for the g-th `size` channels of the axis.
+    places: for every axis the (channels, entries) positions of each channel's entries; a channel
+    has several after a flatten over space. width: the positions that there are. Along the second
+    dimension of a grouped convolution these are the channels of all groups side by side, more than
+    the tensor has: the g-th block of rows sees the g-th part.
     """
 
-    axis: str
-    size: int
-    repeat: int = 1
-    groups: int = 1
+    width: int
+    places: dict[str, Tensor]
 
 
-Layout = tuple[Segment, ...] | None  # one dimension of a tensor; None: nothing along it may move
-
-
-class Unit(NamedTuple):
+class BlockGroup(NamedTuple):
     """Axes that move together: each is cut into `blocks` equal blocks, whose order all of them
     share.
 
-    An ordinary axis is a unit of its own, of one block. Grouped convolutions and GroupNorm need
-    more: channels may be permuted within a block, and whole blocks with the blocks of the other
-    axes.
+    An ordinary axis is a group of its own, of one block. Grouped convolutions, GroupNorm and the
+    heads of attention need more: channels may be permuted within a block, and whole blocks with the
+    blocks of the other axes.
     """
 
     axes: tuple[str, ...]
     blocks: int
 
 
-class Carrier(NamedTuple):
-    """Where the channels of an axis can be seen: in `dim` of a graph node's output, `repeat`
-    entries each from `offset`.
+class Readout(NamedTuple):
+    """Where the channels of an axis can be seen: along `dim` of a graph node's output, each at its
+    row of `places`.
 
     node: after the nonlinearity, where one follows. before: the node ahead of that nonlinearity, or
     the same.
@@ -53,30 +49,31 @@ class Carrier(NamedTuple):
     node: str
     before: str
     dim: int
-    offset: int
-    repeat: int
+    places: Tensor
 
 
 @dataclass(frozen=True)
 class Axes:
     """The permutation axes of a network.
 
-    dims: for every parameter and buffer, one Layout a dimension. sizes: channels of every axis that
-    may be permuted. units: these axes, each once, in the units that move together. carriers: for
-    each of them, the tensors that layers read it from, in graph order; for a residual stream the
-    stem's and every block's. pinned: for every axis that must stay in order, its channels and the
-    reason.
+    dims: for every parameter and buffer, a Layout a dimension, None where nothing may move. sizes:
+    channels of every axis that may be permuted. groups: these axes, each once, in the groups that
+    move together. readouts: for each of them, the tensors that layers read it from, in graph order;
+    for a residual stream the stem's and every block's. pinned: for every layer whose channels must
+    stay in order, how many they are and the reason.
     """
 
-    dims: dict[str, tuple[Layout, ...]]
+    dims: dict[str, tuple[Layout | None, ...]]
     sizes: dict[str, int]
-    units: tuple[Unit, ...]
-    carriers: dict[str, tuple[Carrier, ...]]
+    groups: tuple[BlockGroup, ...]
+    readouts: dict[str, tuple[Readout, ...]]
     pinned: dict[str, tuple[int, str]]
 
 
 def permute(
-    tensors: dict[str, Tensor], dims: dict[str, tuple[Layout, ...]], permutation: dict[str, Tensor]
+    tensors: dict[str, Tensor],
+    dims: dict[str, tuple[Layout | None, ...]],
+    permutation: dict[str, Tensor],
 ) -> dict[str, Tensor]:
     """Permute weights, buffers, masks or signs; new tensors, the input stays as it is.
 
@@ -87,69 +84,56 @@ def permute(
 
 
 def _permute_one(
-    tensor: Tensor, layouts: tuple[Layout, ...], permutation: dict[str, Tensor]
+    tensor: Tensor, layouts: tuple[Layout | None, ...], permutation: dict[str, Tensor]
 ) -> Tensor:
+    given = tensor
     for dim, layout in enumerate(layouts):
-        if layout and any(segment.axis in permutation for segment in layout):
-            if layout[0].groups > 1:
-                tensor = _permute_within_groups(tensor, layout[0], permutation[layout[0].axis])
-            else:
-                tensor = tensor.index_select(dim, _index(layout, permutation).to(tensor.device))
-    return tensor.clone()
-
-
-def _permute_within_groups(weight: Tensor, segment: Segment, order: Tensor) -> Tensor:
-    """Permute the second dimension of a grouped convolution's weight, whose rows are in their new
-    places already.
-    """
-    blocks = weight.unflatten(0, (segment.groups, -1))
-    within = (order % segment.size).view(segment.groups, 1, segment.size, *[1] * (weight.dim() - 2))
-    return blocks.gather(2, within.to(weight.device).expand_as(blocks)).flatten(0, 1)
-
-
-def _index(layout: tuple[Segment, ...], permutation: dict[str, Tensor]) -> Tensor:
-    pieces, offset = [], 0
-    for axis, size, repeat, _ in layout:
-        order = permutation.get(axis, torch.arange(size))
-        pieces.append((offset + order[:, None] * repeat + torch.arange(repeat)).flatten())
-        offset += size * repeat
-    return torch.cat(pieces)
+        moving = permutation.keys() & layout.places.keys() if layout else ()
+        if not moving:
+            continue
+        source = torch.arange(layout.width)
+        for axis in moving:
+            source[layout.places[axis]] = layout.places[axis][permutation[axis]]
+        source = source.to(tensor.device)
+        size = tensor.shape[dim]
+        if size == layout.width:
+            tensor = tensor.index_select(dim, source)
+        else:  # the rows of each group are in their new places already: now the columns of each
+            blocks = tensor.unflatten(0, (layout.width // size, -1))
+            columns = (source % size).view(len(blocks), 1, size, *[1] * (tensor.dim() - 2))
+            tensor = blocks.gather(2, columns.expand_as(blocks)).flatten(0, 1)
+    return tensor.clone() if tensor is given else tensor
 
 
 class Place(NamedTuple):
-    """Where an axis lies in a tensor."""
+    """Where an axis lies in a tensor: along `dim`, or along the columns of all `groups`."""
 
     tensor: str
     dim: int
-    offset: int
-    repeat: int
+    places: Tensor
     groups: int
 
 
 def find_places(tensors: dict[str, Tensor], axes: Axes) -> dict[str, list[Place]]:
     """Every place in `tensors` along which each axis lies."""
-    places: dict[str, list[Place]] = {axis: [] for axis in axes.sizes}
-    for name in tensors:
+    found: dict[str, list[Place]] = {axis: [] for axis in axes.sizes}
+    for name, tensor in tensors.items():
         for dim, layout in enumerate(axes.dims[name]):
-            offset = 0
-            for axis, size, repeat, groups in layout or ():
-                if axis in places:
-                    places[axis].append(Place(name, dim, offset, repeat, groups))
-                offset += size * repeat
-    return places
+            for axis, places in layout.places.items() if layout else ():
+                found[axis].append(Place(name, dim, places, layout.width // tensor.shape[dim]))
+    return found
 
 
-def channel_rows(tensor: Tensor, place: Place, size: int) -> Tensor:
-    """The entries of a tensor as one row a channel of the axis of `size` channels that lies at
-    `place`.
-    """
-    if (
-        place.groups > 1
-    ):  # (groups * rows, channels a group, ...): the channels of a group meet its rows only
-        return tensor.unflatten(0, (place.groups, -1)).transpose(1, 2).reshape(size, -1)
-    return (
-        tensor.movedim(place.dim, 0).narrow(0, place.offset, size * place.repeat).reshape(size, -1)
-    )
+def channel_rows(tensor: Tensor, place: Place) -> Tensor:
+    """The entries of a tensor as one row a channel of the axis that lies at `place`."""
+    if place.groups > 1:  # (groups, rows, channels a group, ...): these meet their group's rows
+        rows = tensor.unflatten(0, (place.groups, -1)).transpose(1, 2).flatten(0, 1)
+    else:
+        rows = tensor.movedim(place.dim, 0)
+    places = place.places
+    if not torch.equal(places.flatten(), torch.arange(len(rows))):
+        rows = rows[places.flatten().to(tensor.device)]
+    return rows.reshape(len(places), -1)
 
 
 def identity(axes: Axes) -> dict[str, Tensor]:
@@ -158,10 +142,10 @@ def identity(axes: Axes) -> dict[str, Tensor]:
 
 
 def random_permutation(axes: Axes, seed: int) -> dict[str, Tensor]:
-    """A uniformly random permutation of every axis, among those that its unit allows."""
+    """A uniformly random permutation of every axis, among those that its block group allows."""
     generator = torch.Generator().manual_seed(seed)
     permutation = {}
-    for names, blocks in axes.units:
+    for names, blocks in axes.groups:
         order = torch.randperm(blocks, generator=generator)
         for axis in names:
             size = axes.sizes[axis] // blocks
@@ -190,7 +174,9 @@ def check_same_function(
             name: value.cpu().double() if value.is_floating_point() else value
             for name, value in state.items()
         }
-        outputs.append(torch.func.functional_call(network, double, inputs.cpu().double()))
+        outputs.append(
+            torch.func.functional_call(network, double, inputs.cpu().double(), tie_weights=False)
+        )
     difference = float(
         (outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max().clamp_min(1e-30)
     )

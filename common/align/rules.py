@@ -1,0 +1,216 @@
+"""What ATen operators do to channels: one table from operator to rule.
+
+A rule makes the value of an operator from its arguments: `a.x` is the first, others go by their
+names, `a.out` is the shape, or a list of shapes. It returns None when it cannot follow; what the
+operator reads is pinned then.
+"""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.align.channels import SLOT, Channels, Value, along, arrange, plain
+
+
+def along_dims(channels: Channels, a: Any) -> Any:
+    """What picks or moves whole slices along `dim` does the same to labels."""
+    dims = a.given.get("dim", a.given.get("dims"))
+    dims = {dim % len(a.x.shape) for dim in (dims if isinstance(dims, list) else [dims])}
+    several = isinstance(a.out, list)
+    labels: list[list[Tensor]] = [[] for _ in (a.out if several else [a.out])]
+    for label in a.x.labels:
+        done = a.call(label.expand([n if d in dims else -1 for d, n in enumerate(a.x.shape)]))
+        for kept, one in zip(labels, done if several else [done]):
+            for dim in dims - along(label) if one.dim() == label.dim() else ():
+                one = one.narrow(dim, 0, 1)
+            kept.append(one)
+    made = [*map(channels.value, a.out if several else [a.out], labels)]
+    return made if several else made[0]
+
+
+def pad(channels: Channels, a: Any) -> Value | None:
+    """Entries of a constant are channels of their own, before and behind."""
+    labels, rank = [], len(a.out)
+    ends = {rank - 1 - k // 2: a.pad[k : k + 2] for k in range(0, len(a.pad), 2)}
+    for label in a.x.labels:
+        for dim in along(label) & {dim for dim, pair in ends.items() if any(pair)}:
+            if a.given.get("mode", "constant") != "constant" or min(ends[dim]) < 0:
+                return None
+            label = channels.fix(label, along(label) - {dim}, "joins it with a constant")
+            constant = channels.fresh([sum(ends[dim]) if d == dim else 1 for d in range(rank)])
+            first, last = constant.split(ends[dim], dim)
+            label = torch.cat([first, label, last], dim)
+        labels.append(label)
+    return channels.value(a.out, labels)
+
+
+def index(channels: Channels, a: Any) -> Value | None:
+    """What is looked up by a number keeps it."""
+    table = a.given.get("weight", a.x)
+    indices = a.indices if isinstance(a.indices, list) else [a.indices]
+    dims = [dim for dim, one in enumerate(indices) if one is not None]
+    if dims[-1] - dims[0] >= len(dims):
+        return None
+    channels.pin_all(indices, "looks up by it")
+    rest = channels.reduce(channels.slide(table, dims, "looks up parts of it"), dims)
+    new = [None] * (len(a.out) - len(rest.shape))
+    return channels.value(
+        a.out, arrange(rest, [*range(dims[0]), *new, *range(dims[0], len(rest.shape))]).labels
+    )
+
+
+def scale(value: Value | None, rank: int) -> Value | None:
+    """A number for every channel, as what is multiplied with a tensor of `rank` dimensions."""
+    return arrange(value, [None, 0, *[None] * (rank - 2)]) if value and value.shape else value
+
+
+def by_channel(channels: Channels, a: Any) -> Value:
+    """Batch and instance normalisation, PReLU: parameters along the second dimension."""
+    names = ("weight", "bias", "running_mean", "running_var")
+    return channels.meet(a.x, *(scale(a.given.get(name), len(a.out)) for name in names))
+
+
+def group_norm(channels: Channels, a: Any) -> Value:
+    n, c, *rest = a.out
+    blocks = channels.reshape(a.x, (n, a.num_groups, c // a.num_groups, *rest))
+    channels.reduce(blocks, range(2, len(blocks.shape)))
+    return by_channel(channels, a)
+
+
+def layer_norm(channels: Channels, a: Any) -> Value:
+    channels.reduce(a.x, range(-len(a.normalized_shape), 0))
+    return channels.meet(a.x, a.weight, a.given.get("bias"))
+
+
+def softmax(channels: Channels, a: Any) -> Value:
+    channels.reduce(a.x, [a.dim])
+    return a.x
+
+
+def weight_norm(channels: Channels, a: Any) -> Value:
+    channels.reduce(a.v, {*range(len(a.v.shape))} - {a.dim})
+    return channels.meet(a.v, a.g)
+
+
+def pointwise(channels: Channels, a: Any) -> Value:
+    given = [one for x in a.given.values() for one in (x if isinstance(x, list) else [x])]
+    given = [one for one in given if isinstance(one, Value)]
+    return channels.meet(*given) if given else plain(a.out)
+
+
+def reduction(channels: Channels, a: Any) -> Value:
+    dims = a.given.get("dim")
+    dims = range(len(a.x.shape)) if dims in (None, []) else dims
+    return channels.reduce(a.x, [dims] if isinstance(dims, int) else dims, a.given.get("keepdim"))
+
+
+def slide(channels: Channels, a: Any) -> Any:
+    """Pooling and resizing of the last dimensions, as many as the operator's name says."""
+    x = channels.slide(a.x, range(-int(re.search(r"(\d)d", a.name)[1]), 0))
+    shapes = a.out if isinstance(a.out, list) else [a.out]
+    values = [x._replace(shape=shape) for shape in shapes]
+    return values if isinstance(a.out, list) else values[0]
+
+
+def linear(channels: Channels, a: Any) -> Value:
+    return channels.meet(channels.einsum("...i,oi->...o", a.x, a.weight), a.bias)
+
+
+def matmul(channels: Channels, a: Any) -> Value:
+    *added, one, other = (value for value in a.given.values() if isinstance(value, Value))
+    left, right = "...ik" if len(one.shape) > 1 else "k", "...kj" if len(other.shape) > 1 else "k"
+    out = "..." + "i" * ("i" in left) + "j" * ("j" in right)
+    return channels.meet(channels.einsum(f"{left},{right}->{out}", one, other), *added)
+
+
+def attention(channels: Channels, a: Any) -> Value:
+    scores = channels.meet(channels.einsum("...qd,...kd->...qk", a.query, a.key), a.attn_mask)
+    channels.reduce(scores, [-1])
+    return channels.einsum("...qk,...kd->...qd", scores, a.value)
+
+
+def convolution(channels: Channels, a: Any) -> Value | None:
+    flat = []
+    for value in (a.x, a.weight):
+        space = range(2, len(value.shape))
+        flat.append(channels.reduce(channels.slide(value, space), space))
+    x = channels.reshape(flat[0], (a.x.shape[0], a.groups, a.x.shape[1] // a.groups))
+    weight = channels.reshape(flat[1], (a.groups, a.weight.shape[0] // a.groups, a.weight.shape[1]))
+    transposed = "transpose" in a.name
+    if a.groups > 1 and weight.shape[2] > 1:
+        # The second dimension of the weight stands for other channels in every group: note which.
+        inner = [label for label in weight.labels if along(label) == {2}]
+        outer = [label for label in x.labels if along(label) == {1, 2}]
+        if transposed or len(inner) != 1 or len(outer) != 1 or (outer[0] >= SLOT).any():
+            return None
+        channels.pin(inner[0], "differs from group to group")
+        known = channels.columns.setdefault(channels.vector(inner[0]), outer[0])
+        channels.tie(known, outer[0])
+        others = tuple(label for label in weight.labels if along(label) != {2})
+        weight = Value((*weight.shape[:2], 1), others)
+    y = channels.einsum("ngi,gio->ngo" if transposed else "ngi,goi->ngo", x, weight)
+    y = arrange(channels.reshape(y, a.out[:2]), [0, 1, *[None] * (len(a.out) - 2)])
+    return channels.meet(y._replace(shape=a.out), scale(a.bias, len(a.out)))
+
+
+def stack(channels: Channels, a: Any) -> Value:
+    dim = a.dim % len(a.out)
+    order = [*range(dim), None, *range(dim, len(a.out) - 1)]
+    return channels.cat([arrange(x, order) for x in a.tensors], dim)
+
+
+def pixel_shuffle(channels: Channels, a: Any) -> Value:
+    r, (n, c, h, w) = a.upscale_factor, a.x.shape
+    x = channels.reshape(a.x, (n, c // r**2, r, r, h, w))
+    return channels.reshape(arrange(x, (0, 1, 4, 2, 5, 3)), a.out)
+
+
+def permuted(channels: Channels, a: Any) -> Value:
+    return Value(a.out, tuple(map(a.call, a.x.labels)))
+
+
+CONTRACTIONS = {  # values made anew, by summing over channels
+    "linear": linear,
+    "matmul mm bmm mv dot addmm baddbmm": matmul,
+    "einsum": lambda channels, a: channels.einsum(a.equation, *a.tensors),
+    "scaled_dot_product_attention": attention,
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d": convolution,
+}
+POINTWISE = {  # values made anew, each channel from itself; also what PyTorch tags as pointwise
+    "batch_norm instance_norm prelu": by_channel,
+    "group_norm": group_norm,
+    "layer_norm rms_norm": layer_norm,
+    "softmax log_softmax _softmax _log_softmax": softmax,
+    "constant_pad_nd pad": pad,
+    "dropout feature_dropout alpha_dropout contiguous to type_as alias detach copy fill zero "
+    "_to_copy lift_fresh_copy log_sigmoid hardswish": pointwise,
+}
+PASSING = {  # values passed on
+    "view _unsafe_view reshape flatten unflatten squeeze unsqueeze view_as reshape_as": (
+        lambda channels, a: channels.reshape(a.x, a.out)
+    ),
+    "permute transpose t swapaxes swapdims movedim numpy_T": permuted,
+    "slice select split split_with_sizes chunk unbind narrow flip roll": along_dims,
+    "cat concat": lambda channels, a: channels.cat(a.tensors, a.dim),
+    "stack": stack,
+    "expand expand_as broadcast_to": lambda channels, a: channels.expand(a.x, a.out),
+    "index embedding": index,
+    "pixel_shuffle": pixel_shuffle,
+    "_weight_norm": weight_norm,
+    "mean sum amax amin var std prod any all norm linalg_vector_norm logsumexp": reduction,
+    "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d "
+    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d "
+    "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d reflection_pad2d "
+    "replication_pad2d": slide,
+    "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty": (
+        lambda channels, a: plain(a.out)
+    ),
+}
+RULES = {
+    name: (rule, table)
+    for table in (CONTRACTIONS, POINTWISE, PASSING)
+    for names, rule in table.items()
+    for name in names.split()
+}
