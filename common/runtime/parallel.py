@@ -10,6 +10,7 @@ import multiprocessing.connection
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -85,6 +86,8 @@ def _in_processes(runs: dict[str, Run], count: int, device: torch.device) -> dic
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)
         # Whatever the count, so that it changes no bit.
         torch.set_num_threads(1)
+        # Its own: if it were killed while it held a common one, all others would wait for ever.
+        tqdm.set_lock(threading.RLock())
         os._exit(_outcome(name, run))
 
     bar = tqdm(total=len(runs), unit="run", disable=None, leave=False, dynamic_ncols=True)
