@@ -242,6 +242,12 @@ def shuffled(net, x):
     return torch.cat([net.low(y[:, :4]), net.high(y[:, 4:])], 1)
 
 
+def blocks_of_blocks(net, x):
+    """Pairs of channels are weighed by their sum, against the other pair of their half."""
+    y = x.unflatten(1, (2, 2, 2))
+    return (y * y.sum(3, keepdim=True).softmax(2)).flatten(1, 3)
+
+
 CASES = {
     "group norm": ([norm(4, 8), nn.ReLU()], 8, {("conv",): 4}),
     "one group": ([norm(1, 8), nn.PReLU(8)], 8, {("conv",): 1}),
@@ -290,6 +296,11 @@ CASES = {
         Network(lambda net, x: x * x[:, :4].sum(1, keepdim=True).sigmoid()),
         8,
         {("conv",): 1, ("conv.1",): 1},
+    ),
+    "blocks of blocks": (  # of which only the innermost are free
+        Network(blocks_of_blocks),
+        8,
+        {(axis,): 1 for axis in ("conv", "conv.1", "conv.2", "conv.3")},
     ),
     "pixel shuffle": ([nn.PixelShuffle(2), nn.ReLU()], 2, {("conv",): 1}),
     "channel shuffle": (
