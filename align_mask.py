@@ -77,8 +77,7 @@ def main() -> None:
 
     start, stamp = time.perf_counter(), provenance.stamp(__file__)
     for network, entry in zip(networks, (source, target)):
-        network.load_state_dict(entry["state_dict"])
-        network.to(device)
+        network.to(device).load_state_dict(entry["state_dict"])
     axes = inputs.free_axes(networks[0], source["model"]["input_shape"])
     names = matching.matched_weights(networks[0])
     a, b = (
@@ -127,7 +126,10 @@ def main() -> None:
         runs.claim(args.out, arguments, __file__)
         if not path.is_file():
             checkpoint.save(found | about, path)
-            show(found, difference)
+            table, gain = pd.DataFrame(found["rows"]), found["objective"]
+            print(table.to_string(index=False, float_format="{:.3f}".format))
+            print("objective <π(source), target>: {:.4g} before, {:.4g} after".format(*gain))
+            print(f"same function: outputs differ by {difference:.0e} of the largest")
         more = {"dataset": target["dataset"], "mask_code": mask.get("code"), "align": arguments}
         more |= {"tag": cli.joined_tag(mask.get("tag"), args.tag)} | made | stamp
         for part in ("mask", "signs"):
@@ -142,14 +144,6 @@ def main() -> None:
     more = {"objective": {name: one["objective"] for name, one in found.items()}}
     more["seconds"] = before + time.perf_counter() - start
     runs.finish(args.out, "align_mask", arguments, rows, device, stamp, **more)
-
-
-def show(found: dict[str, Any], difference: float) -> None:
-    """Print a row an axis, the objective, and how far the permuted network is from the source."""
-    print(pd.DataFrame(found["rows"]).to_string(index=False, float_format="{:.3f}".format))
-    before, after = found["objective"]
-    print(f"objective <π(source), target>: {before:.4g} before, {after:.4g} after")
-    print(f"same function: outputs differ by {difference:.0e} of the largest")
 
 
 if __name__ == "__main__":
