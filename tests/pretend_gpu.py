@@ -7,7 +7,9 @@ precisions, memory and speed of a real GPU are beyond it.
 """
 
 import contextlib
+import copy
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import torch
@@ -253,6 +255,16 @@ def set_stream(stream):
         thread.inside = True
 
 
+export = torch.export.export
+
+
+def exported(model, images, **how):
+    """The graph of a network on the CPU, by a thread without modes: fake tensors have their own."""
+    model, images = copy.deepcopy(model).cpu(), tuple(value.cpu() for value in images)
+    with ThreadPoolExecutor(1) as pool, mock.patch.object(torch.cuda, "is_available", lambda: False):
+        return pool.submit(export, model, images, **how).result()
+
+
 @contextlib.contextmanager
 def pretend_gpu():
     """Within it, torch has a GPU."""
@@ -281,7 +293,7 @@ def pretend_gpu():
     thread.inside = True
     try:
         with mock.patch.multiple(torch.cuda, **cuda), mock.patch(overwrite, does(True)):
-            with Devices(), Kernels():
+            with mock.patch("torch.export.export", exported), Devices(), Kernels():
                 yield
     finally:
         thread.inside = thread.strict = False
