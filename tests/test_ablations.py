@@ -42,26 +42,28 @@ FEW_IMAGES = ("common/data/glyphs.py", "TRAIN, TEST = 10_000, 1_000", "TRAIN, TE
 # ---------------------------------------------------------------- the edits
 
 LAYERWISE = """\
-    def layerwise(weights, mask, keep):
-        pruned, left = {}, masking.kept(mask)
-        for name, entry in mask.items():
-            count = int(entry.sum())
-            share = keep * count // left  # so that the last layer makes the sum exact
-            pruned |= masking.prune_by_magnitude(weights, {name: entry}, share)
-            keep, left = keep - share, left - count
-        return pruned
+def layerwise(weights, mask, keep):
+    pruned, left = {}, masking.kept(mask)
+    for name, entry in mask.items():
+        count = int(entry.sum())
+        share = keep * count // left  # so that the last layer makes the sum exact
+        pruned |= masking.prune_by_magnitude(weights, {name: entry}, share)
+        keep, left = keep - share, left - count
+    return pruned
 
-    mask = masking.prune_exactly(layerwise,"""
+
+def prune_chain("""
 
 ROUNDING = """\
-    def rounding(weights, mask, keep):
-        share = keep / masking.kept(mask)
-        return {
-            name: masking.prune_by_magnitude(weights, {name: entry}, int(share * entry.sum()))[name]
-            for name, entry in mask.items()
-        }
+def rounding(weights, mask, keep):
+    share = keep / masking.kept(mask)
+    return {
+        name: masking.prune_by_magnitude(weights, {name: entry}, int(share * entry.sum()))[name]
+        for name, entry in mask.items()
+    }
 
-    mask = masking.prune_exactly(rounding,"""
+
+def prune_chain("""
 
 SMALL = """\
 def small(width, classes, input_shape):
@@ -116,7 +118,15 @@ class Edit(NamedTuple):
     called_with: Any = ()  # what else the edited project needs: model, data, or flags of a stage
 
 
-PRUNE = "    mask = masking.prune_exactly(masking.prune_by_magnitude,"
+PRUNE = "masking.prune_exactly(masking.prune_by_magnitude,"
+
+
+def pruned_by(function: str, name: str) -> tuple[Patch, ...]:
+    """`function` before the stage's own, and by its name in place of the argument."""
+    new = f"masking.prune_exactly({name},"
+    return ("prune_imp.py", "def prune_chain(", function), ("prune_imp.py", PRUNE, new)
+
+
 SGD = "partial(torch.optim.SGD, lr=0.0, momentum=momentum, weight_decay=decay, fused=True)"
 ADAMW = "partial(torch.optim.AdamW, lr=0.0, weight_decay=decay)"
 EDITS = {
@@ -128,7 +138,7 @@ EDITS = {
     ),
     "prune layer by layer": Edit(
         "prune_imp",
-        (("prune_imp.py", PRUNE, LAYERWISE),),
+        pruned_by(LAYERWISE, "layerwise"),
         check=lambda mask: all(  # two rounds, and a weight a round is left to rounding
             abs(int(entry.sum()) - 0.7 * entry.numel()) < 3 for entry in mask["mask"].values()
         ),
@@ -313,7 +323,7 @@ def test_an_edit_changes_its_stage_and_no_old_run_is_taken_for_the_new_one(
 
 def test_a_pruning_rule_that_rounds_is_named_at_once(unedited, tmp_path):
     runs = unedited(MLP) / "runs"
-    project = copied(tmp_path / "project", ("prune_imp.py", PRUNE, ROUNDING))
+    project = copied(tmp_path / "project", *pruned_by(ROUNDING, "rounding"))
     with pytest.raises(ValueError, match="^rounding kept "):
         run(project, command("prune_imp", runs, tmp_path, MLP))
     assert not list((tmp_path / "imp").glob("*.pt"))  # not even resume.pt: nothing was trained
