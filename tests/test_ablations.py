@@ -121,7 +121,7 @@ class Edit(NamedTuple):
 PRUNE = "masking.prune_exactly(masking.prune_by_magnitude,"
 
 
-def pruned_by(function: str, name: str) -> tuple[Patch, ...]:
+def pruned_by(function: str, name: str) -> tuple:
     """`function` before the stage's own, and by its name in place of the argument."""
     new = f"masking.prune_exactly({name},"
     return ("prune_imp.py", "def prune_chain(", function), ("prune_imp.py", PRUNE, new)
