@@ -7,13 +7,13 @@
 #                                      PAIRS="0 1" WIDTHS="1 4" OUT=runs/mine bash run_all.sh cifar10
 # LAUNCH=slurm submits what is missing; DRY_RUN=1 prints the commands, in order, for any other queue.
 presets="
-quick     glyphs    resnet20  0 1 2  2         0.8 0.9            7                          activation
-cifar10   cifar10   resnet20  0 1 2  1 4 8 16  0.8 0.9 0.95 0.97  0 5 10 15 20 25 50 75 100  activation masked
-cifar100  cifar100  resnet20  0 1 2  1 4 8 16  0.8 0.9 0.95 0.97  0 10 25 50 100             activation masked
-vgg11     cifar10   vgg11     0 1 2  1         0.8 0.9            0 5 10 15 20 25 50         activation masked
-svhn      svhn      resnet20  0 1 2  1         0.8 0.9 0.95 0.97  10 20                      activation masked
-imagenet  imagenet  resnet50  0      1         0.8 0.9 0.95       10 25 50                   activation
-" # name  DATASET   MODEL     PAIRS  WIDTHS    SPARSITY           REWIND                     METHODS
+quick     glyphs    mlp       0 1 2 3  1         0.9                3 6                        activation
+cifar10   cifar10   resnet20  0 1 2    1 4 8 16  0.8 0.9 0.95 0.97  0 5 10 15 20 25 50 75 100  activation masked
+cifar100  cifar100  resnet20  0 1 2    1 4 8 16  0.8 0.9 0.95 0.97  0 10 25 50 100             activation masked
+vgg11     cifar10   vgg11     0 1 2    1         0.8 0.9            0 5 10 15 20 25 50         activation masked
+svhn      svhn      resnet20  0 1 2    1         0.8 0.9 0.95 0.97  10 20                      activation masked
+imagenet  imagenet  resnet50  0        1         0.8 0.9 0.95       10 25 50                   activation
+" # name  DATASET   MODEL     PAIRS    WIDTHS    SPARSITY           REWIND                     METHODS
 wide_rewind="0 10 25 50 100" # of cifar10 at widths 8 and 16, as in the paper, unless REWIND is set
 n='[1-9][0-9]{0,8}' share='0?[.]0*[1-9][0-9]*' name='[[:alnum:]][[:alnum:]_.-]*' # patterns; |: may be empty
 settings="
@@ -50,9 +50,9 @@ IFS='|' read -r _ d_DATASET d_MODEL d_PAIRS d_WIDTHS d_SPARSITY d_REWIND d_METHO
 case $preset in
   svhn) d_SOURCE_DATASET=cifar10 ;;
   quick)
-    d_DENSE_FLAGS="--image-size 16 --limit-train 3000 --epochs 9 --batch-size 64 --lr 0.05 --warmup 2"
-    d_IMP_FLAGS="--epochs 1 --batch-size 64 --lr 0.02" d_SPARSE_FLAGS="--batch-size 64 --lr 0.01"
-    d_REPORT_FLAGS="--only results accuracy interpolation masks methods --points 5 --images 500" ;;
+    d_DENSE_FLAGS="--image-size 16 --epochs 12 --batch-size 64 --lr 0.05 --warmup 1"
+    d_IMP_FLAGS="--epochs 2 --batch-size 64 --lr 0.02" d_SPARSE_FLAGS="--batch-size 64 --lr 0.02"
+    d_REPORT_FLAGS="--only results accuracy interpolation masks methods --points 11 --images 1000" ;;
 esac
 if [ -n "${ENSEMBLE-}" ]; then # one cell, as in Table 1
   d_OUT+=-ensemble d_SPARSITY=0.9
