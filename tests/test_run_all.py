@@ -88,7 +88,7 @@ def test_dry_run_prints_the_whole_experiment_in_order():
 @pytest.mark.parametrize(
     "preset, dataset, model",
     [
-        ("quick", "glyphs", "resnet20"),
+        ("quick", "glyphs", "mlp"),
         ("cifar100", "cifar100", "resnet20"),
         ("vgg11", "cifar10", "vgg11"),
         ("svhn", "svhn", "resnet20"),
@@ -130,7 +130,7 @@ def test_methods_and_controls_add_their_runs():
     )
     assert [words for words in more if words in usual] == usual  # nothing else changes
     added, flags = [words for words in more if words not in usual], ("--out", "--method", "--masks")
-    assert brief(added, *flags, below="runs/quick/w2/") == CONTROLS
+    assert brief(added, *flags, below="runs/quick/w1/") == CONTROLS
     signed = [words for words in more if "--signs" in words]
     assert signed == [words for words in more if "-signs/" in " ".join(words)] != []
 

@@ -46,7 +46,7 @@ def test_slurm_gets_an_array_job_a_stage_each_after_the_one_before(tmp_path, clu
 
 
 def test_slurm_gets_what_is_missing_and_nothing_twice(tmp_path, cluster):
-    finished = tmp_path / "runs/w2/dense/seed1/result.json"
+    finished = tmp_path / "runs/w1/dense/seed1/result.json"
     finished.parent.mkdir(parents=True)
     finished.write_text('{"seconds": 1, "arguments": {"epochs": 9}}')
     run_all("quick", **cluster)
