@@ -1,4 +1,4 @@
-"""What the command lines of the stages share: flags with the paper's defaults, errors as one line."""
+"""What the stages' command lines share: flags with the paper's defaults, errors as one line."""
 
 import argparse
 import contextlib

@@ -63,7 +63,7 @@ def keep_count(total: int, sparsity: float) -> int:
 
 
 def plan(total: int, goals: list[float], share: float) -> list[tuple[int, int, float | None]]:
-    """The rounds of an IMP chain, in order: number, weights that it keeps, and the goal if it is one.
+    """The rounds of an IMP chain, in order: number, weights that it keeps, the goal if it is one.
 
     The chain prunes `share` of the remaining weights a round, as far as needed. A goal, a sparsity,
     branches off the last round that keeps more weights: its own round, of the next number, goes
@@ -177,7 +177,7 @@ class Masker:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Raise RuntimeError if a pruned weight is not zero; NaN of one that diverged is no leak."""
+        """Raise RuntimeError if a pruned weight is not zero; NaN, of divergence, is no leak."""
         pairs = zip(self.parameters, self.factors)
         leaks = sum(((p != 0) & (factor == 0) & ~p.isnan()).sum() for p, factor in pairs)
         if leaks:
@@ -223,7 +223,7 @@ def load(path: Path, dense: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_source(entry: dict[str, Any], dense: dict[str, Any], path: Path) -> None:
-    """Raise UserError unless the mask at `path` was pruned from these very weights, by its signs."""
+    """Raise UserError unless the mask at `path` has the signs of these very weights."""
     weights = dense["state_dict"]
     if any((positive != (weights[name] > 0)).any() for name, positive in entry["signs"].items()):
         seed = dense["seed"]

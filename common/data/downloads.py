@@ -13,7 +13,7 @@ from common.errors import UserError
 
 
 def read_torchvision(name: str, data_dir: str, size: int | None) -> tuple:
-    """CIFAR10, CIFAR100 or SVHN, downloaded where it is missing; raises UserError if it cannot be."""
+    """CIFAR10, CIFAR100 or SVHN, downloaded if missing; raises UserError where that fails."""
     from common.vision import torchvision
 
     read = getattr(torchvision.datasets, name)

@@ -1,7 +1,8 @@
 """One network on several GPUs: `torchrun --standalone --nproc-per-node 4 train_dense.py ...`.
 
-It starts a process for each GPU. All processes do the same with their share of every batch; the first alone writes files and prints.
-Without torchrun there is one process, which has all of every batch, and nothing here does anything.
+It starts a process for each GPU. All do the same with their share of every batch; the first alone
+writes files and prints. Without torchrun there is one process, which has all of every batch, and
+nothing here does anything.
 """
 
 import os
