@@ -11,7 +11,6 @@ from common.align.axes import find_axes
 from common.align.permutation import check_same_function, permute, random_permutation
 from common.errors import UserError
 from common.models import build_model
-from tests.conftest import call, refused, succeed
 
 
 def tell_apart(model, inputs, seed=0):
@@ -384,17 +383,6 @@ def test_readouts_are_before_and_after_the_nonlinearity_and_ahead_of_dropout():
     (readout,) = find_axes(model, (3, 8, 8)).readouts["body.0"]
     assert (readout.before, readout.node, readout.dim) == ("conv2d_1", "dropout", 1)
     assert all(module.training for module in model.modules())
-
-
-def test_coverage_of_a_network_of_ones_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    code = "from torch import nn\ndef net():\n    return nn.Sequential(nn.Conv2d(3, 8, 3), "
-    code += "nn.LocalResponseNorm(3), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 1))\n"
-    (tmp_path / "own_net.py").write_text(code)
-    out = succeed("analyze.coverage", "--model-fn", "own_net:net", "--out", "table.md")
-    assert "8 channels of 0" in out and "in 1 (LocalResponseNorm" in out
-    assert "| own_net:net | 1 | 6 | 0 | 10 |" in (tmp_path / "table.md").read_text()
-    refused(call("analyze.coverage", "resnet7"), "resnet7", "choose from")
 
 
 def test_a_weight_under_two_names_moves_under_both():

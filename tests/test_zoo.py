@@ -4,6 +4,7 @@ import pytest
 
 from analyze import coverage
 from common.align.axes import find_axes
+from tests.conftest import call, refused, succeed
 from tests.test_axes import check_axes
 
 FAMILIES = (
@@ -62,3 +63,14 @@ STREAMS = [32, 16, 24, 32, 64, 96, 160, 320, 1280]
 def test_no_axes_are_tied_that_could_move_apart(name, channels):
     axes = find_axes(coverage.build(name), (3, 64, 64))
     assert sorted(axes.sizes.values()) == sorted(channels)
+
+
+def test_coverage_of_a_network_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = "from torch import nn\ndef net():\n    return nn.Sequential(nn.Conv2d(3, 8, 3), "
+    code += "nn.LocalResponseNorm(3), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 1))\n"
+    (tmp_path / "own_net.py").write_text(code)
+    out = succeed("analyze.coverage", "--model-fn", "own_net:net", "--out", "table.md")
+    assert "8 channels of 0" in out and "in 1 (LocalResponseNorm" in out
+    assert "| own_net:net | 1 | 6 | 0 | 10 |" in (tmp_path / "table.md").read_text()
+    refused(call("analyze.coverage", "resnet7"), "resnet7", "choose from")
