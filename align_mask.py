@@ -70,8 +70,8 @@ def main() -> None:
     made = {"source_seed": source["seed"], "target_seed": target["seed"]}
     made |= {"method": "-".join([args.method, *variant]), "match_epoch": target["epoch"]}
     arguments = cli.experiment(args, "masks", "target_epoch", "batch_size", *how) | ends | made
-    finished = runs.is_finished(args.out, arguments)
-    missing = inputs.not_permuted(masks, args.out)
+    arguments["data_dir"] = args.data_dir if args.dataset == "folder" else None
+    finished, missing = runs.is_finished(args.out, arguments), inputs.not_permuted(masks, args.out)
     if finished and not missing:
         return runs.say_finished(args.out, __file__)
 

@@ -11,6 +11,7 @@ each, log.csv (a row a round) and result.json. Called again it does what is miss
 
 import argparse
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     device = pick_device(args.device)
-    read = reader(args.data_dir, device, args.workers)
-    how = cli.how_to_train(args, device)
+    read, how = reader(args.data_dir, device, args.workers), cli.how_to_train(args, device)
     chains = {}
     for folder, out in zip(args.dense, args.out):
         dense = checkpoint.load_dense(folder)
@@ -99,7 +99,7 @@ def prune_chain(
     rates = learning_rates(arguments["schedule"], arguments["lr"], epochs, arguments["warmup"])
     momentum, decay = arguments["momentum"], arguments["weight_decay"]
     optimiser = partial(torch.optim.SGD, lr=0.0, momentum=momentum, weight_decay=decay, fused=True)
-    chain = latest(out, before=min(number for number, _, goal in rounds if goal)) or start
+    chain = latest(out, before=min((row[0] for row in rounds if row[2]), default=inf)) or start
     for number, keep, goal in [row for row in rounds if row[0] > chain["round"]]:
         weights = chain["state_dict"]
         mask = masking.prune_exactly(masking.prune_by_magnitude, weights, chain["mask"], keep)
@@ -111,7 +111,7 @@ def prune_chain(
             rates[rewind or 0 :],
             make_optimiser=optimiser,
             augment=None,
-            name=f"IMP seed {start['seed']} round {number:2d} to {masking.sparsity(mask):.2%}",
+            name=f"IMP seed {start['seed']} round {number:2d} to {keep} weights",
             folder=out,
             seed=stage_seed(start["seed"], "imp"),
             batch_size=arguments["batch_size"],

@@ -21,8 +21,8 @@ PAIRS           words  0|$n      whole numbers: pair p has source seed 2p and ta
 WIDTHS          words  $n|$n[.][0-9]+|$share  numbers: each has a folder, OUT/w<width>
 SPARSITY        words  $share    numbers between 0 and 1: shares of the weights to prune
 REWIND          words  0|$n      whole numbers: epochs of dense runs that sparse training starts from
-METHODS         words  |(activation|weight|masked)(@(0|$n))?|identity  any of these; weight@9: to B's epoch 9
-CONTROLS        words  |shuffled|random-permutation|imp-target|signs   any of these: more arms
+METHODS         words  |(activation|weight|masked)(@(0|$n))?|identity  any of activation, weight, masked, identity; weight@9: to B's epoch 9
+CONTROLS        words  |shuffled|random-permutation|imp-target|signs  any of shuffled, random-permutation, imp-target, signs: more arms
 ENSEMBLE        word   |[2-9]|[1-9]$n  2 or more: the networks of Table 1, one source and so many targets
 TAG             word   |$name    a name of an edit: all but the dense networks anew, in OUT/w<width>/<tag>
 DATASET         word   $name     a name that train_dense.py --dataset takes
@@ -155,7 +155,7 @@ run() { # the commands of a stage: one at a time on each GPU; on a CPU those of 
   if [ "$gpu_count" -gt 1 ] && [ -z "$SPREAD" ]; then at_once=$gpu_count slots=--process-slot-var=slot; fi
   tr '\n' '\0' <<< "$lines" | GPUS=$gpus xargs -0 -n 1 -P "$at_once" $slots sh -c '
     if [ -n "${slot-}" ]; then set -- $GPUS; shift "$slot"; export CUDA_VISIBLE_DEVICES=$1; fi
-    eval "$0" || exit 255'
+    eval "$0" || exit 255' || exit 2
 }
 submit() { # name, commands: an array job, a command a task, after the job before, however that ends
   local count; count=$(grep -c . <<< "$2") || return 0
@@ -175,11 +175,13 @@ status() { for name in dense imp align sparse; do stage $name; done | python3 -m
 echo "$shown" >&2
 if [ "$mode" = status ]; then status; exit; fi
 if [ "$LAUNCH$mode" = slurm ]; then
+  for name in sbatch squeue; do command -v $name > /dev/null || refuse "LAUNCH='slurm': there is no $name here"; done
   job=$(squeue --me --noheader --format="%A %k" | awk -v of="$PWD $OUT" '{ j = $1; $1 = "" } $0 == " " of { print j }')
   [ -z "$job" ] || refuse "OUT='$OUT' has jobs in the queue ($(echo $job)): wait for them, or scancel them"
   mkdir -p "$OUT/slurm"
-  for name in dense imp align sparse; do
-    submit $name "$(stage $name | python3 -m analyze.status --missing | sed 's/^/exec /')"
+  missing=$(for name in dense imp align sparse; do stage $name; done | python3 -m analyze.status --missing)
+  for script in train_dense prune_imp align_mask train_sparse; do
+    submit $script "$(sed -n "/ $script.py /s/^/exec /p" <<< "$missing")"
   done
   submit analyses "$(figures | paste -sd ';')"
   exit

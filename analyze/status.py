@@ -37,8 +37,11 @@ class Run(NamedTuple):
     files: tuple[Path, ...]  # result.json and masks: it has finished when all are there
 
 
-def runs_of(command: str) -> list[Run]:
-    """The runs that a command of a stage makes; none of another command."""
+def runs_of(command: str, pruned: dict[Path, list[Path]]) -> list[Run]:
+    """The runs that a command of a stage makes; none of another command.
+
+    `pruned` gathers the masks that commands of stage 2 make, by folder, for those of stage 3.
+    """
     words = shlex.split(command, comments=True)
     stage = next((STAGES[word] for word in words if word in STAGES), None)
     if stage is None:
@@ -63,9 +66,11 @@ def runs_of(command: str) -> list[Run]:
         each = total - flags.rewind[0] if flags.rewind else epochs or total / 4
         made = dict.fromkeys(flags.out, rounds * each)
         masks = [paths.mask_file(Path(), sparsity) for sparsity in flags.sparsity]
+        pruned |= dict.fromkeys(flags.out, masks)
     elif stage == "align":
         made = {out: 1}
-        masks = [path.name for path in paths.mask_files(flags.masks[0])]
+        folder = flags.masks[0]
+        masks = pruned.get(folder) or [path.name for path in paths.mask_files(folder)]
     else:
         cells = product(flags.sparsity, flags.rewind)
         made = {paths.sparse_folder(out, *cell): (epochs or total) - cell[1] for cell in cells}
@@ -117,12 +122,14 @@ def describe(count: int, left: list[float]) -> str:
 
 
 def main() -> None:
+    pruned: dict[Path, list[Path]] = {}
+    lines = {line: runs_of(line, pruned) for line in sys.stdin}
     if "--missing" in sys.argv:  # the commands that have something left to do
-        for line in sys.stdin:
-            if not all(file.is_file() for run in runs_of(line) for file in run.files):
+        for line, made in lines.items():
+            if not all(file.is_file() for run in made for file in run.files):
                 print(line, end="")
         return
-    runs = [run for line in sys.stdin for run in runs_of(line)]
+    runs = [run for made in lines.values() for run in made]
     if not runs:
         print("status: error: no command of a stage on standard input", file=sys.stderr)
         sys.exit(2)

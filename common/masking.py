@@ -74,7 +74,7 @@ def plan(total: int, goals: list[float], share: float) -> list[tuple[int, int, f
         if not 0 < count < total:
             raise UserError(f"--sparsity {goal} keeps all or none of the {total} weights")
     rounds, number, kept = [], 0, total
-    while kept > min(counts.values()):
+    while kept > min(counts.values(), default=total):
         number, before = number + 1, kept
         kept -= max(1, round(share * kept))
         rounds += [(number, counts[goal], goal) for goal in goals if kept <= counts[goal] < before]

@@ -261,7 +261,8 @@ export = torch.export.export
 def exported(model, images, **how):
     """The graph of a network on the CPU, by a thread without modes: fake tensors have their own."""
     model, images = copy.deepcopy(model).cpu(), tuple(value.cpu() for value in images)
-    with ThreadPoolExecutor(1) as pool, mock.patch.object(torch.cuda, "is_available", lambda: False):
+    without = mock.patch.object(torch.cuda, "is_available", lambda: False)
+    with ThreadPoolExecutor(1) as pool, without:
         return pool.submit(export, model, images, **how).result()
 
 

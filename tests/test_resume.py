@@ -163,3 +163,23 @@ def test_sigterm_lets_runs_finish_their_epoch_and_keep_their_state(tmp_path, mor
     rows = state(last / "resume.pt")["rows"]
     assert len(rows) >= 9 and not list(tmp_path.rglob("*.tmp"))
     assert (tmp_path / "seed1").exists() == bool(more)  # no other run was begun
+
+
+def test_a_chain_whose_record_is_missing_is_finished(runs, tmp_path):
+    shutil.copytree(runs / "imp/seed0", tmp_path / "imp")
+    (tmp_path / "imp/result.json").unlink()
+    succeed(*stage2(runs / "dense/seed0", tmp_path / "imp", "--keep-rounds"))
+    rows = [
+        pd.read_csv(folder / "log.csv")["kept"] for folder in (tmp_path / "imp", runs / "imp/seed0")
+    ]
+    assert rows[0].equals(rows[1]) and (tmp_path / "imp/result.json").is_file()
+
+
+def test_a_mask_does_not_depend_on_the_others_that_were_asked_for(tmp_path):
+    succeed(*stage1(tmp_path, "--width", 0.25, "--epochs", 1))
+    alone, beside, dense = tmp_path / "alone", tmp_path / "beside", tmp_path / "seed0"
+    succeed(*stage2(dense, alone, "--sparsity", 0.3))
+    # The first two differ from the chain's round and from each other by a weight or two of 58,624.
+    succeed(*stage2(dense, beside, "--sparsity", 0.19998, 0.29997, 0.3))
+    for name, key in (("mask_0.30.pt", "mask"), ("sparse_0.30.pt", "state_dict")):
+        assert same(state(alone / name)[key], state(beside / name)[key]), name

@@ -385,6 +385,8 @@ def test_status_counts_alignments_by_their_masks_and_refuses_other_input(tmp_pat
     finish(w1 / "align/weight/seed0-seed1", 5, 100)
     assert told(tmp_path, METHODS="weight")[2] == "align   0 of 1"
     (w1 / "align/weight/seed0-seed1/mask_0.50.pt").touch()
+    assert told(tmp_path, METHODS="weight")[2] == "align   0 of 1"  # 0.9 is to be pruned yet
+    (w1 / "align/weight/seed0-seed1/mask_0.90.pt").touch()
     assert told(tmp_path, METHODS="weight")[2] == "align   1 of 1"
     module = [sys.executable, "-m", "analyze.status"]
     done = subprocess.run(module, cwd=ROOT, input="make all\n", capture_output=True, text=True)

@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 from tests.test_run_all import command, dry, run_all, values
 
 SETTINGS = {"LAUNCH": "slurm", "PAIRS": "0", "SPARSITY": "0.5 0.8", "SBATCH": "--gres=gpu:1"}
-NAMES = ["dense", "imp", "align", "sparse", "analyses"]
+NAMES = ["train_dense", "prune_imp", "align_mask", "train_sparse", "analyses"]
 
 
 @pytest.fixture
@@ -91,8 +91,9 @@ def test_the_experiment_runs_on_slurm_and_the_same_call_goes_on(tmp_path):
     wait()
     finished = {path.parts[-4] for path in tmp_path.rglob("s0.*/result.json")}
     assert finished == {"lth"}  # what needs no more than the other network is done
-    assert "stopped" in "".join(path.read_text() for path in (tmp_path / "slurm").glob("dense*"))
-    assert "dense: 1 tasks" in submit().splitlines()[0]
+    told = "".join(path.read_text() for path in (tmp_path / "slurm").glob("train_dense*"))
+    assert "stopped" in told
+    assert "train_dense: 1 tasks" in submit().splitlines()[0]
     wait()
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 1 + 6
     assert submit().splitlines()[0].startswith("analyses")

@@ -1,7 +1,7 @@
 """Permutation axes: which channels of a network move together; and permuting weights, masks and
 signs by them.
 
-common/align/axes.py derives the axes of a network from its traced graph.
+common/align/axes.py derives the axes of a network from its graph.
 """
 
 import copy

@@ -70,9 +70,14 @@ def image_folders(folder: Path, tests: tuple[str, ...]) -> tuple[Any, Any]:
     if not (folder / "train").is_dir() or test is None:
         wanted = f"train/ and {' or '.join(f'{name}/' for name in tests)}"
         raise UserError(f"{folder} needs {wanted}, each with one folder of images a class")
+    endings = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif")
+
+    def is_image(path: str) -> bool:
+        return path.lower().endswith(endings)
+
     try:
         splits = [
-            torchvision.datasets.ImageFolder(str(path), loader=read_picture)
+            torchvision.datasets.ImageFolder(str(path), loader=read_picture, is_valid_file=is_image)
             for path in (folder / "train", test)
         ]
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Convolutional networks on a CPU in oneDNN's own layout: half the time for all but convolutions."""
+"""Convolutional networks on a CPU in oneDNN's layout: half the time for all but convolutions."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,8 +30,8 @@ def suits(model: nn.Module) -> bool:
 class Blocked(TorchFunctionMode):
     """Within it and autocast to bf16, convolutions without bias enter the layout.
 
-    What does not know the layout leaves it. The backward pass follows by itself. Raises UserError for what would have to change a tensor of
-    the layout in place.
+    What does not know the layout leaves it. The backward pass follows by itself. Raises UserError
+    for what would have to change a tensor of the layout in place.
     """
 
     def __torch_function__(

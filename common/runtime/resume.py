@@ -50,11 +50,13 @@ class Resume:
         self.how = f"{precision} by {type(optimiser).__name__}"
         self.rows: list[dict[str, Any]] = []
         self.saved = time.perf_counter()
+        if stopping.is_set():
+            raise KeyboardInterrupt
         if self.path and self.path.is_file():
             self._load()
 
     def save(self, last: bool) -> None:
-        """Write the state if it is due, or after the last epoch; KeyboardInterrupt after SIGTERM."""
+        """Write the state if it is due, or after the last epoch; stop where SIGTERM came."""
         # Several processes write together, when the clock of the first says so.
         stop = distributed.agree(stopping.is_set() and not last)
         due = distributed.agree(last or stop or time.perf_counter() - self.saved > EVERY)
