@@ -151,6 +151,8 @@ def test_user_supplied_networks_that_do_not_fit_are_refused(supplied, tmp_path):
         (("--masks", supplied / "my_a.pt"), "no masks in", "my_a.pt"),
         (("--masks", tmp_path), "holds no mask"),
         (("--model-fn", "my_nets:Nut"), "my_nets:Nut", "package.module:function"),
+        (("--target-epoch", 1), "--target-epoch"),
+        (("--match-images", 9), "--match-images"),
         (("--model-fn", "nowhere"), "nowhere"),
         (("--model-fn", "math:pi"), "math:pi"),
         (("--model-fn", "builtins:dict"), "made a dict"),

@@ -55,8 +55,11 @@ def check_flags(
     parser: argparse.ArgumentParser, args: argparse.Namespace, needs_images: bool
 ) -> None:
     """Whether the flags of runs, or those of networks trained elsewhere, are complete."""
-    if not needs_images and cli.hyper(args, *HOW) != HOW:
-        parser.error(f"--method {args.method} takes no --match-on, --statistic or --stream")
+    if not needs_images and (cli.hyper(args, *HOW) != HOW or args.match_images):
+        flags = "--match-on, --statistic, --stream or --match-images"
+        parser.error(f"--method {args.method} takes no {flags}")
+    if args.model_fn and args.target_epoch is not None:
+        parser.error("--target-epoch is of a dense run, not of --model-fn's state dicts")
     if args.model_fn is None and (args.dataset or args.image_size or args.input_shape):
         parser.error("--dataset, --image-size and --input-shape go with --model-fn")
     if args.model_fn is None and args.masks is None:
