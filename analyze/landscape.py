@@ -12,7 +12,6 @@ figures/landscape_*; planes and lines are kept beside the permuted network.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from analyze.lib import cache, lines, networks, repair, style
-from analyze.lib.runs import CELL, NETWORK, SEEDS, readable, sparse_runs
+from analyze.lib.runs import CELL, readable
 from common import checkpoint, cli, paths
 from common.align.axes import find_axes
 from common.align.permutation import permute
@@ -32,7 +31,6 @@ from common.training import evaluate
 MARGIN = 0.25  # of the extent of the three networks, on every side
 POINTS = 11  # of the line from π(LTH) to permuted
 CORNERS = {"lth": ("π(LTH)", "o"), "permuted": ("permuted", "^"), "dense": ("π(A)", "*")}
-PAIR = [*SEEDS, "method", "match_epoch"]
 NAME = "landscape_{model}x{width:g}_{dataset}_{method}_s{s}_k{rewind:03d}"
 NAME += "_{source_seed}-{target_seed}_matched{match_epoch}"
 TITLE = "{model} x{width:g} on {dataset}, sparsity {s}, k = {rewind}, "
@@ -131,30 +129,6 @@ def plot(table: pd.DataFrame, title: str) -> style.Figure:
     return figure
 
 
-def triples(root: Path) -> pd.DataFrame:
-    """Files that belong together: of an lth, a permuted, a dense network, a permutation.
-
-    A row a cell and pair of seeds, late matches first.
-    """
-    runs = sparse_runs(root)
-    plain, key = runs[~runs["signs"] & ~runs["fan_in"]], [*CELL, "source_seed", "tag"]
-    lth = plain[plain["arm"] == "lth"].drop_duplicates(key)
-    permuted = plain[plain["arm"] == "permuted"].dropna(subset="match_epoch")
-    pairs = permuted.astype({"match_epoch": int}).merge(lth[[*key, "path"]], on=key)
-    if pairs.empty:
-        two = f"no permuted network with LTH's beside it below {root}"
-        raise UserError(f"{two}: run train_sparse.py for both")
-    aligned = pd.DataFrame(networks.alignments(root)).rename(columns={"source": "dense"})
-    found = pairs.merge(aligned, on=[*NETWORK, *PAIR], suffixes=("", "_aligned"))
-    tag, sparsity = found["tag_aligned"], found["sparsity_aligned"]
-    fits = (tag == "") | (tag == found["tag"].str.split(" ").str[0])
-    found = found[fits & (sparsity.isna() | (sparsity == found["sparsity"]))]
-    found = found.assign(lth=found["path_y"].map(paths.final_file))
-    found = found.assign(permuted=found["path_x"].map(paths.final_file))
-    order = {"ascending": False, "kind": "stable", "ignore_index": True}
-    return found.sort_values("match_epoch", **order)
-
-
 def main() -> None:
     flags = {"grid": {"type": networks.SEVERAL, "default": 13, "help": "points a side"}}
     flags["images"] = networks.IMAGES | {"help": "for BatchNorm's statistics and REPAIR"}
@@ -162,7 +136,7 @@ def main() -> None:
     cell = {"width": float, "sparsity": float, "rewind": int}
     flags |= {name: {"type": kind, "help": "of the cell"} for name, kind in cell.items()}
     args = networks.arguments(__doc__, **flags)
-    found = triples(args.root)
+    found = networks.triples(args.root)
     for name in cell:
         if (asked := getattr(args, name)) is not None:
             found = found[found[name] == asked]

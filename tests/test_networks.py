@@ -169,7 +169,7 @@ def test_landscape_passes_through_its_three_networks(matched_early):
     assert len(drawn("--all")[1]) == 16  # two pairs, two matches, four cells
     assert "s0.70_k000_0-1" in drawn("--sparsity", 0.7, "--rewind", 0)[1][0].stem
     refused(call("analyze.landscape", matched_early, "--rewind", 5), "no permuted network")
-    assert "lth/seed0-seed0" in str(landscape.triples(matched_early)["lth"].iloc[0])
+    assert "lth/seed0-seed0" in str(networks.triples(matched_early)["lth"].iloc[0])
 
 
 def test_curves_and_planes_do_not_depend_on_how_many_images_a_device_takes(tmp_path, monkeypatch):

@@ -4,10 +4,21 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import nn
 
-from analyze.lib.runs import NETWORK, dense_files, find_results, parse_root, readable, skipped
+from analyze.lib.runs import (
+    CELL,
+    NETWORK,
+    SEEDS,
+    dense_files,
+    find_results,
+    parse_root,
+    readable,
+    skipped,
+    sparse_runs,
+)
 from common import checkpoint, cli, masking, paths
 from common.data import Resident, Streamed, reader
 from common.errors import UserError
@@ -89,3 +100,29 @@ def alignments(root: Path) -> list[dict[str, Any]]:
     if not found:
         raise UserError(f"no finished alignment below {root}: run align_mask.py first")
     return found
+
+
+def triples(root: Path) -> pd.DataFrame:
+    """Files that belong together: of an lth, a permuted, a dense network, a permutation.
+
+    A row a cell and pair of seeds, late matches first.
+    """
+    runs = sparse_runs(root)
+    plain, key = runs[~runs["signs"] & ~runs["fan_in"]], [*CELL, "source_seed", "tag"]
+    lth = plain[plain["arm"] == "lth"].drop_duplicates(key)
+    permuted = plain[plain["arm"] == "permuted"].dropna(subset="match_epoch")
+    pairs = permuted.astype({"match_epoch": int}).merge(lth[[*key, "path"]], on=key)
+    if pairs.empty:
+        two = f"no permuted network with LTH's beside it below {root}"
+        raise UserError(f"{two}: run train_sparse.py for both")
+    aligned = pd.DataFrame(alignments(root)).rename(columns={"source": "dense"})
+    found = pairs.merge(
+        aligned, on=[*NETWORK, *SEEDS, "method", "match_epoch"], suffixes=("", "_aligned")
+    )
+    tag, sparsity = found["tag_aligned"], found["sparsity_aligned"]
+    fits = (tag == "") | (tag == found["tag"].str.split(" ").str[0])
+    found = found[fits & (sparsity.isna() | (sparsity == found["sparsity"]))]
+    found = found.assign(lth=found["path_y"].map(paths.final_file))
+    found = found.assign(permuted=found["path_x"].map(paths.final_file))
+    order = {"ascending": False, "kind": "stable", "ignore_index": True}
+    return found.sort_values("match_epoch", **order)
