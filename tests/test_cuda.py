@@ -15,7 +15,7 @@ import torch
 from common.runtime import graph, parallel
 from common.runtime.graph import GraphedStep
 from common.training import cpu_state, train
-from tests.conftest import ROOT, TINY, distance, small_resnet, weights
+from tests.conftest import ROOT, TINY, distance, small_cnn, small_resnet, weights
 from tests.pretend_gpu import pretend_gpu
 from tests.test_data import resident
 from tests.test_parallel import jobs, trained
@@ -23,6 +23,7 @@ from tests.test_training import SETTINGS, masked, tiny
 
 REAL = torch.cuda.is_available()
 TOLERANCES = {"fp32": 1e-4, "bf16": 3e-2} if REAL else {"fp32": 0}
+network = small_resnet if REAL else small_cnn
 RATES = [0.125, 0.5, 0.25, 0.0625, 0.25]
 
 
@@ -66,8 +67,8 @@ def test_a_graph_trains_as_the_plain_loop(
 ):
     """Also where it is cut off and goes on: place in the epoch, learning rate, momenta."""
     settings = SETTINGS | {"precision": precision, "first_epoch": 2}
-    settings["mask"] = masked(small_resnet()) if pruned else None
-    by_graph, by_loop, data = small_resnet(), small_resnet(), data_of(count)
+    settings["mask"] = masked(network()) if pruned else None
+    by_graph, by_loop, data = network(), network(), data_of(count)
     expected = plain(monkeypatch, by_loop, data, RATES, **settings)
 
     def kill(epoch):
@@ -76,7 +77,7 @@ def test_a_graph_trains_as_the_plain_loop(
 
     settings["folder"] = tmp_path
     with pytest.raises(InterruptedError):
-        train(small_resnet(), data, RATES, at_epoch=kill, **settings)
+        train(network(), data, RATES, at_epoch=kill, **settings)
     rows = train(by_graph, data, RATES, **settings)
     # A set of one batch is captured in a later epoch, and not before it was cut off.
     assert captures == {True: 1 + (data.steps(4) > 1), False: 0}
