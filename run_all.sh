@@ -84,7 +84,12 @@ if [ -z "$mode" ] && ! $python -c "$found" 2> /dev/null; then
   echo "setting up .venv from requirements.txt (once)"
   python3 -m venv .venv && $python -m pip install --quiet --requirement requirements.txt
 fi
-if [ "$preset" = test ]; then ${mode:+echo} $python -m pytest -q tests; exit; fi
+if [ "$preset" = test ]; then # two halves side by side, each of which prints its result in the end
+  printf "$python -m pytest -q tests --ignore-glob='*/test_%s*'\n" '[!a-l]' '[a-l]' |
+    if [ -n "$mode" ]; then cat; else tr '\n' '\0' | xargs -0 -n 1 -P 2 sh -c '
+      text=$(eval "$0" 2>&1) && echo "$text" || { echo "$text"; exit 1; }'; fi
+  exit
+fi
 # ---------------------------------------------------------------- the commands of each stage at a width
 pairs=$(printf '%s\n' $PAIRS | awk '{ print 2 * $1, 2 * $1 + 1 }') # lines "source target", of seeds
 if [ -n "$ENSEMBLE" ]; then pairs=$(seq "$ENSEMBLE" | sed 's/^/0 /'); fi

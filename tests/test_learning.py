@@ -56,7 +56,7 @@ def learned(folder):
     return pd.read_csv(folder / "log.csv")["test_loss"].min() < 0.9 * GUESSING
 
 
-MODELS = ("mlp --epochs 3", "vgg11 --width 0.5 --epochs 3", "resnet20 --image-size 16 --epochs 6")
+MODELS = ("mlp --epochs 3", "vgg11 --width 0.5 --epochs 5", "resnet20 --image-size 16 --epochs 6")
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -69,7 +69,7 @@ def test_a_network_learns_at_the_defaults_of_stage_1(learn, tmp_path, model):
 def test_vgg11_learns_at_the_defaults_of_stages_2_and_4(learn, tmp_path):
     """Narrow, and its dense network at the sparse stage's learning rate: at 0.08 it may forget."""
     dense, masks, out = (tmp_path / part for part in ("dense/seed0", "imp", "sparse"))
-    learn("vgg11 --width 0.125 --lr 0.02 --epochs 10")
+    learn("vgg11 --width 0.25 --lr 0.02 --epochs 10")
     usual = ("--sparsity", 0.3, "--device", "cpu")
     succeed("prune_imp", "--dense", dense, "--epochs", 3, "--out", masks, *usual)
     ends = ("--arm", "lth", "--weights", dense, "--masks", masks, "--rewind", 0, "--out", out)
@@ -84,7 +84,7 @@ def test_a_run_that_ends_at_chance_says_so(learn, tmp_path):
 
 
 def test_resnet50_learns_at_imagenets_settings(patterns):
-    data = load_data("folder", str(patterns), 16, None, torch.device("cpu"))
+    data = load_data("folder", str(patterns), None, None, torch.device("cpu"))
     twice = {"train": data.train.repeat(2, 1, 1, 1), "train_labels": data.train_labels.repeat(2)}
     data = dataclasses.replace(data, **twice)  # or a batch would be larger than the set
     paper = {name: imagenet for name, (_, imagenet) in cli.PAPER["dense"].items()}
@@ -93,7 +93,7 @@ def test_resnet50_learns_at_imagenets_settings(patterns):
     settings |= {"batch_size": paper["batch_size"]}
     settings |= {"make_optimiser": sgd(paper["momentum"], paper["weight_decay"])}
     few = rates[:1] * 10  # steps of the first epoch, which has 1,251 on ImageNet
-    rows = train(build_model("resnet50", 0.25, 10, data.input_shape), data, few, **settings)
+    rows = train(build_model("resnet50", 0.125, 10, data.input_shape), data, few, **settings)
     assert rows[-1]["train_loss"] < 0.9 * GUESSING
 
 

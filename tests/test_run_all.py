@@ -4,6 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -105,7 +106,19 @@ def test_a_dry_run_names_the_interpreter_that_has_the_packages(tmp_path):
     assert dry("quick")[0][0] == "python3"
     path = command(tmp_path, "python3", "exit 1")
     assert dry("quick", PATH=path)[0][0] == ".venv/bin/python"
-    assert run_all("test", DRY_RUN="1").stdout == "python3 -m pytest -q tests\n"
+
+
+def test_the_tests_run_in_two_halves_and_fail_with_either(tmp_path):
+    halves = dry("test")
+    assert {tuple(words[:5]) for words in halves} == {("python3", "-m", "pytest", "-q", "tests")}
+    for file in (ROOT / "tests").glob("test_*.py"):
+        ignored = [fnmatch(file, words[5].removeprefix("--ignore-glob=")) for words in halves]
+        assert sorted(ignored) == [False, True]
+    for failing in ("nothing", "*!a-l*", "*[[]a-l*"):
+        script = f'echo "ran $*"; case "$*" in {failing}) exit 1; esac'
+        done = run_all("test", PATH=command(tmp_path, "python3", script))
+        assert done.stdout.count("ran -m") == 2
+        assert bool(done.returncode) == (failing != "nothing")
 
 
 def test_networks_go_side_by_side_by_themselves_on_a_cpu_alone(tmp_path):
