@@ -92,16 +92,6 @@ def test_the_stages_accept_the_commands_of_a_preset(tmp_path, preset, dataset, m
             assert "nowhere" in outcome.err or "no dense run" in outcome.err
 
 
-def test_a_tag_makes_all_but_the_dense_networks_anew():
-    usual, tagged = dry("cifar10", WIDTHS="1 4"), dry("cifar10", WIDTHS="1 4", TAG="adamw")
-    for before, now in zip(usual, tagged, strict=True):
-        text, folders = " ".join(now), by_flag(now).get("--out")
-        if now[1] not in ("train_dense.py", "-m"):
-            assert folders[0].startswith(("runs/cifar10/w1/adamw/", "runs/cifar10/w4/adamw/"))
-            assert text.count(" --tag adamw") == 1
-        assert text.replace(" --tag adamw", "").replace("/adamw/", "/") == " ".join(before)
-
-
 def test_a_dry_run_names_the_interpreter_that_has_the_packages(tmp_path):
     assert dry("quick")[0][0] == "python3"
     path = command(tmp_path, "python3", "exit 1")
