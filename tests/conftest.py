@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +26,7 @@ from common import cli
 from common.data import glyphs
 from common.models import build_model
 from common.runtime import resume
+from common.runtime.seeding import seeded as seeded_from
 
 FAST = "--batch-size 64 --precision fp32 --device cpu".split()
 TINY = [*"--model mlp --width 0.03125 --image-size 8 --limit-train 256".split(), *FAST]
@@ -155,6 +157,13 @@ def distance(one, other):
 
 def small_resnet(seed=0):
     return build_model("resnet20", 0.25, 2, (3, 8, 8), seed)
+
+
+def small_cnn(seed=0):
+    """A convolution with BatchNorm and a linear layer, for images of any size in ten classes."""
+    with seeded_from(seed):
+        features = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+        return nn.Sequential(*features, nn.Flatten(), nn.Linear(4, 10))
 
 
 def save_pictures(root, size=(12, 12), **counts):

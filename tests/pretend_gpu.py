@@ -38,19 +38,8 @@ class OnGpu(Tensor):
         gpu.held = values
         return gpu
 
-    @property
-    def data(self):
-        return self.detach()
-
-    @data.setter
-    def data(self, other):
-        self.held = other.held
-
     def tolist(self):
         return self.cpu().tolist()
-
-    def __reduce_ex__(self, protocol):
-        return self.cpu().__reduce_ex__(protocol)
 
     @classmethod
     def __torch_dispatch__(cls, *_):

@@ -8,11 +8,10 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -38,147 +37,41 @@ RESULTS = {  # a stage's result: folder, file, and what in the file an edit chan
 MASKS = ("imp/mask_0.30.pt", "align/mask_0.30.pt", "sparse/s0.30_k000/final.pt")
 MLP = "mlp --width 0.03125"
 FEW_IMAGES = ("common/data/glyphs.py", "TRAIN, TEST = 10_000, 1_000", "TRAIN, TEST = 256, 100")
-
-# ---------------------------------------------------------------- the edits
-
-LAYERWISE = """\
-def layerwise(weights, mask, keep):
-    pruned, left = {}, masking.kept(mask)
-    for name, entry in mask.items():
-        count = int(entry.sum())
-        share = keep * count // left  # so that the last layer makes the sum exact
-        pruned |= masking.prune_by_magnitude(weights, {name: entry}, share)
-        keep, left = keep - share, left - count
-    return pruned
-
-
-def prune_chain("""
-
-ROUNDING = """\
-def rounding(weights, mask, keep):
-    share = keep / masking.kept(mask)
-    return {
-        name: masking.prune_by_magnitude(weights, {name: entry}, int(share * entry.sum()))[name]
-        for name, entry in mask.items()
-    }
-
-
-def prune_chain("""
-
-SMALL = """\
-def small(width, classes, input_shape):
-    hidden = channels(8, width)
-    convolution = nn.Conv2d(input_shape[0], hidden, 3, bias=False)
-    features = [convolution, nn.BatchNorm2d(hidden), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
-    return initialise(nn.Sequential(*features, nn.Flatten(), nn.Linear(hidden, classes)))
-
-
-MODELS = {"small": small, """
-
-CUTOUT = """\
-def cutout(images, generator):
-    size, device = images.shape[-1], images.device
-    low = torch.randint(size - 3, (2, len(images), 1, 1, 1), generator=generator, device=device)
-    place = torch.arange(size, device=device)
-    rows, columns = (low <= place) & (place < low + 4)
-    return images.masked_fill(rows.mT & columns, 0.0)
-
-
-def main() -> None:"""
-
-BOTH_ACTIVE = """\
-def both_active(target, source):
-    return (target > 0).float().T @ (source > 0).float()
-
-
-SIMILARITIES["both-active"] = both_active
-
-
-def new_similarity("""
-
-BRIGHTNESS = """\
-def brightness(data_dir, image_size):
-    def images(count):
-        labels = torch.arange(count) % 3
-        pixels = torch.arange(count * 3 * image_size**2).view(count, 3, image_size, image_size)
-        return (pixels * 7919 % 80 + 80 * labels.view(-1, 1, 1, 1)).byte(), labels
-
-    return *images(300), *images(60), ["dark", "grey", "bright"], None
-
-
-SMALL_IMAGES["brightness"] = brightness
-DATASETS ="""
+CHECKS = {  # of the mask file of stage 2
+    "prune shortcuts too": lambda mask: mask["sparsity"] == mask["sparsity_total"],
+    "prune layer by layer": lambda mask: (
+        all(  # two rounds, and a weight a round is left to rounding
+            abs(int(entry.sum()) - 0.7 * entry.numel()) < 3 for entry in mask["mask"].values()
+        )
+    ),
+}
 
 
 class Edit(NamedTuple):
     changes: str  # the first stage whose result changes
-    patches: tuple  # of each a file, a text that it holds once, and what takes its place
-    model: str = MLP
-    check: Callable = lambda mask: True  # of the content of the mask file of stage 2
-    called_with: Any = ()  # what else the edited project needs: model, data, or flags of a stage
+    called_with: dict  # what else the edited project needs: model, data, or flags of a stage
+    patches: list  # of each a file, a text that it holds once, and what takes its place
 
 
-PRUNE = "masking.prune_exactly(masking.prune_by_magnitude,"
+def read_edits():
+    """Those of ablations.txt, by name."""
+    edits = {}
+    for block in (ROOT / "tests/ablations.txt").read_text().split("\n\n")[1:]:
+        (head, *lines), patches = block.splitlines(), []
+        for line in lines:
+            if line[0] not in "-+":
+                patches.append({"file": line})
+            else:
+                patches[-1].setdefault(line[0], []).append(line[1:])
+        name, changes, called_with = head.split(" |")
+        called_with = dict([called_with.strip().split("=")] if called_with else [])
+        patches = [(patch["file"], *map("\n".join, (patch["-"], patch["+"]))) for patch in patches]
+        edits[name] = Edit(changes.strip(), called_with, patches)
+    return edits
 
 
-def pruned_by(function: str, name: str) -> tuple:
-    """`function` before the stage's own, and by its name in place of the argument."""
-    new = f"masking.prune_exactly({name},"
-    return ("prune_imp.py", "def prune_chain(", function), ("prune_imp.py", PRUNE, new)
-
-
-SGD = "partial(torch.optim.SGD, lr=0.0, momentum=momentum, weight_decay=decay, fused=True)"
-ADAMW = "partial(torch.optim.AdamW, lr=0.0, weight_decay=decay)"
-EDITS = {
-    "prune shortcuts too": Edit(
-        "prune_imp",
-        (("common/masking.py", 'SHORTCUTS = {"shortcut", "downsample"}', "SHORTCUTS = set()"),),
-        model="resnet20 --width 0.25",
-        check=lambda mask: mask["sparsity"] == mask["sparsity_total"],
-    ),
-    "prune layer by layer": Edit(
-        "prune_imp",
-        pruned_by(LAYERWISE, "layerwise"),
-        check=lambda mask: all(  # two rounds, and a weight a round is left to rounding
-            abs(int(entry.sum()) - 0.7 * entry.numel()) < 3 for entry in mask["mask"].values()
-        ),
-    ),
-    "AdamW in the sparse stage": Edit("train_sparse", (("train_sparse.py", SGD, ADAMW),)),
-    "a new model": Edit(
-        "train_dense", (("common/models.py", "MODELS = {", SMALL),), called_with={"model": "small"}
-    ),
-    "cutout": Edit(
-        "train_dense",
-        (
-            ("train_dense.py", "def main() -> None:", CUTOUT),
-            ("train_dense.py", "augment=None", "augment=cutout"),
-        ),
-    ),
-    "an own similarity": Edit(
-        "align_mask",
-        (("common/align/matching.py", "def new_similarity(", BOTH_ACTIVE),),
-        called_with={"align_mask": " --statistic both-active"},
-    ),
-    "an own schedule": Edit(
-        "train_dense",
-        (
-            (
-                "common/training.py",
-                '    "step": ',
-                '    "parabola": lambda epoch, epochs: (1 - epoch / epochs) ** 2,\n    "step": ',
-            ),
-        ),
-        called_with={"train_dense": " --schedule parabola"},
-    ),
-    "an own data set": Edit(
-        "train_dense",
-        (("common/data/__init__.py", "\nDATASETS =", f"\n\n{BRIGHTNESS}"),),
-        called_with={"data": "brightness"},
-    ),
-    "fewer matching images": Edit(
-        "align_mask", (("common/cli.py", "MATCH_IMAGES = (None,", "MATCH_IMAGES = (20,"),)
-    ),
-}
+EDITS = read_edits()
+ROUNDING = EDITS.pop("a rule that rounds")
 
 # ---------------------------------------------------------------- copies and their processes
 
@@ -198,7 +91,7 @@ def copied(folder, *patches):
 def command(stage, runs, out, model, **other):
     """A stage's command line, which reads from `runs` and writes to `out`."""
     texts = USUAL | {"runs": runs, "out": out, "model": model} | other
-    return [f"{stage}.py", *(STAGES[stage] + other.get(stage, "")).format(**texts).split()]
+    return [f"{stage}.py", *f"{STAGES[stage]} {other.get(stage, '')}".format(**texts).split()]
 
 
 def call_all(project, commands, cut_off):
@@ -273,15 +166,16 @@ def test_an_edit_changes_its_stage_and_no_old_run_is_taken_for_the_new_one(
     name, unedited, tmp_path
 ):
     edit = EDITS[name]
-    folder, called_with = unedited(edit.model), {"model": edit.model} | dict(edit.called_with)
-    shutil.copytree(folder / "runs", tmp_path / "runs")
-    shutil.copytree(folder / "cut", tmp_path / "cut")
+    model = edit.called_with.get("of", MLP)
+    folder, called_with = unedited(model), {"model": model} | edit.called_with
+    for part in ("runs", "cut"):
+        shutil.copytree(folder / part, tmp_path / part)
     runs, new, cut = (tmp_path / part for part in ("runs", "new", "cut"))
     outcomes = run(
         copied(tmp_path / "project", *edit.patches),
         *(command(stage, new, new, **called_with) for stage in STAGES),
-        *(command(stage, runs, runs, edit.model) for stage in STAGES),
-        command(edit.changes, runs, cut, edit.model),
+        *(command(stage, runs, runs, model) for stage in STAGES),
+        command(edit.changes, runs, cut, model),
     )
     files = [file for file, *_ in edit.patches]
     other_code = {stage: f"{stage}.py" in files or "common/" in "".join(files) for stage in STAGES}
@@ -296,12 +190,12 @@ def test_an_edit_changes_its_stage_and_no_old_run_is_taken_for_the_new_one(
         assert after[1] == after[2] and (after[1] != before[1]) == other_code[stage]
     for path in MASKS:
         mask = torch.load(new / path, weights_only=True)
-        kept = [int(entry.sum()) for entry in mask["mask"].values()]
-        size = sum(entry.numel() for entry in mask["mask"].values())
-        assert sum(kept) == round(0.7 * size)
+        kept = sum(int(entry.sum()) for entry in mask["mask"].values())
+        assert kept == round(0.7 * sum(entry.numel() for entry in mask["mask"].values()))
     for key, entry in mask["mask"].items():  # of the sparse network
         assert not mask["state_dict"][key][~entry].any()
-    assert edit.check(torch.load(new / MASKS[0], weights_only=True))
+    if name in CHECKS:
+        assert CHECKS[name](torch.load(new / MASKS[0], weights_only=True))
 
     for stage, (code, text) in zip(STAGES, outcomes[4:]):
         assert code == 0 and all("is finished" in line for line in text.splitlines()), text
@@ -323,7 +217,7 @@ def test_an_edit_changes_its_stage_and_no_old_run_is_taken_for_the_new_one(
 
 def test_a_pruning_rule_that_rounds_is_named_at_once(unedited, tmp_path):
     runs = unedited(MLP) / "runs"
-    project = copied(tmp_path / "project", *pruned_by(ROUNDING, "rounding"))
+    project = copied(tmp_path / "project", *ROUNDING.patches)
     with pytest.raises(ValueError, match="^rounding kept "):
         run(project, command("prune_imp", runs, tmp_path, MLP))
     assert not list((tmp_path / "imp").glob("*.pt"))  # not even resume.pt: nothing was trained

@@ -1,6 +1,7 @@
 """Every network starts as its source says, and learns at the paper's settings in some steps."""
 
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -18,10 +19,9 @@ from common.models import build_model
 from common.runtime.seeding import seeded
 from common.training import learning_rates, train
 from common.vision import torchvision
-from tests.conftest import same, sgd, sparse, succeed
+from tests.conftest import result, same, sgd, sparse, succeed
 
 GUESSING = math.log(10)
-EPOCHS = {"mlp": 3, "vgg11": 3, "resnet20": 6}  # of 5 steps
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +29,13 @@ def patterns(tmp_path_factory):
     """A folder of 10 classes of 32 px: four random colours each, under noise."""
     root, random = tmp_path_factory.mktemp("patterns"), np.random.default_rng(0)
     coarse = 60 * random.normal(size=(10, 2, 2, 3)).repeat(16, 1).repeat(16, 2)
-    for split, count in (("train", 64), ("test", 10)):
-        for label, pattern in enumerate(coarse):
-            (root / split / str(label)).mkdir(parents=True)
-            for number in range(count):
-                pixels = 128 + pattern + random.normal(0, 40, (32, 32, 3))
-                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(
-                    root / split / str(label) / f"{number}.png"
-                )
+    for (label, pattern), split in itertools.product(enumerate(coarse), ("train", "test")):
+        folder = root / split / str(label)
+        folder.mkdir(parents=True)
+        for number in range(64 if split == "train" else 10):
+            pixels = 128 + pattern + random.normal(0, 40, (32, 32, 3))
+            image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+            image.save(folder / f"{number}.png")
     return root
 
 
@@ -45,7 +44,7 @@ def learn(patterns, tmp_path):
     """Trains a dense network on them, by the defaults of stage 1 but for some flags."""
 
     def dense(model, *more):
-        about = ("--dataset", "folder", "--data-dir", patterns, "--model", model)
+        about = ("--dataset", "folder", "--data-dir", patterns, "--model", *model.split())
         out = ("--device", "cpu", "--out", tmp_path / "dense")
         return succeed("train_dense", *about, *out, *more)
 
@@ -57,17 +56,20 @@ def learned(folder):
     return pd.read_csv(folder / "log.csv")["test_loss"].min() < 0.9 * GUESSING
 
 
-@pytest.mark.parametrize("model", EPOCHS)
+MODELS = ("mlp --epochs 3", "vgg11 --width 0.5 --epochs 5", "resnet20 --image-size 16 --epochs 6")
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_a_network_learns_at_the_defaults_of_stage_1(learn, tmp_path, model):
     """At some epoch: images as plain as these are forgotten again, at a learning rate of 0.08."""
-    learn(model, "--epochs", EPOCHS[model])
+    learn(model)
     assert learned(tmp_path / "dense/seed0")
 
 
 def test_vgg11_learns_at_the_defaults_of_stages_2_and_4(learn, tmp_path):
     """Narrow, and its dense network at the sparse stage's learning rate: at 0.08 it may forget."""
     dense, masks, out = (tmp_path / part for part in ("dense/seed0", "imp", "sparse"))
-    learn("vgg11", "--width", 0.25, "--lr", 0.02, "--epochs", 10)
+    learn("vgg11 --width 0.25 --lr 0.02 --epochs 10")
     usual = ("--sparsity", 0.3, "--device", "cpu")
     succeed("prune_imp", "--dense", dense, "--epochs", 3, "--out", masks, *usual)
     ends = ("--arm", "lth", "--weights", dense, "--masks", masks, "--rewind", 0, "--out", out)
@@ -76,9 +78,9 @@ def test_vgg11_learns_at_the_defaults_of_stages_2_and_4(learn, tmp_path):
 
 
 def test_a_run_that_ends_at_chance_says_so(learn, tmp_path):
-    for lr, ends_so in ((1e-9, True), (0.02, False)):
-        narrow = ("--width", 0.25, "--epochs", 1, "--lr", lr, "--out", tmp_path / f"{lr}")
-        assert ("ends at chance" in learn("mlp", *narrow)) == ends_so
+    for lr in (1e-9, 0.02):
+        text = learn(f"mlp --width 0.25 --epochs 1 --lr {lr}", "--out", tmp_path / f"{lr}")
+        assert ("ends at chance" in text) == (lr < 0.01)
 
 
 def test_resnet50_learns_at_imagenets_settings(patterns):
@@ -91,60 +93,51 @@ def test_resnet50_learns_at_imagenets_settings(patterns):
     settings |= {"batch_size": paper["batch_size"]}
     settings |= {"make_optimiser": sgd(paper["momentum"], paper["weight_decay"])}
     few = rates[:1] * 10  # steps of the first epoch, which has 1,251 on ImageNet
-    rows = train(build_model("resnet50", 0.25, 10, data.input_shape), data, few, **settings)
+    rows = train(build_model("resnet50", 0.125, 10, data.input_shape), data, few, **settings)
     assert rows[-1]["train_loss"] < 0.9 * GUESSING
 
 
 def test_a_sparse_run_that_diverges_is_a_result(runs, tmp_path):
-    def strict(path):
-        return json.loads(path.read_text(), parse_constant=pytest.fail)  # NaN is no JSON
-
-    shutil.copytree(runs, tmp_path / "R")
-    ends = ("naive", runs / "dense/seed1", runs / "imp/seed0", tmp_path / "R/sparse/naive/wild")
-    cells = ("--sparsity", 0.5, 0.7, "--rewind", 1, "--lr", 1e6)
-    outcome, names = sparse(*ends, *cells), ("s0.50_k001", "s0.70_k001")
+    root, names = tmp_path / "R", ("s0.50_k001", "s0.70_k001")
+    shutil.copytree(runs, root)
+    sane, wild = (root / "sparse/naive" / name for name in ("seed0-seed1", "wild"))
+    ends = ("naive", runs / "dense/seed1", runs / "imp/seed0", wild, "--rewind", 1, "--lr", 1e6)
+    outcome = sparse(*ends)
     assert outcome.code == 0 and outcome.out.count("diverged in epoch 2") == 2, outcome
-    for folder in (ends[-1] / name for name in names):
-        result = strict(folder / "result.json")
-        assert result["diverged"] == 2 and result["test_loss"] is None
-        assert 0 <= result["test_acc"] < 50
-        assert pd.read_csv(folder / "log.csv")["epoch"].tolist() == [2]  # the last that it trained
-        assert not list(folder.glob("*.pt"))
-    assert sparse(*ends, *cells).out.count("nothing to do") == 2
-    sane = tmp_path / "R/sparse/naive/seed0-seed1"
-    assert strict(sane / "s0.50_k001/result.json")["diverged"] is None
+    for name in names:
+        text = (wild / name / "result.json").read_text()
+        found = json.loads(text, parse_constant=pytest.fail)  # NaN is no JSON
+        assert found["diverged"] == 2 and found["test_loss"] is None
+        assert 0 <= found["test_acc"] < 50
+        assert pd.read_csv(wild / name / "log.csv")["epoch"].tolist() == [2]  # the last it trained
+        assert not list((wild / name).glob("*.pt"))
+    assert sparse(*ends).out.count("nothing to do") == 2
+    assert result(sane / names[0])["diverged"] is None
     for name in names:
         shutil.rmtree(sane / name)
-    table = succeed("analyze.results", tmp_path / "R")
-    assert "2 of 24 runs diverged" in table and f"{folder} in epoch 2" in table
-    assert pd.read_csv(tmp_path / "R/results.csv")["diverged"].dropna().tolist() == [2, 2]
+    table = succeed("analyze.results", root)
+    assert "2 of 24 runs diverged" in table and f"{wild / names[1]} in epoch 2" in table
+    assert pd.read_csv(root / "results.csv")["diverged"].dropna().tolist() == [2, 2]
 
 
 @pytest.mark.parametrize(
-    "name, width",
-    [("mlp", 1), ("vgg11", 1), ("resnet20", 1), ("resnet20", 4), ("resnet20", 16), ("resnet50", 1)],
+    "name, width", [("mlp", 1), ("vgg11", 1), ("resnet20", 1), ("resnet20", 4)]
 )
 def test_initial_weights_are_those_of_their_source(name, width):
-    """Standard deviations by hand: 2 / fan-in, or fan-out, and what PyTorch draws elsewhere."""
+    """Variances by hand: 2 / fan-in, of VGG11 2 / fan-out. ResNet20 has PyTorch's biases."""
     model = build_model(name, width, 10, (3, 32, 32), seed=1)
-    for layer, module in model.named_modules():
-        if not isinstance(module, (nn.Conv2d, nn.Linear)):
+    for layer in model.modules():
+        if not isinstance(layer, (nn.Conv2d, nn.Linear)):
             continue
-        rows, fan_in = module.weight.flatten(1).shape
-        fan_out = rows * fan_in // module.weight.shape[1]
-        by_fan_out = name == "resnet50" or name == "vgg11"
-        expected = (2 / (fan_out if by_fan_out else fan_in)) ** 0.5
-        if name == "vgg11" and isinstance(module, nn.Linear):
-            expected = 0.01
-        if name == "resnet50" and isinstance(module, nn.Linear):
-            expected = (3 * fan_in) ** -0.5  # uniform, as PyTorch draws it
-        values = module.weight.detach()
-        tolerance = 5 / (2 * values.numel()) ** 0.5  # five standard errors of a deviation
-        assert float(values.std() / expected) == pytest.approx(1, abs=tolerance), layer
-        if module.bias is not None:
-            largest = float(module.bias.detach().abs().max())
-            drawn = name.startswith("resnet")
-            assert 0 < largest <= fan_in**-0.5 if drawn else largest == 0, layer
+        weights, fan_in = layer.weight.detach(), layer.weight[0].numel()
+        fan = len(weights) * weights[0, 0].numel() if name == "vgg11" else fan_in
+        last_of_vgg = name == "vgg11" and isinstance(layer, nn.Linear)
+        expected = 0.01 if last_of_vgg else (2 / fan) ** 0.5
+        tolerance = 5 / (2 * weights.numel()) ** 0.5  # five standard errors of a deviation
+        assert float(weights.std() / expected) == pytest.approx(1, abs=tolerance), layer
+        if layer.bias is not None:
+            largest = float(layer.bias.detach().abs().max())
+            assert 0 < largest <= fan_in**-0.5 if name == "resnet20" else largest == 0, layer
 
 
 def test_resnet50_of_width_1_is_torchvisions():

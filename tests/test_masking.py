@@ -6,6 +6,7 @@ from torch.nn.utils import prune
 from common import masking
 from common.errors import UserError
 from common.models import build_model
+from tests.conftest import same
 
 WEIGHTS = {"a": torch.tensor([[1.0, -2.0], [3.0, -4.0]]), "b": torch.tensor([0.5, -5.0])}
 DIAGONAL = torch.tensor([[True, False], [False, True]])
@@ -30,17 +31,15 @@ def test_magnitude_pruning_by_hand():
 
 def test_equals_torch_global_unstructured():
     model = build_model("resnet20", 0.5, seed=1)
-    names, weights = masking.prunable(model), model.state_dict()
-    weights = {name: weights[name].clone() for name in names}
-    mask = masking.dense_mask(weights, names)
-    layers = [(model.get_submodule(name.removesuffix(".weight")), "weight") for name in names]
-    for _ in range(3):
-        keep = masking.keep_count(masking.kept(mask), 0.3)
+    weights = {name: model.get_parameter(name).detach().clone() for name in masking.prunable(model)}
+    layers = {name: model.get_submodule(name.removesuffix(".weight")) for name in weights}
+    mask = masking.dense_mask(weights, weights)
+    for keep in (50_000, 40_000, 9_999):
         amount = masking.kept(mask) - keep
-        prune.global_unstructured(layers, prune.L1Unstructured, amount=amount)
+        every = [(layer, "weight") for layer in layers.values()]
+        prune.global_unstructured(every, prune.L1Unstructured, amount=amount)
         mask = masking.prune_by_magnitude(weights, mask, keep)
-        for name, (layer, _) in zip(names, layers):
-            assert torch.equal(mask[name], layer.weight_mask.bool()), name
+        assert all(torch.equal(mask[name], layers[name].weight_mask.bool()) for name in layers)
 
 
 @pytest.mark.parametrize(
@@ -66,12 +65,9 @@ def test_keep_count_meets_the_sparsity_to_one_weight():
 
 
 def test_the_plan_of_a_chain_by_hand():
-    chain = [(1, 80, None), (2, 64, None), (3, 51, None)]
-    branches = [(1, 80, 0.2), (2, 70, 0.3), (4, 50, 0.5)]  # off the last round that keeps more
-    found = masking.plan(100, [0.2, 0.5, 0.3], 0.2)
-    assert [row for row in found if row[2] is None] == chain
-    assert [row for row in found if row[2]] == branches
-    assert [number for number, *_ in found] == sorted(number for number, *_ in found)
+    """80, 64, 51 and so on of 100; a branch goes off the last round that keeps more."""
+    plan = [(1, 80, 0.2), (1, 80, None), (2, 70, 0.3), (2, 64, None), (3, 51, None), (4, 50, 0.5)]
+    assert masking.plan(100, [0.2, 0.5, 0.3], 0.2) == plan
     assert masking.plan(100, [0.5, 0.3], 1) == [(1, 50, 0.5), (1, 70, 0.3)]  # one-shot
     with pytest.raises(UserError, match="0.999 keeps all or none of the 100"):
         masking.plan(100, [0.999], 0.2)
@@ -101,10 +97,11 @@ def test_apply_signs_fan_in_by_hand():
 def test_shuffling_keeps_the_count_of_each_layer():
     mask = {"a": torch.arange(100) < 30, "b": torch.arange(50).view(5, 10) < 40}
     shuffled, again, other = (masking.shuffle(mask, seed) for seed in (1, 1, 2))
-    assert {name: int(entry.sum()) for name, entry in shuffled.items()} == {"a": 30, "b": 40}
-    assert shuffled["b"].shape == (5, 10) and torch.equal(again["a"], shuffled["a"])
-    for different in (mask, other):
-        assert not torch.equal(different["a"], shuffled["a"])
+    assert {name: (int(entry.sum()), entry.shape) for name, entry in shuffled.items()} == {
+        "a": (30, (100,)),
+        "b": (40, (5, 10)),
+    }
+    assert same(again, shuffled) and not same(mask, shuffled) and not same(other, shuffled)
 
 
 def test_masker_holds_the_mask_and_notices_a_leak():

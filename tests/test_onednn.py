@@ -1,5 +1,6 @@
 """Networks in oneDNN's layout compute what they compute outside of it."""
 
+import contextlib
 import copy
 
 import pytest
@@ -21,83 +22,87 @@ suited = onednn.suits(build_model("resnet20"))
 pytestmark = pytest.mark.skipif(not suited, reason="no oneDNN in bf16 here")
 
 
-class Mixture(nn.Module):
-    """Operations that stay in the layout, leave it, come back, and never enter."""
-
-    in_onednn = True
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(2, 4, 3, padding=1, bias=False)
-        self.strided = nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=2, bias=False)
-        self.biased = nn.Conv2d(4, 4, 1)
-        self.same = nn.Conv2d(4, 4, 3, padding="same", bias=False)
-        self.dilated = nn.Conv2d(8, 4, 3, padding=2, dilation=2, bias=False)
-        self.whole = nn.Conv2d(4, 4, 4, bias=False)
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        x = self.relu(self.first(x))
-        y = F.relu(self.strided(x)) + F.max_pool2d(x, 2)
-        y += self.strided(x) + self.whole(self.strided(x))  # broadcasts
-        z = torch.add(torch.cat([self.strided(x), y], 1)[:, :4], other=self.strided(x))
-        joined = torch.cat([self.biased(y), y.roll(1, 1)], dim=1)
-        return (self.dilated(joined) + self.same(y) + z + 1).amax((2, 3))
-
-
-def test_whole_numbers_go_through_exactly():
-    """Weights so small and whole that bf16 holds all values exactly."""
-    generator, model = torch.Generator().manual_seed(1), Mixture()
-    for parameter in model.parameters():
-        parameter.data = torch.randint(-1, 2, parameter.shape, generator=generator).float()
-        parameter.data[torch.rand(parameter.shape, generator=generator) < 0.7] = 0
-    images = torch.randint(-1, 2, (3, 2, 8, 8), generator=generator).float()
-    expected = model(images)
-    assert 4 < expected.abs().max() < 256
-    with autocast(model, CPU, "bf16"):
-        logits = model(images)
-    assert torch.equal(logits.float(), expected)
-    for some, others in zip(*(gradients(model, out.float()) for out in (logits, expected))):
-        assert torch.allclose(some, others, rtol=0.02, atol=0.02 * float(others.abs().max()))
-
-
 def gradients(model, output):
     return torch.autograd.grad(output.square().sum(), [*model.parameters()], retain_graph=True)
 
 
 def test_a_step_of_resnet20_is_as_near_to_fp32_as_outside():
     exact, images = build_model("resnet20", 0.5, 10, (3, 16, 16)), torch.randn(32, 3, 16, 16)
-    inside, outside = copy.deepcopy(exact), copy.deepcopy(exact)
-    logits = [exact(images)]
-    with autocast(inside, CPU, "bf16"):
-        logits.append(inside(images).float())
-    with torch.autocast("cpu", torch.bfloat16):
-        logits.append(outside(images).float())
-    assert not torch.equal(logits[1], logits[2])  # the layout was used
-    steps = [gradients(model, logits[n]) for n, model in enumerate((exact, inside, outside))]
-    for values in (logits, [torch.cat([*map(torch.flatten, step)]) for step in steps]):
-        near, as_near = ((values[0] - values[n]).norm() / values[0].norm() for n in (1, 2))
-        assert near < 1.5 * as_near < 1
+    inside, outside, steps = copy.deepcopy(exact), copy.deepcopy(exact), []
+    outside_of_it = torch.autocast("cpu", torch.bfloat16)
+    ways = ((exact, contextlib.nullcontext()), (outside, outside_of_it))
+    for model, precision in (*ways, (inside, autocast(inside, CPU, "bf16"))):
+        with precision:
+            logits = model(images).float()
+        steps.append(torch.cat([*map(torch.flatten, gradients(model, logits))]))
+    as_near, near = ((step - steps[0]).norm() / steps[0].norm() for step in steps[1:])
+    assert near < 1.5 * as_near < 1 and near != as_near
     for one, other in zip(inside.buffers(), exact.buffers()):
         assert torch.allclose(one, other, rtol=0.02, atol=0.02)
 
 
-def test_what_stays_in_the_layout():
+STAY = (
+    F.relu,
+    torch.relu,
+    lambda x: x.relu(),
+    lambda x: x + x,
+    lambda x: x.add(x),
+    lambda x: torch.add(x, x),
+)
+WHOLE = nn.Conv2d(4, 4, 8, bias=False)  # of 8 px: its output is a number a channel
+LEAVE = (
+    lambda x: x + WHOLE(x),
+    lambda x: torch.add(x, other=x),
+    lambda x: x + 1,
+    lambda x: x * x,
+    lambda x: x + x.sum((2, 3), keepdim=True),
+    lambda x: F.max_pool2d(x, 2),
+    lambda x: torch.cat([x, x.roll(1, 1)], dim=1)[:, :3],
+    nn.BatchNorm2d(4, affine=False),
+    nn.BatchNorm2d(4).eval(),
+)
+
+
+def test_what_stays_in_the_layout_and_what_leaves_it():
     model, images = small_resnet(), torch.randn(4, 3, 8, 8)
-    norm, plain = model.bn1, nn.BatchNorm2d(4, affine=False)
     with autocast(model, CPU, "bf16"):
         x = model.conv1(images)
-        stay = [x, norm(x), F.relu(x), torch.relu(x), x.relu(), x + x, x.add(x), torch.add(x, x)]
-        assert all(value.is_mkldnn for value in (*stay, model.blocks[0](x)))
-        leave = [plain(x), norm.eval()(x), x + 1, x * x, x + x.sum((2, 3), keepdim=True)]
-        assert not any(value.is_mkldnn for value in (*leave, F.max_pool2d(x, 2)))
+        for stays, functions in ((True, STAY), (False, LEAVE)):
+            for function in functions:
+                value, expected = function(x), function(x.to_dense())
+                assert value.is_mkldnn == stays
+                assert torch.equal(value.to_dense() if stays else value, expected)
+        assert x.is_mkldnn and model.bn1(x).is_mkldnn and model.blocks[0](x).is_mkldnn
         with torch.no_grad():
-            assert norm(x).is_mkldnn
-        (stay[1] + plain(x)).sum().backward()
+            assert model.bn1.eval()(x).is_mkldnn
         with pytest.raises(RuntimeError, match="type"):
             model.conv1(images.double())  # as outside
         with torch.autocast("cpu", enabled=False):
             assert model.conv1(images).dtype == torch.float32
+
+
+CONVOLUTIONS = (
+    {"stride": 2, "padding": 1, "groups": 2},
+    {"padding": 2, "dilation": 2},
+    {"padding": "same"},
+    {"bias": True},
+)
+
+
+@pytest.mark.parametrize("how", CONVOLUTIONS)
+def test_convolutions_of_whole_numbers_are_exact(how):
+    """Weights so small and whole that bf16 holds all values, and gradients, exactly."""
+    layer, images = nn.Conv2d(4, 4, 3, **{"bias": False} | how), torch.randint(-1, 2, (3, 4, 8, 8))
+    for parameter in layer.parameters():
+        parameter.data = torch.randint(-1, 2, parameter.shape).float()
+    expected = layer(images.float())
+    with autocast(small_resnet(), CPU, "bf16"):
+        found = layer(images.float())
+    assert found.is_mkldnn == (not {"bias", "same"} & {*how, *how.values()})
+    found = found.to_dense().float() if found.is_mkldnn else found.float()
+    assert torch.equal(found, expected)
+    ends = (gradients(layer, out.clamp(-1, 1)) for out in (found, expected))
+    assert all(map(torch.equal, *ends))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

@@ -20,6 +20,7 @@ from tests.conftest import (
     fork,
     forks,
     same,
+    small_cnn,
     small_resnet,
     stage1,
     stage2,
@@ -32,14 +33,15 @@ from tests.test_data import resident
 from tests.test_training import SETTINGS
 
 CPU = torch.device("cpu")
-HOWS = [pytest.param(parallel._in_processes, marks=forks), parallel._in_threads]
+BOTH = [parallel._in_processes, parallel._in_threads]
+HOWS = [pytest.param(BOTH[0], marks=forks), BOTH[1]]
 
 
 def jobs(folder, data):
     """Three runs of one to three epochs, each of which leaves end.pt in a folder of its own."""
 
     def run(seed):
-        model, rates = small_resnet(seed), [0.125, 0.5, 0.25][: 1 + seed]
+        model, rates = small_cnn(seed), [0.125, 0.5, 0.25][: 1 + seed]
         settings = SETTINGS | {"seed": seed, "progress": False, "folder": folder / str(seed)}
         train(model, data, rates, **settings)
         checkpoint.save(cpu_state(model), folder / f"{seed}/end.pt")
@@ -66,30 +68,26 @@ def test_a_run_that_fails_stops_no_other(tmp_path, how, monkeypatch, capfd):
     def user():
         raise UserError("the disk\nis full")
 
-    runs = {name: (tmp_path / name).touch for name in "abc"}
-    runs = {"x": user, **runs, "y": lambda: 1 / 0, "z": lambda: None}
-    assert how(runs, 2, CPU) == {"x": 2, "y": 1}
-    assert all((tmp_path / name).exists() for name in "abc")
+    runs = {"x": user, "y": lambda: 1 / 0} | {name: (tmp_path / name).touch for name in "abc"}
     monkeypatch.setattr(parallel, "_in_processes", how)
-    with pytest.raises(RuntimeError, match=r"2 of 6 runs failed \(y\)"):
+    with pytest.raises(RuntimeError, match=r"2 of 5 runs failed \(y\)"):
         parallel.side_by_side(runs, 2, CPU)
+    assert all((tmp_path / name).exists() for name in "abc")
     del runs["y"]
-    with pytest.raises(UserError, match=r"1 of 5 runs failed \(x\)"):
+    with pytest.raises(UserError, match=r"1 of 4 runs failed \(x\)"):
         parallel.side_by_side(runs, 2, CPU)
     err = capfd.readouterr().err
     assert "x: error: the disk is full\n" in err and "ZeroDivisionError" in err
 
 
-@pytest.mark.parametrize(
-    "sent, kind, memory", [(signal.SIGKILL, UserError, True), (signal.SIGUSR1, RuntimeError, False)]
-)
-def test_a_killed_process_is_named(capfd, sent, kind, memory):
+@pytest.mark.parametrize("sent, kind", [("SIGKILL", UserError), ("SIGUSR1", RuntimeError)])
+def test_a_killed_process_is_named(capfd, sent, kind):
     """SIGKILL is what a machine without memory sends; other signals are bugs."""
-    runs = {"killed": lambda: os.kill(os.getpid(), sent), "well": lambda: None}
+    runs = {"killed": lambda: os.kill(os.getpid(), signal.Signals[sent]), "well": lambda: None}
     with pytest.raises(kind, match=r"1 of 2 runs failed \(killed\)"):
         parallel.side_by_side(runs, 2, CPU)
     err = capfd.readouterr().err
-    assert f"killed: error: ended by {sent.name}" in err and ("memory" in err) == memory
+    assert f"killed: error: ended by {sent}" in err and ("memory" in err) == (kind is UserError)
 
 
 def test_a_run_side_by_side_has_one_thread_whatever_the_others_have():
@@ -99,9 +97,8 @@ def test_a_run_side_by_side_has_one_thread_whatever_the_others_have():
     threads, runs = torch.get_num_threads(), {"a": run, "b": run}
     try:
         torch.set_num_threads(2)
-        for count in (1, 2):
-            parallel.side_by_side(runs, count, CPU)
-        assert parallel._in_threads(runs, 2, CPU) == {}
+        for how, count in ((parallel._in_processes, 1), *((how, 2) for how in BOTH)):
+            assert how(runs, count, CPU) == {}
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
@@ -111,16 +108,13 @@ def test_how_many_run_side_by_side(monkeypatch):
     def picked(asked="auto", runs=99, width=1, data=resident()):
         return parallel.pick_count(asked, runs, width, data)
 
-    for cores, runs, expected in (
-        (2, (1, 2, 3, 4, 5, 99), [1, 2, 3, 2, 2, 2]),
-        (16, (3, 16, 17, 31), [3, 16, 16, 16]),
-    ):
+    for cores, counts in ((2, {1: 1, 2: 2, 3: 3, 4: 2, 99: 2}), (16, {3: 3, 16: 16, 31: 16})):
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores))
-        assert [picked(runs=count) for count in runs] == expected
+        assert {runs: picked(runs=runs) for runs in counts} == counts
     assert [picked("3", count) for count in (9, 2)] == [3, 2]
     gpu = resident(device="meta")  # any device that is no CPU
-    counts = [picked(width=width, data=gpu) for width in (0.25, 1, 4, 16, 32)]
-    assert counts == [32, 16, 4, 1, 1]
+    counts = {0.25: 32, 1: 16, 4: 4, 16: 1, 32: 1}
+    assert {width: picked(width=width, data=gpu) for width in counts} == counts
     streamed = types.SimpleNamespace(device=torch.device("cuda"))  # ImageNet
     assert [picked(asked, data=streamed) for asked in ("auto", "2")] == [1, 2]
 

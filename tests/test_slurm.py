@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.conftest import ROOT
-from tests.test_run_all import command, dry, run_all, values
+from tests.test_run_all import by_flag, command, dry, run_all
 
 SETTINGS = {"LAUNCH": "slurm", "PAIRS": "0", "SPARSITY": "0.5 0.8", "SBATCH": "--gres=gpu:1"}
 NAMES = ["train_dense", "prune_imp", "align_mask", "train_sparse", "analyses"]
@@ -42,7 +42,7 @@ def test_slurm_gets_an_array_job_a_stage_each_after_the_one_before(tmp_path, clu
         [word for word in words[1:] if word] for words in expected
     ]
     arms = [words for words in expected if words[1] == "train_sparse.py"]
-    assert [values(words, "--sparsity") for words in arms] == [["0.5"], ["0.8"]] * 3
+    assert [by_flag(words)["--sparsity"] for words in arms] == [["0.5"], ["0.8"]] * 3
 
 
 def test_slurm_gets_what_is_missing_and_nothing_twice(tmp_path, cluster):

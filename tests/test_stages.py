@@ -11,7 +11,7 @@ import train_sparse
 from common import masking
 from common.align.axes import find_axes
 from common.align.permutation import permute
-from common.data import Resident, load_described, stage_seed
+from common.data import load_described, stage_seed
 from common.models import build_model
 from common.training import learning_rates, train
 from tests.conftest import (
@@ -22,7 +22,6 @@ from tests.conftest import (
     same,
     save_pictures,
     sgd,
-    stage1,
     stage2,
     stage3,
     stage4,
@@ -31,6 +30,7 @@ from tests.conftest import (
     weights,
 )
 
+ALIGNED = "align/activation/seed0-seed1"
 RATES = learning_rates("cosine", 0.08, 3)  # of the dense runs
 
 
@@ -38,11 +38,10 @@ def files(folder, pattern="*"):
     return {path.name for path in folder.glob(pattern)}
 
 
-def train_by_hand(run, epoch, stage, rates, mask=None, seed=0):
-    """The weights of a dense run after an epoch, trained as a stage should."""
-    dense = state(run / f"epoch_{epoch:04d}.pt")
-    model, data = build_model(**dense["model"]), load_described(dense["dataset"])
-    model.load_state_dict(masking.apply(dense["state_dict"], mask or {}))
+def train_by_hand(start, epoch, stage, rates, mask=None, seed=0):
+    """The weights of a checkpoint that a stage trained on, as it should, from an epoch on."""
+    model, data = build_model(**start["model"]), load_described(start["dataset"])
+    model.load_state_dict(masking.apply(start["state_dict"], mask or {}))
     settings = {"name": "by hand", "folder": None, "batch_size": 64, "precision": "fp32"}
     settings |= {"make_optimiser": sgd(0.9, 5e-4), "seed": stage_seed(seed, stage)}
     train(model, data, rates, first_epoch=epoch, mask=mask, **settings)
@@ -51,18 +50,17 @@ def train_by_hand(run, epoch, stage, rates, mask=None, seed=0):
 
 def test_dense_runs_keep_the_initialisation_the_asked_epochs_and_the_last(runs):
     folder = runs / "dense/seed1"
-    kept = {f"epoch_000{epoch}.pt" for epoch in (0, 1, 3)}
-    assert files(folder) == kept | {"arguments.json", "log.csv", "result.json"}
+    kept = "epoch_0000.pt epoch_0001.pt epoch_0003.pt arguments.json log.csv result.json"
+    assert files(folder) == set(kept.split())
     first, last = (state(folder / f"epoch_000{epoch}.pt") for epoch in (0, 3))
-    about = {"model", "dataset", "seed", "epoch", "state_dict", "code", "commit", "tag"}
-    assert set(first) == about and first["tag"] is None
+    about = "model dataset seed epoch state_dict code commit tag"
+    assert set(first) == set(about.split()) and first["tag"] is None
     assert [(one["seed"], one["epoch"]) for one in (first, last)] == [(1, 0), (1, 3)]
-    about = {"name", "data_dir", "image_size", "limit_train", "classes", "mean", "std"}
-    assert about <= set(first["dataset"])
-    untrained = build_model(**first["model"], seed=1).state_dict()
-    assert same(first["state_dict"], untrained)
+    about = "name data_dir image_size limit_train classes mean std"
+    assert set(about.split()) <= set(first["dataset"])
+    assert same(first["state_dict"], build_model(**first["model"], seed=1).state_dict())
     # The second of four seeds is what it is alone.
-    assert same(last["state_dict"], train_by_hand(folder, 0, "dense", RATES, seed=1))
+    assert same(last["state_dict"], train_by_hand(first, 0, "dense", RATES, seed=1))
     log = pd.read_csv(folder / "log.csv")
     assert log["epoch"].tolist() == [1, 2, 3]
     assert log["lr"].tolist() == pytest.approx(RATES) == [0.08, 0.06, 0.02]
@@ -70,62 +68,33 @@ def test_dense_runs_keep_the_initialisation_the_asked_epochs_and_the_last(runs):
 
 
 def test_imp_prunes_20_percent_a_round_and_branches_off_to_each_sparsity(runs):
-    folder, dense = runs / "imp/seed0", weights(runs / "dense/seed0/epoch_0003.pt")
+    folder, dense = runs / "imp/seed0", state(runs / "dense/seed0/epoch_0003.pt")
     chain = [3744, 2995, 2396, 1917, 1534, 1227]  # less 20%, to the nearest weight
-    goals = {0.5: (3, 1872), 0.7: (5, 1123)}  # the last round that keeps more, and the weights kept
     log = pd.read_csv(folder / "log.csv")
     assert log["kept"].tolist() == sorted(chain[1:] + [1872, 1123], reverse=True)
-    everything = masking.dense_mask(dense, [*state(folder / "mask_0.50.pt")["mask"]])
-    networks = [{"mask": everything, "state_dict": dense}]
+    names = [*state(folder / "mask_0.50.pt")["mask"]]
+    networks = [dense | {"mask": masking.dense_mask(dense["state_dict"], names)}]
     networks += [state(folder / f"round_{number:02d}.pt") for number in range(1, 6)]
-    assert networks[-1]["round"] == state(folder / "chain.pt")["round"] == 5
-    steps = list(zip(networks, networks[1:], chain[1:]))
-    for sparsity, (number, keep) in goals.items():
-        masks, network = (
-            state(folder / f"{kind}_{sparsity:.2f}.pt") for kind in ("mask", "sparse")
-        )
-        steps.append((networks[number], network, keep))
-        assert network["round"] == number + 1 and same(masks["mask"], network["mask"])
+    assert state(folder / "chain.pt")["round"] == 5
+    steps = [(number, networks[number + 1], chain[number + 1]) for number in range(5)]
+    # Off the last round that keeps more.
+    for sparsity, number, keep in (("0.50", 3, 1872), ("0.70", 5, 1123)):
+        masks, network = (state(folder / f"{kind}_{sparsity}.pt") for kind in ("mask", "sparse"))
+        steps.append((number, network, keep))
+        assert same(masks["mask"], network["mask"]) and "code" in masks
         assert (masks["source_seed"], masks["target_seed"], masks["tag"]) == (0, None, None)
-        assert masks["sparsity"] == 1 - keep / chain[0] and "code" in masks
-        assert same(masks["signs"], masking.signs(dense, [*everything]))
-    for before, after, keep in steps:
-        expected = masking.prune_by_magnitude(before["state_dict"], before["mask"], keep)
-        assert same(after["mask"], expected)
-        assert all(not after["state_dict"][name][~entry].any() for name, entry in expected.items())
+        assert masks["sparsity"] == 1 - keep / chain[0]
+        assert same(masks["signs"], masking.signs(dense["state_dict"], names))
+    for number, network, keep in steps:
+        before = networks[number]
+        mask = masking.prune_by_magnitude(before["state_dict"], before["mask"], keep)
+        assert network["round"] == number + 1 and same(network["mask"], mask)
+        # On an epoch that no round before it, nor the dense run, has seen.
+        assert same(network["state_dict"], train_by_hand(before, 3 + number, "imp", [0.01], mask))
 
 
-def test_no_stage_sees_the_batches_of_another_and_arms_of_a_pair_share_theirs(
-    runs, ends, tmp_path, monkeypatch
-):
-    seen, draw = [], Resident.draw
-
-    def recorded(data, seed, epoch):
-        drawn = draw(data, seed, epoch)
-        seen.append((epoch, tuple(drawn[0].tolist())))
-        return drawn
-
-    def orders(command, *more):
-        seen.clear()
-        succeed(*command, *more)
-        return list(seen)
-
-    monkeypatch.setattr(Resident, "draw", recorded)
-    (source, target, masks), aligned = ends, runs / "align/activation/seed0-seed1"
-    dense = orders(stage1(tmp_path / "dense"))
-    pruned = orders(stage2(source, tmp_path / "imp", "--sparsity", 0.3))
-    lth, naive, permuted = (
-        orders(stage4(arm, weights, folder, tmp_path / arm), "--sparsity", 0.5, "--rewind", 0)
-        for arm, weights, folder in (
-            ("lth", source, masks),
-            ("naive", target, masks),
-            ("permuted", target, aligned),
-        )
-    )
-    assert [epoch for epoch, _ in dense] == [epoch for epoch, _ in lth] == [0, 1, 2]
-    assert [epoch for epoch, _ in pruned] == [3, 4]  # as many rounds
-    one_each = [order for _, order in dense + pruned + lth + naive]
-    assert len(set(one_each)) == 3 + 2 + 3 + 3 and naive == permuted
+def test_no_stage_sees_the_batches_of_another():
+    assert len({stage_seed(0, stage) for stage in ("dense", "imp", "sparse")}) == 3
 
 
 def test_imp_with_rewinding_trains_from_epoch_k_on_the_dense_schedule(runs, tmp_path):
@@ -134,7 +103,8 @@ def test_imp_with_rewinding_trains_from_epoch_k_on_the_dense_schedule(runs, tmp_
     succeed(*command)  # batch size and all else are the dense run's
     found = state(tmp_path / "imp/sparse_0.20.pt")
     assert same(found["mask"], state(runs / "imp/seed0/round_01.pt")["mask"])
-    expected = train_by_hand(runs / "dense/seed0", 1, "imp", RATES[1:], found["mask"])
+    start = state(runs / "dense/seed0/epoch_0001.pt")
+    expected = train_by_hand(start, 1, "imp", RATES[1:], found["mask"])
     assert same(found["state_dict"], expected)
     refuse((*command, "--lr", 1), "--rewind")
 
@@ -153,7 +123,7 @@ def test_every_method_permutes_masks_and_signs_by_the_saved_permutation(runs, en
     source, _, imp = ends
     shape, before = state(source / "epoch_0003.pt")["model"], state(imp / "mask_0.70.pt")
     axes, gains = find_axes(build_model(**shape), shape["input_shape"]), {}
-    activation = runs / "align/activation/seed0-seed1"
+    activation = runs / ALIGNED
     for folder in (activation, *aligned.iterdir()):
         method = "activation" if folder == activation else folder.name
         name = "permutation_0.70.pt" if method == "masked" else "permutation.pt"
@@ -176,20 +146,17 @@ def test_every_method_permutes_masks_and_signs_by_the_saved_permutation(runs, en
     assert (log["after"] > log["before"]).all() and log["moved"].sum() > 0
 
 
-@pytest.mark.parametrize(
-    "arm, target, masks",
-    [
-        ("lth", 0, "imp/seed0"),
-        ("naive", 1, "imp/seed0"),
-        ("permuted", 1, "align/activation/seed0-seed1"),
-    ],
-)
+ARMS = [("lth", 0, "imp/seed0"), ("naive", 1, "imp/seed0"), ("permuted", 1, ALIGNED)]
+
+
+@pytest.mark.parametrize("arm, target, masks", ARMS)
 def test_sparse_runs_train_the_asked_weights_under_the_asked_mask(runs, arm, target, masks):
+    """In the order of the target's seed, so that the arms of a pair share their batches."""
     folder, mask = runs / f"sparse/{arm}/seed0-seed{target}", state(runs / masks / "mask_0.70.pt")
-    run, final = runs / f"dense/seed{target}", state(folder / "s0.70_k001/final.pt")
+    start, final = runs / f"dense/seed{target}/epoch_0001.pt", state(folder / "s0.70_k001/final.pt")
     assert same(final["mask"], mask["mask"])
     rates = learning_rates("cosine", 0.02, 2)  # T - k epochs, on a fresh schedule
-    expected = train_by_hand(run, 1, "sparse", rates, mask["mask"], target)
+    expected = train_by_hand(state(start), 1, "sparse", rates, mask["mask"], target)
     assert same(final["state_dict"], expected)
     for name, entry in mask["mask"].items():
         assert (expected[name][~entry] == 0).all() and expected[name][entry].ne(0).any()
@@ -201,12 +168,13 @@ def test_sparse_runs_train_the_asked_weights_under_the_asked_mask(runs, arm, tar
 
 def test_controls_start_from_what_they_say(runs, ends, aligned, tmp_path):
     source, target, imp = ends
-    for arm, weights_of, masks, *more in (
+    for arm, weights_of, masks in (
         ("shuffled", target, imp),
         ("random-permutation", target, aligned / "random"),
         ("imp-target", source, imp),
-        ("naive", target, imp, "--signs", "--fan-in"),
+        ("naive", target, imp),
     ):
+        more = ("--signs", "--fan-in") * (arm == "naive")
         command = stage4(arm, weights_of, masks, tmp_path / arm, *more)
         succeed(*command, "--sparsity", 0.7, "--rewind", 0)
     mask = state(imp / "mask_0.70.pt")["mask"]
@@ -224,7 +192,7 @@ def test_controls_start_from_what_they_say(runs, ends, aligned, tmp_path):
 
 def test_early_matching_uses_the_targets_early_weights(runs, ends, tmp_path):
     succeed(*stage3(*ends, tmp_path, "--target-epoch", 1))
-    late = state(runs / "align/activation/seed0-seed1/permutation.pt")["permutation"]
+    late = state(runs / ALIGNED / "permutation.pt")["permutation"]
     early = state(tmp_path / "permutation.pt")
     assert early["match_epoch"] == 1 and not same(early["permutation"], late)
 
