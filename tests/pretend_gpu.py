@@ -38,6 +38,14 @@ class OnGpu(Tensor):
         gpu.held = values
         return gpu
 
+    @property
+    def data(self):
+        return self.detach()
+
+    @data.setter
+    def data(self, other):
+        self.held = other.held
+
     def tolist(self):
         return self.cpu().tolist()
 
