@@ -13,8 +13,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
+
+import matplotlib.pyplot  # noqa: F401
+import pandas  # noqa: F401
+import pytest
+import scipy.optimize  # noqa: F401
+import torch.export  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 
@@ -185,11 +192,6 @@ evaluation in training mode | common/training.py
 -    model.eval()
 +    model.train()
 
-the loss is a mean of batches | common/training.py
->training::test_evaluation_by_hand
--count += len(labels)
-+count += 1
-
 divergence is not seen | common/training.py
 >learning::test_a_sparse_run_that_diverges_is_a_result
 -.isfinite():
@@ -245,11 +247,6 @@ normalised the wrong way round | common/data/batches.py
 -.sub_(mean).div_(std)
 +.div_(std).sub_(mean)
 
-digits are mirrored | common/data/resident.py
->data::test_glyphs_are_the_same_from_the_same_seed_and_not_flipped
--("glyphs", "svhn")
-+()
-
 momenta are forgotten on the way | common/runtime/resume.py
 >training::test_a_run_that_was_cut_off_ends_with_the_same_numbers
 -self.optimiser.state_dict()["state"]
@@ -267,7 +264,7 @@ files are written in place | common/checkpoint.py
 
 a swapped checkpoint is taken | common/checkpoint.py
 >checkpoint::test_a_checkpoint_in_the_place_of_another_is_named
--if (dense["seed"], dense["epoch"]) != (seed, epoch):
+-if held != asked:
 +if False:
 
 NaN weights are taken | common/checkpoint.py
@@ -323,11 +320,6 @@ the barrier is the largest loss | analyze/lib/lines.py
 -losses - ((1 - alphas) * losses[0] + alphas * losses[-1])
 +losses
 
-no interval is of Student's t | analyze/lib/statistics.py
->results::test_a_paired_difference_by_hand
--t = stdtrit(max(count - 1, 1), 0.975)
-+t = 1.96
-
 pairs share seeds | run_all.sh
 >run_all::test_dry_run_prints_the_whole_experiment_in_order
 -print 2 * $1, 2 * $1 + 1
@@ -357,10 +349,19 @@ def faults() -> list[Fault]:
     return found
 
 
-def pytest(folder: Path, *tests: str) -> int:
+def failed(folder: Path, *tests: str) -> int:
     """The exit code of tests in a copy of the project: 1 when one failed."""
-    command = [sys.executable, "-B", "-m", "pytest", "-qx", "-p", "no:cacheprovider", *tests]
-    return subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL).returncode
+
+    def child() -> None:
+        os.chdir(folder)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.dont_write_bytecode = True
+        os._exit(pytest.main(["-qx", "-p", "no:cacheprovider", *tests]))
+
+    process = get_context("fork").Process(target=child)  # which has imported the packages already
+    process.start()
+    process.join()
+    return process.exitcode
 
 
 def main() -> None:
@@ -373,7 +374,7 @@ def main() -> None:
         for file in map(Path, files.stdout.splitlines()):
             (copy / file.parent).mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, copy / file)
-        if pytest(copy, *{fault.test for fault in chosen}):
+        if failed(copy, *{fault.test for fault in chosen}):
             sys.exit("the tests fail without any fault")
         for fault in chosen:
             start, path = time.perf_counter(), copy / fault.file
@@ -381,7 +382,7 @@ def main() -> None:
             if text.count(fault.old) != 1:
                 sys.exit(f"{fault.what}: {text.count(fault.old)} times in {path}: {fault.old}")
             path.write_text(text.replace(fault.old, fault.new))
-            code = pytest(copy, fault.test)
+            code = failed(copy, fault.test)
             path.write_text(text)
             caught += code == 1
             told = {0: "MISSED", 1: "caught"}.get(code, f"BROKEN: pytest ended with {code}")
