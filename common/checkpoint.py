@@ -54,13 +54,27 @@ def replacing(path: Path) -> Iterator[io.BufferedWriter]:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
                 yield file
+                # Or a machine that goes down might keep the new name and lose what it stands for.
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, path)
+            _sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         barrier()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have a rename on the disk before the next one, where the file system can do that."""
+    with contextlib.suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def remove(paths: Iterable[Path]) -> None:

@@ -389,8 +389,9 @@ def test_status_counts_alignments_by_their_masks_and_refuses_other_input(tmp_pat
     (w1 / "align/weight/seed0-seed1/mask_0.90.pt").touch()
     assert told(tmp_path, METHODS="weight")[2] == "align   1 of 1"
     module = [sys.executable, "-m", "analyze.status"]
-    done = subprocess.run(module, cwd=ROOT, input="make all\n", capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    for line in ("make all", "prune_imp.py --dense a --out b --sparsity 1", "train_dense.py 'x"):
+        done = subprocess.run(module, cwd=ROOT, input=line, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_status_writes_durations_for_people():
