@@ -17,7 +17,7 @@ import torch
 from common import cli
 from tests.conftest import call, stage1, stage2, stage3, stage4, state
 
-COUNT = int(os.environ.get("HOSTILE", 60))
+COUNT = int(os.environ.get("HOSTILE", "60"))
 WORDS = ["-1", "x", "", "nan", "inf", "1e999", "9" * 400]  # no flag takes one of these
 PLACES = ["/nowhere", "/dev/null", "", "."]
 ODD_WORDS = {"--device": ["x", "-1", "cuda:99", "meta"], "--out": ["/dev/null/x"]}
