@@ -157,8 +157,9 @@ def test_a_tag_makes_all_but_the_dense_networks_anew():
 
 def test_a_dry_run_names_the_interpreter_that_has_the_packages(tmp_path):
     assert dry("quick")[0][0] == "python3"
-    path = command(tmp_path, "python3", "exit 1")
-    assert dry("quick", PATH=path)[0][0] == ".venv/bin/python"
+    for lacks_some in ("exit 1", "echo pytest"):
+        path = command(tmp_path, "python3", lacks_some)
+        assert dry("quick", PATH=path)[0][0] == ".venv/bin/python"
     assert run_all("test", DRY_RUN="1").stdout == "python3 -m pytest -q tests\n"
 
 
