@@ -305,10 +305,10 @@ processes share the first slice | common/runtime/distributed.py
 -slice(RANK * part, (RANK + 1) * part)
 +slice(0, part)
 
-every process writes | common/runtime/distributed.py
+every process writes | common/checkpoint.py
 >distributed::test_the_first_process_alone_writes_and_deletes
--checkpoint.is_writer, checkpoint.barrier = RANK == 0, barrier
-+checkpoint.is_writer, checkpoint.barrier = True, barrier
+-if not is_writer:
++if False:
 
 REPAIR of BatchNorm on test images | analyze/lib/lines.py
 >analyze::test_repair_at_the_endpoints_changes_nothing_and_interpolation_meets_them
