@@ -100,6 +100,9 @@ def prune_chain(
     optimiser = partial(torch.optim.SGD, lr=0.0, momentum=momentum, weight_decay=decay, fused=True)
     chain = latest(out, start, before=min((row[0] for row in rounds if row[2]), default=inf))
     stamp, more = runs.claim(out, arguments, __file__), {"precision": how["precision"]}
+    last = paths.round_file(out, chain["round"])
+    if arguments["keep_rounds"] and chain["round"] and not last.is_file():  # as it was cut off
+        checkpoint.save(chain, last)
     for number, keep, goal in [row for row in rounds if row[0] > chain["round"]]:
         weights = chain["state_dict"]
         mask = masking.prune_exactly(masking.prune_by_magnitude, weights, chain["mask"], keep)
