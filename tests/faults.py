@@ -331,7 +331,7 @@ pairs share seeds | run_all.sh
 +print $1, $1 + 1
 
 permuted runs take the masks of IMP | run_all.sh
->run_all::test_dry_run_prints_the_whole_experiment_in_order
+>run_all::test_a_method_may_match_against_an_early_target
 -arm permuted "$b" "align/$m/$pair"
 +arm permuted "$b" "imp/seed$a"
 """
