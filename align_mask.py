@@ -137,6 +137,7 @@ def main() -> None:
         checkpoint.save(mask | more, args.out / name)
         print(f"wrote {args.out / name}")
 
+    runs.claim(args.out, arguments, __file__)  # where nothing but the record was missing, too
     found = {path.stem: checkpoint.load(path) for path in paths.permutation_files(args.out)}
     rows = [{"permutation": name} | row for name, one in found.items() for row in one["rows"]]
     # Masks that were permuted earlier took their time, too.

@@ -46,7 +46,7 @@ def runs_of(command: str, pruned: dict[Path, list[Path]]) -> list[Run]:
     stage = next((STAGES[word] for word in words if word in STAGES), None)
     if stage is None:
         return []
-    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser = argparse.ArgumentParser("status", usage=argparse.SUPPRESS, allow_abbrev=False)
     for flag, kind in FLAGS.items():
         parser.add_argument(flag, nargs="+", type=kind, default=[])
     flags, _ = parser.parse_known_args(words)
@@ -122,6 +122,15 @@ def describe(count: int, left: list[float]) -> str:
 
 
 def main() -> None:
+    try:
+        tell()
+    except (LookupError, OSError, TypeError, ValueError) as error:
+        print(f"status: error: a command or result.json makes no sense: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def tell() -> None:
+    """Print what is done and left of the commands on standard input, or those with work left."""
     pruned: dict[Path, list[Path]] = {}
     lines = {line: runs_of(line, pruned) for line in sys.stdin}
     if "--missing" in sys.argv:  # the commands that have something left to do

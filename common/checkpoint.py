@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import platform
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,10 +18,14 @@ import torch
 
 from common import paths
 from common.errors import UserError
+from common.models import check_fits, model_shapes
 
 WEIGHTS = ("model", "dataset", "seed", "epoch", "state_dict")
 MASKS = ("mask", "signs", "sparsity", "sparsity_total", "model", "dataset")
 MASKS += ("source_seed", "target_seed", "method", "match_epoch")
+MODEL = ("name", "width", "classes", "input_shape")
+KINDS = {"seed": int, "epoch": int, "round": int, "rows": list}  # of these entries in any file
+KINDS |= dict.fromkeys(("model", "dataset", "state_dict", "mask", "signs", "permutation"), dict)
 
 # Of several processes of one run the first alone writes, when all have met, so that none sees what
 # is written too early: common/runtime/distributed.py sets both.
@@ -49,13 +54,27 @@ def replacing(path: Path) -> Iterator[io.BufferedWriter]:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
                 yield file
+                # Or a machine that goes down might keep the new name and lose what it stands for.
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, path)
+            _sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         barrier()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have a rename on the disk before the next one, where the file system can do that."""
+    with contextlib.suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def remove(paths: Iterable[Path]) -> None:
@@ -106,7 +125,9 @@ def load(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
     try:
         if zipfile.is_zipfile(path):
             _check_archive(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles that are refused in a line
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # of zipfile, zlib, pickle and torch, whatever the damage brings up
@@ -114,10 +135,18 @@ def load(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
             f"{path} cannot be read: it is damaged, cut off or no checkpoint of plain tensors "
             f"({type(error).__name__}): make it again, or save model.state_dict()"
         ) from error
-    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
-    if missing:
-        raise UserError(f"{path} is not the file needed here: it lacks {', '.join(missing)}")
+    held = content if isinstance(content, dict) else {}
+    lacking = [key for key in keys if key not in held or not _is_kind(key, held[key])]
+    if lacking:
+        raise UserError(f"{path} is not the file needed here: it lacks {', '.join(lacking)}")
     return content
+
+
+def _is_kind(key: str, value: Any) -> bool:
+    """Whether an entry is of its kind; weights, masks and signs are tensors throughout."""
+    if key in ("state_dict", "mask", "signs"):
+        return isinstance(value, dict) and all(map(torch.is_tensor, value.values()))
+    return isinstance(value, KINDS.get(key, object))
 
 
 def _check_archive(path: Path) -> None:
@@ -140,11 +169,14 @@ def _siblings(path: Path) -> str:
 def load_json(path: Path) -> dict[str, Any]:
     path = Path(path)
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} cannot be read: it is no file of this project")
+    return content
 
 
 def load_dense(folder: Path, epoch: int | None = None) -> dict[str, Any]:
@@ -161,20 +193,30 @@ def load_dense(folder: Path, epoch: int | None = None) -> dict[str, Any]:
     result = load_json(folder / "result.json")
     if result.get("stage") != "train_dense":
         raise UserError(f"{folder} holds a run of {result.get('stage')}.py, not a dense run")
-    epoch = result["arguments"]["epochs"] if epoch is None else epoch
+    arguments = result.get("arguments")
+    numbers = [dict(arguments or {}).get(key) for key in ("epochs", "seed")]
+    if "precision" not in result or not all(isinstance(number, int) for number in numbers):
+        lost = "it lacks arguments or precision"
+        raise UserError(f"{folder}/result.json is not as train_dense.py wrote it: {lost}")
+    epoch = arguments["epochs"] if epoch is None else epoch
     path = paths.epoch_file(folder, epoch)
     if not path.is_file():
         kept = ", ".join(map(str, paths.epoch_files(folder))) or "none"
         see = "see train_dense.py --save-epochs"
         raise UserError(f"{folder} kept no weights after epoch {epoch}: it has {kept} ({see})")
     dense = load(path, WEIGHTS) | {"result": result, "sha256": digest(path)}
-    seed = result["arguments"]["seed"]
-    if (dense["seed"], dense["epoch"]) != (seed, epoch):
-        held = f"seed {dense['seed']} after epoch {dense['epoch']}"
+    told = "seed {} after epoch {} of {} x{}"
+    asked = told.format(arguments["seed"], epoch, *map(arguments.get, ("model", "width")))
+    held = told.format(dense["seed"], dense["epoch"], *map(dense["model"].get, MODEL[:2]))
+    held += ", pruned" * ("mask" in dense)
+    if held != asked:
         raise UserError(
-            f"{path} holds {held}, not seed {seed} after epoch {epoch}: it is another's file, so "
-            "run train_dense.py again in another --out"
+            f"{path} holds {held}, not {asked}: it is another's file, so run train_dense.py again "
+            "in another --out"
         )
+    name, width, classes, input_shape = (dense["model"].get(key) for key in MODEL)
+    expected = model_shapes(name, width, classes, tuple(input_shape))
+    check_fits(dense["state_dict"], expected, path, name)
     if not all(value.isfinite().all() for value in dense["state_dict"].values()):
         raise UserError(f"the weights of {path} are not finite, it diverged: train at a lower --lr")
     return dense

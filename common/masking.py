@@ -209,6 +209,14 @@ def check_fits(mask: Mask, weights: dict[str, Tensor], path: object) -> None:
             raise UserError(f"{path} does not fit the network: {found}")
 
 
+def check_parts(entry: dict[str, Any], dense: dict[str, Any], path: Path) -> None:
+    """Raise UserError unless mask and signs, read from `path`, fit a network and each other."""
+    for part in ("mask", "signs"):
+        check_fits(entry[part], dense["state_dict"], path)
+    if entry["mask"].keys() != entry["signs"].keys():
+        raise UserError(f"{path} does not fit the network: its mask and signs are of other layers")
+
+
 def load(path: Path, dense: dict[str, Any]) -> dict[str, Any]:
     """Read the mask file at `path` for the network of a checkpoint; adds `sha256`, its digest.
 
@@ -217,8 +225,7 @@ def load(path: Path, dense: dict[str, Any]) -> dict[str, Any]:
     entry = checkpoint.load(path, checkpoint.MASKS)
     if entry["model"] != dense["model"]:
         raise UserError(f"{path} is for {entry['model']}, and the network is {dense['model']}")
-    for part in ("mask", "signs"):
-        check_fits(entry[part], dense["state_dict"], path)
+    check_parts(entry, dense, path)
     return entry | {"sha256": checkpoint.digest(path)}
 
 

@@ -4,6 +4,7 @@ To add a network: write a function (width, classes, input_shape) -> module here 
 MODELS. Its permutation axes are read off its graph (common/align/axes.py).
 """
 
+import functools
 import math
 
 from torch import Tensor, nn
@@ -157,3 +158,23 @@ def build_model(
         raise UserError(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
     with seeded(seed):
         return MODELS[name](width, classes, tuple(input_shape))
+
+
+def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of every entry of a state dict."""
+    return {key: tuple(value.shape) for key, value in state.items()}
+
+
+@functools.cache
+def model_shapes(name: str, width: float, classes: int, input_shape: tuple) -> dict[str, tuple]:
+    """The shapes of the state dict that `build_model` makes."""
+    return shapes(build_model(name, width, classes, input_shape).state_dict())
+
+
+def check_fits(state: dict[str, Tensor], here: dict[str, tuple], path: object, name: str) -> None:
+    """Raise UserError unless a state dict, read from `path`, has the shapes of the model `name`."""
+    there = shapes(state)
+    if odd := sorted(key for key in there | here if there.get(key) != here.get(key)):
+        key = odd[0]
+        found = f"{key} is {there.get(key)} there and {here.get(key)} in the module"
+        raise UserError(f"{path} does not fit {name}: {found}")

@@ -1,6 +1,8 @@
 """The names of all files and folders that the stages write: made and read back here alone."""
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 
 def label(sparsity: float) -> str:
@@ -19,7 +21,7 @@ def epoch_file(folder: Path, epoch: int) -> Path:
 
 def epoch_files(folder: Path) -> dict[int, Path]:
     """The weights that a dense run kept, by epoch."""
-    return {int(path.stem.split("_")[1]): path for path in sorted(folder.glob("epoch_*.pt"))}
+    return _by_number(folder, "epoch", int)
 
 
 def mask_file(folder: Path, sparsity: float) -> Path:
@@ -37,7 +39,7 @@ def imp_file(folder: Path, sparsity: float) -> Path:
 
 def imp_files(folder: Path) -> dict[float, Path]:
     """The networks that an IMP chain pruned, by sparsity."""
-    return {float(path.stem.split("_")[1]): path for path in sorted(folder.glob("sparse_*.pt"))}
+    return _by_number(folder, "sparse", float)
 
 
 def round_file(folder: Path, number: int) -> Path:
@@ -47,7 +49,15 @@ def round_file(folder: Path, number: int) -> Path:
 
 def round_files(folder: Path) -> dict[int, Path]:
     """The networks after each round of an IMP chain that were kept, by number."""
-    found = {int(path.stem.split("_")[1]): path for path in folder.glob("round_*.pt")}
+    return _by_number(folder, "round", int)
+
+
+def _by_number(folder: Path, word: str, kind: type) -> dict[Any, Path]:
+    """The files word_NUMBER.pt in order; others, as copies of such, are left out."""
+    found = {}
+    for path in folder.glob(f"{word}_*.pt"):
+        with contextlib.suppress(ValueError):
+            found[kind(path.stem.removeprefix(f"{word}_"))] = path
     return dict(sorted(found.items()))
 
 

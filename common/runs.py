@@ -4,6 +4,7 @@ is finished.
 arguments.json is written first, and result.json last of all.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -59,7 +60,15 @@ def is_finished(folder: Path, arguments: dict[str, Any]) -> bool:
 
 
 def say_finished(folder: Path, script: str) -> None:
-    """Print that there is nothing to do, and when the code was another then."""
+    """Print that there is nothing to do, and when the code was another then.
+
+    Clears what a run leaves that is killed after it wrote its result.
+    """
+    if any((*folder.glob(".*.tmp"), *folder.glob(".lock"), *folder.glob("resume.pt"))):
+        with contextlib.suppress(UserError, OSError):  # another process may be going on with it
+            _lock(folder)
+            checkpoint.remove([*folder.glob(".*.tmp"), folder / "resume.pt"])
+            _unlock(folder)
     then, now = made_by(folder), provenance.code_digest(script)
     if then == now:
         print(f"{folder} is finished: nothing to do")

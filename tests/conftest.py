@@ -5,6 +5,7 @@ import functools
 import importlib
 import io
 import json
+import os
 import sys
 import threading
 from functools import partial
@@ -34,6 +35,7 @@ IMP = ["--epochs", "1", *FAST]
 
 
 glyphs.glyphs = functools.cache(glyphs.glyphs)  # drawn once, not in every call of a stage
+os.fsync = lambda number: None  # no test outlives the machine
 
 
 def sgd(momentum, weight_decay):

@@ -81,6 +81,10 @@ def test_repair_at_the_endpoints_changes_nothing_and_interpolation_meets_them(na
     pairs = table.pivot(index="alpha", columns="repair", values="test_loss")
     assert pairs.loc[0.0, True] == pytest.approx(pairs.loc[0.0, False], rel=1e-4)
     assert pairs.loc[0.5, True] != pytest.approx(pairs.loc[0.5, False], rel=1e-4)
+    other = [(torch.randn_like(images), train[0][1])]
+    rows = metrics_along(model, source, target, alphas, lambda: iter(other), lambda: iter(train))
+    # REPAIR looks at training images alone.
+    assert pd.DataFrame(rows)["train_loss"].equals(table["train_loss"])
     model.load_state_dict(interpolate(source, target, 0.5))
     middle = table[(table["alpha"] == 0.5) & ~table["repair"]].iloc[0]
     for split, batches in (("test", test), ("train", train)):

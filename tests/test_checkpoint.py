@@ -2,7 +2,10 @@ import contextlib
 import errno
 import json
 import multiprocessing
+import os
+import resource
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ import torch
 from common import checkpoint, paths, provenance
 from common import runs as folders
 from common.errors import UserError
-from tests.conftest import ROOT, fork
+from tests.conftest import ROOT, fork, refuse, stage1, stage3, succeed
 
 SCRIPT = str(ROOT / "train_dense.py")
 
@@ -30,17 +33,72 @@ def test_what_is_saved_comes_back(tmp_path):
     assert (tmp_path / "log.csv").read_text() == "a,b\n1,\n2,3\n"
 
 
-def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    path = tmp_path / "file.pt"
+@pytest.mark.parametrize("at", ["fsync", "replace", "the limit of a file's size"])
+def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, at):
+    """Network file systems tell of a quota when a file is synchronised."""
+    path, usual = tmp_path / "file.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
     checkpoint.save({"old": 1}, path)
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "replace", full)
-    with pytest.raises(UserError, match=r"cannot write .*file\.pt: No space left"):
-        checkpoint.save({"new": 2}, path)
+    with monkeypatch.context() as patch:
+        if at in dir(os):
+            patch.setattr(os, at, full)
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, usual[1]))
+        try:
+            with pytest.raises(UserError, match=r"cannot write .*file\.pt: (No space|File too)"):
+                checkpoint.save({"new": torch.ones(5000)}, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     assert list(tmp_path.iterdir()) == [path] and checkpoint.load(path) == {"old": 1}
+    checkpoint.save({"new": 2}, path)
+    assert checkpoint.load(path) == {"new": 2}
+
+
+def test_a_machine_that_goes_down_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch):
+    """On a file system that keeps of a file what was synchronised before it was renamed."""
+    path, safe, replace = tmp_path / "file.pt", {}, os.replace
+
+    def lossy(temporary, to):
+        kept = safe.get(os.stat(temporary).st_ino, 0)
+        os.truncate(temporary, kept)
+        replace(temporary, to)
+
+    def sync(number):
+        safe[os.fstat(number).st_ino] = os.fstat(number).st_size
+
+    monkeypatch.setattr(os, "replace", lossy)
+    monkeypatch.setattr(os, "fsync", sync)
+    checkpoint.save({"x": torch.arange(9)}, path)
+    assert torch.equal(checkpoint.load(path)["x"], torch.arange(9))
+    assert tmp_path.stat().st_ino in safe  # the rename, too
+
+
+def test_what_a_disk_answers_is_one_line(runs, tmp_path, monkeypatch):
+    """Of a read-only folder in the way of a stage, for one."""
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(tmp_path / "out"))
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    refuse(stage1(tmp_path / "out"), "Read-only file system")
+    refuse(
+        stage3(*(runs / f"dense/seed{n}" for n in (0, 1)), runs / "imp/seed0", "a" * 300),
+        "too long",
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_run_leaves_that_is_killed_after_its_result_is_cleared(runs, tmp_path):
+    shutil.copytree(runs / "dense", tmp_path, dirs_exist_ok=True)
+    for name in ("resume.pt", ".lock", ".log.csv.elsewhere.1.tmp"):
+        (tmp_path / "seed0" / name).touch()
+    assert "nothing to do" in succeed(*stage1(tmp_path, "--seed", 0))
+    assert {path.name for path in (tmp_path / "seed0").iterdir()} == {
+        path.name for path in (runs / "dense/seed0").iterdir()
+    }
 
 
 @pytest.mark.parametrize(
@@ -95,7 +153,7 @@ def test_a_checkpoint_in_the_place_of_another_is_named(runs, tmp_path):
     shutil.copytree(runs / "dense", tmp_path / "dense")
     run = tmp_path / "dense/seed0"
     for other, words in (
-        (run / "epoch_0000.pt", "seed 0 after epoch 0, not seed 0 after epoch 1"),
+        (run / "epoch_0000.pt", "seed 0 after epoch 0 of .*, not seed 0 after epoch 1"),
         (tmp_path / "dense/seed1/epoch_0001.pt", "holds seed 1 after epoch 1"),
     ):
         shutil.copy(other, run / "epoch_0001.pt")

@@ -239,12 +239,13 @@ def test_downloads_are_read_as_torchvision_holds_them(tmp_path, monkeypatch, nam
     def offline(self, root, download=False, **_):
         raise OSError("no network") if download else RuntimeError("Dataset not found")
 
-    load, kind = partial(load_data, name.lower(), str(tmp_path)), getattr(datasets, name)
+    load, kind = partial(load_data, name.lower(), data_dir="nowhere"), getattr(datasets, name)
     monkeypatch.setattr(kind, "__init__", held)
     data = load()
     assert np.array_equal(data.test.numpy(), pixels) and data.test_labels.tolist() == labels
     assert data.pad == 4 and data.flip == flip and data.description["classes"] == 10
-    assert load(16).input_shape == (3, 16, 16)
+    assert load(image_size=16).input_shape == (3, 16, 16)
     monkeypatch.setattr(kind, "__init__", offline)
     with pytest.raises(UserError, match="is not in .* could not be downloaded .no network"):
-        load()
+        load(data_dir=str(tmp_path / "wrong/place"))
+    assert not list(tmp_path.iterdir())

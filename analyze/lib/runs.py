@@ -20,6 +20,7 @@ CELL = [*NETWORK, "sparsity", "rewind"]
 SEEDS = ["source_seed", "target_seed"]
 RUN = ["arm", "signs", "fan_in", "mask_dataset", "method", "match_epoch", *SEEDS, "seed", "tag"]
 NEEDED = {*CELL, "arm", "target_seed", "test_acc", "seconds", "sparsity_total"}
+WORDS = "tag code precision arm model dataset mask_dataset method mask_code folder".split()
 PERMUTED = ("permuted", "random-permutation")
 # Of a sparse run, its dense network's, the pruning chain's and the alignment's.
 SETTINGS = """epochs lr schedule warmup weight_decay batch_size momentum precision rewind one_shot
@@ -40,7 +41,7 @@ def find_results(root: Path, stage: str) -> list[dict[str, Any]]:
             result = json.loads(path.read_text())
             if result["stage"] == stage:
                 found.append(result | {"folder": path.parent})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             skipped(f"{path}: {type(error).__name__} {error}")
     return found
 
@@ -58,6 +59,10 @@ def read_runs(root: Path, stage: str, columns: list[str], needed: set[str]) -> p
             if lacking := sorted(key for key in needed if values.get(key) is None):
                 raise KeyError(*lacking)
             values["dense_epochs"] = (values.get("dense") or {}).get("epochs")
+            for key, value in values.items():
+                kind = (str, Path) if key in WORDS else (int, float)
+                if key in columns and not isinstance(value, (*kind, type(None))):
+                    raise TypeError(f"a proper {key}")
             rows.append({key: values.get(key) for key in columns} | {"settings": settings(result)})
         except (AttributeError, KeyError, TypeError) as error:
             skipped(result["folder"], f"its result.json lacks {error}")

@@ -17,7 +17,7 @@ from common.align.matching import SIMILARITIES
 from common.align.permutation import Axes
 from common.data import DATASETS, Resident, Streamed, load_data, load_described
 from common.errors import UserError
-from common.models import build_model
+from common.models import build_model, check_fits, shapes
 
 HOW = {"match_on": "post", "statistic": "correlation", "stream": "last"}  # the paper's
 
@@ -165,14 +165,7 @@ def load_weights(path: Path, name: str, model: nn.Module, input_shape: list[int]
     """
     weights, _ = _read(path)
     weights = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
-    there, here = (
-        {key: tuple(getattr(value, "shape", ())) for key, value in state.items()}
-        for state in (weights, model.state_dict())
-    )
-    if odd := sorted(key for key in there | here if there.get(key) != here.get(key)):
-        key = odd[0]
-        shapes = f"{key} is {there.get(key)} there and {here.get(key)} in the module"
-        raise UserError(f"{path} does not fit {name}: {shapes}")
+    check_fits(weights, shapes(model.state_dict()), path, name)
     if not all(value.isfinite().all() for value in weights.values()):
         raise UserError(f"the weights of {path} are not finite")
     about = {"model": {"name": name, "input_shape": input_shape}, "dataset": None}

@@ -41,11 +41,19 @@ def read_torchvision(name: str, data_dir: str, size: int | None) -> tuple:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Let one process at a time download into a folder."""
+    """Let one process at a time download into a folder; where that fails, nothing is left."""
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".download.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    path = folder / ".download.lock"
+    try:
+        with open(path, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    finally:
+        path.unlink(missing_ok=True)
+        for one in made:
+            with contextlib.suppress(OSError):  # it holds the data
+                one.rmdir()
 
 
 def _resize(images: Tensor, size: int | None) -> Tensor:

@@ -1,0 +1,400 @@
+"""Deliberate faults: each is put into a copy of the project, and a test that is named must fail.
+
+    python tests/faults.py                          all of them, ten minutes on one core
+    python tests/faults.py transposed "off by one"  those whose description holds one of the words
+
+Prints `caught` or `MISSED` for each, and ends with 1 when one was missed, or broke more than it
+should so that no test ran. tests/test_faults.py sees to it that the texts are still there.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot  # noqa: F401
+import pandas  # noqa: F401
+import pytest
+import scipy.optimize  # noqa: F401
+import torch.export  # noqa: F401
+
+ROOT = Path(__file__).parents[1]
+
+# What is wrong | its file; after > the test, as file::name; after - the text, parts of lines or
+# several lines, and after + what takes its place.
+FAULTS = """
+inverted permutation | common/align/permutation.py
+>permutation::test_permute_by_hand
+-layout.places[axis][permutation[axis]]
++layout.places[axis][permutation[axis].argsort()]
+
+permuted along the wrong axis | common/align/permutation.py
+>permutation::test_permute_by_hand
+-tensor.index_select(dim, source)
++tensor.index_select(0, source)
+
+BatchNorm buffers not moved | common/align/permutation.py
+>permutation::test_consistent_permutations_keep_the_output_and_others_change_it
+-_permute_one(tensor, dims[name], permutation) for
++tensor if "running" in name else _permute_one(tensor, dims[name], permutation) for
+
+another function is not noticed | common/align/permutation.py
+>permutation::test_consistent_permutations_keep_the_output_and_others_change_it
+-if not difference < 1e-6:
++if False:
+
+transposed assignment | common/align/matching.py
+>matching::test_assignment_by_hand
+-linear_sum_assignment(similarity.numpy(),
++linear_sum_assignment(similarity.numpy().T,
+
+the least similar are matched | common/align/matching.py
+>matching::test_assignment_by_hand
+-maximize=True
++maximize=False
+
+signs are not permuted | align_mask.py
+>stages::test_every_method_permutes_masks_and_signs_by_the_saved_permutation
+-for part in ("mask", "signs"):
++for part in ("mask",):
+
+`masked` matches the whole source | align_mask.py
+>stages::test_every_method_permutes_masks_and_signs_by_the_saved_permutation
+-matched, (first, _) = masking.apply(a, mask), by_activations()
++matched, (first, _) = a, by_activations()
+
+the early target is matched at its last epoch | align_mask.py
+>stages::test_early_matching_uses_the_targets_early_weights
+-args.target_epoch, *data)
++None, *data)
+
+all pairs share one random permutation | align_mask.py
+>align::test_each_pair_has_a_random_permutation_of_its_own
+-derived_seed(args.seed, pair)
++args.seed
+
+the smallest weights are kept | common/masking.py
+>masking::test_magnitude_pruning_by_hand
+-largest=False
++largest=True
+
+what was pruned comes back | common/masking.py
+>masking::test_magnitude_pruning_by_hand
+-magnitude[~flat] = -1
++magnitude[~flat] += 0
+
+shortcuts are pruned | common/masking.py
+>models::test_resnet50_prunes_all_but_the_shortcuts
+-{"shortcut", "downsample"}
++set()
+
+total sparsity leaves out the shortcuts | common/masking.py
+>masking::test_sparsity_total_counts_the_shortcuts
+-sum(weights[name].numel() for name in layer_weights(model))
++sum(weights[name].numel() for name in prunable(model))
+
+fan-in over columns | common/masking.py
+>masking::test_apply_signs_fan_in_by_hand
+-left = mask[name].flatten(1).sum(1)
++left = mask[name].transpose(0, 1).flatten(1).sum(1)
+
+the shuffled mask is the mask | common/masking.py
+>stages::test_controls_start_from_what_they_say
+-entry.flatten()[torch.randperm(entry.numel(), generator=generator)].view(entry.shape)
++entry.clone()
+
+a sparsity is missed by one weight | common/masking.py
+>masking::test_keep_count_meets_the_sparsity_to_one_weight
+-return round(total * (1 - sparsity))
++return int(total * (1 - sparsity)) + 1
+
+masks of another network are taken | common/masking.py
+>refusals::test_stages_refuse_files_of_another_experiment_under_the_same_seed
+-if any((positive != (weights[name] > 0)).any() for
++if any(False for
+
+a pruned chain goes on from dense weights | prune_imp.py
+>stages::test_imp_prunes_20_percent_a_round_and_branches_off_to_each_sparsity
+-{"state_dict": cpu_state(model), "mask": mask, "round": number}
++{"state_dict": weights, "mask": mask, "round": number}
+
+signs of the first weights | prune_imp.py
+>stages::test_imp_prunes_20_percent_a_round_and_branches_off_to_each_sparsity
+-masking.signs(weights, names)
++masking.signs(checkpoint.load_dense(folder, 0)["state_dict"], names)
+
+rewinding forgets to rewind | prune_imp.py
+>stages::test_imp_with_rewinding_trains_from_epoch_k_on_the_dense_schedule
+-rewound["state_dict"] if rewound else weights
++weights
+
+rewinding trains on the first rates | prune_imp.py
+>stages::test_imp_with_rewinding_trains_from_epoch_k_on_the_dense_schedule
+-rates[rewind or 0 :]
++rates[: len(rates) - (rewind or 0)]
+
+rounds repeat a data order | prune_imp.py
+>stages::test_no_stage_sees_the_batches_of_another_and_arms_of_a_pair_share_theirs
+-start["epoch"] + chain["round"] * epochs
++start["epoch"]
+
+stages share their seeds | common/data/batches.py
+>stages::test_no_stage_sees_the_batches_of_another_and_arms_of_a_pair_share_theirs
+-derived_seed(seed, number) if number else seed
++seed
+
+mask before the step only | common/training.py
+>training::test_masked_steps_by_hand
+-        optimiser.step()
+-        masker.apply()
++        masker.apply()
++        optimiser.step()
+
+mask at the start only | common/training.py
+>training::test_masked_steps_by_hand
+-        optimiser.step()
+-        masker.apply()
++        optimiser.step()
+
+a leak is not checked | common/training.py
+>training::test_a_leaking_mask_stops_training
+-            masker.check()
++            pass
+
+gradients add up | common/training.py
+>training::test_masked_steps_by_hand
+-        optimiser.zero_grad(set_to_none=True)
+-        loss.backward()
++        loss.backward()
+
+rates off by one epoch | common/training.py
+>training::test_schedules_by_hand
+-math.pi * epoch / epochs
++math.pi * (epoch + 1) / epochs
+
+rates by absolute epoch | common/training.py
+>stages::test_sparse_runs_train_the_asked_weights_under_the_asked_mask
+-rates[epoch - first_epoch]
++rates[min(epoch, len(rates) - 1)]
+
+weights are kept one epoch early | common/training.py
+>stages::test_dense_runs_keep_the_initialisation_the_asked_epochs_and_the_last
+-at_epoch(epoch + 1)
++at_epoch(epoch)
+
+evaluation in training mode | common/training.py
+>training::test_evaluation_by_hand
+-    model.eval()
++    model.train()
+
+divergence is not seen | common/training.py
+>learning::test_a_sparse_run_that_diverges_is_a_result
+-.isfinite():
++.isnan().all():
+
+no momentum in stage 1 | train_dense.py
+>stages::test_dense_runs_keep_the_initialisation_the_asked_epochs_and_the_last
+-lr=0.0, momentum=momentum
++lr=0.0, momentum=0.0
+
+no weight decay in stage 4 | train_sparse.py
+>stages::test_sparse_runs_train_the_asked_weights_under_the_asked_mask
+-weight_decay=decay
++weight_decay=0.0
+
+stage 4 starts from the last weights | train_sparse.py
+>stages::test_sparse_runs_train_the_asked_weights_under_the_asked_mask
+-checkpoint.load_dense(args.weights, k)
++checkpoint.load_dense(args.weights)
+
+stage 4 trains T epochs | train_sparse.py
+>stages::test_sparse_runs_train_the_asked_weights_under_the_asked_mask
+-arguments["epochs"] - rewind, warmup
++arguments["epochs"], warmup
+
+signs are not transferred | train_sparse.py
+>stages::test_controls_start_from_what_they_say
+-    if signs:
++    if False:
+
+the last short batch is trained on | common/data/batches.py
+>data::test_training_drops_the_last_short_batch_and_evaluation_never_does
+-return images // batch_size
++return -(-images // batch_size)
+
+evaluation drops the last batch | common/data/resident.py
+>data::test_training_drops_the_last_short_batch_and_evaluation_never_does
+-batches[distributed.RANK ::
++batches[distributed.RANK : -1 :
+
+every epoch is the same | common/data/resident.py
+>data::test_an_epoch_depends_on_seed_and_epoch_alone
+-manual_seed(derived_seed(seed, epoch))
++manual_seed(derived_seed(seed, 0))
+
+crops are transposed | common/data/resident.py
+>data::test_a_batch_is_cropped_and_mirrored_as_drawn
+-windows[chosen, :, y[chosen], x[chosen]]
++windows[chosen, :, x[chosen], y[chosen]]
+
+normalised the wrong way round | common/data/batches.py
+>data::test_normalisation_by_hand
+-.sub_(mean).div_(std)
++.div_(std).sub_(mean)
+
+momenta are forgotten on the way | common/runtime/resume.py
+>training::test_a_run_that_was_cut_off_ends_with_the_same_numbers
+-self.optimiser.state_dict()["state"]
++{}
+
+pickles are run | common/checkpoint.py
+>checkpoint::test_bad_files_are_named
+-weights_only=True
++weights_only=False
+
+files are written in place | common/checkpoint.py
+>checkpoint::test_a_full_disk_leaves_the_old_file_and_no_other
+-os.replace(temporary, path)
++path.write_bytes(temporary.read_bytes())
+
+a name comes before its file | common/checkpoint.py
+>checkpoint::test_a_machine_that_goes_down_leaves_the_old_file_or_the_new_one
+-os.fsync(file.fileno())
++pass
+
+a swapped checkpoint is taken | common/checkpoint.py
+>checkpoint::test_a_checkpoint_in_the_place_of_another_is_named
+-if held != asked:
++if False:
+
+NaN weights are taken | common/checkpoint.py
+>refusals::test_stage_2_refuses
+-if not all(value.isfinite().all() for value in dense["state_dict"].values()):
++if False:
+
+another experiment is gone on with | common/runs.py
+>checkpoint::test_run_folders_know_their_experiment
+-        if changed:
++        if False:
+
+two work in one folder | common/runs.py
+>checkpoint::test_a_folder_in_which_another_process_works_is_left_alone
+-fcntl.LOCK_EX | fcntl.LOCK_NB
++fcntl.LOCK_SH | fcntl.LOCK_NB
+
+result.json comes first | common/runs.py
+>checkpoint::test_result_json_is_written_last
+-    checkpoint.save_csv(rows, folder / "log.csv")
+-    seconds
++    checkpoint.save_json({}, folder / "result.json")
++    checkpoint.save_csv(rows, folder / "log.csv")
++    seconds
+
+an arm that contradicts its files | common/arms.py
+>refusals::test_stage_4_refuses
+-if arm not in arms:
++if False:
+
+processes share the first slice | common/runtime/distributed.py
+>distributed::test_every_process_has_its_part_of_every_batch
+-slice(RANK * part, (RANK + 1) * part)
++slice(0, part)
+
+every process writes | common/checkpoint.py
+>distributed::test_the_first_process_alone_writes_and_deletes
+-if not is_writer:
++if False:
+
+REPAIR of BatchNorm on test images | analyze/lib/lines.py
+>analyze::test_repair_at_the_endpoints_changes_nothing_and_interpolation_meets_them
+-repair.recompute_batch_norm(model, (batch for batch, _ in train()))
++repair.recompute_batch_norm(model, (batch for batch, _ in test()))
+
+REPAIR by rescaling on test images | analyze/lib/lines.py
+>analyze::test_repair_at_the_endpoints_changes_nothing_and_interpolation_meets_them
+-images, endpoints = [batch for batch, _ in train()], []
++images, endpoints = [batch for batch, _ in test()], []
+
+the barrier is the largest loss | analyze/lib/lines.py
+>analyze::test_barrier_by_hand
+-losses - ((1 - alphas) * losses[0] + alphas * losses[-1])
++losses
+
+pairs share seeds | run_all.sh
+>run_all::test_dry_run_prints_the_whole_experiment_in_order
+-print 2 * $1, 2 * $1 + 1
++print $1, $1 + 1
+
+permuted runs take the masks of IMP | run_all.sh
+>run_all::test_a_method_may_match_against_an_early_target
+-arm permuted "$b" "align/$m/$pair"
++arm permuted "$b" "imp/seed$a"
+"""
+
+
+class Fault(NamedTuple):
+    what: str
+    file: str
+    test: str
+    old: str
+    new: str
+
+
+def faults() -> list[Fault]:
+    found = []
+    for block in FAULTS.strip().split("\n\n"):
+        head, *lines = block.splitlines()
+        test, *texts = ("\n".join(line[1:] for line in lines if line[0] == sign) for sign in ">-+")
+        found.append(Fault(*head.split(" | "), f"tests/test_{test.replace('::', '.py::')}", *texts))
+    return found
+
+
+def failed(folder: Path, *tests: str) -> int:
+    """The exit code of tests in a copy of the project: 1 when one failed."""
+
+    def child() -> None:
+        os.chdir(folder)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.dont_write_bytecode = True
+        os._exit(pytest.main(["-qx", "-p", "no:cacheprovider", *tests]))
+
+    process = get_context("fork").Process(target=child)  # which has imported the packages already
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def main() -> None:
+    words = sys.argv[1:] or [""]
+    chosen = [fault for fault in faults() if any(word in fault.what for word in words)]
+    caught = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+        for file in map(Path, files.stdout.splitlines()):
+            (copy / file.parent).mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, copy / file)
+        if failed(copy, *{fault.test for fault in chosen}):
+            sys.exit("the tests fail without any fault")
+        for fault in chosen:
+            start, path = time.perf_counter(), copy / fault.file
+            text = path.read_text()
+            if text.count(fault.old) != 1:
+                sys.exit(f"{fault.what}: {text.count(fault.old)} times in {path}: {fault.old}")
+            path.write_text(text.replace(fault.old, fault.new))
+            code = failed(copy, fault.test)
+            path.write_text(text)
+            caught += code == 1
+            told = {0: "MISSED", 1: "caught"}.get(code, f"BROKEN: pytest ended with {code}")
+            print(f"{time.perf_counter() - start:4.0f} s  {fault.what}: {told}", flush=True)
+    print(f"{caught} of {len(chosen)} were caught")
+    sys.exit(caught < len(chosen))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""SIGKILL at random moments of all stages, also during writes: the same bits, and nothing left.
+
+KILLS=200 sets how many, at least.
+"""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pandas as pd
+
+from common.masking import Masker
+from tests.conftest import fork, forks, same, stage1, stage2, stage3, stage4, start, state
+
+TENSORS = {"state_dict", "mask", "signs", "permutation"}
+KILLS = int(os.environ.get("KILLS", "5"))
+
+
+def deadly(left, *command):
+    """Run a stage that kills itself, and what it started, at the `left`-th event from here.
+
+    Events are before and after a file is synchronised, renamed or deleted, and after an epoch.
+    """
+    os.setsid()
+
+    def event():
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.killpg(0, signal.SIGKILL)
+
+    def eventful(function):
+        def called(*arguments, **more):
+            event()
+            value = function(*arguments, **more)
+            event()
+            return value
+
+        return called
+
+    for owner, name in ((os, "fsync"), (os, "replace"), (Path, "unlink"), (Masker, "check")):
+        setattr(owner, name, eventful(getattr(owner, name)))
+    start(*command)
+
+
+def kills_until_done(command, draw):
+    """Call a stage until it ends by itself, with kills by event and by the clock; how many."""
+    kills = 0
+    while True:
+        by_clock = draw.random() < 0.3
+        process = fork(deadly, 0 if by_clock else draw.randrange(1, 150), *command)
+        process.join(draw.uniform(0, 3) if by_clock else None)
+        if process.is_alive():
+            with contextlib.suppress(ProcessLookupError):  # it has no group yet
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            process.join()
+        if process.exitcode == 0:
+            return kills
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+
+
+def stages(root, draw):
+    """All stages for the first pair, each with its runs side by side or not."""
+    ends = source, target, masks = root / "dense/seed0", root / "dense/seed1", root / "imp/seed0"
+    aligned = root / "align/activation/seed0-seed1"
+    permuted = root / "sparse/permuted/seed0-seed1"
+    for command in (
+        stage1(root / "dense", "--seed", 0, 1),
+        stage2(source, masks, "--keep-rounds"),
+        stage3(*ends, aligned),
+        stage4("permuted", target, aligned, permuted),
+    ):
+        beside = ("--parallel", 2) if draw.random() < 0.5 and command[0] != "align_mask" else ()
+        yield *command, *beside
+
+
+@forks
+def test_killed_stages_end_with_the_same_bits_and_leave_nothing(runs, tmp_path):
+    draw, kills, root = random.Random(KILLS), 0, tmp_path / "runs"
+    while kills < KILLS:
+        kills += sum(kills_until_done(command, draw) for command in stages(root, draw))
+        found = [path.relative_to(root) for path in root.rglob("*") if path.is_file()]
+        folders = {path.parent for path in found}
+        assert {*found} == {
+            folder / path.name for folder in folders for path in (runs / folder).iterdir()
+        }
+        for path in found:
+            pair = [folder / path for folder in (root, runs)]
+            if path.suffix == ".pt":
+                one, other = map(state, pair)
+                assert one.keys() == other.keys(), path
+                for key in TENSORS & one.keys():
+                    assert same(one[key], other[key]), path
+            elif path.suffix == ".csv":
+                tables = [
+                    pd.read_csv(file).drop(columns="seconds", errors="ignore") for file in pair
+                ]
+                pd.testing.assert_frame_equal(*tables)
+        shutil.rmtree(root)
+    print(f"{kills} kills")
