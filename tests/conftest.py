@@ -11,6 +11,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common import cli
+from common import checkpoint, cli
 from common.data import glyphs
 from common.models import build_model
 from common.runtime import resume
@@ -200,6 +201,24 @@ def save_jpegs(root, **counts):
                 exif[ExifTags.Base.Orientation] = 6 if number % 4 == 3 else 1
                 image = image.convert(("RGB", "L", "CMYK", "RGB")[number % 4])
                 image.save(root / split / name / f"{number}.JPEG", exif=exif)
+
+
+@contextlib.contextmanager
+def ending_at(rows, step, end):
+    """Within it `end()` is called when a state is written, so many epochs and steps into a run."""
+    save = checkpoint.save
+
+    def ending(content, path):
+        save(content, path)
+        if content.get("step") == step and len(content["rows"]) == rows:
+            end()
+
+    with mock.patch.object(checkpoint, "save", ending):
+        yield
+
+
+def interrupt():
+    raise InterruptedError
 
 
 # ---------------------------------------------------------------- fixtures

@@ -2,10 +2,14 @@
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 
+import pandas as pd
 import pytest
 import torch
 
@@ -16,14 +20,18 @@ from common.runtime import distributed, parallel
 from tests.conftest import (
     ROOT,
     distance,
+    imagenet1,
+    imagenet2,
+    imagenet4,
     refuse,
     result,
+    same,
     save_pictures,
-    small_resnet,
     stage1,
     stage2,
     stage3,
     stage4,
+    state,
     succeed,
     weights,
 )
@@ -32,28 +40,50 @@ from tests.test_data import resident
 CPU = torch.device("cpu")
 
 
-def split(monkeypatch, batches):
-    """All that `batches` makes, and what each of two processes gets of it."""
-    found = [list(batches())]
-    monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
-    for rank in (0, 1):
-        monkeypatch.setattr(distributed, "RANK", rank)
-        found.append(list(batches()))
-    monkeypatch.undo()
+@pytest.fixture
+def streamed(tmp_path):
+    save_pictures(tmp_path, train=6, val=4)
+    return Streamed(tmp_path, CPU, 0)
+
+
+def parts(monkeypatch, count, batches):
+    """What `batches` makes in each of so many processes."""
+    found = []
+    for rank in range(count):
+        with monkeypatch.context() as patched:
+            patched.setattr(distributed, "WORLD_SIZE", count)
+            patched.setattr(distributed, "RANK", rank)
+            found.append(list(batches()))
     return found
 
 
-def test_every_process_has_its_part_of_every_batch(monkeypatch, tmp_path):
-    save_pictures(tmp_path, train=6, val=3)
-    for data in (resident(count=14, pad=1, flip=True), Streamed(tmp_path, CPU, 0)):
-        parts = split(monkeypatch, partial(data.train_batches, 4, 0, 1))
-        assert [len(part) for part in parts] == [3, 3, 3]
-        for whole, *halves in zip(*parts):
-            for values, *pair in zip(whole, *halves):  # images, then labels
-                assert torch.equal(values, torch.cat(pair))
-        parts = split(monkeypatch, partial(data.eval_batches, "test", 2))
-        sums = [[float(image.sum()) for images, _ in part for image in images] for part in parts]
-        assert sorted(sums[0]) == sorted(sums[1] + sums[2]) and all(sums)
+def test_every_process_has_its_part_of_every_batch(monkeypatch, streamed):
+    for data in (resident(count=14, pad=1, flip=True), streamed):
+        batches = partial(data.train_batches, 4, 0, 1)
+        ((*whole,),) = parts(monkeypatch, 1, batches)
+        for first in (0, 2):  # also where an epoch goes on
+            halves = parts(monkeypatch, 2, partial(batches, first))
+            assert [len(half) for half in halves] == [3 - first] * 2
+            for batch, *pair in zip(whole[first:], *halves, strict=True):
+                for values, *both in zip(batch, *pair):  # images, then labels
+                    assert torch.equal(values, torch.cat(both))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_evaluation_sees_every_image_once(monkeypatch, streamed, count):
+    """Those of the last, short batch too, however many processes share them."""
+    sizes = [(resident(count=14, pad=1), 14, 14), (streamed, 8, 12)]
+    for data, test, train in sizes:
+        for split, limit, images in (("test", None, test), ("train", None, train), ("train", 7, 7)):
+            some = parts(monkeypatch, count, partial(data.eval_batches, split, 4, limit))
+            seen = Counter(
+                (image.numpy().tobytes(), int(label))
+                for part in some
+                for batch in part
+                for image, label in zip(*batch)
+            )
+            assert len(seen) == images == seen.total(), (split, limit)
+            assert max(len(labels) for part in some for _, labels in part) <= 4
 
 
 def test_a_batch_without_equal_parts_is_refused(monkeypatch):
@@ -68,8 +98,6 @@ def test_what_is_not_for_several_processes_is_refused(monkeypatch, ends, tmp_pat
     refuse(stage3(*ends, tmp_path / "x"), "torchrun")
     with pytest.raises(UserError, match="--parallel"):
         parallel.run_all({}, "2", 1, resident())
-    with pytest.raises(UserError, match="BatchNorm"):
-        distributed.data_parallel(small_resnet(), CPU)
 
 
 def test_every_process_has_its_own_gpu(monkeypatch):
@@ -110,60 +138,119 @@ def test_the_first_process_alone_writes_and_deletes(monkeypatch, tmp_path):
     assert checkpoint.load(path) == {"a": 1}
 
 
-def torchrun(script, *arguments):
-    """Run a script as two processes."""
-    launch = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-    command = [sys.executable, *launch, script, *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = str(ROOT)
-    options = {"capture_output": True, "text": True, "timeout": 120}
-    return subprocess.run(command, cwd=ROOT, env=environment, **options)
-
-
 SEVERAL = """
-import json, sys
+import json, os, runpy, signal, sys
 from common.runtime import distributed
-from tests.conftest import start
+from tests.conftest import ending_at
 
 distributed.shut_down = lambda: None  # not between the commands
-for command in json.loads(sys.argv[1]):
-    start(*command, torchrun=True)
+with ending_at(1, 2, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+    for script, *arguments in json.loads(sys.argv[1]):
+        sys.argv = [script, *arguments]
+        runpy.run_path(f"{script}.py", run_name="__main__")
 """
 
 
-def test_two_processes_train_what_one_does(tmp_path):
-    """All three stages that train, up to the order in which sums are taken; then an error."""
-    one, two, file = tmp_path / "one", tmp_path / "two", tmp_path / "file"
-    file.touch()
-    dense, masks, cell = two / "dense/seed0", two / "imp", ("--sparsity", 0.3)
+def torchrun(root, launches, *commands):
+    """Run commands one after the other, by so many torchruns; their exit codes and outputs.
 
-    def commands(root):
-        lth = stage4("lth", dense, masks, root / "sparse", *cell, "--rewind", 1)
-        return stage2(dense, root / "imp", *cell), lth
+    A run that writes its state two steps into its second epoch ends there by SIGTERM.
+    """
+    (root / "several.py").write_text(SEVERAL)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    how = {"cwd": ROOT, "env": environment | {"PYTHONPATH": str(ROOT)}, "text": True}
+    how |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    work = json.dumps([list(map(str, command)) for command in commands])
+    words = [sys.executable, "-m", "torch.distributed.run"]
+    started = [
+        subprocess.Popen([*words, *launch.split(), root / "several.py", work], **how)
+        for launch in launches
+    ]
+    outs, errs = zip(*[process.communicate(timeout=300) for process in started])
+    return [process.returncode for process in started], "".join(outs), "".join(errs)
 
-    (script, *more), again = (stage1(root / "dense", "--seed", 0, 1) for root in (two, one))
-    done = torchrun(f"{script}.py", *more)
-    assert done.returncode == 0, done.stderr
-    printed = [done.stdout, succeed(*again)]
-    assert [text.count("/3  lr") for text in printed] == [6, 6]  # a line an epoch
-    (tmp_path / "several.py").write_text(SEVERAL)
-    several = *commands(two), (script, *more), stage1(file / "dense")
-    done = torchrun(tmp_path / "several.py", json.dumps(several, default=str))
-    told = [line for line in done.stderr.splitlines() if ".py: error: " in line]
-    assert done.returncode != 0 and len(told) == 1, done.stderr
-    assert f"cannot write {file}" in told[0] and "gloo" not in done.stderr
-    assert done.stdout.count("nothing to do") == 2
-    for command in commands(one):
+
+@pytest.fixture(scope="module")
+def two(imagenet, tmp_path_factory):
+    """What two processes make: of two torchruns, as on two nodes, and then of one.
+
+    The first ends by SIGTERM within an epoch of a run, which the second goes on with, and in turn
+    ends with an error.
+    """
+    root, file = tmp_path_factory.mktemp("two"), "file"
+    (root / file).touch()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meet = f"--rdzv-backend c10d --rdzv-endpoint localhost:{free.getsockname()[1]}"
+    nodes, here = [f"--nnodes 2 --nproc-per-node 1 {meet}"] * 2, ["--standalone --nproc-per-node 2"]
+    dense, cut = stage1(root / "dense", "--seed", 0, 1), imagenet1(imagenet, root / "cut")
+    codes, out, err = torchrun(
+        root,
+        nodes,
+        dense,
+        imagenet1(imagenet, root / "imagenet/dense"),
+        imagenet2(imagenet, root / "imagenet/imp"),
+        imagenet4(*permuted(imagenet), root / "imagenet/sparse/permuted"),
+        (*cut, "--checkpoint-minutes", 0),
+    )
+    assert 0 not in codes and err.count("stopped; the same command goes on") == 2, err
+    assert len(re.findall(r"mlpx\S+ seed \d  epoch", out)) == 6  # a line an epoch
+    assert state(root / "cut/seed0/resume.pt")["step"] == 3
+    more = (cut, *later(root / "dense/seed0", root), dense, stage1(root / file / "dense"))
+    (code,), out, err = torchrun(root, here, *more)
+    told = [line for line in err.splitlines() if "error: " in line and "torch" not in line]
+    assert code != 0 and len(told) == 1 and "gloo" not in err, err
+    assert f"cannot write {root / file}" in told[0]
+    assert out.count("nothing to do") == 2 and "goes on after epoch 1 and 3 steps" in out
+    return root
+
+
+def permuted(imagenet):
+    return "permuted", imagenet / "dense/seed1", imagenet / "align/activation/seed0-seed1"
+
+
+def later(dense, root):
+    """Stages 2 and 4 after a dense run."""
+    lth = stage4("lth", dense, root / "imp", root / "sparse", "--sparsity", 0.3, "--rewind", 1)
+    return stage2(dense, root / "imp", "--sparsity", 0.3), lth
+
+
+def test_two_processes_train_what_one_does(two, tmp_path):
+    """All three stages that train, up to the order in which sums are taken."""
+    succeed(*stage1(tmp_path / "dense", "--seed", 0, 1))
+    for command in later(two / "dense/seed0", tmp_path):
         succeed(*command)
-
     epochs = [f"dense/seed{seed}/epoch_000{epoch}.pt" for seed in (0, 1) for epoch in (0, 1, 3)]
     for name in (*epochs, "imp/sparse_0.30.pt", "sparse/s0.30_k001/final.pt"):
-        assert distance(weights(one / name), weights(two / name)) < 1e-4
+        assert distance(weights(tmp_path / name), weights(two / name)) < 1e-4
     assert distance(*(weights(two / f"dense/seed{n}/epoch_0003.pt") for n in (0, 1))) > 1e-2
-    results = [result(root / "dense/seed0") for root in (one, two)]
+    results = [result(root / "dense/seed0") for root in (tmp_path, two)]
     assert [result["processes"] for result in results] == [1, 2]
     for key in ("train_loss", "test_loss", "train_acc", "test_acc"):
         rounding = 0.2 if "acc" in key else 0
         assert results[1][key] == pytest.approx(results[0][key], rel=1e-3, abs=rounding)
-    names = [sorted(path.name for path in (root / "imp").iterdir()) for root in (one, two)]
+    names = [sorted(path.name for path in (root / "imp").iterdir()) for root in (tmp_path, two)]
     assert names[0] == names[1]
+
+
+def test_two_processes_train_resnet50_on_imagenet_as_one_does(two, imagenet):
+    """BatchNorm over both; every image of an epoch's batches and of the evaluation once."""
+    for name, other in (
+        ("dense/seed0/epoch_0001.pt", "dense/seed0/epoch_0001.pt"),
+        ("dense/seed0/epoch_0002.pt", "dense/seed0/epoch_0002.pt"),
+        ("imp/sparse_0.30.pt", "imp/seed0/sparse_0.30.pt"),
+        ("sparse/permuted/s0.30_k001/final.pt",) * 2,
+    ):
+        found = distance(weights(imagenet / other), weights(two / "imagenet" / name))
+        print(name, found)
+    logs = [pd.read_csv(root / "dense/seed0/log.csv") for root in (imagenet, two / "imagenet")]
+    print(logs)
+    succeed("analyze.results", two / "imagenet")
+    assert pd.read_csv(two / "imagenet/results.csv")["arm"].tolist() == ["permuted"]
+
+
+def test_two_processes_that_were_cut_off_within_an_epoch_go_on_there(two):
+    ends = [two / folder / "seed0" for folder in ("imagenet/dense", "cut")]
+    assert same(*(weights(folder / "epoch_0002.pt") for folder in ends))
+    logs = [pd.read_csv(folder / "log.csv").drop(columns="seconds") for folder in ends]
+    pd.testing.assert_frame_equal(*logs, check_exact=True)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from common import checkpoint
 from common.data import Streamed
 from common.vision import torchvision
 from tests.conftest import (
+    ending_at,
     fork,
     forks,
     imagenet1,
@@ -67,25 +67,12 @@ def test_a_corrupt_jpeg_is_named_in_one_line(imagenet, tmp_path, workers):
     refuse(imagenet1(tmp_path, tmp_path / "dense", *more), f"{corrupt} is no image that can be read")
 
 
-def end_at(step, sent, monkeypatch):
-    """End this process when it writes the state `step` steps into its second epoch."""
-    save = checkpoint.save
-
-    def ending(content, path):
-        save(content, path)
-        if content.get("step") == step and len(content["rows"]) == 1:
-            os.kill(os.getpid(), sent)
-
-    monkeypatch.setattr(checkpoint, "save", ending)
-
-
 @forks
-def test_a_run_that_is_cut_off_within_an_epoch_goes_on_there(imagenet, tmp_path, monkeypatch):
+def test_a_run_that_is_cut_off_within_an_epoch_goes_on_there(imagenet, tmp_path):
     """Killed beside its workers; ended by SIGTERM; and once more when only evaluation is left."""
     run, found = imagenet1(imagenet, tmp_path, "--checkpoint-minutes", 0), []
     for step, sent in ((2, signal.SIGKILL), (3, signal.SIGTERM), (5, signal.SIGTERM)):
-        with monkeypatch.context() as patched:
-            end_at(step, sent, patched)
+        with ending_at(1, step, lambda: os.kill(os.getpid(), sent)):
             process = fork(start, *run, "--workers", 2)
             process.join()
         cut = state(tmp_path / "seed0/resume.pt")

@@ -12,7 +12,7 @@ from common import masking
 from common.errors import UserError
 from common.models import build_model
 from common.training import evaluate, learning_rates, train
-from tests.conftest import same, sgd, small_resnet, state
+from tests.conftest import ending_at, interrupt, same, sgd, small_resnet, state
 from tests.test_data import resident
 
 SETTINGS = {
@@ -115,6 +115,10 @@ def test_a_run_that_was_cut_off_ends_with_the_same_numbers(
     settings["folder"] = tmp_path / "cut"
     with pytest.raises(InterruptedError):
         train(network(), data, rates, at_epoch=kill, **settings)
+    settings["checkpoint_minutes"] = 0
+    for step in (2, data.steps(4)):  # in the epoch after
+        with pytest.raises(InterruptedError), ending_at(3, step, interrupt):
+            train(network(), data, rates, at_epoch=calls.append, **settings)
     rows = train(rest, data, rates, at_epoch=calls.append, **settings)
     assert calls == [6, 7] and same(whole.state_dict(), rest.state_dict())
     for row, other in zip(rows, expected, strict=True):
