@@ -129,7 +129,9 @@ JPEGS = "--batch-size 4 --lr 0.01 --workers 0 --warmup 0 --precision fp32 --devi
 
 
 def imagenet1(root, out, *more):
-    network = "--dataset imagenet --model resnet50 --width 0.0625 --epochs 2 --save-epochs 1".split()
+    network = (
+        "--dataset imagenet --model resnet50 --width 0.0625 --epochs 2 --save-epochs 1".split()
+    )
     return "train_dense", *network, *JPEGS, "--data-dir", root / "data", "--out", out, *more
 
 

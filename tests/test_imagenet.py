@@ -41,7 +41,9 @@ def test_every_stage_trains_resnet50(imagenet, tmp_path):
     for arm, masks in (("naive", "imp/seed0"), ("permuted", "align/activation/seed0-seed1")):
         final = state(imagenet / f"sparse/{arm}/s0.30_k001/final.pt")
         assert same(final["mask"], state(imagenet / masks / "mask_0.30.pt")["mask"])
-        assert all((final["state_dict"][name][~kept] == 0).all() for name, kept in final["mask"].items())
+        assert all(
+            (final["state_dict"][name][~kept] == 0).all() for name, kept in final["mask"].items()
+        )
 
 
 def test_pictures_are_read_as_torchvision_reads_them_whatever_the_workers(imagenet):
@@ -64,7 +66,9 @@ def test_a_corrupt_jpeg_is_named_in_one_line(imagenet, tmp_path, workers):
     corrupt = tmp_path / "data/train/dog/4.JPEG"
     corrupt.write_bytes(corrupt.read_bytes()[:-200])
     more = ("--batch-size", 11, "--workers", workers)
-    refuse(imagenet1(tmp_path, tmp_path / "dense", *more), f"{corrupt} is no image that can be read")
+    refuse(
+        imagenet1(tmp_path, tmp_path / "dense", *more), f"{corrupt} is no image that can be read"
+    )
 
 
 @forks

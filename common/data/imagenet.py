@@ -50,9 +50,7 @@ class Streamed:
     def steps(self, batch_size: int) -> int:
         return count_steps(len(self.augmented), batch_size)
 
-    def train_batches(
-        self, batch_size: int, seed: int, epoch: int, first_step: int = 0
-    ) -> Batches:
+    def train_batches(self, batch_size: int, seed: int, epoch: int, first_step: int = 0) -> Batches:
         """Shuffled, cropped, flipped and normalised batches (images fp32 channels-last, labels)."""
         generator = torch.Generator().manual_seed(derived_seed(seed, epoch))
         order = torch.randperm(len(self.augmented), generator=generator).tolist()
