@@ -93,7 +93,7 @@ CASES += [(tiny, "fp32", False, name) for name in OPTIMISERS]
 def test_a_run_that_was_cut_off_ends_with_the_same_numbers(
     tmp_path, network, precision, pruned, optimiser
 ):
-    """With any optimiser's own state; the schedule sets its learning rate."""
+    """Within an epoch, too, and with any optimiser's state; the schedule sets its learning rate."""
     rates, seen, data = [0.01, 0.008, 0.005, 0.002], [], resident(count=16, mean=0.1)
 
     def noted(parameters):
@@ -101,7 +101,11 @@ def test_a_run_that_was_cut_off_ends_with_the_same_numbers(
         made.register_step_pre_hook(lambda *_: seen.append(made.param_groups[0]["lr"]))
         return made
 
+    def lighter(images, generator):
+        return images + torch.rand(1, generator=generator)
+
     settings = SETTINGS | {"precision": precision, "make_optimiser": noted, "first_epoch": 3}
+    settings["augment"] = lighter
     settings["mask"] = masked(network()) if pruned else None
     whole, rest, calls = network(), network(9), []  # whatever that holds, the file replaces it
     expected = train(whole, data, rates, folder=tmp_path / "whole", **settings)
