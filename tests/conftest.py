@@ -137,12 +137,12 @@ def imagenet1(root, out, *more):
 
 def imagenet2(root, out):
     ends = ("--dense", root / "dense/seed0", "--out", out)
-    return "prune_imp", *ends, *JPEGS, "--epochs", 1, "--sparsity", 0.3
+    return "prune_imp", *ends, *JPEGS, "--epochs", 1, "--sparsity", 0.2
 
 
 def imagenet4(arm, weights, masks, out):
     files = ("--weights", weights, "--masks", masks, "--out", out)
-    return "train_sparse", "--arm", arm, *files, *JPEGS, "--sparsity", 0.3, "--rewind", 1
+    return "train_sparse", "--arm", arm, *files, *JPEGS, "--sparsity", 0.2, "--rewind", 1
 
 
 def sparse(*arguments):
@@ -271,7 +271,7 @@ def ends(runs):
 def imagenet(tmp_path_factory):
     """A thin ResNet50 on JPEGs of all kinds, all stages. Tests must not write into it."""
     root = tmp_path_factory.mktemp("imagenet")
-    save_jpegs(root / "data", train=11, val=7)
+    save_jpegs(root / "data", train=9, val=7)
     succeed(*imagenet1(root, root / "dense", "--seed", 0, 1))
     source, target = (root / f"dense/seed{seed}" for seed in (0, 1))
     masks, aligned = root / "imp/seed0", root / "align/activation/seed0-seed1"
