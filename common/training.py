@@ -105,9 +105,10 @@ def train(
     same shape, at random by a generator on their device, which depends on seed, epoch and step.
     Epochs count from `first_epoch`, and `at_epoch(k)` is called after k epochs. With a mask, the
     masked weights are zero before and after every step, and every epoch checks it. The state goes
-    to `folder`/resume.pt at the ends of epochs and, within one, every `checkpoint_minutes`; from
-    there the run called `name` goes on if it is cut off, and the caller removes it in the end. On CUDA a step on resident data is one captured graph. `progress` shows
-    a bar and a line an epoch, not the last alone.
+    to `folder`/resume.pt at the ends of epochs and, within one, every `checkpoint_minutes`; the run
+    called `name` goes on from there if it is cut off, and the caller removes it in the end. On CUDA
+    a step on resident data is one captured graph. `progress` shows a bar and a line an epoch, not
+    the last alone.
 
     Raises RuntimeError when a pruned weight is not zero, Diverged when a weight is not finite
     after an epoch, and UserError when `compiled` finds no compiler.

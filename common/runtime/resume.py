@@ -31,7 +31,7 @@ def sigterm_ends_steps() -> Iterator[None]:
 
 
 def until_stopped(batches: Iterator[Any]) -> Iterator[Any]:
-    """Batches until SIGTERM comes, but the first: what is made of them, `Resume.save` discards."""
+    """The first of `batches`, and more until SIGTERM comes: an evaluation that nobody will see."""
     for batch in batches:
         yield batch
         if stopping.is_set():
@@ -41,10 +41,10 @@ def until_stopped(batches: Iterator[Any]) -> Iterator[Any]:
 class Resume:
     """Writes a run's state to `folder`/resume.pt now and then, also within an epoch.
 
-    The state of an earlier run called `name` is loaded into model, optimiser and `sums`, which an
-    epoch sums up. `rows` are those of its epochs, `step` counts its steps in the epoch after them,
-    which `started` then. Raises UserError when it was of another precision or optimiser, as a
-    mixture would be no experiment.
+    The state of an earlier run called `name` is taken up: model, optimiser, `rows` of the epochs
+    that it finished, and of the one after those `step`, how many steps are done, `sums`, of which
+    this process has its part, and `started`, when it would have begun without a break. Raises
+    UserError when that was of another precision or optimiser, as a mixture would be no experiment.
     """
 
     def __init__(
