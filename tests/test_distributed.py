@@ -8,11 +8,13 @@ import subprocess
 import sys
 from collections import Counter
 from functools import partial
+from unittest import mock
 
 import pandas as pd
 import pytest
 import torch
 
+import train_dense
 from common import checkpoint
 from common.data import Streamed
 from common.errors import UserError
@@ -140,6 +142,13 @@ def test_the_first_process_tells_an_error_before_the_others(monkeypatch, tmp_pat
             refuse(stage1(tmp_path, *wrong))
             assert naps == expected
         naps.clear()
+
+
+def test_a_process_whose_peer_ended_says_no_more(monkeypatch, tmp_path):
+    """As where the peer alone read a broken picture, and told its name."""
+    gone = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.1]:7")
+    monkeypatch.setattr(train_dense, "main", mock.Mock(side_effect=gone))
+    refuse(stage1(tmp_path), "another process of this run ended")
 
 
 def test_the_first_process_alone_writes_and_deletes(monkeypatch, tmp_path):
