@@ -110,7 +110,13 @@ together() { # lines "set seed" -> lines "set seed seed ...", a command each
   sort -k 2,2n -u | awk -v n="$commands" '{ key = $1 " " count[$1]++ % n; seeds[key] = seeds[key] " " $2 }
     END { for (key in seeds) print substr(key, 1, index(key, " ") - 1) seeds[key] }' | sort -k 2,2n
 }
-if [ -n "$SPREAD" ]; then train+=" -m torch.distributed.run --standalone --nproc-per-node $SPREAD"; fi
+case ${SPREAD:+torchrun}$LAUNCH in
+  torchrun) train+=" -m torch.distributed.run --standalone --nproc-per-node $SPREAD" ;;
+  torchrunslurm) # on all nodes of a task, which meet on its first
+    train="srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit $train -m torch.distributed.run"
+    train+=" --nnodes \$SLURM_NNODES --nproc-per-node \$(($SPREAD / SLURM_NNODES)) --rdzv-backend c10d"
+    train+=" --rdzv-id \$SLURM_JOB_ID --rdzv-endpoint \$(hostname):\$((20000 + SLURM_JOB_ID % 10000))" ;;
+esac
 cells=$SPARSITY # lines, a command each
 if [ -n "$LAUNCH" ]; then cells=$(printf '%s\n' $SPARSITY); fi
 reused=$([ "$SOURCE_DATASET" = "$DATASET" ] || echo 1) # then no LTH, and the source is no member

@@ -66,7 +66,7 @@ def run(main: Callable[[], None], torchrun: bool = False) -> None:
         print(f"{name}: error: {line}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{name}: stopped; the same command goes on from the last epoch", file=sys.stderr)
+        print(f"{name}: stopped; the same command goes on", file=sys.stderr)
         sys.exit(130)
 
 
@@ -130,6 +130,8 @@ def add_training(parser: argparse.ArgumentParser, stage: str) -> None:
     side_by_side = "train N runs side by side: on a CPU as processes of one thread each, on a GPU "
     side_by_side += "in one process (default: one run after the other, with all threads)"
     add("--parallel", type=_parallel, metavar="auto|N", help=side_by_side)
+    text = "minutes between two writings of the state within an epoch (default: 10)"
+    add("--checkpoint-minutes", type=number(float, 0), default=10, metavar="M", help=text)
     add_tag(parser)
 
 
@@ -152,7 +154,8 @@ def paper_value(choices: tuple[Any, Any], dataset: str) -> Any:
 def how_to_train(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The arguments of `train` that change no experiment, and the precision."""
     precision = pick_precision(args.precision, device)
-    return {"precision": precision, "compiled": args.compile, "progress": args.parallel is None}
+    how = {"precision": precision, "compiled": args.compile, "progress": args.parallel is None}
+    return how | {"checkpoint_minutes": args.checkpoint_minutes}
 
 
 def add_tag(parser: argparse.ArgumentParser) -> None:
@@ -186,4 +189,5 @@ def hyper(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 def experiment(args: argparse.Namespace, *inputs: str) -> dict[str, Any]:
     """All arguments but `inputs` and where and how fast a run goes: a flag that is added counts."""
     no_part = (*inputs, "out", "device", "data_dir", "workers", "parallel", "compile")
+    no_part += ("checkpoint_minutes",)
     return {name: value for name, value in vars(args).items() if name not in no_part}

@@ -19,6 +19,8 @@ def explain(error: BaseException) -> str | None:
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in ENVIRONMENT:
         return ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+    if "Connection closed by peer" in str(error):  # gloo's word for it
+        return "another process of this run ended: its message says why"
     no_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))  # of a GPU, and numpy's
     if no_memory or "can't allocate memory" in str(error):  # torch's on a CPU
         what = ". ".join(str(error).rpartition("Allocator: ")[2].split(". ")[:2])

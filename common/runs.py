@@ -105,14 +105,17 @@ def claim(folder: Path, arguments: dict[str, Any], script: str) -> dict[str, Any
 
 
 def _lock(folder: Path) -> None:
-    """Keep a folder for this process until it ends; the system releases the lock of a dead one."""
+    """Keep a folder for this process until it ends; the system releases the lock of a dead one.
+
+    The lock is not inherited: workers that read images outlive a process that is killed.
+    """
     path = folder / ".lock"
     if not checkpoint.is_writer or path in _locks:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{folder} is in work by {path.read_text().strip()}: leave it") from None
     except OSError as error:

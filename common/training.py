@@ -18,7 +18,7 @@ from common.errors import UserError
 from common.masking import Mask, Masker
 from common.runtime import distributed, graph
 from common.runtime.device import autocast, in_onednn_layout
-from common.runtime.resume import Resume
+from common.runtime.resume import Resume, until_stopped
 
 CHANCE = 0.97  # of the loss of guessing: a run that ends above it has learned next to nothing
 
@@ -96,17 +96,19 @@ def train(
     at_epoch: Callable[[int], Any] = lambda epoch: None,
     compiled: bool = False,
     progress: bool = True,
+    checkpoint_minutes: float = 10,
 ) -> list[dict[str, Any]]:
     """Train `model` in place, one epoch for every learning rate in `rates`; return a row an epoch.
 
     `make_optimiser(parameters)` gives any optimiser of torch.optim; its learning rate is set here.
     `augment(images, generator)` changes a batch of cropped, mirrored and normalised images, in the
-    same shape, at random by a generator on their device, which depends on seed and epoch alone.
+    same shape, at random by a generator on their device, which depends on seed, epoch and step.
     Epochs count from `first_epoch`, and `at_epoch(k)` is called after k epochs. With a mask, the
     masked weights are zero before and after every step, and every epoch checks it. The state goes
-    to `folder`/resume.pt, from where the run called `name` goes on if it is cut off; the caller
-    removes it in the end. On CUDA a step on resident data is one captured graph. `progress` shows
-    a bar and a line an epoch, not the last alone.
+    to `folder`/resume.pt at the ends of epochs and, within one, every `checkpoint_minutes`; the run
+    called `name` goes on from there if it is cut off, and the caller removes it in the end. On CUDA
+    a step on resident data is one captured graph. `progress` shows a bar and a line an epoch, not
+    the last alone.
 
     Raises RuntimeError when a pruned weight is not zero, Diverged when a weight is not finite
     after an epoch, and UserError when `compiled` finds no compiler.
@@ -123,12 +125,12 @@ def train(
     graphed = device.type == "cuda" and isinstance(data, Resident) and distributed.WORLD_SIZE == 1
     graphed = graphed and graph.capturable(optimiser, device)
     masker = Masker(model, mask or {})
-    resume = Resume(folder, name, precision, model, optimiser)
+    # Summed on the device and read once an epoch, so that the host does not wait at every step.
+    sums = torch.zeros(2, device=device)
+    loss_sum, correct = sums
+    resume = Resume(folder, name, precision, model, optimiser, sums, checkpoint_minutes)
     rows = resume.rows
     masker.apply()
-    # Summed on the device and read once an epoch, so that the host does not wait at every step.
-    loss_sum, correct = (torch.zeros((), device=device) for _ in range(2))
-
     generator = torch.Generator(device) if augment else None
 
     def step(images: Tensor, labels: Tensor) -> None:
@@ -141,7 +143,7 @@ def train(
         loss.backward()
         optimiser.step()
         masker.apply()
-        loss_sum.add_(loss.detach())
+        loss_sum.add_(loss.detach(), alpha=len(labels))
         correct.add_((logits.argmax(1) == labels).sum())
 
     steps = data.steps(batch_size)
@@ -151,7 +153,7 @@ def train(
         step = graph.GraphedStep(step, data, batch_size, generator)
     bar = tqdm(
         total=len(rates) * images,
-        initial=len(rows) * images,
+        initial=len(rows) * images + resume.step * batch_size,
         desc=name,
         unit="img",
         unit_scale=True,
@@ -161,28 +163,33 @@ def train(
     )
     with bar, graph.side_stream(device) if graphed else contextlib.nullcontext():
         for epoch in range(first_epoch + len(rows), last):
-            start, rate = time.perf_counter(), rates[epoch - first_epoch]
+            rate = rates[epoch - first_epoch]
             set_rate(optimiser, rate)
             model.train()
-            loss_sum.zero_(), correct.zero_()
-            if augment:
-                generator.manual_seed(derived_seed(seed, epoch))
-            drawn = data.train_batches(batch_size, seed, epoch)
-            for batch in step.start(seed, epoch) if graphed else drawn:
+            if resume.step == 0:
+                resume.started = time.perf_counter()
+                sums.zero_()
+            where = seed, epoch, resume.step
+            batches = step.start(*where) if graphed else data.train_batches(batch_size, *where)
+            for done, batch in enumerate(batches, resume.step + 1):
+                if augment:
+                    generator.manual_seed(derived_seed(seed, epoch, done))
                 step(*batch)
                 bar.update(batch_size)
+                resume.save(done)
             masker.check()
             # Final numbers in fp32, as analyses have them: no tie of rounded logits decides.
             exact = "fp32" if epoch + 1 == last else precision
-            test = evaluate(model, data.eval_batches("test"), top, exact)
-            loss, right = distributed.all_reduce_sum(loss_sum, correct)
+            test = evaluate(model, until_stopped(data.eval_batches("test")), top, exact)
+            resume.save(steps)
+            loss, right = distributed.gathered(sums).sum(0).tolist()
             row = {
                 "epoch": epoch + 1,
                 "lr": rate,
-                "train_loss": loss / (steps * distributed.WORLD_SIZE),
+                "train_loss": loss / images,
                 "train_acc": 100 * right / images,
                 **dict(zip(("test_loss", "test_acc", *(f"test_top{k}" for k in top)), test)),
-                "seconds": time.perf_counter() - start,
+                "seconds": time.perf_counter() - resume.started,
             }
             rows.append(row)
             if not nn.utils.get_total_norm(model.parameters(), math.inf).isfinite():

@@ -12,18 +12,19 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import nn
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common import cli
+from common import checkpoint, cli
 from common.data import glyphs
 from common.models import build_model
 from common.runtime import resume
@@ -127,6 +128,27 @@ def stage4(arm, weights, masks, out, *more):
     return "train_sparse", "--arm", arm, *files, *FAST, *cells, *more
 
 
+# The same for ResNet50 on `imagenet`.
+JPEGS = "--batch-size 4 --lr 0.01 --workers 0 --warmup 0 --precision fp32 --device cpu".split()
+
+
+def imagenet1(root, out, *more):
+    network = (
+        "--dataset imagenet --model resnet50 --width 0.0625 --epochs 2 --save-epochs 1".split()
+    )
+    return "train_dense", *network, *JPEGS, "--data-dir", root / "data", "--out", out, *more
+
+
+def imagenet2(root, out):
+    ends = ("--dense", root / "dense/seed0", "--out", out)
+    return "prune_imp", *ends, *JPEGS, "--epochs", 1, "--sparsity", 0.2
+
+
+def imagenet4(arm, weights, masks, out):
+    files = ("--weights", weights, "--masks", masks, "--out", out)
+    return "train_sparse", "--arm", arm, *files, *JPEGS, "--sparsity", 0.2, "--rewind", 1
+
+
 def sparse(*arguments):
     return call(*stage4(*arguments))
 
@@ -179,6 +201,39 @@ def save_pictures(root, size=(12, 12), **counts):
                 Image.fromarray(pixels).save(root / split / name / f"{number}.png")
 
 
+def save_jpegs(root, **counts):
+    """JPEGs of odd sizes in class folders cat and dog: RGB, grey, CMYK, and RGB turned by EXIF."""
+    random = np.random.default_rng(0)
+    for split, count in counts.items():
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(256, size=(4, 4, 3), dtype=np.uint8)
+                image = Image.fromarray(pixels).resize(random.integers(30, 300, 2).tolist())
+                exif = image.getexif()
+                exif[ExifTags.Base.Orientation] = 6 if number % 4 == 3 else 1
+                image = image.convert(("RGB", "L", "CMYK", "RGB")[number % 4])
+                image.save(root / split / name / f"{number}.JPEG", exif=exif)
+
+
+@contextlib.contextmanager
+def ending_at(rows, step, end):
+    """Within it `end()` is called when a state is written, so many epochs and steps into a run."""
+    save = checkpoint.save
+
+    def ending(content, path):
+        save(content, path)
+        if content.get("step") == step and len(content["rows"]) == rows:
+            end()
+
+    with mock.patch.object(checkpoint, "save", ending):
+        yield
+
+
+def interrupt():
+    raise InterruptedError
+
+
 # ---------------------------------------------------------------- fixtures
 
 
@@ -221,6 +276,25 @@ def runs(tmp_path_factory):
 def ends(runs):
     """Source, target and the source's masks of the first pair."""
     return runs / "dense/seed0", runs / "dense/seed1", runs / "imp/seed0"
+
+
+@pytest.fixture(scope="session")
+def imagenet(tmp_path_factory):
+    """A thin ResNet50 on JPEGs of all kinds, all stages. Tests must not write into it."""
+    root = tmp_path_factory.mktemp("imagenet")
+    save_jpegs(root / "data", train=9, val=7)
+    succeed(*imagenet1(root, root / "dense", "--seed", 0, 1))
+    source, target = (root / f"dense/seed{seed}" for seed in (0, 1))
+    masks, aligned = root / "imp/seed0", root / "align/activation/seed0-seed1"
+    succeed(*imagenet2(root, root / "imp/seed0"))
+    succeed(*stage3(source, target, masks, aligned, "--workers", 0))
+    for arm, dense, folder in (
+        ("lth", source, masks),
+        ("naive", target, masks),
+        ("permuted", target, aligned),
+    ):
+        succeed(*imagenet4(arm, dense, folder, root / "sparse" / arm))
+    return root
 
 
 @pytest.fixture(scope="session")

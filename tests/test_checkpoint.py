@@ -203,10 +203,10 @@ def test_a_folder_in_which_another_process_works_is_left_alone(tmp_path):
 
 
 def test_a_file_system_without_locks_is_worked_on_without(tmp_path, monkeypatch):
-    def flock(*_):
+    def lockf(*_):
         raise OSError(number, "no locks")
 
-    monkeypatch.setattr(folders.fcntl, "flock", flock)
+    monkeypatch.setattr(folders.fcntl, "lockf", lockf)
     number = errno.ENOSYS
     assert "code" in folders.claim(tmp_path / "a", {}, SCRIPT)
     number = errno.EIO

@@ -15,7 +15,16 @@ import torch
 from common.runtime import graph, parallel
 from common.runtime.graph import GraphedStep
 from common.training import cpu_state, train
-from tests.conftest import ROOT, TINY, distance, small_cnn, small_resnet, weights
+from tests.conftest import (
+    ROOT,
+    TINY,
+    distance,
+    ending_at,
+    interrupt,
+    small_cnn,
+    small_resnet,
+    weights,
+)
 from tests.pretend_gpu import pretend_gpu
 from tests.test_data import resident
 from tests.test_parallel import jobs, trained
@@ -78,9 +87,13 @@ def test_a_graph_trains_as_the_plain_loop(
     settings["folder"] = tmp_path
     with pytest.raises(InterruptedError):
         train(network(), data, RATES, at_epoch=kill, **settings)
+    if data.steps(4) > 1:
+        settings["checkpoint_minutes"] = 0
+        with pytest.raises(InterruptedError), ending_at(2, 2, interrupt):
+            train(network(), data, RATES, **settings)
     rows = train(by_graph, data, RATES, **settings)
     # A set of one batch is captured in a later epoch, and not before it was cut off.
-    assert captures == ["replay"] * (1 + (data.steps(4) > 1))
+    assert captures == ["replay"] * (3 if data.steps(4) > 1 else 1)
     tolerance = TOLERANCES[precision]
     assert distance(cpu_state(by_loop), cpu_state(by_graph)) <= tolerance
     for key in ("lr", "train_loss", "train_acc", "test_loss"):

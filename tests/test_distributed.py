@@ -2,28 +2,39 @@
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
+from unittest import mock
 
+import pandas as pd
 import pytest
 import torch
 
+import train_dense
 from common import checkpoint
 from common.data import Streamed
 from common.errors import UserError
 from common.runtime import distributed, parallel
+from common.runtime.resume import Resume
 from tests.conftest import (
     ROOT,
     distance,
+    imagenet1,
+    imagenet2,
+    imagenet4,
     refuse,
     result,
+    same,
     save_pictures,
-    small_resnet,
     stage1,
     stage2,
     stage3,
     stage4,
+    state,
     succeed,
     weights,
 )
@@ -32,28 +43,50 @@ from tests.test_data import resident
 CPU = torch.device("cpu")
 
 
-def split(monkeypatch, batches):
-    """All that `batches` makes, and what each of two processes gets of it."""
-    found = [list(batches())]
-    monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
-    for rank in (0, 1):
-        monkeypatch.setattr(distributed, "RANK", rank)
-        found.append(list(batches()))
-    monkeypatch.undo()
+@pytest.fixture
+def streamed(tmp_path):
+    save_pictures(tmp_path, train=6, val=4)
+    return Streamed(tmp_path, CPU, 0)
+
+
+def parts(monkeypatch, count, batches):
+    """What `batches` makes in each of so many processes."""
+    found = []
+    for rank in range(count):
+        with monkeypatch.context() as patched:
+            patched.setattr(distributed, "WORLD_SIZE", count)
+            patched.setattr(distributed, "RANK", rank)
+            found.append(list(batches()))
     return found
 
 
-def test_every_process_has_its_part_of_every_batch(monkeypatch, tmp_path):
-    save_pictures(tmp_path, train=6, val=3)
-    for data in (resident(count=14, pad=1, flip=True), Streamed(tmp_path, CPU, 0)):
-        parts = split(monkeypatch, partial(data.train_batches, 4, 0, 1))
-        assert [len(part) for part in parts] == [3, 3, 3]
-        for whole, *halves in zip(*parts):
-            for values, *pair in zip(whole, *halves):  # images, then labels
-                assert torch.equal(values, torch.cat(pair))
-        parts = split(monkeypatch, partial(data.eval_batches, "test", 2))
-        sums = [[float(image.sum()) for images, _ in part for image in images] for part in parts]
-        assert sorted(sums[0]) == sorted(sums[1] + sums[2]) and all(sums)
+def test_every_process_has_its_part_of_every_batch(monkeypatch, streamed):
+    for data in (resident(count=14, pad=1, flip=True), streamed):
+        batches = partial(data.train_batches, 4, 0, 1)
+        ((*whole,),) = parts(monkeypatch, 1, batches)
+        for first in (0, 2):  # also where an epoch goes on
+            halves = parts(monkeypatch, 2, partial(batches, first))
+            assert [len(half) for half in halves] == [3 - first] * 2
+            for batch, *pair in zip(whole[first:], *halves, strict=True):
+                for values, *both in zip(batch, *pair):  # images, then labels
+                    assert torch.equal(values, torch.cat(both))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_evaluation_sees_every_image_once(monkeypatch, streamed, count):
+    """Those of the last, short batch too, however many processes share them."""
+    sizes = [(resident(count=14, pad=1), 14, 14), (streamed, 8, 12)]
+    for data, test, train in sizes:
+        for split, limit, images in (("test", None, test), ("train", None, train), ("train", 7, 7)):
+            some = parts(monkeypatch, count, partial(data.eval_batches, split, 4, limit))
+            seen = Counter(
+                (image.numpy().tobytes(), int(label))
+                for part in some
+                for batch in part
+                for image, label in zip(*batch)
+            )
+            assert len(seen) == images == seen.total(), (split, limit)
+            assert max(len(labels) for part in some for _, labels in part) <= 4
 
 
 def test_a_batch_without_equal_parts_is_refused(monkeypatch):
@@ -68,8 +101,21 @@ def test_what_is_not_for_several_processes_is_refused(monkeypatch, ends, tmp_pat
     refuse(stage3(*ends, tmp_path / "x"), "torchrun")
     with pytest.raises(UserError, match="--parallel"):
         parallel.run_all({}, "2", 1, resident())
-    with pytest.raises(UserError, match="BatchNorm"):
-        distributed.data_parallel(small_resnet(), CPU)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(monkeypatch, tmp_path):
+    """What three had summed up within an epoch is shared by two."""
+    sums = torch.tensor([[1.0, 10], [2, 20], [4, 40]], dtype=torch.float64)
+    model, taken = torch.nn.Linear(1, 1), []
+    settings = tmp_path, "test", "fp32", model, torch.optim.SGD(model.parameters(), 0.1)
+    monkeypatch.setattr(distributed, "gathered", lambda _: sums)
+    Resume(*settings, torch.zeros(2), minutes=0).save(step=3)
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
+        monkeypatch.setattr(distributed, "RANK", rank)
+        taken.append(torch.zeros(2))
+        assert Resume(*settings, taken[-1], minutes=0).step == 3
+    assert torch.stack(taken).tolist() == [[5, 50], [2, 20]]
 
 
 def test_every_process_has_its_own_gpu(monkeypatch):
@@ -98,6 +144,13 @@ def test_the_first_process_tells_an_error_before_the_others(monkeypatch, tmp_pat
         naps.clear()
 
 
+def test_a_process_whose_peer_ended_says_no_more(monkeypatch, tmp_path):
+    """As where the peer alone read a broken picture, and told its name."""
+    gone = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.1]:7")
+    monkeypatch.setattr(train_dense, "main", mock.Mock(side_effect=gone))
+    refuse(stage1(tmp_path), "another process of this run ended")
+
+
 def test_the_first_process_alone_writes_and_deletes(monkeypatch, tmp_path):
     path = tmp_path / "new/a.pt"
     with monkeypatch.context() as second:
@@ -110,60 +163,126 @@ def test_the_first_process_alone_writes_and_deletes(monkeypatch, tmp_path):
     assert checkpoint.load(path) == {"a": 1}
 
 
-def torchrun(script, *arguments):
-    """Run a script as two processes."""
-    launch = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-    command = [sys.executable, *launch, script, *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = str(ROOT)
-    options = {"capture_output": True, "text": True, "timeout": 120}
-    return subprocess.run(command, cwd=ROOT, env=environment, **options)
-
-
 SEVERAL = """
-import json, sys
+import json, os, runpy, signal, sys
 from common.runtime import distributed
-from tests.conftest import start
+from tests.conftest import ending_at
 
 distributed.shut_down = lambda: None  # not between the commands
-for command in json.loads(sys.argv[1]):
-    start(*command, torchrun=True)
+with ending_at(1, 2, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+    for script, *arguments in json.loads(sys.argv[1]):
+        sys.argv = [script, *arguments]
+        runpy.run_path(f"{script}.py", run_name="__main__")
 """
 
 
-def test_two_processes_train_what_one_does(tmp_path):
-    """All three stages that train, up to the order in which sums are taken; then an error."""
-    one, two, file = tmp_path / "one", tmp_path / "two", tmp_path / "file"
-    file.touch()
-    dense, masks, cell = two / "dense/seed0", two / "imp", ("--sparsity", 0.3)
+def torchrun(root, launches, *commands):
+    """Run commands one after the other, by so many torchruns; their exit codes and outputs.
 
-    def commands(root):
-        lth = stage4("lth", dense, masks, root / "sparse", *cell, "--rewind", 1)
-        return stage2(dense, root / "imp", *cell), lth
+    A run that writes its state two steps into its second epoch ends there by SIGTERM.
+    """
+    (root / "several.py").write_text(SEVERAL)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    how = {"cwd": ROOT, "env": environment | {"PYTHONPATH": str(ROOT)}, "text": True}
+    how |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    work = json.dumps([list(map(str, command)) for command in commands])
+    words = [sys.executable, "-m", "torch.distributed.run"]
+    started = [
+        subprocess.Popen([*words, *launch.split(), root / "several.py", work], **how)
+        for launch in launches
+    ]
+    outs, errs = zip(*[process.communicate(timeout=600) for process in started])
+    return [process.returncode for process in started], "".join(outs), "".join(errs)
 
-    (script, *more), again = (stage1(root / "dense", "--seed", 0, 1) for root in (two, one))
-    done = torchrun(f"{script}.py", *more)
-    assert done.returncode == 0, done.stderr
-    printed = [done.stdout, succeed(*again)]
-    assert [text.count("/3  lr") for text in printed] == [6, 6]  # a line an epoch
-    (tmp_path / "several.py").write_text(SEVERAL)
-    several = *commands(two), (script, *more), stage1(file / "dense")
-    done = torchrun(tmp_path / "several.py", json.dumps(several, default=str))
-    told = [line for line in done.stderr.splitlines() if ".py: error: " in line]
-    assert done.returncode != 0 and len(told) == 1, done.stderr
-    assert f"cannot write {file}" in told[0] and "gloo" not in done.stderr
-    assert done.stdout.count("nothing to do") == 2
-    for command in commands(one):
+
+@pytest.fixture(scope="module")
+def two(imagenet, tmp_path_factory):
+    """What two processes make: of two torchruns, as on two nodes, and then of one.
+
+    The first ends by SIGTERM within an epoch of a run, which the second goes on with, and in turn
+    ends with an error.
+    """
+    root, file = tmp_path_factory.mktemp("two"), "file"
+    (root / file).touch()
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meet = f"--rdzv-backend c10d --rdzv-endpoint localhost:{free.getsockname()[1]}"
+    nodes, here = [f"--nnodes 2 --nproc-per-node 1 {meet}"] * 2, ["--standalone --nproc-per-node 2"]
+    dense, cut = stage1(root / "dense", "--seed", 0, 1), imagenet1(imagenet, root / "cut")
+    codes, out, err = torchrun(
+        root,
+        nodes,
+        dense,
+        resnet20(root / "normed"),
+        imagenet1(imagenet, root / "imagenet/dense"),
+        imagenet2(imagenet, root / "imagenet/imp"),
+        imagenet4(*permuted(imagenet), root / "imagenet/sparse/permuted"),
+        (*cut, "--checkpoint-minutes", 0),
+    )
+    assert 0 not in codes and err.count("stopped; the same command goes on") == 2, err
+    assert len(re.findall(r"mlpx\S+ seed \d  epoch", out)) == 6  # a line an epoch
+    assert state(root / "cut/seed0/resume.pt")["step"] == 3
+    more = (cut, *later(root / "dense/seed0", root), dense, stage1(root / file / "dense"))
+    (code,), out, err = torchrun(root, here, *more)
+    told = [line for line in err.splitlines() if "error: " in line and "torch" not in line]
+    assert code != 0 and len(told) == 1 and "gloo" not in err, err
+    assert f"cannot write {root / file}" in told[0]
+    assert out.count("nothing to do") == 2 and "goes on after epoch 1 and 3 steps" in out
+    return root
+
+
+def resnet20(out):
+    return stage1(out, "--model", "resnet20", "--width", 0.25, "--epochs", 1, "--lr", 0.02)
+
+
+def permuted(imagenet):
+    return "permuted", imagenet / "dense/seed1", imagenet / "align/activation/seed0-seed1"
+
+
+def later(dense, root):
+    """Stages 2 and 4 after a dense run."""
+    lth = stage4("lth", dense, root / "imp", root / "sparse", "--sparsity", 0.3, "--rewind", 1)
+    return stage2(dense, root / "imp", "--sparsity", 0.3), lth
+
+
+def test_two_processes_train_what_one_does(two, tmp_path):
+    """All three stages that train, up to the order in which sums are taken; BatchNorm over both."""
+    for command in (
+        stage1(tmp_path / "dense", "--seed", 0, 1),
+        resnet20(tmp_path / "normed"),
+        *later(two / "dense/seed0", tmp_path),
+    ):
         succeed(*command)
-
     epochs = [f"dense/seed{seed}/epoch_000{epoch}.pt" for seed in (0, 1) for epoch in (0, 1, 3)]
-    for name in (*epochs, "imp/sparse_0.30.pt", "sparse/s0.30_k001/final.pt"):
-        assert distance(weights(one / name), weights(two / name)) < 1e-4
+    cells = ("imp/sparse_0.30.pt", "sparse/s0.30_k001/final.pt", "normed/seed0/epoch_0001.pt")
+    for name in (*epochs, *cells):
+        assert distance(weights(tmp_path / name), weights(two / name)) < 1e-4, name
     assert distance(*(weights(two / f"dense/seed{n}/epoch_0003.pt") for n in (0, 1))) > 1e-2
-    results = [result(root / "dense/seed0") for root in (one, two)]
+    results = [result(root / "dense/seed0") for root in (tmp_path, two)]
     assert [result["processes"] for result in results] == [1, 2]
     for key in ("train_loss", "test_loss", "train_acc", "test_acc"):
         rounding = 0.2 if "acc" in key else 0
         assert results[1][key] == pytest.approx(results[0][key], rel=1e-3, abs=rounding)
-    names = [sorted(path.name for path in (root / "imp").iterdir()) for root in (one, two)]
+    names = [sorted(path.name for path in (root / "imp").iterdir()) for root in (tmp_path, two)]
     assert names[0] == names[1]
+
+
+def test_two_processes_train_resnet50_on_imagenet(two, imagenet):
+    """So thin a network makes 5% of a gradient of a rounding in fp32 (in fp64 1e-13)."""
+    for name, other in (
+        ("dense/seed0/epoch_0002.pt",) * 2,
+        ("imp/sparse_0.20.pt", "imp/seed0/sparse_0.20.pt"),
+        ("sparse/permuted/s0.20_k001/final.pt",) * 2,
+    ):
+        found = weights(two / "imagenet" / name)
+        assert distance(weights(imagenet / other), found) < 0.2, name
+    succeed("analyze.results", two / "imagenet")
+    rows = pd.read_csv(two / "imagenet/results.csv")
+    assert rows["arm"].tolist() == ["permuted"] and rows["test_top5"].tolist() == [100]
+
+
+def test_two_processes_that_were_cut_off_within_an_epoch_go_on_there(two):
+    ends = [two / folder / "seed0" for folder in ("imagenet/dense", "cut")]
+    assert same(*(weights(folder / "epoch_0002.pt") for folder in ends))
+    logs = [pd.read_csv(folder / "log.csv").drop(columns="seconds") for folder in ends]
+    pd.testing.assert_frame_equal(*logs, check_exact=True)

@@ -6,11 +6,13 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 
 import pandas as pd
 import pytest
 
+from common.runtime import resume
 from tests.conftest import (
     fork,
     forks,
@@ -140,8 +142,8 @@ def test_stages_that_were_killed_end_with_the_same_numbers(runs, tmp_path):
 @forks
 def test_a_run_whose_state_was_cut_off_starts_over_and_keeps_what_it_set_out_to(runs, tmp_path):
     kill_when("epoch   2/3", *stage1(tmp_path, "--save-epochs", 0, 1, 2))
-    resume = tmp_path / "seed0/resume.pt"
-    resume.write_bytes(resume.read_bytes()[:100])
+    cut = tmp_path / "seed0/resume.pt"
+    cut.write_bytes(cut.read_bytes()[:100])
     assert "starts again" in succeed(*stage1(tmp_path))
     kept = sorted(path.name for path in tmp_path.glob("seed0/*.pt"))
     assert kept == [f"epoch_000{k}.pt" for k in range(4)]
@@ -150,7 +152,7 @@ def test_a_run_whose_state_was_cut_off_starts_over_and_keeps_what_it_set_out_to(
 
 
 @pytest.mark.parametrize("more", [(), ("--parallel", 2)])
-def test_sigterm_lets_runs_finish_their_epoch_and_keep_their_state(tmp_path, more, capfd):
+def test_sigterm_lets_runs_finish_their_step_and_keep_their_state(tmp_path, more, capfd):
     command = stage1(tmp_path, "--epochs", 10**5, "--save-epochs", 9, "--seed", 0, 1, *more)
     process, last = fork(start, *command), tmp_path / f"seed{1 if more else 0}"
     while not (last / "epoch_0009.pt").is_file():
@@ -163,6 +165,14 @@ def test_sigterm_lets_runs_finish_their_epoch_and_keep_their_state(tmp_path, mor
     rows = state(last / "resume.pt")["rows"]
     assert len(rows) >= 9 and not list(tmp_path.rglob("*.tmp"))
     assert (tmp_path / "seed1").exists() == bool(more)  # no other run was begun
+
+
+def test_an_evaluation_ends_early_where_sigterm_came(monkeypatch):
+    monkeypatch.setattr(resume, "stopping", threading.Event())
+    batches = resume.until_stopped(iter(range(9)))
+    assert [next(batches), next(batches)] == [0, 1]
+    resume.stopping.set()
+    assert list(batches) == [] and list(resume.until_stopped(iter(range(9)))) == [0]
 
 
 def test_a_chain_whose_record_is_missing_is_finished(runs, tmp_path):

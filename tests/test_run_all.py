@@ -249,7 +249,6 @@ def test_status_tells_what_has_run_and_how_long_the_rest_will_take(tmp_path):
     assert "runs done 2 of 11, 1 h 18 min left" in told(tmp_path, TAG="x")
 
 
-<<<<<<< HEAD
 def test_status_counts_alignments_by_their_masks(tmp_path):
     aligned, masks = (tmp_path / "w1" / part for part in ("align/weight/seed0-seed1", "imp/seed0"))
     masks.mkdir(parents=True)
@@ -261,25 +260,12 @@ def test_status_counts_alignments_by_their_masks(tmp_path):
         assert f"align   {done} of 1\n" in told(tmp_path, METHODS="weight")
 
 
-def test_status_refuses_other_input(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("make all\n"))
-    refuse(["analyze.status"], "no command of a stage")
-=======
-def test_status_counts_alignments_by_their_masks_and_refuses_other_input(tmp_path):
-    w1 = tmp_path / "w1"
-    (w1 / "imp/seed0").mkdir(parents=True)
-    (w1 / "imp/seed0/mask_0.50.pt").touch()
-    finish(w1 / "align/weight/seed0-seed1", 5, 100)
-    assert told(tmp_path, METHODS="weight")[2] == "align   0 of 1"
-    (w1 / "align/weight/seed0-seed1/mask_0.50.pt").touch()
-    assert told(tmp_path, METHODS="weight")[2] == "align   0 of 1"  # 0.9 is to be pruned yet
-    (w1 / "align/weight/seed0-seed1/mask_0.90.pt").touch()
-    assert told(tmp_path, METHODS="weight")[2] == "align   1 of 1"
-    module = [sys.executable, "-m", "analyze.status"]
-    for line in ("make all", "prune_imp.py --dense a --out b --sparsity 1", "train_dense.py 'x"):
-        done = subprocess.run(module, cwd=ROOT, input=line, capture_output=True, text=True)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
->>>>>>> a1aa3e541240060f3cd3df3425260f749db81279
+@pytest.mark.parametrize(
+    "line", ("make all", "prune_imp.py --dense a --out b --sparsity 1", "train_dense.py 'x")
+)
+def test_status_refuses_other_input(monkeypatch, line):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(line))
+    refuse(["analyze.status"])
 
 
 def test_status_writes_durations_for_people():

@@ -1,6 +1,7 @@
 """LAUNCH=slurm of run_all.sh, with stand-ins for SLURM's commands, and with SLURM where it runs."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,20 @@ def test_slurm_gets_what_is_missing_and_nothing_twice(tmp_path, cluster):
     (tmp_path / "queue").write_text(f"7 {ROOT} {cluster['OUT']}\n")
     refused = run_all("quick", **cluster)
     assert refused.returncode == 2 and "has jobs in the queue (7)" in refused.stderr
+
+
+def test_a_network_on_several_nodes_has_a_torchrun_on_each(tmp_path, cluster):
+    """srun starts it there, and the first node of the task is where they meet."""
+    command(tmp_path, "srun", 'echo "$*" >> "$0.log"')
+    nodes = {"SPREAD": "16", "SLURM_NNODES": "2", "SLURM_JOB_ID": "40007"}
+    assert run_all("quick", **cluster, **nodes).returncode == 0
+    lines = (tmp_path / "srun.log").read_text().splitlines()
+    assert len(lines) == 2 + 1 + 6 and len(set(lines)) == 9
+    meet = f"--rdzv-id 40007 --rdzv-endpoint {platform.node()}:20007 train_dense.py"
+    for words in ("--ntasks-per-node=1 ", "--nnodes 2 --nproc-per-node 8 ", meet):
+        assert words in lines[0]
+    (aligned,) = (line for line in (tmp_path / "log").read_text().splitlines() if "_mask" in line)
+    assert aligned.startswith("align_mask.py")  # in a single process
 
 
 def has_slurm():

@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.models import build_model
 from common.runtime import resume
 from common.training import evaluate, learning_rates, train
-from tests.conftest import distance, same, sgd, small_resnet, state
+from tests.conftest import distance, ending_at, interrupt, same, sgd, small_resnet, state
 from tests.test_data import resident
 
 SETTINGS = {
@@ -94,7 +94,7 @@ CASES += [(tiny, "fp32", False, name) for name in OPTIMISERS]
 def test_a_run_that_was_cut_off_ends_with_the_same_numbers(
     tmp_path, network, precision, pruned, optimiser
 ):
-    """With any optimiser's own state; the schedule sets its learning rate."""
+    """Within an epoch, too, and with any optimiser's state; the schedule sets its learning rate."""
     rates, seen, data = [0.01, 0.008, 0.005, 0.002], [], resident(count=16, mean=0.1)
 
     def noted(parameters):
@@ -102,7 +102,11 @@ def test_a_run_that_was_cut_off_ends_with_the_same_numbers(
         made.register_step_pre_hook(lambda *_: seen.append(made.param_groups[0]["lr"]))
         return made
 
+    def lighter(images, generator):
+        return images + torch.rand(1, generator=generator)
+
     settings = SETTINGS | {"precision": precision, "make_optimiser": noted, "first_epoch": 3}
+    settings["augment"] = lighter
     settings["mask"] = masked(network()) if pruned else None
     whole, rest, calls = network(), network(9), []  # whatever that holds, the file replaces it
     expected = train(whole, data, rates, folder=tmp_path / "whole", **settings)
@@ -116,6 +120,10 @@ def test_a_run_that_was_cut_off_ends_with_the_same_numbers(
     settings["folder"] = tmp_path / "cut"
     with pytest.raises(InterruptedError):
         train(network(), data, rates, at_epoch=kill, **settings)
+    settings["checkpoint_minutes"] = 0
+    for step in (2, data.steps(4)):  # in the epoch after
+        with pytest.raises(InterruptedError), ending_at(3, step, interrupt):
+            train(network(), data, rates, at_epoch=calls.append, **settings)
     rows = train(rest, data, rates, at_epoch=calls.append, **settings)
     assert calls == [6, 7] and same(whole.state_dict(), rest.state_dict())
     for row, other in zip(rows, expected, strict=True):

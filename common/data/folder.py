@@ -93,7 +93,10 @@ def image_folders(folder: Path, tests: tuple[str, ...]) -> tuple[Any, Any]:
 
 
 def read_picture(path: str) -> Image.Image:
-    """An image in RGB; raises UserError for what is none, or cannot be one without loss."""
+    """An image in RGB, as torchvision reads it: no orientation in its EXIF is heeded.
+
+    Raises UserError for what is no image, or cannot be one of 8 bits without loss.
+    """
     with _named(path), Image.open(path) as image:
         if image.mode.startswith(("I", "F")):  # Pillow would clip it to 8 bits
             raise UserError(f"{path} has more than 8 bits a channel: save it with 8")

@@ -50,15 +50,14 @@ class Streamed:
     def steps(self, batch_size: int) -> int:
         return count_steps(len(self.augmented), batch_size)
 
-    def train_batches(self, batch_size: int, seed: int, epoch: int) -> Batches:
+    def train_batches(self, batch_size: int, seed: int, epoch: int, first_step: int = 0) -> Batches:
+        """Shuffled, cropped, flipped and normalised batches (images fp32 channels-last, labels)."""
         generator = torch.Generator().manual_seed(derived_seed(seed, epoch))
         order = torch.randperm(len(self.augmented), generator=generator).tolist()
-        images, part = (
-            _Seeded(self.augmented, order, seed, epoch),
-            distributed.local_slice(batch_size),
-        )
+        images = _Seeded(self.augmented, order, seed, epoch)
+        part = distributed.local_slice(batch_size)
         batches = torch.arange(self.steps(batch_size) * batch_size).view(-1, batch_size)
-        mine = batches[:, part].flatten().tolist()
+        mine = batches[first_step:, part].flatten().tolist()
         yield from self._load(torch.utils.data.Subset(images, mine), part.stop - part.start)
 
     def eval_batches(

@@ -45,10 +45,11 @@ class Resident:
     def steps(self, batch_size: int) -> int:
         return count_steps(len(self.train), batch_size)
 
-    def train_batches(self, batch_size: int, seed: int, epoch: int) -> Batches:
+    def train_batches(self, batch_size: int, seed: int, epoch: int, first_step: int = 0) -> Batches:
         """Shuffled, cropped, flipped and normalised batches (images fp32 channels-last, labels)."""
         draw, part = self.draw(seed, epoch), distributed.local_slice(batch_size)
-        for start in range(0, self.steps(batch_size) * batch_size, batch_size):
+        for step in range(first_step, self.steps(batch_size)):
+            start = step * batch_size
             yield self.batch(draw, slice(start + part.start, start + part.stop))
 
     def draw(self, seed: int, epoch: int) -> Draw:

@@ -8,9 +8,11 @@ nothing here does anything.
 import os
 import sys
 import time
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from common import checkpoint
@@ -55,17 +57,50 @@ def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """What trains `model`, which is on `device`, as one process would with the whole batch.
 
     Gradients are averaged over the processes, and BatchNorm takes its statistics over all of them.
-    Raises UserError for BatchNorm on CPUs, where torch cannot do that.
     """
     if WORLD_SIZE == 1:
         return model
     if device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        # The statistics of BatchNorm are the same everywhere.
-        return nn.parallel.DistributedDataParallel(model, [device], broadcast_buffers=False)
-    if any(isinstance(module, _BatchNorm) for module in model.modules()):
-        raise UserError("BatchNorm trains in several processes on GPUs only: leave out torchrun")
+    else:  # torch has that for GPUs only
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.__class__ = _SyncBatchNorm
     return nn.parallel.DistributedDataParallel(model)
+
+
+class _Mean(torch.autograd.Function):
+    """The mean over all processes; so is its gradient."""
+
+    @staticmethod
+    def forward(context: Any, values: Tensor) -> Tensor:
+        values = values.clone()
+        distributed.all_reduce(values)
+        return values / WORLD_SIZE
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return _Mean.apply(gradient)
+
+
+class _SyncBatchNorm(_BatchNorm):
+    """BatchNorm over the batch of all processes, on CPUs."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.training:
+            statistics = self.running_mean, self.running_var
+            return F.batch_norm(images, *statistics, self.weight, self.bias, eps=self.eps)
+        images, kind = images.float(), images.dtype
+        dims = [dim for dim in range(images.dim()) if dim != 1]
+        mean = _Mean.apply(images.mean(dims, keepdim=True))
+        variance = _Mean.apply((images - mean).square().mean(dims, keepdim=True))
+        count = images.numel() // images.shape[1] * WORLD_SIZE
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.flatten(), self.momentum)
+            self.running_var.lerp_(variance.flatten() * count / (count - 1), self.momentum)
+        weight, bias = (value.view_as(mean) for value in (self.weight, self.bias))
+        return ((images - mean) * (variance + self.eps).rsqrt() * weight + bias).to(kind)
 
 
 def local_slice(batch_size: int) -> slice:
@@ -95,9 +130,20 @@ def barrier() -> None:
     all_reduce_sum(0)
 
 
-def agree(decision: bool) -> bool:
-    """The decision of the first process, in all of them."""
-    return bool(all_reduce_sum(decision and RANK == 0)[0])
+def gathered(values: Tensor) -> Tensor:
+    """`values` (N,) of every process, as rows in their order, in float64 on the CPU."""
+    rows = torch.zeros(WORLD_SIZE, len(values), dtype=torch.float64)
+    rows[RANK] = values.cpu()
+    if WORLD_SIZE > 1 and distributed.is_initialized():
+        distributed.all_reduce(rows)
+    return rows
+
+
+def agree(*decisions: bool) -> list[bool]:
+    """The decisions of the first process, in all of them."""
+    if WORLD_SIZE == 1:
+        return list(decisions)
+    return [value > 0 for value in all_reduce_sum(*(RANK == 0 and each for each in decisions))]
 
 
 checkpoint.is_writer, checkpoint.barrier = RANK == 0, barrier

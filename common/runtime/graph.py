@@ -67,12 +67,13 @@ class GraphedStep:
         self.step, self.calls, self.replay = step, 0, self._step
         self.generator = generator
 
-    def start(self, seed: int, epoch: int) -> Iterator[tuple]:
-        """Set the tensors to the start of an epoch; an empty batch for each step of it."""
+    def start(self, seed: int, epoch: int, first_step: int = 0) -> Iterator[tuple]:
+        """Set the tensors to a step of an epoch; an empty batch for it and each that follows."""
         for mine, drawn in zip(self.draw, self.data.draw(seed, epoch)):
             mine.copy_(drawn)
-        torch.arange(self.batch_size, out=self.rows)
-        return itertools.repeat((), self.steps)
+        first = first_step * self.batch_size
+        torch.arange(first, first + self.batch_size, out=self.rows)
+        return itertools.repeat((), self.steps - first_step)
 
     def __call__(self) -> None:
         if self.calls == EAGER_STEPS:

@@ -33,7 +33,7 @@ def run_all(runs: dict[str, Run], asked: str | None, width: float, data: Data) -
     if distributed.WORLD_SIZE > 1 and asked is not None:
         several = "--parallel trains several networks on one GPU"
         raise UserError(f"{several}, and torchrun one network on several: choose one")
-    with resume.sigterm_ends_epochs():
+    with resume.sigterm_ends_steps():
         if asked is None:
             for run in runs.values():
                 run()
@@ -101,7 +101,7 @@ def _in_processes(runs: dict[str, Run], count: int, device: torch.device) -> dic
             if resume.stopping.is_set():
                 waiting.clear()
                 for _, process in running.values():
-                    process.terminate()  # after its epoch
+                    process.terminate()  # after its step
             for sentinel in multiprocessing.connection.wait(list(running), timeout=1):
                 name, process = running.pop(sentinel)
                 process.join()
@@ -135,7 +135,7 @@ def _in_threads(runs: dict[str, Run], count: int, device: torch.device) -> dict[
             codes = dict(zip(runs, pool.map(_outcome, runs, runs.values())))
         except KeyboardInterrupt:
             # Threads cannot be stopped, but files are written whole or not at all.
-            said = "stopped; the same command goes on from the last epoch"
+            said = "stopped; the same command goes on"
             print(said, file=sys.stderr, flush=True)
             os._exit(130)
     return {name: code for name, code in codes.items() if code}

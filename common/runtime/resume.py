@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import checkpoint
 from common.errors import UserError
 from common.runtime import distributed
 
-EVERY = 30  # seconds between two writings of resume.pt
-stopping = threading.Event()  # set by SIGTERM: runs stop after their epoch
+EVERY = 30  # seconds between two writings of resume.pt at the ends of epochs
+stopping = threading.Event()  # set by SIGTERM: runs stop after their step
 
 
 @contextlib.contextmanager
-def sigterm_ends_epochs() -> Iterator[None]:
-    """Within it SIGTERM, as a scheduler sends it ahead of the end, lets runs finish their epoch."""
+def sigterm_ends_steps() -> Iterator[None]:
+    """Within it SIGTERM, as a scheduler sends it ahead of the end, lets runs finish their step."""
     before = signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     try:
         yield
@@ -30,11 +30,21 @@ def sigterm_ends_epochs() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class Resume:
-    """Writes a run's state to `folder`/resume.pt now and then; `rows` are those that it took up.
+def until_stopped(batches: Iterator[Any]) -> Iterator[Any]:
+    """The first of `batches`, and more until SIGTERM comes: an evaluation that nobody will see."""
+    for batch in batches:
+        yield batch
+        if stopping.is_set():
+            return
 
-    The state of an earlier run called `name` is loaded into model and optimiser. Raises UserError
-    when that was of another precision or optimiser, as a mixture would be no experiment.
+
+class Resume:
+    """Writes a run's state to `folder`/resume.pt now and then, also within an epoch.
+
+    The state of an earlier run called `name` is taken up: model, optimiser, `rows` of the epochs
+    that it finished, and of the one after those `step`, how many steps are done, `sums`, of which
+    this process has its part, and `started`, when it would have begun without a break. Raises
+    UserError when that was of another precision or optimiser, as a mixture would be no experiment.
     """
 
     def __init__(
@@ -44,23 +54,31 @@ class Resume:
         precision: str,
         model: nn.Module,
         optimiser: torch.optim.Optimizer,
+        sums: Tensor,
+        minutes: float,
     ):
+        """`minutes` are those between two writings within an epoch."""
         self.path = Path(folder) / "resume.pt" if folder else None
-        self.name, self.model, self.optimiser = name, model, optimiser
+        self.name, self.model, self.optimiser, self.sums = name, model, optimiser, sums
         self.how = f"{precision} by {type(optimiser).__name__}"
         self.rows: list[dict[str, Any]] = []
-        self.saved = time.perf_counter()
+        self.step, self.within = 0, 60 * minutes
+        self.saved = self.started = time.perf_counter()
         if stopping.is_set():
             raise KeyboardInterrupt
         if self.path and self.path.is_file():
             self._load()
 
-    def save(self, last: bool) -> None:
-        """Write the state if it is due, or after the last epoch; stop where SIGTERM came."""
+    def save(self, step: int = 0, last: bool = False) -> None:
+        """Write the state, `step` steps into an epoch, if it is due; stop where SIGTERM came.
+
+        After the `last` epoch it is due, and nothing is left to be stopped.
+        """
+        self.step, every = step, self.within if step else EVERY
+        due = last or time.perf_counter() - self.saved > every
         # Several processes write together, when the clock of the first says so.
-        stop = distributed.agree(stopping.is_set() and not last)
-        due = distributed.agree(last or stop or time.perf_counter() - self.saved > EVERY)
-        if self.path and due:
+        due, stop = distributed.agree(due, stopping.is_set() and not last)
+        if self.path and (due or stop):
             self._write()
         if stop:
             raise KeyboardInterrupt
@@ -69,6 +87,8 @@ class Resume:
         weights = {key: value.cpu().contiguous() for key, value in self.model.state_dict().items()}
         state = {"name": self.name, "how": self.how, "state_dict": weights}
         state |= {"optimiser": self.optimiser.state_dict()["state"], "rows": self.rows}
+        state |= {"step": self.step, "sums": distributed.gathered(self.sums)}
+        state["seconds"] = time.perf_counter() - self.started
         checkpoint.save(state, self.path)
         self.saved = time.perf_counter()
 
@@ -93,5 +113,11 @@ class Resume:
                 if torch.is_tensor(value) and value.shape == parameter.shape:
                     # In the layout of the weights: fused optimisers pair them by memory.
                     kept[key] = torch.empty_like(parameter).copy_(value)
-        self.rows = state["rows"]
-        tqdm.write(f"{self.name}  goes on after epoch {self.rows[-1]['epoch']}")
+        self.rows, self.step = state["rows"], state.get("step", 0)
+        done = [f"epoch {self.rows[-1]['epoch']}"] if self.rows else []
+        if self.step:
+            # Also where other processes than these had summed.
+            self.sums.copy_(state["sums"][distributed.RANK :: distributed.WORLD_SIZE].sum(0))
+            self.started -= state["seconds"]
+            done.append(f"{self.step} steps")
+        tqdm.write(f"{self.name}  goes on after {' and '.join(done)}")
