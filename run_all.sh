@@ -78,18 +78,12 @@ case $mode in -*) echo "$help"; exit ;; esac
 case $TAG in dense | imp | align | sparse) refuse "TAG='$TAG' is the name of a folder: give another" ;; esac
 [ -z "$SPREAD" ] || [ "$PARALLEL" = 1 ] || refuse "SPREAD='$SPREAD' excludes PARALLEL='$PARALLEL': choose one"
 packages="torch torchvision numpy scipy tqdm pandas matplotlib pytest" python=python3
-lacking="from importlib.util import find_spec; print(*(p for p in '$packages'.split() if not find_spec(p)))"
-missing=$(python3 -c "$lacking" 2> /dev/null) || missing=$packages
-if [ -n "$missing" ]; then python=.venv/bin/python; fi
-if [ -z "$mode" ] && [ -n "$($python -c "$lacking" 2> /dev/null || echo all)" ]; then
+found="from importlib.util import find_spec; raise SystemExit(not all(map(find_spec, '$packages'.split())))"
+if ! python3 -c "$found" 2> /dev/null; then python=.venv/bin/python; fi
+if [ -z "$mode" ] && ! $python -c "$found" 2> /dev/null; then
   echo "setting up .venv from requirements.txt (once)"
-  python3 -m venv .venv
-  wanted="--requirement requirements.txt"
-  case " $missing " in *" torch "*) ;; *) # a torch that works stays: .venv sees python3's packages, and adds to them
-    python3 -c "import torch; print(torch.__path__[0] + '/..')" > "$($python -c "import site; print(site.getsitepackages()[0])")/python3.pth"
-    wanted="$missing torch==$(python3 -c "import torch; print(torch.__version__.split('+')[0])")" ;;
-  esac
-  $python -m pip install --quiet $wanted
+  python3 -m venv --system-site-packages .venv # so that a torch of the machine's own stays
+  $python -m pip install --quiet --requirement requirements.txt
 fi
 if [ "$preset" = test ]; then
   halves=$(printf "$python -m pytest -q tests --ignore-glob='*/test_%s*'\n" '[!a-l]' '[a-l]')
