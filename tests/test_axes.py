@@ -300,7 +300,6 @@ CASES = {
         8,
         {(axis,): 1 for axis in ("conv", "conv.1", "conv.2", "conv.3")},
     ),
-    "pixel shuffle": ([nn.PixelShuffle(2), nn.ReLU()], 2, {("conv",): 1}),
     "channel shuffle": (
         Network(shuffled, one=conv(8, 8, 1), low=conv(4, 3, 1), high=conv(4, 3, 1)),
         6,
@@ -329,8 +328,22 @@ CASES = {
         6,
         {("conv",): 1, ("body.0",): 1},
     ),
+    "weight norm by hooks": (
+        [nn.utils.weight_norm(conv(8, 6, 1))],
+        6,
+        {("conv",): 1, ("body.0",): 1},
+    ),
     "standardised": ([Standardised(8, 6, 3)], 6, {("conv",): 1, ("body.0",): 1}),
     "standardised groups": ([Standardised(8, 6, 3, groups=2)], 6, {("conv", "body.0"): 2}),
+}
+
+
+WEIGHTS = {  # what weight matching compares: what layers multiply with, in a module or not
+    "functional": "weight bias",
+    "standardised": "0.weight 0.bias",
+    "weight norm by hooks": "0.bias 0.weight_g 0.weight_v",
+    "heads": "q.weight q.bias v.weight v.bias",
+    "layer scale": "fc.weight fc.bias",
 }
 
 
@@ -341,12 +354,16 @@ def test_what_networks_are_made_of(case):
     axes = check_axes(between(body, channels), (3, 8, 8), alone=99)
     assert dict(axes.groups) == groups
     assert list(axes.pinned) == ["fc"]
+    if case in WEIGHTS:
+        ends = {"conv.weight", "fc.weight", "fc.bias"}
+        assert {*axes.weights} == ends.union(f"body.{name}" for name in WEIGHTS[case].split())
 
 
 @pytest.mark.parametrize(
     "body, channels, reason",
     [
         ([nn.LocalResponseNorm(3)], 8, "LocalResponseNorm"),
+        ([nn.PixelShuffle(2)], 2, "pixel_shuffle in body.0 (PixelShuffle"),
         (
             Network(lambda net, x: x.permute(0, 2, 3, 1).flatten(1, 2).mean(2)[..., None, None]),
             64,
