@@ -21,7 +21,6 @@ from common.align.permutation import inverse, permute, random_permutation
 from common.models import build_model
 from tests.conftest import same
 from tests.test_axes import Network, tell_apart, used_twice
-from tests.test_permutation import built
 
 
 def two_seeds(name, width, size):
@@ -50,18 +49,14 @@ def test_correlation_equals_numpy_on_batches_of_different_size():
     rng = np.random.default_rng(0)
     target = rng.normal(1000, 0.5, (700, 4))  # a large mean must not swallow a small variance
     source = target[:, [2, 0, 3]] * [1, -2, 0.5] + rng.normal(0, 0.3, (700, 3))
+    source[:, 2] = 7  # without variance: correlates 0
     moments = Moments()
     for part in (slice(0, 100), slice(100, 650), slice(650, 700)):
         moments.add(*(torch.tensor(values[part]).float() for values in (target, source)))
-    expected = np.corrcoef(target.T, source.T)[:4, 4:]
+    with np.errstate(invalid="ignore"):
+        expected = np.nan_to_num(np.corrcoef(target.T, source.T)[:4, 4:])
     assert np.abs(moments.correlation().numpy() - expected).max() < 1e-4
     assert moments.correlation().dtype == torch.float64
-
-
-def test_a_channel_without_variance_correlates_zero():
-    moments, target = Moments(), torch.tensor([[1.0, 7.0], [2.0, 7.0], [3.0, 7.0]])
-    moments.add(target, target)
-    assert moments.correlation().tolist() == [[pytest.approx(1), 0], [0, 0]]
 
 
 def test_assignment_by_hand():
@@ -85,8 +80,9 @@ def test_assignment_by_hand():
     ],
 )
 def test_a_planted_permutation_is_recovered_exactly(name, width, size):
-    target = built(name, width, size)
-    axes, images = find_axes(target, (3, size, size)), torch.randn(48, 3, size, size)
+    images = torch.randn(48, 3, size, size)
+    target = tell_apart(build_model(name, width, 10, (3, size, size)), images)
+    axes = find_axes(target, (3, size, size))
     source, undone = planted(target, axes)
     networks, batches = (source, target, axes), images.split(32)
     matrices, (found, rows) = (
