@@ -179,10 +179,15 @@ def test_a_layer_used_twice_lies_along_both_dimensions_and_still_never_loses():
         assert objective(permute(ends[0], axes.dims, found), ends[1]) == pytest.approx(history[-1])
 
 
-@pytest.mark.parametrize("name, width, size", [("mlp", 0.25, 8), ("resnet20", 1, 16)])
-def test_weight_matching_reaches_what_solving_every_axis_anew_reaches(name, width, size):
+@pytest.mark.parametrize(
+    "name, width, size, pruned",
+    [("mlp", 0.25, 8, None), ("mlp", 0.25, 8, "5.weight"), ("resnet20", 1, 16, None)],
+)
+def test_weight_matching_reaches_what_solving_every_axis_anew_reaches(name, width, size, pruned):
     *models, axes = two_seeds(name, width, size)
     ends = matched(axes, *models)
+    if pruned:  # a whole layer
+        ends[0][pruned] = torch.zeros_like(ends[0][pruned])
     for seed in range(3):
         _, history = match_weights(*ends, axes, seed=seed)
         _, reached = match_weights_every_axis(*ends, axes, seed=seed)

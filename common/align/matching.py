@@ -301,6 +301,7 @@ def match_weights(
     permutation = identity(axes) | (start or {})
     moved = permute(source, axes.dims, permutation)
     places = find_places(source, axes)
+    tensors = {axis: {place.tensor for place in found} for axis, found in places.items()}
     groups = {axis: group for group in axes.groups for axis in group.axes}
     products = {axis: Products(size) for axis, size in axes.sizes.items()}
     generator = torch.Generator().manual_seed(seed)
@@ -323,7 +324,7 @@ def match_weights(
             for member in members:
                 here = [place for place in places[member] if place.tensor not in counted]
                 sums.append(products[member].update(here, target, moved))
-                counted |= {place.tensor for place in here}
+                counted |= tensors[member]
             best = sum(float(one.trace()) for one in sums) if apart else objective(touched, target)
             # Judged by the true gain: where axes of a group, or one axis twice, share a tensor,
             # their best orders depend on each other, and the assignment is a proposal. So there are
@@ -341,10 +342,7 @@ def match_weights(
                     for member, step in steps.items():
                         permutation[member] = permutation[member][step]
                         products[member].move(step, moved)
-                    near = {
-                        name for name in names for place in places[name] if place.tensor in touched
-                    }
-                    stale |= near - {axis}
+                    stale |= {name for name in names if tensors[name] & touched.keys()} - {axis}
                     break
     return permutation, history
 
