@@ -151,7 +151,8 @@ def shapes_of(value: Any) -> Any:
 def scramble(*columns: np.ndarray) -> np.ndarray:
     """A random-looking 64-bit number for every row of integers, the same for equal rows."""
     rows = pd.DataFrame(dict(enumerate(columns)))
-    return pd.util.hash_pandas_object(rows, index=False).to_numpy().view(np.int64)
+    # A copy, because pandas 3 gives out arrays that are read-only.
+    return pd.util.hash_pandas_object(rows, index=False).to_numpy(copy=True).view(np.int64)
 
 
 def settle(walk: Walk) -> tuple[np.ndarray, pd.DataFrame]:
