@@ -79,9 +79,9 @@ def main() -> None:
     for network, entry in zip(networks, (source, target)):
         network.to(device).load_state_dict(entry["state_dict"])
     axes = inputs.free_axes(networks[0], source["model"]["input_shape"])
-    names = matching.matched_weights(networks[0])
     a, b = (
-        {name: end["state_dict"][name].to(device) for name in names} for end in (source, target)
+        {name: end["state_dict"][name].to(device) for name in axes.weights}
+        for end in (source, target)
     )
 
     @functools.cache

@@ -29,7 +29,7 @@ from torch.nn.utils import prune
 from analyze.lib import baselines, lines
 from common import checkpoint, cli, masking, provenance
 from common.align.axes import find_axes
-from common.align.matching import match_activations, match_weights, matched_weights
+from common.align.matching import match_activations, match_weights
 from common.data import Batches, Resident, make_resident
 from common.errors import UserError
 from common.masking import Mask
@@ -212,8 +212,8 @@ def weights(device: torch.device, *_: object) -> Iterator[Row]:
     """From the same start, in the same order of axes; rates of whole matchings."""
     data = random_images(1, 32, device)
     networks = pair(data, 4)
-    axes, names = find_axes(networks[0], data.input_shape), matched_weights(networks[0])
-    ends = [{name: one.state_dict()[name] for name in names} for one in networks]
+    axes = find_axes(networks[0], data.input_shape)
+    ends = [{name: one.state_dict()[name] for name in axes.weights} for one in networks]
     methods = (match_weights, baselines.match_weights_every_axis)
     ours, theirs = (partial(method, *ends, axes) for method in methods)
     yield timed_row("weight matching, resnet20 x4", 1, ours, theirs)

@@ -21,7 +21,7 @@ from analyze.lib.runs import NETWORK, SEEDS, parse_root, readable, sparse_runs, 
 from analyze.lib.statistics import summary
 from common import checkpoint, cli, masking, paths
 from common.align.axes import find_axes
-from common.align.matching import matched_weights, objective
+from common.align.matching import objective
 from common.align.permutation import inverse, permute
 from common.errors import UserError
 from common.masking import Mask
@@ -47,9 +47,9 @@ def measures(run: dict[str, Any]) -> list[dict[str, Any]]:
     ends = [run["source"], run["target"]]
     source, target = (checkpoint.load(path, checkpoint.WEIGHTS) for path in ends)
     model = build_model(**target["model"])
-    dims = find_axes(model, target["model"]["input_shape"]).dims
-    names = matched_weights(model)
-    a, b = ({name: end["state_dict"][name] for name in names} for end in (source, target))
+    axes = find_axes(model, target["model"]["input_shape"])
+    dims = axes.dims
+    a, b = ({name: end["state_dict"][name] for name in axes.weights} for end in (source, target))
     permutation = checkpoint.load(run["permutation"], ("permutation",))["permutation"]
     moved, rows = permute(a, dims, permutation), []
     of_naive = lines.kept_barriers(ends)

@@ -8,9 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from common.align.axes import find_axes
-from common.align.permutation import check_same_function, permute, random_permutation
+from common.align.permutation import check_same_function, inverse, permute, random_permutation
 from common.errors import UserError
 from common.models import build_model
+from tests.conftest import same
 
 
 def tell_apart(model, inputs, seed=0):
@@ -40,8 +41,10 @@ def check_axes(model, input_shape, alone=6):
     assert axes.dims.keys() == state.keys()
     assert sorted(axis for group in axes.groups for axis in group.axes) == sorted(axes.sizes)
     for seed in (0, 1):
-        after = permute(state, axes.dims, random_permutation(axes, seed))
+        permutation = random_permutation(axes, seed)
+        after = permute(state, axes.dims, permutation)
         check_same_function(model, state, after, inputs[:2])
+        assert same(permute(after, axes.dims, inverse(permutation)), state)
     live = [
         (name, dim) for name, dims in axes.dims.items() for dim, here in enumerate(dims) if here
     ]
@@ -72,7 +75,8 @@ class Network(nn.Module):
 
 
 def between(body, channels=8):
-    """A body between a convolution to 8 channels and a linear layer."""
+    """A body, or a list of modules, between a convolution to 8 channels and a linear layer."""
+    body = nn.Sequential(*body) if isinstance(body, list) else body
     ends = {"conv": nn.Conv2d(3, 8, 3, padding=1, bias=False), "fc": nn.Linear(channels, 3)}
     return Network(lambda net, x: net.fc(net.body(net.conv(x)).mean((2, 3))), **ends, body=body)
 
@@ -135,6 +139,14 @@ def test_axes_of_vgg11_mlp_and_resnet50():
     assert len(resnet.sizes) == 1 + 4 + 2 * 16
     outer, inner = 64 + 256 + 512 + 1024 + 2048, 3 * 64 + 4 * 128 + 6 * 256 + 3 * 512
     assert sum(resnet.sizes.values()) * 8 == outer + 2 * inner
+
+
+@pytest.mark.parametrize(
+    "name, width, size",
+    [("mlp", 0.125, 8), ("vgg11", 0.125, 64), ("resnet20", 0.5, 8), ("resnet50", 0.125, 32)],
+)
+def test_every_tensor_of_our_networks_moves_with_the_others(name, width, size):
+    check_axes(build_model(name, width, 10, (3, size, size)), (3, size, size), alone=999)
 
 
 def test_a_sum_with_the_input_pins_its_axis_and_says_why():
@@ -300,7 +312,6 @@ CASES = {
         8,
         {(axis,): 1 for axis in ("conv", "conv.1", "conv.2", "conv.3")},
     ),
-    "pixel shuffle": ([nn.PixelShuffle(2), nn.ReLU()], 2, {("conv",): 1}),
     "channel shuffle": (
         Network(shuffled, one=conv(8, 8, 1), low=conv(4, 3, 1), high=conv(4, 3, 1)),
         6,
@@ -329,24 +340,41 @@ CASES = {
         6,
         {("conv",): 1, ("body.0",): 1},
     ),
+    "weight norm by hooks": (
+        [nn.utils.weight_norm(conv(8, 6, 1))],
+        6,
+        {("conv",): 1, ("body.0",): 1},
+    ),
     "standardised": ([Standardised(8, 6, 3)], 6, {("conv",): 1, ("body.0",): 1}),
     "standardised groups": ([Standardised(8, 6, 3, groups=2)], 6, {("conv", "body.0"): 2}),
+}
+
+
+WEIGHTS = {  # what weight matching compares: what layers multiply with, in a module or not
+    "functional": "weight bias",
+    "standardised": "0.weight 0.bias",
+    "weight norm by hooks": "0.bias 0.weight_g 0.weight_v",
+    "heads": "q.weight q.bias v.weight v.bias",
+    "layer scale": "fc.weight fc.bias",
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_networks_are_made_of(case):
     body, channels, groups = CASES[case]
-    body = nn.Sequential(*body) if isinstance(body, list) else body
     axes = check_axes(between(body, channels), (3, 8, 8), alone=99)
     assert dict(axes.groups) == groups
     assert list(axes.pinned) == ["fc"]
+    if case in WEIGHTS:
+        ends = {"conv.weight", "fc.weight", "fc.bias"}
+        assert {*axes.weights} == ends.union(f"body.{name}" for name in WEIGHTS[case].split())
 
 
 @pytest.mark.parametrize(
     "body, channels, reason",
     [
         ([nn.LocalResponseNorm(3)], 8, "LocalResponseNorm"),
+        ([nn.PixelShuffle(2)], 2, "pixel_shuffle in body.0 (PixelShuffle"),
         (
             Network(lambda net, x: x.permute(0, 2, 3, 1).flatten(1, 2).mean(2)[..., None, None]),
             64,
@@ -369,7 +397,6 @@ def test_what_networks_are_made_of(case):
     ],
 )
 def test_what_fixes_an_order_pins_it_and_the_reason_says_so(body, channels, reason):
-    body = nn.Sequential(*body) if isinstance(body, list) else body
     axes = check_axes(between(body, channels), (3, 8, 8), alone=0)
     if reason is None:
         assert axes.sizes == {"conv": 8}
@@ -379,7 +406,7 @@ def test_what_fixes_an_order_pins_it_and_the_reason_says_so(body, channels, reas
 
 def test_readouts_are_before_and_after_the_nonlinearity_and_ahead_of_dropout():
     body = [conv(8, 6, 1), nn.PReLU(6), nn.Dropout(), nn.MaxPool2d(2)]
-    model = between(nn.Sequential(*body), 6).train()
+    model = between(body, 6).train()
     (readout,) = find_axes(model, (3, 8, 8)).readouts["body.0"]
     assert (readout.before, readout.node, readout.dim) == ("conv2d_1", "dropout", 1)
     assert all(module.training for module in model.modules())
@@ -387,9 +414,7 @@ def test_readouts_are_before_and_after_the_nonlinearity_and_ahead_of_dropout():
 
 def test_a_weight_under_two_names_moves_under_both():
     one = conv(8, 8, 1)
-    axes = check_axes(
-        between(nn.Sequential(one, nn.ReLU(), nn.Sequential(one))), (3, 8, 8), alone=0
-    )
+    axes = check_axes(between([one, nn.ReLU(), nn.Sequential(one)]), (3, 8, 8), alone=0)
     assert axes.sizes == {"conv": 8}
     assert layout(axes, "body.2.0.weight") == [{"conv": (8, 1)}, {"conv": (8, 1)}, None, None]
 

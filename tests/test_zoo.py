@@ -10,7 +10,8 @@ from tests.test_axes import check_axes
 FAMILIES = (
     "alexnet vgg11 vgg11_bn resnet18 resnet50 wide_resnet50_2 resnext50_32x4d densenet121 "
     "squeezenet1_1 googlenet inception_v3 mobilenet_v2 mobilenet_v3_small mnasnet0_5 "
-    "efficientnet_b0 efficientnet_v2_s regnet_x_400mf regnet_y_400mf convnext_tiny"
+    "efficientnet_b0 efficientnet_v2_s regnet_x_400mf regnet_y_400mf convnext_tiny "
+    "shufflenet_v2_x0_5 swin_t swin_v2_t"
 ).split()
 
 
@@ -20,13 +21,7 @@ def test_torchvision_networks_move_in_everything_but_their_classes(name):
     found = coverage.count(check_axes(coverage.build(name), (3, size, size)))
     assert found["pinned"] == coverage.CLASSES  # of thousands of channels; these and nothing else
     assert found["free"] + found["in blocks"] > 500
-    assert (found["in blocks"] > 0) == name.startswith(("resnext", "regnet"))
-
-
-@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "swin_t", "swin_v2_t"])
-def test_shuffled_channels_and_windowed_attention_are_followed(name):
-    found = coverage.count(check_axes(coverage.build(name), (3, 64, 64)))
-    assert found["free"] > 10 * found["pinned"]
+    assert (found["in blocks"] > 0) == name.startswith(("resnext", "regnet", "swin"))
 
 
 @pytest.mark.parametrize("name", coverage.timm_names())

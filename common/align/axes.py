@@ -10,6 +10,7 @@ reason.
 import functools
 import operator
 import re
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +26,8 @@ from common.align.graph import Graph, export, where
 from common.align.permutation import Axes, BlockGroup, Layout, Readout
 from common.align.rules import CONTRACTIONS, PASSING, POINTWISE, RULES, pointwise
 
+Places = Callable[[Tensor], dict[str, Tensor]]
+
 
 def find_axes(model: nn.Module, input_shape: tuple[int, ...]) -> Axes:
     """Derive the axes of `model` for inputs of `input_shape` (without the batch dimension).
@@ -33,7 +36,26 @@ def find_axes(model: nn.Module, input_shape: tuple[int, ...]) -> Axes:
     """
     walk = Walk()
     walk.run(export(model, (2, *input_shape)))
-    return solve(walk, model.state_dict(keep_vars=True))
+    root, channels = settle(walk)
+    sizes, groups, pinned = name_axes(walk, channels)
+    names, (axis, rank) = [*sizes], channels[["axis", "rank"]].to_numpy().T
+
+    def places(label: Tensor) -> dict[str, Tensor]:
+        """The positions along a label of the channels of every axis that is there as a whole."""
+        here, found = root[(label % SLOT).flatten().numpy()], {}
+        for number in sorted({*axis[here].tolist()} - {-1}):
+            at = np.flatnonzero(axis[here] == number)
+            at = at[np.argsort(rank[here[at]], kind="stable")]
+            many = np.bincount(rank[here[at]], minlength=sizes[names[number]])
+            if (many == many[0]).all():
+                found[names[number]] = torch.from_numpy(at).view(len(many), -1)
+        return found
+
+    state = model.state_dict(keep_vars=True)
+    multiplied = {id(state[name]) for name in walk.weights}
+    weights = tuple(name for name, value in state.items() if id(value) in multiplied)
+    readouts = find_readouts(walk, names, places)
+    return Axes(lay_out(walk, state, places), sizes, groups, readouts, pinned, weights)
 
 
 class Walk:
@@ -46,6 +68,8 @@ class Walk:
         self.makers: dict[int, int] = {}  # of these, the operators that compute channels by them
         self.env: dict[fx.Node, Any] = {}
         self.tables: dict[fx.Node, dict] = {}  # where the rule of an operator was found
+        self.computed: dict[fx.Node, set[str]] = {}  # from these parameters, and no image
+        self.weights: set[str] = set()  # the parameters that contractions multiply with
 
     def run(self, graph: Graph) -> None:
         inputs = iter(graph.inputs)
@@ -54,13 +78,19 @@ class Walk:
             if node.op == "placeholder":
                 given = next(inputs)
                 self.env[node] = self.input(given if node.users else None, shapes)
+                if given is not None:
+                    self.computed[node] = {given} if isinstance(given, str) else set()
             elif node.op == "output":
                 fx.node.map_arg(
                     node.args, lambda one: self.channels.pin_all(self.env[one], "is the output")
                 )
             else:
                 self.env[node] = self.call(node, shapes) if node.op == "call_function" else None
+            parts = [self.computed.get(one) for one in node.all_input_nodes]
+            if parts and None not in parts:
+                self.computed[node] = set().union(*parts)
             if self.tables.get(node) is CONTRACTIONS:
+                self.weights.update(*filter(None, parts))
                 read = {*map(self.channels.vector, self.env[node.all_input_nodes[0]].labels)}
                 for vector in {*map(self.channels.vector, self.env[node].labels)} - read:
                     self.makers.setdefault(vector, position)
@@ -68,14 +98,11 @@ class Walk:
     def input(self, given: str | Tensor | None, shape: Any) -> Any:
         """Every index along a parameter is a channel of its own; constants may be uniform."""
         if isinstance(given, Tensor) and not given.is_meta:
-            same = (
-                {dim}
-                for dim in range(given.dim())
-                if torch.equal(given, given.narrow(dim, 0, 1).expand_as(given))
-            )
-            return self.channels.value(
-                shape, [torch.zeros(only(dim, shape)).long() for dim in same]
-            )
+            varying = [
+                1 if torch.equal(given, given.narrow(dim, 0, 1).expand_as(given)) else size
+                for dim, size in enumerate(shape)
+            ]
+            return self.channels.expand(Value(tuple(varying)), shape)
         if not isinstance(given, str):
             return plain(shape)
         large, labels = [dim for dim, size in enumerate(shape) if size > 1], []
@@ -108,7 +135,10 @@ class Walk:
         if result is None:
             self.channels.pin_all((args, kwargs), "keeps its order")
             self.tables[node] = PASSING
-        return plain(shapes) if result is None else result
+            return plain(shapes)
+        if isinstance(shapes, list) and isinstance(result, Value):  # pooling, with indices
+            return [result._replace(shape=shape) for shape in shapes]
+        return result
 
 
 def shapes_of(value: Any) -> Any:
@@ -121,17 +151,22 @@ def shapes_of(value: Any) -> Any:
 def scramble(*columns: np.ndarray) -> np.ndarray:
     """A random-looking 64-bit number for every row of integers, the same for equal rows."""
     rows = pd.DataFrame(dict(enumerate(columns)))
-    return pd.util.hash_pandas_object(rows, index=False).to_numpy().view(np.int64)
+    # A copy, because pandas 3 gives out arrays that are read-only.
+    return pd.util.hash_pandas_object(rows, index=False).to_numpy(copy=True).view(np.int64)
 
 
-def settle(known: Channels, vector: np.ndarray) -> tuple[np.ndarray, pd.DataFrame]:
-    """The channel that each label stands for in the end, and of every channel the `block` that it
-    is in (or -1), the number of the reason why it is pinned (or -1), and its `colour`: channels of
-    one colour may trade places.
+def settle(walk: Walk) -> tuple[np.ndarray, pd.DataFrame]:
+    """The channel that each label stands for in the end, and a table of these channels.
 
-    They may when every tie of one is a tie of the other: exchanging them, with all their entries in
-    order, then takes ties to ties.
+    colour: channels of one colour may trade places. They may when every tie of one is a tie of the
+    other: exchanging them, with all their entries in order, then takes ties to ties. block: the
+    channel that stands for the block that it is in, or -1. reason: the number of the reason why it
+    is pinned, or -1. source: the vector that names it. lead: its place among all channels, in the
+    order in which operators make them. entries: of it in that vector. front: the first lead of its
+    block.
     """
+    known = walk.channels
+    vector = np.repeat(np.arange(len(known.starts) - 1), np.diff(known.starts))
     edges, members = (torch.cat(rows, 1).numpy() for rows in (known.edges, known.members))
     links, count = edges[:2], len(vector)
     while True:  # a channel is in one block, so blocks that share one are the same
@@ -157,66 +192,60 @@ def settle(known: Channels, vector: np.ndarray) -> tuple[np.ndarray, pd.DataFram
         seen = colour.copy()
         for here, there in (ends, ends[::-1]):
             np.add.at(colour, here, scramble(role, seen[there]))
-    return root, pd.DataFrame({"block": inside, "reason": reason, "colour": colour})
-
-
-def solve(walk: Walk, state: dict[str, Tensor]) -> Axes:
-    """The axes of a walk through the graph of a network with the tensors of `state`."""
-    known = walk.channels
-    vector = np.repeat(np.arange(len(known.starts) - 1), np.diff(known.starts))
-    root, channels = settle(known, vector)
-    # Channels stand in the order in which operators make them; what no parameter has is left out.
+    # What no parameter has comes last.
     made = np.full(len(known.starts) - 1, len(walk.env) + 1)
     made[[*walk.names]] = [walk.makers.get(one, len(walk.env)) for one in walk.names]
     order = np.argsort(made[vector], kind="stable")
-    channels["lead"] = np.unique(root[order], return_index=True)[1]
-    channels["source"] = source = vector[order[channels["lead"]]]
-    channels["entries"] = np.bincount(root[vector == source[root]], minlength=len(source))
-    unit = np.where(channels["block"] < 0, channels.index, channels["block"])
-    channels["front"] = channels.groupby(unit)["lead"].transform("min")
+    table = pd.DataFrame({"block": inside, "reason": reason, "colour": colour})
+    table["lead"] = np.unique(root[order], return_index=True)[1]
+    table["source"] = source = vector[order[table["lead"]]]
+    table["entries"] = np.bincount(root[vector == source[root]], minlength=classes)
+    unit = np.where(inside < 0, table.index, inside)
+    table["front"] = table.groupby(unit)["lead"].transform("min")
+    return root, table
+
+
+def name_axes(
+    walk: Walk, channels: pd.DataFrame
+) -> tuple[dict[str, int], tuple[BlockGroup, ...], dict[str, tuple[int, str]]]:
+    """Sizes, groups and what is pinned, as in Axes; adds to `channels` the number of their axis,
+    or -1, and their rank along it.
+    """
+    channels["axis"], channels["rank"] = -1, 0
+    live = channels[channels["source"].isin(walk.names)].sort_values("lead")
+    live["name"] = live["source"].map(walk.names)
+    tied = (live["entries"] > 1) & ~live["colour"].duplicated(keep=False)
+    stuck = (live["reason"] >= 0) | tied
+    reasons = [why for _, why in walk.channels.pins]
+    reasons += ["its blocks are in larger blocks", "it is tied to itself"]
+    pinned = {
+        name: (int(rows["entries"].sum()), reasons[rows["reason"].iloc[0]])
+        for name, rows in live[stuck & live["source"].isin(walk.makers)].groupby("name", sort=False)
+    }
     holders = {*channels["block"]}
-    axis_of, rank = np.full(len(source), -1), np.zeros(len(source), np.int64)
     sizes: dict[str, int] = {}
-    pinned: dict[str, tuple[int, str]] = {}
     groups: dict[Any, tuple[list[str], int]] = {}
-    reasons = [
-        *(why for _, why in known.pins),
-        "its blocks are in larger blocks",
-        "it is tied to itself",
-    ]
-    live = channels[made[source] <= len(walk.env)].sort_values("lead")
-    for colour, same in live.groupby("colour", sort=False):
-        first, name = same.iloc[0], walk.names[same["source"].iloc[0]]
-        if first["reason"] >= 0 or first["entries"] > 1 == len(same):
-            if first["source"] in walk.makers:
-                many, why = pinned.get(name, (0, reasons[int(first["reason"])]))
-                pinned[name] = many + int(first["entries"]), why
-            continue
+    for colour, same in live[~stuck].groupby("colour", sort=False):
+        name = same["name"].iloc[0]
         while name in sizes:
             name = f"{name}.{len(sizes)}"
         same = same.sort_values(["front", "lead"])
-        axis_of[same.index], rank[same.index] = len(sizes), np.arange(len(same))
-        sizes[name] = len(same)
-        blocks = same["block"].nunique()
+        channels.loc[same.index, "axis"] = len(sizes)
+        channels.loc[same.index, "rank"] = np.arange(len(same))
+        sizes[name], blocks = len(same), same["block"].nunique()
         if blocks > 1:
-            key = channels["colour"].iloc[first["block"]]
-        else:
-            key, blocks = colour, len(same) if same.index[0] in holders else 1
-        groups.setdefault(key, ([], blocks))[0].append(name)
-    names = [*sizes]
+            colour = channels["colour"].iloc[same["block"].iloc[0]]
+        elif same.index[0] in holders:
+            blocks = len(same)
+        groups.setdefault(colour, ([], blocks))[0].append(name)
+    return sizes, tuple(BlockGroup(tuple(axes), blocks) for axes, blocks in groups.values()), pinned
 
-    def places(label: Tensor) -> dict[str, Tensor]:
-        """The positions along a label of the channels of every axis that is there as a whole."""
-        here = root[(label % SLOT).flatten().numpy()]
-        found = {}
-        for axis in sorted({*axis_of[here].tolist()} - {-1}):
-            at = np.flatnonzero(axis_of[here] == axis)
-            at = at[np.argsort(rank[here[at]], kind="stable")]
-            many = np.bincount(rank[here[at]], minlength=sizes[names[axis]])
-            if (many == many[0]).all():
-                found[names[axis]] = torch.from_numpy(at).view(len(many), -1)
-        return found
 
+def lay_out(
+    walk: Walk, state: dict[str, Tensor], places: Places
+) -> dict[str, tuple[Layout | None, ...]]:
+    """What lies along every dimension of the tensors of `state`."""
+    known = walk.channels
     used = {id(state[name]): value for name, value in walk.parameters.items()}
     dims = {}
     for name, value in state.items():
@@ -226,11 +255,15 @@ def solve(walk: Walk, state: dict[str, Tensor]) -> Axes:
             found = places(whole)
             layouts[min(along(label))] = Layout(whole.numel(), found) if found else None
         dims[name] = tuple(layouts)
+    return dims
+
+
+def find_readouts(walk: Walk, names: list[str], places: Places) -> dict[str, tuple[Readout, ...]]:
+    """The tensors that layers read each axis from, in graph order."""
     readouts: dict[str, list[Readout]] = {name: [] for name in names}
-    computed = {node for node, table in walk.tables.items() if table is not PASSING}
-    pointwise = {node for node in computed if walk.tables[node] is POINTWISE}
-    for node in walk.tables:
-        if node not in computed or all(user in pointwise for user in node.users):
+    pointwise = {node for node, table in walk.tables.items() if table is POINTWISE}
+    for node, table in walk.tables.items():
+        if table is PASSING or all(user in pointwise for user in node.users):
             continue
         before = node
         while before in pointwise and (len(before.all_input_nodes) == 1 or "prelu" in before.name):
@@ -238,10 +271,4 @@ def solve(walk: Walk, state: dict[str, Tensor]) -> Axes:
         for label in walk.env[node].labels:
             for axis, at in places(label).items() if len(along(label)) == 1 else ():
                 readouts[axis].append(Readout(node.name, before.name, *along(label), at))
-    return Axes(
-        dims,
-        sizes,
-        tuple(BlockGroup(tuple(axes), blocks) for axes, blocks in groups.values()),
-        {axis: tuple(several) for axis, several in readouts.items()},
-        pinned,
-    )
+    return {axis: tuple(several) for axis, several in readouts.items()}

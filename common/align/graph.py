@@ -1,5 +1,6 @@
 """A network as its ATen graph, from torch.export, which runs with any state dict as its input."""
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator
@@ -40,6 +41,18 @@ def lockstep(runs: list[fx.Interpreter]) -> Iterator[tuple[fx.Node, ...]]:
                 del run.env[dead]
 
 
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and then the modes that the modules had."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def export(model: nn.Module, shape: Iterable[int]) -> Graph:
     """The graph of `model` in evaluation mode for images of `shape`, batch dimension included.
 
@@ -47,16 +60,13 @@ def export(model: nn.Module, shape: Iterable[int]) -> Graph:
     """
     first = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
     images = torch.empty(*shape, device=first.device, dtype=first.dtype)
-    training = [module for module in model.modules() if module.training]
     try:
-        with torch.device(first.device):  # for tensors that the forward pass makes itself
-            program = torch.export.export(model.eval(), (images,), strict=False)
+        # The device is for tensors that the forward pass makes itself.
+        with torch.device(first.device), evaluation_mode(model):
+            program = torch.export.export(model, (images,), strict=False)
     except Exception as error:  # of many kinds, from anywhere in the model's forward
         line = str(error).strip().partition("\n")[0]
         raise UserError(f"torch.export cannot follow {type(model).__name__}: {line}") from error
-    finally:
-        for module in training:
-            module.training = True
     names, constants = {*model.state_dict()}, program.constants
     targets = [one.target for one in program.graph_signature.input_specs]
     inputs = [constants.get(one, one if one in names else None) for one in targets]

@@ -19,7 +19,6 @@ from common.align.permutation import (
     permute,
     random_permutation,
 )
-from common.masking import LAYERS
 
 Permutation = dict[str, Tensor]
 
@@ -238,23 +237,50 @@ def describe(permutation: Permutation) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- weight matching
 
 
-def matched_weights(model: nn.Module) -> list[str]:
-    """Names of what weight matching looks at: weights and biases of convolution, linear and
-    attention layers.
-    """
-    return [
-        f"{layer}.{name}"
-        for layer, module in model.named_modules()
-        if isinstance(module, (*LAYERS, nn.MultiheadAttention))
-        for name, _ in module.named_parameters(recurse=False)
-    ]
-
-
 def objective(source: dict[str, Tensor], target: dict[str, Tensor]) -> float:
     """The inner product <source, target> over all entries of `source`, in float64."""
     return sum(
         float((value * target[name]).sum(dtype=torch.float64)) for name, value in source.items()
     )
+
+
+class Products:
+    """The (target channels, source channels) inner products of an axis, summed over its places.
+
+    They are kept from visit to visit, so that only what has changed in between is multiplied.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.total = torch.zeros(channels, channels, dtype=torch.float64)  # on the CPU
+        self.seen: dict[tuple[str, int], Tensor] = {}  # the source at each place, at the last visit
+
+    def update(
+        self, places: list[Place], target: dict[str, Tensor], source: dict[str, Tensor]
+    ) -> Tensor:
+        """The products with the source as it is now."""
+        gained = None
+        for place in places:
+            now, then = source[place.tensor], self.seen.get(place[:2])
+            if now is then:
+                continue
+            self.seen[place[:2]], fixed = now, target[place.tensor]
+            if then is not None:
+                if now.dim() > 1 and place.groups == 1:  # few neighbours move in later sweeps
+                    side = int(place.dim == 0)
+                    at = (now != then).movedim(side, 0).flatten(1).any(1).nonzero().flatten()
+                    now, then, fixed = (one.index_select(side, at) for one in (now, then, fixed))
+                now = now - then
+            fixed, now = channel_rows(fixed, place), channel_rows(now, place)
+            gained = fixed @ now.T if gained is None else gained.addmm_(fixed, now.T)
+        if gained is not None:
+            self.total += gained.cpu()
+        return self.total
+
+    def move(self, order: Tensor, source: dict[str, Tensor]) -> None:
+        """Follow the source after this axis, and no other beside it, has moved."""
+        there = (order != torch.arange(len(order))).nonzero().flatten()
+        self.total[:, there] = self.total[:, order[there]]
+        self.seen = {(tensor, dim): source[tensor] for tensor, dim in self.seen}
 
 
 def match_weights(
@@ -275,12 +301,12 @@ def match_weights(
     permutation = identity(axes) | (start or {})
     moved = permute(source, axes.dims, permutation)
     places = find_places(source, axes)
+    tensors = {axis: {place.tensor for place in found} for axis, found in places.items()}
     groups = {axis: group for group in axes.groups for axis in group.axes}
+    products = {axis: Products(size) for axis, size in axes.sizes.items()}
     generator = torch.Generator().manual_seed(seed)
-    names = list(axes.sizes)
-    history = [objective(moved, target)]
+    names, history = list(axes.sizes), [objective(moved, target)]
     stale = set(names)  # axes beside which something has moved since they were last optimal
-    products: dict[tuple[str, int], Tensor] = {}  # by axis and place, until something moves there
     while stale:
         history.append(history[-1])
         for position in torch.randperm(len(names), generator=generator).tolist():
@@ -288,55 +314,35 @@ def match_weights(
             if axis not in stale:
                 continue
             stale.discard(axis)
-            group = (axis, *(other for other in groups[axis].axes if other != axis))
-            seen: set[str] = set()  # a tensor along which several axes of the group lie counts once
-            sums, exact = [], True
-            for member in group:
-                total = torch.zeros(2 * (axes.sizes[member],), dtype=torch.float64)
-                here = set()
-                for k, place in enumerate(places[member]):
-                    exact &= place.tensor not in seen | here
-                    if member == axis or place.tensor not in seen:
-                        if (member, k) not in products:
-                            pair = (target[place.tensor], moved[place.tensor])
-                            products[member, k] = _products(*pair, place)
-                        total += products[member, k]
-                        here.add(place.tensor)
-                seen |= here
-                sums.append(total)
-            touched = {name: moved[name] for name in seen}
-            best = (
-                sum(float(total.trace()) for total in sums) if exact else objective(touched, target)
-            )
+            members = [axis, *(other for other in groups[axis].axes if other != axis)]
+            beside = [place.tensor for member in members for place in places[member]]
+            touched = {name: moved[name] for name in beside}
+            apart = len(beside) == len(touched)
+            if not apart:
+                products |= {member: Products(axes.sizes[member]) for member in members}
+            sums, counted = [], set()  # a tensor along which several members lie counts once
+            for member in members:
+                here = [place for place in places[member] if place.tensor not in counted]
+                sums.append(products[member].update(here, target, moved))
+                counted |= tensors[member]
+            best = sum(float(one.trace()) for one in sums) if apart else objective(touched, target)
             # Judged by the true gain: where axes of a group, or one axis twice, share a tensor,
             # their best orders depend on each other, and the assignment is a proposal. So there are
             # two of them, with the others' orders free or kept.
-            for free in sorted({len(group), 1}, reverse=True):
+            for free in sorted({len(members), 1}, reverse=True):
                 orders = assign_blocks(sums[:free], sums[free:], groups[axis].blocks)
-                steps, candidate = dict(zip(group, orders)), None
-                if exact:
+                steps = dict(zip(members, orders))
+                if apart:
                     gain = sum(map(matched_sum, sums, orders)) - best
                 else:
-                    candidate = permute(touched, axes.dims, steps)
-                    gain = objective(candidate, target) - best
+                    gain = objective(permute(touched, axes.dims, steps), target) - best
                 if gain > 1e-7 * abs(best):
-                    moved |= candidate or permute(touched, axes.dims, steps)
+                    moved |= permute(touched, axes.dims, steps)
                     history[-1] += gain
                     for member, step in steps.items():
                         permutation[member] = permutation[member][step]
-                    for other in names:
-                        beside = [
-                            k for k, place in enumerate(places[other]) if place.tensor in seen
-                        ]
-                        if beside and other != axis:
-                            stale.add(other)
-                        for k in beside:
-                            if exact and other in steps and (other, k) in products:
-                                products[other, k] = products[other, k].index_select(
-                                    1, steps[other]
-                                )
-                            else:
-                                products.pop((other, k), None)
+                        products[member].move(step, moved)
+                    stale |= {name for name in names if tensors[name] & touched.keys()} - {axis}
                     break
     return permutation, history
 
@@ -353,8 +359,3 @@ def match_weights_best(
     starts = [identity(axes), *(random_permutation(axes, seed + i) for i in range(1, restarts))]
     tries = [match_weights(source, target, axes, start, seed + i) for i, start in enumerate(starts)]
     return max(tries, key=lambda found: found[1][-1])[0]
-
-
-def _products(target: Tensor, source: Tensor, place: Place) -> Tensor:
-    """(target channels, source channels) inner products at a place of an axis, on the CPU."""
-    return (channel_rows(target, place) @ channel_rows(source, place).T).cpu()

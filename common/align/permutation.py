@@ -4,12 +4,13 @@ signs by them.
 common/align/axes.py derives the axes of a network from its graph.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from common.align.graph import evaluation_mode
 
 
 class Layout(NamedTuple):
@@ -60,7 +61,8 @@ class Axes:
     channels of every axis that may be permuted. groups: these axes, each once, in the groups that
     move together. readouts: for each of them, the tensors that layers read it from, in graph order;
     for a residual stream the stem's and every block's. pinned: for every layer whose channels must
-    stay in order, how many they are and the reason.
+    stay in order, how many they are and the reason. weights: the parameters of convolutions, linear
+    layers and attention, which weight matching compares, also where they are not those of a module.
     """
 
     dims: dict[str, tuple[Layout | None, ...]]
@@ -68,6 +70,7 @@ class Axes:
     groups: tuple[BlockGroup, ...]
     readouts: dict[str, tuple[Readout, ...]]
     pinned: dict[str, tuple[int, str]]
+    weights: tuple[str, ...]
 
 
 def permute(
@@ -167,16 +170,16 @@ def check_same_function(
 
     Raises RuntimeError above 1e-6: the two are then not permutations of each other.
     """
-    network = copy.deepcopy(model).cpu().double().eval()
     outputs = []
-    for state in (before, after):
-        double = {
-            name: value.cpu().double() if value.is_floating_point() else value
-            for name, value in state.items()
-        }
-        outputs.append(
-            torch.func.functional_call(network, double, inputs.cpu().double(), tie_weights=False)
-        )
+    with evaluation_mode(model):
+        for state in (before, after):
+            tensors = {**dict(model.named_buffers()), **state}  # some are not in a state dict
+            double = {
+                name: value.cpu().double() if value.is_floating_point() else value.cpu()
+                for name, value in tensors.items()
+            }
+            call = (model, double, inputs.cpu().double())
+            outputs.append(torch.func.functional_call(*call, tie_weights=False))
     difference = float(
         (outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max().clamp_min(1e-30)
     )

@@ -6,9 +6,9 @@ operator reads is pinned then.
 """
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from common.align.channels import SLOT, Channels, Value, along, arrange, plain
@@ -18,32 +18,30 @@ def along_dims(channels: Channels, a: Any) -> Any:
     """What picks or moves whole slices along `dim` does the same to labels."""
     dims = a.given.get("dim", a.given.get("dims"))
     dims = {dim % len(a.x.shape) for dim in (dims if isinstance(dims, list) else [dims])}
-    several = isinstance(a.out, list)
-    labels: list[list[Tensor]] = [[] for _ in (a.out if several else [a.out])]
+    shapes = a.out if isinstance(a.out, list) else [a.out]
+    labels: list[list[Tensor]] = [[] for _ in shapes]
     for label in a.x.labels:
         done = a.call(label.expand([n if d in dims else -1 for d, n in enumerate(a.x.shape)]))
-        for kept, one in zip(labels, done if several else [done]):
+        for kept, one in zip(labels, done if isinstance(a.out, list) else [done]):
             for dim in dims - along(label) if one.dim() == label.dim() else ():
                 one = one.narrow(dim, 0, 1)
             kept.append(one)
-    made = [*map(channels.value, a.out if several else [a.out], labels)]
-    return made if several else made[0]
+    made = [*map(channels.value, shapes, labels)]
+    return made if isinstance(a.out, list) else made[0]
 
 
-def pad(channels: Channels, a: Any) -> Value | None:
-    """Entries of a constant are channels of their own, before and behind."""
-    labels, rank = [], len(a.out)
+def pad(channels: Channels, a: Any) -> Value:
+    """Entries of a constant are channels of their own; other padding looks at the order."""
+    x, rank = a.x, len(a.out)
     ends = {rank - 1 - k // 2: a.pad[k : k + 2] for k in range(0, len(a.pad), 2)}
-    for label in a.x.labels:
-        for dim in along(label) & {dim for dim, pair in ends.items() if any(pair)}:
-            if a.given.get("mode", "constant") != "constant" or min(ends[dim]) < 0:
-                return None
-            label = channels.fix(label, along(label) - {dim}, "joins it with a constant")
-            constant = channels.fresh([sum(ends[dim]) if d == dim else 1 for d in range(rank)])
-            first, last = constant.split(ends[dim], dim)
-            label = torch.cat([first, label, last], dim)
-        labels.append(label)
-    return channels.value(a.out, labels)
+    padded = {dim for dim, pair in ends.items() if any(pair)}
+    if a.given.get("mode", "constant") != "constant" or min(a.pad) < 0:
+        x = channels.slide(x, padded)
+    for dim in padded.intersection(set().union(*map(along, x.labels))):
+        shape = (*x.shape[:dim], sum(ends[dim]), *x.shape[dim + 1 :])
+        x = channels.cat([x, channels.expand(Value((1,) * rank), shape)], dim)
+        x = Value(x.shape, tuple(label.roll(ends[dim][0], dim) for label in x.labels))
+    return x._replace(shape=a.out)
 
 
 def index(channels: Channels, a: Any) -> Value | None:
@@ -79,19 +77,10 @@ def group_norm(channels: Channels, a: Any) -> Value:
     return by_channel(channels, a)
 
 
-def layer_norm(channels: Channels, a: Any) -> Value:
-    channels.reduce(a.x, range(-len(a.normalized_shape), 0))
-    return channels.meet(a.x, a.weight, a.given.get("bias"))
-
-
-def softmax(channels: Channels, a: Any) -> Value:
-    channels.reduce(a.x, [a.dim])
-    return a.x
-
-
-def weight_norm(channels: Channels, a: Any) -> Value:
-    channels.reduce(a.v, {*range(len(a.v.shape))} - {a.dim})
-    return channels.meet(a.v, a.g)
+def normalise(channels: Channels, x: Value, dims: Iterable[int], *scales: Any) -> Value:
+    """Divided by what is summed up over `dims`."""
+    channels.reduce(x, dims)
+    return channels.meet(x, *scales)
 
 
 def pointwise(channels: Channels, a: Any) -> Value:
@@ -106,12 +95,10 @@ def reduction(channels: Channels, a: Any) -> Value:
     return channels.reduce(a.x, [dims] if isinstance(dims, int) else dims, a.given.get("keepdim"))
 
 
-def slide(channels: Channels, a: Any) -> Any:
+def slide(channels: Channels, a: Any) -> Value:
     """Pooling and resizing of the last dimensions, as many as the operator's name says."""
     x = channels.slide(a.x, range(-int(re.search(r"(\d)d", a.name)[1]), 0))
-    shapes = a.out if isinstance(a.out, list) else [a.out]
-    values = [x._replace(shape=shape) for shape in shapes]
-    return values if isinstance(a.out, list) else values[0]
+    return x._replace(shape=a.out)
 
 
 def linear(channels: Channels, a: Any) -> Value:
@@ -132,12 +119,11 @@ def attention(channels: Channels, a: Any) -> Value:
 
 
 def convolution(channels: Channels, a: Any) -> Value | None:
-    flat = []
-    for value in (a.x, a.weight):
-        space = range(2, len(value.shape))
-        flat.append(channels.reduce(channels.slide(value, space), space))
-    x = channels.reshape(flat[0], (a.x.shape[0], a.groups, a.x.shape[1] // a.groups))
-    weight = channels.reshape(flat[1], (a.groups, a.weight.shape[0] // a.groups, a.weight.shape[1]))
+    space = range(2, len(a.out))
+    x, weight = (channels.reduce(channels.slide(v, space), space) for v in (a.x, a.weight))
+    (n, c), (rows, columns) = x.shape, weight.shape
+    x = channels.reshape(x, (n, a.groups, c // a.groups))
+    weight = channels.reshape(weight, (a.groups, rows // a.groups, columns))
     transposed = "transpose" in a.name
     if a.groups > 1 and weight.shape[2] > 1:
         # The second dimension of the weight stands for other channels in every group: note which.
@@ -161,16 +147,6 @@ def stack(channels: Channels, a: Any) -> Value:
     return channels.cat([arrange(x, order) for x in a.tensors], dim)
 
 
-def pixel_shuffle(channels: Channels, a: Any) -> Value:
-    r, (n, c, h, w) = a.upscale_factor, a.x.shape
-    x = channels.reshape(a.x, (n, c // r**2, r, r, h, w))
-    return channels.reshape(arrange(x, (0, 1, 4, 2, 5, 3)), a.out)
-
-
-def permuted(channels: Channels, a: Any) -> Value:
-    return Value(a.out, tuple(map(a.call, a.x.labels)))
-
-
 CONTRACTIONS = {  # values made anew, by summing over channels
     "linear": linear,
     "matmul mm bmm mv dot addmm baddbmm": matmul,
@@ -181,8 +157,10 @@ CONTRACTIONS = {  # values made anew, by summing over channels
 POINTWISE = {  # values made anew, each channel from itself; also what PyTorch tags as pointwise
     "batch_norm instance_norm prelu": by_channel,
     "group_norm": group_norm,
-    "layer_norm rms_norm": layer_norm,
-    "softmax log_softmax _softmax _log_softmax": softmax,
+    "layer_norm rms_norm": lambda channels, a: normalise(
+        channels, a.x, range(-len(a.normalized_shape), 0), a.weight, a.given.get("bias")
+    ),
+    "softmax log_softmax": lambda channels, a: normalise(channels, a.x, [a.dim]),
     "constant_pad_nd pad": pad,
     "dropout feature_dropout alpha_dropout contiguous to type_as alias detach copy fill zero "
     "_to_copy lift_fresh_copy log_sigmoid hardswish": pointwise,
@@ -191,14 +169,17 @@ PASSING = {  # values passed on
     "view _unsafe_view reshape flatten unflatten squeeze unsqueeze view_as reshape_as": (
         lambda channels, a: channels.reshape(a.x, a.out)
     ),
-    "permute transpose t swapaxes swapdims movedim numpy_T": permuted,
+    "permute transpose t swapaxes swapdims movedim numpy_T": (
+        lambda channels, a: Value(a.out, tuple(map(a.call, a.x.labels)))
+    ),
     "slice select split split_with_sizes chunk unbind narrow flip roll": along_dims,
     "cat concat": lambda channels, a: channels.cat(a.tensors, a.dim),
     "stack": stack,
     "expand expand_as broadcast_to": lambda channels, a: channels.expand(a.x, a.out),
     "index embedding": index,
-    "pixel_shuffle": pixel_shuffle,
-    "_weight_norm": weight_norm,
+    "_weight_norm": lambda channels, a: normalise(
+        channels, a.v, {*range(len(a.v.shape))} - {a.dim}, a.g
+    ),
     "mean sum amax amin var std prod any all norm linalg_vector_norm logsumexp": reduction,
     "max_pool1d max_pool2d max_pool3d max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d "
     "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d "
