@@ -11,6 +11,7 @@ first pair of the middle cell, or of the one asked for; --all draws every pair o
 figures/landscape_*; planes and lines are kept beside the permuted network.
 """
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from analyze.lib import cache, lines, networks, repair, style
-from analyze.lib.runs import CELL, NETWORK, SEEDS, readable, sparse_runs
+from analyze.lib.runs import CELL, plain, readable, sparse_runs
 from common import checkpoint, cli, paths
 from common.align.axes import find_axes
 from common.align.permutation import permute
@@ -32,9 +33,9 @@ from common.training import evaluate
 MARGIN = 0.25  # of the extent of the three networks, on every side
 POINTS = 11  # of the line from π(LTH) to permuted
 CORNERS = {"lth": ("π(LTH)", "o"), "permuted": ("permuted", "^"), "dense": ("π(A)", "*")}
-PAIR = [*SEEDS, "method", "match_epoch"]
+METRICS = {"test_loss": "test loss (nats)", "test_error": "0-1 loss (%)"}
 NAME = "landscape_{model}x{width:g}_{dataset}_{method}_s{s}_k{rewind:03d}"
-NAME += "_{source_seed}-{target_seed}_matched{match_epoch}"
+NAME += "_{source_seed}-{target_seed}_matched{match_epoch:.0f}"
 TITLE = "{model} x{width:g} on {dataset}, sparsity {s}, k = {rewind}, "
 TITLE += "seeds {source_seed} and {target_seed}\n"
 TITLE += "loss barrier {barrier:.3f} nats from π(LTH) to permuted, with REPAIR"
@@ -84,8 +85,7 @@ def measure(triple: dict[str, Any], resolution: int, images: int, read: Callable
         directions, corners = plane(vectors)
         xs, ys = grid(corners, resolution)
         rows = []
-        points = [(x, y) for y in ys for x in xs]
-        for x, y in tqdm(points, "plane", unit="point", disable=None, leave=False):
+        for y, x in tqdm([*itertools.product(ys, xs)], "plane", disable=None, leave=False):
             weights = vectors[0].double() + x * directions[0] + y * directions[1]
             nn.utils.vector_to_parameters(weights.float(), model.parameters())
             if repair.has_batch_norm(model):
@@ -105,28 +105,25 @@ def measure(triple: dict[str, Any], resolution: int, images: int, read: Callable
 def plot(table: pd.DataFrame, title: str) -> style.Figure:
     """Two panels, test loss and 0-1 loss; the rows of `table` that name a network are its marks."""
     marks, table = table[table["network"].notna()], table[table["network"].isna()]
-    figure, axes = style.plt.subplots(1, 2, figsize=(8.4, 3.6), sharey=True)
-    metrics = {"test_loss": "test loss (nats)", "test_error": "0-1 loss (%)"}
-    for axis, (metric, label) in zip(axes, metrics.items()):
-        values = table.pivot_table(index="y", columns="x", values=metric)
+    figure, axes = style.plt.subplots(1, 2, figsize=(8.4, 3.9), sharey=True)
+    for axis, (metric, label) in zip(axes, METRICS.items()):
+        values = table.pivot(index="y", columns="x", values=metric)
         # Far from the networks the loss explodes; levels follow the inner part, where they are.
-        low, high = values.to_numpy().min(), np.quantile(values.to_numpy(), 0.9)
+        low, high = values.min(axis=None), np.quantile(values, 0.9)
         high = high if high > low else low + 1  # where nothing was learned it is flat
         levels = style.plt.MaxNLocator(14).tick_values(low, high)
-        look = {"cmap": "cividis", "extend": "max"}
-        filled = axis.contourf(values.columns, values.index, values.to_numpy(), levels, **look)
+        filled = axis.contourf(
+            values.columns, values.index, values, levels, cmap="cividis", extend="max"
+        )
         figure.colorbar(filled, ax=axis, label=label, shrink=0.75, ticks=levels[::3])
         for mark in marks.itertuples():
             name, marker = CORNERS[mark.network]
-            point = (mark.x, mark.y)
-            axis.plot(*point, marker, color="white", markeredgecolor="black", markersize=9)
-            box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}
-            look = {"textcoords": "offset points", "ha": "center", "bbox": box}
-            axis.annotate(name, point, (0, 9), **look)
+            look = {"color": "white", "markeredgecolor": "black", "markersize": 9, "label": name}
+            axis.plot(mark.x, mark.y, marker, **look)
         axis.grid(False)
-        axis.set_aspect("equal")
-        axis.set_xlabel("distance along π(LTH) to permuted")
+        axis.set(aspect="equal", xlabel="distance along π(LTH) to permuted")
     axes[0].set_ylabel("distance across")
+    figure.legend(handles=axes[0].lines, loc="outside lower center", ncols=3)
     figure.suptitle(title, fontsize=10)
     return figure
 
@@ -136,23 +133,20 @@ def triples(root: Path) -> pd.DataFrame:
 
     A row a cell and pair of seeds, late matches first.
     """
-    runs = sparse_runs(root)
-    plain, key = runs[~runs["signs"] & ~runs["fan_in"]], [*CELL, "source_seed", "tag"]
-    lth = plain[plain["arm"] == "lth"].drop_duplicates(key)
-    permuted = plain[plain["arm"] == "permuted"].dropna(subset="match_epoch")
-    pairs = permuted.astype({"match_epoch": int}).merge(lth[[*key, "path"]], on=key)
+    runs, key = plain(sparse_runs(root)), [*CELL, "source_seed", "tag"]
+    lth = runs.loc[runs["arm"] == "lth", [*key, "path"]].drop_duplicates(key)
+    pairs = runs[runs["arm"] == "permuted"].merge(lth, on=key, suffixes=("", "_lth"))
     if pairs.empty:
-        two = f"no permuted network with LTH's beside it below {root}"
-        raise UserError(f"{two}: run train_sparse.py for both")
-    aligned = pd.DataFrame(networks.alignments(root)).rename(columns={"source": "dense"})
-    found = pairs.merge(aligned, on=[*NETWORK, *PAIR], suffixes=("", "_aligned"))
-    tag, sparsity = found["tag_aligned"], found["sparsity_aligned"]
-    fits = (tag == "") | (tag == found["tag"].str.split(" ").str[0])
-    found = found[fits & (sparsity.isna() | (sparsity == found["sparsity"]))]
-    found = found.assign(lth=found["path_y"].map(paths.final_file))
-    found = found.assign(permuted=found["path_x"].map(paths.final_file))
-    order = {"ascending": False, "kind": "stable", "ignore_index": True}
-    return found.sort_values("match_epoch", **order)
+        missing = f"no permuted network with LTH's beside it below {root}"
+        raise UserError(f"{missing}: run train_sparse.py for both")
+    masks = {}  # by digest, as sparse runs name them
+    for run in networks.alignments(root):
+        made = {"dense": run["source"], "permutation": run["permutation"]}
+        masks |= {checkpoint.digest(mask): made for mask in run["masks"].values()}
+    found = pairs.merge(pd.DataFrame(masks).T, left_on="mask", right_index=True)
+    found["lth"] = found["path_lth"].map(paths.final_file)
+    found["permuted"] = found["path"].map(paths.final_file)
+    return found.sort_values("match_epoch", ascending=False, kind="stable", ignore_index=True)
 
 
 def main() -> None:
@@ -162,7 +156,7 @@ def main() -> None:
     cell = {"width": float, "sparsity": float, "rewind": int}
     flags |= {name: {"type": kind, "help": "of the cell"} for name, kind in cell.items()}
     args = networks.arguments(__doc__, **flags)
-    found = triples(args.root)
+    found, figures = triples(args.root), 0
     for name in cell:
         if (asked := getattr(args, name)) is not None:
             found = found[found[name] == asked]
@@ -170,22 +164,18 @@ def main() -> None:
         raise UserError(f"no permuted network of that cell below {args.root}: see results.csv")
     number = found.groupby(CELL).ngroup()
     middle = (number - number.max() / 2).abs().sort_values(kind="stable")
-    drawn = 0
     for triple in found.loc[middle.index].to_dict("records"):
         if (table := readable(measure, triple, args.grid, args.images, args.read)) is None:
             continue
-        about = triple | {
-            "s": paths.label(triple["sparsity"]),
-            "barrier": table["loss_barrier"].max(),
-        }
-        name, title = NAME.format(**about), TITLE.format(**about)
+        about = {"s": paths.label(triple["sparsity"]), "barrier": table["loss_barrier"].max()}
+        name, title = NAME.format(**triple, **about), TITLE.format(**triple, **about)
         name += f"_{triple['tag']}" * bool(triple["tag"])
         print(title)
         style.save(plot(table, title), table, args.root / "figures", name)
-        drawn += 1
+        figures += 1
         if not args.all:
             break
-    if not drawn:
+    if not figures:
         raise UserError(f"no plane below {args.root} could be measured (see above)")
 
 

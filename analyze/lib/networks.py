@@ -1,13 +1,22 @@
 """Networks and permutations below a folder: finding them, and building them to be evaluated."""
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from analyze.lib.runs import NETWORK, dense_files, find_results, parse_root, readable, skipped
+from analyze.lib.runs import (
+    NETWORK,
+    SEEDS,
+    dense_files,
+    find_results,
+    parse_root,
+    readable,
+    skipped,
+)
 from common import checkpoint, cli, masking, paths
 from common.data import Resident, Streamed, reader
 from common.errors import UserError
@@ -41,51 +50,53 @@ def build(entry: dict[str, Any], data: Resident | Streamed) -> nn.Module:
     return model.to(data.device, memory_format=torch.channels_last)
 
 
+def with_dense(root: Path, stage: str, *roles: str) -> Iterator[tuple[dict, dict[str, Any]]]:
+    """The arguments of every finished run of a stage below `root`, and what is known of it: its
+    `path`, network and tag, and by role the files of the dense weights that it names by digest.
+
+    One whose dense networks are not below `root` is skipped, as are networks trained elsewhere.
+    """
+    dense = dense_files(root)
+    for run in find_results(root, stage):
+        arguments = run.get("arguments", {})
+        files = {role: dense.get(arguments.get(role)) for role in roles}
+        if missing := [role for role, file in files.items() if file is None]:
+            skipped(f"{run['path']}: its {missing[0]} network is not below {root}")
+            continue
+        trained = checkpoint.load_json(files[roles[-1]].with_name("result.json"))["arguments"]
+        about = files | {key: trained[key] for key in (*NETWORK, "seed")} | {"path": run["path"]}
+        yield arguments, about | {"tag": arguments.get("tag") or trained.get("tag") or ""}
+
+
 def imp_networks(root: Path, rounds: bool) -> list[dict[str, Any]]:
     """The networks that IMP pruned below `root`: file, sparsity, seed and the file pruned from.
 
-    At the asked sparsities, or with `rounds` after each round of the chains that kept them.
-    One that cannot be read, or whose dense network is not below `root`, is skipped.
+    At the asked sparsities, or with `rounds` after each round of the chains that kept them. One
+    that cannot be read is skipped.
     """
-    dense, found = dense_files(root), []
-    for run in find_results(root, "prune_imp"):
-        source = dense.get(run.get("arguments", {}).get("dense"))
-        if source is None:
-            skipped(f"{run['folder']}: its dense network is not below {root}")
-            continue
-        kept = rounds and paths.round_files(run["folder"])
-        for sparsity, path in (kept or paths.imp_files(run["folder"])).items():
+    found = []
+    for _, about in with_dense(root, "prune_imp", "dense"):
+        kept = rounds and paths.round_files(about["path"])
+        for sparsity, path in (kept or paths.imp_files(about["path"])).items():
             if entry := readable(checkpoint.load, path, ("mask", *checkpoint.WEIGHTS)):
-                about = {"model": entry["model"]["name"], "width": entry["model"]["width"]}
-                about |= {"dataset": entry["dataset"]["name"], "tag": entry.get("tag") or ""}
-                about |= {"seed": entry["seed"], "source": source, "file": path}
                 reached = masking.sparsity(entry["mask"]) if kept else sparsity
-                found.append(about | {"sparsity": reached, "rounds": bool(kept)})
+                found.append(about | {"file": path, "sparsity": reached, "rounds": bool(kept)})
     return found
 
 
 def alignments(root: Path) -> list[dict[str, Any]]:
-    """Every permutation of dense runs below `root`: its files and how it was made.
+    """Every permutation of dense runs below `root`: its files, masks and how it was made.
 
-    `sparsity` is that of the masks it is for, None for all. One whose dense runs are not below
-    `root` is skipped. Raises UserError when there is none.
+    `sparsity` is that of the masks it is for, None for all. Raises UserError when there is none.
     """
-    dense, found = dense_files(root), []
-    for run in find_results(root, "align_mask"):
-        arguments = run.get("arguments", {})
-        if not isinstance(arguments.get("source_seed"), int):
-            continue  # of networks trained elsewhere, whose module is not known here
-        files = {role: dense.get(arguments.get(role)) for role in ("source", "target")}
-        if missing := [role for role, file in files.items() if file is None]:
-            skipped(f"{run['folder']}: its dense {missing[0]} is not below {root}")
-            continue
-        target = checkpoint.load_json(files["target"].with_name("result.json"))["arguments"]
-        keys = ("method", "source_seed", "target_seed", "match_epoch")
-        about = {key: target[key] for key in NETWORK} | {key: arguments[key] for key in keys}
-        about["tag"] = arguments.get("tag") or target.get("tag") or ""
-        for path in paths.permutation_files(run["folder"]):
-            of_one = {"permutation": path, "sparsity": paths.sparsity_of(path)}
-            found.append(about | files | of_one)
+    found = []
+    for arguments, about in with_dense(root, "align_mask", "source", "target"):
+        about |= {key: arguments[key] for key in ("method", *SEEDS, "match_epoch")}
+        for path in paths.permutation_files(about["path"]):
+            sparsity = paths.sparsity_of(path)
+            masks = {paths.sparsity_of(mask): mask for mask in paths.mask_files(about["path"])}
+            mine = {key: mask for key, mask in masks.items() if sparsity in (None, key)}
+            found.append(about | {"permutation": path, "sparsity": sparsity, "masks": mine})
     if not found:
         raise UserError(f"no finished alignment below {root}: run align_mask.py first")
     return found

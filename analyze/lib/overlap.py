@@ -22,7 +22,7 @@ def load_all(root: Path) -> pd.DataFrame:
     """
     rows = []
     for run in [run for stage in ("prune_imp", "align_mask") for run in find_results(root, stage)]:
-        for path in paths.mask_files(run["folder"]):
+        for path in paths.mask_files(run["path"]):
             if (entry := readable(checkpoint.load, path, checkpoint.MASKS)) is None:
                 continue
             about = {key: entry.get(key) for key in MASK} | {"model": entry["model"]["name"]}
