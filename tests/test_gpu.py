@@ -132,7 +132,7 @@ def test_every_row_on_a_gpu(monkeypatch, tmp_path, capfd):
         return random_images(min(count, 256), 8, device)
 
     changed = {"build_model": small, "training_rate": eager, "random_images": few}
-    changed |= {"COUNTS": [2, 3], "IMAGES": 64}
+    changed |= {"COUNTS": [2, 3], "IMAGES": 64, "SIZE": 8, "STEPS": {"cuda": 1}}
     for name, value in changed.items():
         monkeypatch.setattr(benchmark, name, value)
     out = tmp_path / "table.csv"

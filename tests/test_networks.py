@@ -91,7 +91,7 @@ def test_early_matching_by_epoch(matched_early, runs):
     assert (matched_early / "figures/early_matching_mlp_glyphs_k001.png").is_file()
     outcome = call("analyze.early_matching", runs)
     assert outcome.code == 2 and "--target-epoch" in outcome.err
-    assert early_matching.table(early_matching.plain(all_runs))["count"].max() == 2
+    assert early_matching.table(early_matching.compared(all_runs))["count"].max() == 2
 
 
 def test_diversity_reads_every_kind_of_network_once(matched_early):

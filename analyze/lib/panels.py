@@ -30,7 +30,8 @@ def draw(points: pd.DataFrame, x: str, looks: dict[Any, dict], title: str) -> st
     for the band.
     """
     rows, columns = (points[key].dropna().unique() for key in ("row", "column"))
-    size = (max(5.6, 0.9 + 2.6 * len(columns)), 0.9 + 2.3 * len(rows))
+    height = 0.9 + 2.3 * len(rows) + 0.1 * len(looks)  # the legend has two columns
+    size = (max(5.6, 0.9 + 2.6 * len(columns)), height)
     grid = {"figsize": size, "squeeze": False, "sharex": True, "sharey": "row"}
     figure, axes = style.plt.subplots(len(rows), len(columns), **grid)
     ticks, legend = sorted(points[x].dropna().unique()), {}

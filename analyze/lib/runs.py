@@ -164,7 +164,7 @@ def variants(runs: pd.DataFrame) -> pd.Series:
     }
     name = runs["arm"]
     for text, values in parts.items():
-        name = name + values.astype(object).map(text.format, "ignore").fillna("")
+        name = name + ["" if pd.isna(value) else text.format(value) for value in values]
     return with_tag(name, runs["tag"])
 
 
