@@ -10,7 +10,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from analyze.lib import lines, panels, style
-from analyze.lib.networks import IMAGES, SEVERAL, arguments, imp_networks
+from analyze.lib.networks import arguments, imp_networks
 from analyze.lib.runs import readable
 from common import cli
 from common.errors import UserError
@@ -41,8 +41,7 @@ def plot(points: pd.DataFrame, title: str, joined: bool) -> style.Figure:
 
 
 def main() -> None:
-    points = {"type": SEVERAL, "default": 11, "help": "of the line"}
-    args = arguments(__doc__, points=points, images=IMAGES | {"help": "for REPAIR"})
+    args = arguments(__doc__, points=11, images=10_000)
     curves = []
     for run in tqdm(imp_networks(args.root, rounds=True), "networks", unit="network", disable=None):
         files = [run["dense"], run["file"]]

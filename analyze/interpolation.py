@@ -14,7 +14,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from analyze.lib import lines, panels, style
-from analyze.lib.networks import IMAGES, SEVERAL, alignments, arguments
+from analyze.lib.networks import alignments, arguments
 from analyze.lib.runs import NETWORK, SEEDS, readable
 from common import cli, paths
 from common.errors import UserError
@@ -48,8 +48,7 @@ def plot(table: pd.DataFrame, heights: pd.DataFrame, title: str) -> style.Figure
 
 
 def main() -> None:
-    points = {"type": SEVERAL, "default": 21, "help": "of the line"}
-    args = arguments(__doc__, points=points, images=IMAGES | {"help": "for REPAIR"})
+    args = arguments(__doc__, points=21, images=10_000)
     curves = []
     for run in tqdm(alignments(args.root), "pairs", unit="pair", disable=None):
         ends = run["source"], run["target"]

@@ -150,12 +150,8 @@ def triples(root: Path) -> pd.DataFrame:
 
 
 def main() -> None:
-    flags = {"grid": {"type": networks.SEVERAL, "default": 13, "help": "points a side"}}
-    flags["images"] = networks.IMAGES | {"help": "for BatchNorm's statistics and REPAIR"}
-    flags["all"] = {"action": "store_true", "help": "every pair of every cell, not one alone"}
-    cell = {"width": float, "sparsity": float, "rewind": int}
-    flags |= {name: {"type": kind, "help": "of the cell"} for name, kind in cell.items()}
-    args = networks.arguments(__doc__, **flags)
+    cell = dict.fromkeys(("width", "sparsity", "rewind"))
+    args = networks.arguments(__doc__, grid=13, images=10_000, all=False, **cell)
     found, figures = triples(args.root), 0
     for name in cell:
         if (asked := getattr(args, name)) is not None:

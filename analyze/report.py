@@ -6,8 +6,7 @@
 Runs the analyses of this package, and writes report.html (pictures inlined, opens without a
 network) and report.md: what was found, what the words mean, every table and figure, the paper's
 tables beside ours (also as tables/*.csv and *.tex), cost and settings. What cannot be made yet is
-named with what is missing. Says before it starts how often networks will be evaluated. Its text is
-in lib/report.json.
+named with what is missing. Its text is in lib/report.json.
 """
 
 import contextlib
@@ -55,20 +54,6 @@ def run(name: str, root: Path, flags: list[str]) -> tuple[str, str, list[Path]]:
     lines += [line for line in told if line.startswith("skipped ")]
     files = [Path(line.removeprefix(wrote)) for line in printed if line.startswith(wrote)]
     return "", "\n".join(lines).strip(), files
-
-
-def evaluations(root: Path, points: int | None, grid: int | None) -> dict[str, int]:
-    """How often analyses evaluate a network, at most: what was kept is not evaluated again."""
-    counted = {
-        "interpolation": (8 * (points or 21), ["permutation*.pt"]),
-        "imp_barrier": (4 * (points or 11), ["round_*.pt", "sparse_*.pt"]),
-        "diversity": (1, ["final.pt", "sparse_*.pt", "epoch_0000.pt"]),
-    }
-    counts = {
-        name: each * sum(len([*root.rglob(pattern)]) for pattern in patterns)
-        for name, (each, patterns) in counted.items()
-    }
-    return counts | {"landscape": (grid or 13) ** 2}
 
 
 def section(name: str, root: Path, options: dict[str, Any]) -> tuple[str, list[Block]]:
@@ -137,7 +122,7 @@ def image_facts(dense: list[dict[str, Any]]) -> Iterable[str]:
 
 
 def gather(root: Path, options: dict[str, Any]) -> list[Block]:
-    """The report as blocks, in order; prints what it will cost and what it does.
+    """The report as blocks, in order; prints what it does, and the seconds.
 
     `options` are passed on to the analyses that know them, where they are set. Raises UserError
     when no run has finished.
@@ -149,9 +134,6 @@ def gather(root: Path, options: dict[str, Any]) -> list[Block]:
     if not stages:
         raise UserError(f"no finished run below {root}: run the stages first")
     names, missing, parts = options["only"] or [*ANALYSES], {}, []
-    counts = evaluations(root, options["points"], options["grid"]).items()
-    expected = ", ".join(f"{count} for {name}" for name, count in counts if name in names)
-    print(f"evaluations of a network, at most: {expected or 'none'}")
     for name, about in ANALYSES.items():
         lacks, begun = "not asked for", time.monotonic()
         if name in names:

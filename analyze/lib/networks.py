@@ -23,18 +23,25 @@ from common.errors import UserError
 from common.models import build_model
 from common.runtime.device import pick_device
 
-IMAGES = {"type": cli.positive, "default": 10_000}  # training images for activation statistics
-SEVERAL = cli.number(int, 3)
+FLAGS = {
+    "points": {"type": cli.number(int, 3), "help": "of a line"},
+    "grid": {"type": cli.number(int, 3), "help": "points a side of the plane"},
+    "images": {"type": cli.positive, "help": "of the training set for activation statistics"},
+    "width": {"type": float, "help": "of the cell"},
+    "sparsity": {"type": float, "help": "of the cell"},
+    "rewind": {"type": int, "help": "of the cell"},
+    "all": {"action": "store_true", "help": "every pair of every cell, not one alone"},
+}
 
 
-def arguments(doc: str, **flags: dict[str, Any]) -> argparse.Namespace:
-    """The command line of an analysis that evaluates networks: `root`, its flags, and `read`.
-
-    A flag is what argparse's add_argument takes; `read(description)` opens a data set.
+def arguments(doc: str, **defaults: Any) -> argparse.Namespace:
+    """The command line of an analysis that evaluates networks: `root`, some of FLAGS, and `read`,
+    where `read(description)` opens a data set.
     """
     parser = parse_root(doc)
-    for name, how in flags.items():
-        how["help"] += " (default: %(default)s)" * ("default" in how)
+    for name, default in defaults.items():
+        how = FLAGS[name] | {"default": default}
+        how["help"] += " (default: %(default)s)" * (default is not None)
         parser.add_argument(f"--{name}", **how)
     cli.add_device(parser)
     cli.add_data(parser)
