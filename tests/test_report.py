@@ -47,17 +47,16 @@ def as_resnet20(root):
 
 def test_figures_and_their_data_are_written(root):
     succeed("analyze.accuracy", root)
-    interpolation = ("--points", 3, "--images", 100, "--device", "cpu")
-    out = succeed("analyze.interpolation", root, *interpolation)
+    interpolation = "analyze.interpolation", root, "--points", 3, "--images", 100, "--device", "cpu"
+    assert "barrier" in succeed(*interpolation)
     accuracy, lines = "accuracy_{}_mlp_glyphs", "interpolation_activation_mlp_glyphs_k003"
-    figures = root / "figures"
-    for name in (accuracy.format("rewind"), accuracy.format("sparsity"), lines):
-        for suffix in ("png", "pdf", "csv"):
-            assert (figures / f"{name}.{suffix}").stat().st_size > 500
+    figures, tables = root / "figures", {}
+    for name in (accuracy.format("sparsity"), accuracy.format("rewind"), lines):
+        tables[name] = pd.read_csv(figures / f"{name}.csv")
         pixels = np.asarray(Image.open(figures / f"{name}.png").convert("RGB"))
         colours = np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)
-        assert len(colours) > 20  # not an empty page
-    points = pd.read_csv(figures / f"{accuracy.format('rewind')}.csv")
+        assert len(colours) > 20 and (figures / f"{name}.pdf").is_file()  # not an empty page
+    points = tables[accuracy.format("rewind")]
     one = points.query("variant == 'naive' and sparsity == 0.7 and rewind == 1").iloc[0]
     paths = (root / f"sparse/naive/{pair}/s0.70_k001" for pair in ("seed0-seed1", "seed2-seed3"))
     by_hand = [json.loads((path / "result.json").read_text())["test_acc"] for path in paths]
@@ -66,16 +65,12 @@ def test_figures_and_their_data_are_written(root):
     dense = finished.dense_runs(root).set_index("seed")["test_acc"]
     level = points[points["variant"] == "dense"]
     assert level["rewind"].isna().all() and level["mean"].item() == pytest.approx(dense.mean())
-    table = pd.read_csv(figures / f"{lines}.csv")
-    ends = table[table["alpha"].isin([0, 1]) & ~table["repair"]]
-    for row in ends.to_dict("records"):
-        # α = 0 is the source, permuted or not, and α = 1 the target.
-        seed = row["source_seed"] if row["alpha"] == 0 else row["target_seed"]
-        assert row["test_acc"] == pytest.approx(dense[seed])
-    assert "barrier" in out
+    for alpha, end in ((0, "source_seed"), (1, "target_seed")):  # permuted or not
+        rows = tables[lines].query(f"alpha == {alpha} and not repair")
+        assert rows["test_acc"].tolist() == pytest.approx(rows[end].map(dense).tolist())
     stamps = {path: path.stat().st_mtime_ns for path in root.rglob("line_*.csv")}
     assert len(stamps) == 4  # a curve of A itself and one of π(A) for each pair
-    succeed("analyze.interpolation", root, *interpolation)
+    succeed(*interpolation)
     assert stamps == {path: path.stat().st_mtime_ns for path in root.rglob("line_*.csv")}
 
 
