@@ -68,5 +68,5 @@ def save(figure: Figure, table: pd.DataFrame, folder: Path, name: str) -> None:
         with checkpoint.replacing(folder / f"{name}.{suffix}") as file:
             figure.savefig(file, format=suffix)
     plt.close(figure)
-    print(f"wrote {folder / name}.pdf\nwrote {folder / name}.png")
+    print(f"wrote {folder / name}.png")  # and the PDF beside it
     save_table(table, folder / f"{name}.csv")
