@@ -23,10 +23,9 @@ def test_barrier_by_hand():
 def test_line_by_hand():
     source = {"w": torch.tensor([0.0, 4.0]), "n": torch.tensor(3)}
     target = {"w": torch.tensor([1.0, 0.0]), "n": torch.tensor(5)}
-    quarter = interpolate(source, target, 0.25)
-    assert quarter["w"].tolist() == [0.25, 3.0] and quarter["n"] == 5
-    ends = [interpolate(source, target, alpha)["w"].tolist() for alpha in (0.0, 1.0)]
-    assert ends == [[0, 4], [1, 0]]
+    for alpha, expected in ((0.0, [0, 4]), (0.25, [0.25, 3]), (1.0, [1, 0])):
+        found = interpolate(source, target, alpha)
+        assert found["w"].tolist() == expected and found["n"] == 5
 
 
 def test_recomputed_batch_norm_is_the_cumulative_average():
@@ -61,27 +60,25 @@ def test_rescaling_brings_every_hidden_layer_to_the_goal(name, size):
     assert all(map(partial(torch.allclose, atol=1e-5), ends[0][first], expected))
 
 
-@pytest.mark.parametrize("name, size", [("mlp", 8), ("resnet20", 8)])
-def test_repair_at_the_endpoints_changes_nothing_and_interpolation_meets_them(name, size):
-    model = build_model(name, 0.125 if name == "mlp" else 0.25, 10, (3, size, size))
-    images = torch.randn(40, 3, size, size)
+@pytest.mark.parametrize("name, width", [("mlp", 0.125), ("resnet20", 0.25)])
+def test_repair_at_the_endpoints_changes_nothing_and_interpolation_meets_them(name, width):
+    model, images = build_model(name, width, 10, (3, 8, 8)), torch.randn(40, 3, 8, 8)
     if name == "resnet20":
         repair.recompute_batch_norm(model, [images])
     source = copy.deepcopy(model.state_dict())
-    test = [(images[:20], torch.randint(10, (20,)))]
-    train = [(images, torch.randint(10, (40,)))]
     target = {
         key: value + 0.3 * torch.randn_like(value) if value.dim() > 1 else value
         for key, value in source.items()
     }
-    alphas = np.array([0, 0.5, 1.0])
-    rows = metrics_along(model, source, target, alphas, lambda: iter(test), lambda: iter(train))
-    table = pd.DataFrame(rows)
-    pairs = table.pivot(index="alpha", columns="repair", values="test_loss")
-    assert pairs.loc[0.0, True] == pytest.approx(pairs.loc[0.0, False], rel=1e-4)
-    assert pairs.loc[0.5, True] != pytest.approx(pairs.loc[0.5, False], rel=1e-4)
+    labels = torch.randint(10, (2, 40))
+    batches = {"test": [(images[:20], labels[0, :20])], "train": [(images, labels[1])]}
+    readers = (partial(iter, some) for some in batches.values())
+    rows = metrics_along(model, source, target, (0.0, 0.5, 1.0), *readers)
+    table = pd.DataFrame(rows).set_index(["alpha", "repair"])
+    loss = table["test_loss"]
+    assert loss[0.0, True] == pytest.approx(loss[0.0, False], rel=1e-4)
+    assert loss[0.5, True] != pytest.approx(loss[0.5, False], rel=1e-4)
     model.load_state_dict(interpolate(source, target, 0.5))
-    middle = table[(table["alpha"] == 0.5) & ~table["repair"]].iloc[0]
-    for split, batches in (("test", test), ("train", train)):
-        found = [middle[f"{split}_loss"], middle[f"{split}_acc"]]
-        assert found == pytest.approx(list(evaluate(model, batches)))
+    for split, some in batches.items():
+        middle = table.loc[(0.5, False), [f"{split}_loss", f"{split}_acc"]]
+        assert middle.tolist() == pytest.approx([*map(float, evaluate(model, some))])
