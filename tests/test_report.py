@@ -243,7 +243,7 @@ def test_blocks_as_markdown_and_html():
     assert markdown == "| row | x |\n| --- | --- |\n| one | 1 \\| <b> |" and "1 | &lt;b&gt;" in html
     expected = '<h2 id="is-πa-b">Is π(A) &lt;B&gt;?</h2>', "## Is π(A) <B>?"
     assert pages.heading("Is π(A) <B>?") == expected
-    assert pages.block("link", "T", "#t") == ('<a href="#t">T</a>', "[T](#t)")
+    assert pages.block("link", "T", "#t") == ('<a href="#t">T</a>', "- [T](#t)")
     assert pages.block("word", "k", "<e>") == ("<p><b>k</b>: &lt;e&gt;</p>", "- **k**: <e>")
 
 
