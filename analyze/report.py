@@ -103,7 +103,8 @@ def settings(stages: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
             runs.append(run["arguments"] | machine | {"finished": when})
         runs = pd.DataFrame(runs, dtype=object).drop(columns=CHECKSUMS, errors="ignore")
         name = f"{stage}: {len(found)} runs, {sum(run['seconds'] for run in found):.0f} s"
-        table[name] = runs.apply(lambda values: ", ".join(values.dropna().map(str).unique()))
+        shown = runs.apply(lambda values: ", ".join(values.dropna().map(str).unique()))
+        table[name] = shown.to_dict()  # in the order of the arguments
     table = pd.DataFrame(table).fillna("").rename_axis("setting")
     return table[(table != "").any(axis=1)]
 
