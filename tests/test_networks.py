@@ -141,8 +141,8 @@ def test_imp_barrier_says_of_which_networks_it_is(runs, tmp_path, monkeypatch):
     assert "at the asked sparsities, not after every round" in out
     table = pd.read_csv(root / "figures/imp_barrier_mlp_glyphs.csv")
     assert table["sparsity"].round(1).tolist() == [0.5, 0.7, 0.5, 0.7]
-    drawn = [[line.get_linestyle() for line in figure.axes[0].lines] for figure in figures]
-    assert drawn == [[":", "-"], ["None", "None"]]  # two points have no course
+    drawn = [{line.get_linestyle() for line in figure.axes[0].lines} for figure in figures]
+    assert drawn == [{":", "-"}, {"None"}]  # two points have no course
 
 
 def test_landscape_passes_through_its_three_networks(matched_early):
