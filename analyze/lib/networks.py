@@ -66,6 +66,8 @@ def with_dense(root: Path, stage: str, *roles: str) -> Iterator[tuple[dict, dict
     dense = dense_files(root)
     for run in find_results(root, stage):
         arguments = run.get("arguments", {})
+        if arguments.get("model_fn"):
+            continue  # trained elsewhere: its module is not known here
         files = {role: dense.get(arguments.get(role)) for role in roles}
         if missing := [role for role, file in files.items() if file is None]:
             skipped(f"{run['path']}: its {missing[0]} network is not below {root}")
