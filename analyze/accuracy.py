@@ -20,7 +20,6 @@ from analyze.lib.runs import (
     parse_root,
     remarks,
     sparse_runs,
-    variant,
 )
 from common import cli
 
@@ -30,7 +29,6 @@ def main() -> None:
     parser.add_argument("--paper", action="store_true", help="the paper's curves beside ours")
     args = parser.parse_args()
     runs, dense = sparse_runs(args.root), dense_runs(args.root)
-    dense["variant"] = [variant("dense", tag=tag) for tag in dense["tag"]]
     for (model, dataset), group in runs.groupby(["model", "dataset"]):
         pairs = len(group.loc[~of_one_network(group), SEEDS].drop_duplicates())
         about, name = f"{model} on {dataset}, pairs of networks: {pairs}", f"{{}}_{model}_{dataset}"

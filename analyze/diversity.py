@@ -27,13 +27,14 @@ from analyze.lib import cache, style
 from analyze.lib.networks import arguments, build, imp_networks
 from analyze.lib.runs import (
     CELL,
+    NETWORK,
     SEEDS,
     dense_runs,
     readable,
+    save,
     skipped,
     sparse_runs,
-    variant,
-    variants,
+    with_tag,
 )
 from common import checkpoint, cli, paths
 from common.errors import UserError
@@ -66,22 +67,16 @@ def diversity(logits: list[Tensor], labels: Tensor) -> dict[str, float]:
 
 def members(root: Path) -> pd.DataFrame:
     """All finished networks below `root`: cell, variant, seeds and file."""
-    dense = dense_runs(root).assign(arm="dense", sparsity=0.0)
-    kept = dense["folder"].map(paths.epoch_files)
-    dense["file"] = [max(files.items(), default=(0, Path()))[1] for files in kept]
-    imp = pd.DataFrame(imp_networks(root, rounds=False)).assign(arm="IMP")
-    parts = []
-    for part in (dense, imp):
-        if len(part):
-            names = [variant(arm, tag=tag) for arm, tag in zip(part["arm"], part["tag"])]
-            parts.append(part.assign(variant=names, seeds=part["seed"]))
+    dense = dense_runs(root).assign(sparsity=0.0)
+    dense["file"] = list(map(paths.epoch_file, dense["path"], dense["epochs"]))
+    imp = pd.DataFrame(imp_networks(root, rounds=False), columns=[*CELL, "tag", "seed", "file"])
+    parts = [dense, imp.assign(variant=with_tag("IMP", imp["tag"]))]
     with contextlib.suppress(UserError):  # none yet
         sparse = sparse_runs(root)
         seeds = sparse[[*SEEDS, "seed"]].astype(str).agg("-".join, axis=1)
-        files = sparse["path"].map(paths.final_file)
-        parts.append(sparse.assign(variant=variants(sparse), seeds=seeds, file=files))
-    found = pd.concat(parts or [dense]).reindex(columns=[*SET, "seeds", "file"])
-    twice = found.loc[found.duplicated([*SET, "seeds"]), "file"]
+        parts.append(sparse.assign(seed=seeds, file=sparse["path"].map(paths.final_file)))
+    found = pd.concat(part for part in parts if len(part)).reindex(columns=[*SET, "seed", "file"])
+    twice = found.loc[found.duplicated([*SET, "seed"]), "file"]
     if len(twice):
         raise UserError(f"{twice.iloc[0]} repeats the seed of another: keep experiments apart")
     return found
@@ -127,13 +122,12 @@ def main() -> None:
     result, root = table(members(args.root), args.read), args.root
     if result.empty:
         raise UserError(f"no two finished networks of the same kind below {root}: train more seeds")
-    checkpoint.save_text(result.to_csv(index=False), root / "diversity.csv")
+    save(result, root / "diversity.csv")
     result["variant"] = result["variant"].map(style.label)
-    for (model, width, dataset), group in result.groupby(CELL[:3]):
+    for (model, width, dataset), group in result.groupby(NETWORK):
         print(f"\n{model} x{width:g} on {dataset}: accuracy in percent, KL and JS in nats")
-        shown = group.drop(columns=CELL[:3])
+        shown = group.drop(columns=NETWORK)
         print(shown.to_string(index=False, na_rep="", float_format="{:.3f}".format))
-    print(f"wrote {root / 'diversity.csv'}")
 
 
 if __name__ == "__main__":

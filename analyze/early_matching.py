@@ -12,19 +12,28 @@ import pandas as pd
 
 from analyze.lib import style
 from analyze.lib.panels import accuracy
-from analyze.lib.runs import CELL, other_mask, parse_root, remarks, sparse_runs, variant
+from analyze.lib.runs import (
+    CELL,
+    other_mask,
+    parse_root,
+    plain,
+    remarks,
+    save,
+    sparse_runs,
+    with_tag,
+)
 from analyze.lib.statistics import plus_minus
-from common import checkpoint, cli
+from common import cli
 from common.errors import UserError
 
 COLUMNS = [*CELL, "tag", "arm", "match_epoch"]
 
 
-def plain(runs: pd.DataFrame) -> pd.DataFrame:
+def compared(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs that Table 15 compares: LTH, naive, and permuted by activations."""
-    usual = ~runs["signs"] & ~runs["fan_in"] & other_mask(runs).isna()
+    runs = plain(runs[other_mask(runs).isna()])
     matched = (runs["arm"] == "permuted") & (runs["method"] == "activation")
-    return runs[usual & (matched | runs["arm"].isin(["lth", "naive"]))]
+    return runs[matched | runs["arm"].isin(["lth", "naive"])]
 
 
 def table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -35,18 +44,16 @@ def table(runs: pd.DataFrame) -> pd.DataFrame:
     found = runs.groupby(COLUMNS, dropna=False)["test_acc"].agg(["mean", "std", "count"])
     found = found.reset_index()
     if not (found.groupby(COLUMNS[:-2])["match_epoch"].nunique() > 1).any():
-        raise UserError(
-            "no permuted runs matched at two epochs of the target: "
-            "align with --target-epoch and train them"
-        )
-    return found.assign(variant=[variant(a, tag=t) for a, t in zip(found["arm"], found["tag"])])
+        missing = "no permuted runs matched at two epochs of the target"
+        raise UserError(f"{missing}: align with --target-epoch and train them")
+    return found.assign(variant=with_tag(found["arm"], found["tag"]))
 
 
 def main() -> None:
     root = parse_root(__doc__).parse_args().root
-    runs = plain(sparse_runs(root))
+    runs = compared(sparse_runs(root))
     found = table(runs)
-    checkpoint.save_text(found.to_csv(index=False), root / "early_matching.csv")
+    save(found, root / "early_matching.csv")
     shown = found.assign(text=list(map(plus_minus, found["mean"], found["std"])))
     shown["match"] = found["match_epoch"].map("{:g}".format, "ignore").fillna("")
     for (model, dataset), group in shown.groupby(["model", "dataset"]):
@@ -55,14 +62,12 @@ def main() -> None:
         grid = group.pivot(index=rows, columns="rewind", values="text")
         print(f"{title}\n{grid.rename(style.label, level='variant').to_string(na_rep='-')}")
         for rewind, points in group.groupby("rewind"):
-            figure = accuracy(
-                points, "match_epoch", "sparsity", f"{model} on {dataset}, k = {rewind}"
-            )
+            about = f"{model} on {dataset}, k = {rewind}"
+            figure = accuracy(points, "match_epoch", "sparsity", about)
             name = f"early_matching_{model}_{dataset}_k{rewind:03d}"
             style.save(figure, points[found.columns], root / "figures", name)
     for line in remarks(runs):
         print(line)
-    print(f"wrote {root / 'early_matching.csv'}")
 
 
 if __name__ == "__main__":

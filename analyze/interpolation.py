@@ -13,60 +13,50 @@ second call is quick, line_*.csv beside B's weights.
 import pandas as pd
 from tqdm import tqdm
 
-from analyze.lib import lines, style
-from analyze.lib.networks import IMAGES, SEVERAL, alignments, arguments
-from analyze.lib.panels import ALPHA, draw_mean, widths
+from analyze.lib import lines, panels, style
+from analyze.lib.networks import alignments, arguments
 from analyze.lib.runs import NETWORK, SEEDS, readable
 from common import cli, paths
 from common.errors import UserError
 
 MATCH = ["tag", "method", "sparsity", "match_epoch"]
-CURVES = {
-    ("naive", False): {"label": "A to B", "color": "#D55E00", "linestyle": ":"},
-    ("naive", True): {"label": "A to B, REPAIR", "color": "#D55E00", "marker": "s"},
-    ("aligned", False): {"label": "π(A) to B", "color": "#009E73", "linestyle": ":"},
-    ("aligned", True): {"label": "π(A) to B, REPAIR", "color": "#009E73", "marker": "^"},
+LOOKS = {
+    ("naive", False): ("A to B", {"color": "#D55E00", "linestyle": ":"}),
+    ("naive", True): ("A to B, REPAIR", {"color": "#D55E00", "marker": "s", "linestyle": "-"}),
+    ("aligned", False): ("π(A) to B", {"color": "#009E73", "linestyle": ":"}),
+    ("aligned", True): ("π(A) to B, REPAIR", {"color": "#009E73", "marker": "^", "linestyle": "-"}),
 }
+METRICS = {"test_loss": "test loss (nats)", "test_acc": "test accuracy (%)"}
+KEY = ["width", "curve", "repair"]
 
 
-def plot(table: pd.DataFrame, title: str) -> style.Figure:
-    """A column of panels a width: test loss above, accuracy below, barriers in the legend."""
-    widths = sorted(table["width"].unique())
-    size = (0.6 + 3.4 * len(widths), 6.2)
-    figure, axes = style.plt.subplots(2, len(widths), figsize=size, squeeze=False, sharex=True)
-    found = lines.barriers(table, ["width", "curve", *SEEDS])
-    means = found.groupby(["width", "curve", "repair"])[["test", "train"]].mean()
-    for (above, below), width in zip(axes.T, widths):
-        here = table[table["width"] == width]
-        for (kind, repaired), look in CURVES.items():
-            rows = here[(here["curve"] == kind) & (here["repair"] == repaired)]
-            if rows.empty:
-                continue
-            test, train = means.loc[(width, kind, repaired)]
-            label = f"{look['label']}: barrier {test:.3f}, train {train:.3f}"
-            look = look | {"label": label, "markersize": 3.5}
-            draw_mean(above, rows, "test_loss", **look)
-            draw_mean(below, rows, "test_acc", **look)
-        above.set_title(f"width {width:g}")
-        below.set_xlabel(ALPHA)
-        below.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22))
-    axes[0, 0].set_ylabel("test loss (nats)")
-    axes[1, 0].set_ylabel("test accuracy (%)")
-    figure.suptitle(title, fontsize=10)
-    return figure
+def plot(table: pd.DataFrame, heights: pd.DataFrame, title: str) -> style.Figure:
+    """A column of panels a width: test loss above, accuracy below, mean barriers in the legend."""
+    names, looks = {}, {}
+    for key, means in heights.groupby(["curve", "repair"])[["test", "train"]]:
+        name, look = LOOKS[key]
+        test, train = (", ".join(map("{:.3f}".format, means[split])) for split in means)
+        names[key] = f"{name}: barrier {test}, train {train}"
+        looks[names[key]] = look | {"markersize": 3.5}
+    points = table.melt([*KEY, "alpha"], METRICS, "metric").groupby([*KEY, "metric", "alpha"])
+    points = points["value"].agg(["mean", "std"]).reset_index()
+    points["series"] = [names[key] for key in zip(points["curve"], points["repair"])]
+    points["row"] = points["metric"].map(METRICS)
+    points["column"] = points["width"].map("width {:g}".format)
+    points = points.sort_values(["metric", "width"], ascending=[False, True])
+    return panels.draw(points, "alpha", looks, title)
 
 
 def main() -> None:
-    points = {"type": SEVERAL, "default": 21, "help": "of the line"}
-    args = arguments(__doc__, points=points, images=IMAGES | {"help": "for REPAIR"})
+    args = arguments(__doc__, points=21, images=10_000)
     curves = []
     for run in tqdm(alignments(args.root), "pairs", unit="pair", disable=None):
         ends = run["source"], run["target"]
+        about = {key: run[key] for key in (*NETWORK, *MATCH, *SEEDS)}
         for kind, between in (("naive", []), ("aligned", [run["permutation"]])):
             files = [ends[0], *between, ends[1]]
             curve = readable(lines.curve, files, args.points, args.images, args.read)
             if curve is not None:
-                about = {key: run[key] for key in (*NETWORK, *MATCH, *SEEDS)}
                 curves.append(curve.assign(curve=kind, **about))
     if not curves:
         raise UserError(f"no alignment below {args.root} could be measured (see above)")
@@ -77,15 +67,16 @@ def main() -> None:
             method += f"_{paths.label(sparsity)}"
         method += f"_{tag}" * bool(tag)
         pairs = len(group[SEEDS].drop_duplicates())
-        about = f"{model} on {dataset}, {pairs} seed pair{'s' * (pairs != 1)}"
-        title = f"{about}\nmatched by {method} at epoch {epoch}"
+        title = f"{model} on {dataset}, {pairs} seed pair{'s' * (pairs != 1)}\n"
+        title += f"matched by {method} at epoch {epoch}"
         folder, name = args.root / "figures", f"{method}_{model}_{dataset}_k{epoch:03d}"
-        style.save(plot(group, title), group, folder, f"interpolation_{name}")
+        heights = lines.barriers(group, [*KEY[:2], *SEEDS]).groupby(KEY)[["test", "train"]]
+        figure = plot(group, heights.mean(), title)
+        style.save(figure, group, folder, f"interpolation_{name}")
         if group["width"].nunique() > 1:
-            style.save(widths(group, title), group, folder, f"interpolation_widths_{name}")
+            figure = panels.widths(group, title)
+            style.save(figure, group, folder, f"interpolation_widths_{name}")
         print(f"barriers in loss (nats), {model} on {dataset}, {method} at epoch {epoch}")
-        heights = lines.barriers(group, ["width", "curve", *SEEDS])
-        heights = heights.groupby(["width", "curve", "repair"])[["test", "train"]]
         print(heights.agg(["mean", "std", "count"]).round(3).to_string())
 
 

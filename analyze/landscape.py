@@ -11,6 +11,7 @@ first pair of the middle cell, or of the one asked for; --all draws every pair o
 figures/landscape_*; planes and lines are kept beside the permuted network.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,8 +32,9 @@ from common.training import evaluate
 MARGIN = 0.25  # of the extent of the three networks, on every side
 POINTS = 11  # of the line from π(LTH) to permuted
 CORNERS = {"lth": ("π(LTH)", "o"), "permuted": ("permuted", "^"), "dense": ("π(A)", "*")}
+METRICS = {"test_loss": "test loss (nats)", "test_error": "0-1 loss (%)"}
 NAME = "landscape_{model}x{width:g}_{dataset}_{method}_s{s}_k{rewind:03d}"
-NAME += "_{source_seed}-{target_seed}_matched{match_epoch}"
+NAME += "_{source_seed}-{target_seed}_matched{match_epoch:.0f}"
 TITLE = "{model} x{width:g} on {dataset}, sparsity {s}, k = {rewind}, "
 TITLE += "seeds {source_seed} and {target_seed}\n"
 TITLE += "loss barrier {barrier:.3f} nats from π(LTH) to permuted, with REPAIR"
@@ -82,8 +84,7 @@ def measure(triple: dict[str, Any], resolution: int, images: int, read: Callable
         directions, corners = plane(vectors)
         xs, ys = grid(corners, resolution)
         rows = []
-        points = [(x, y) for y in ys for x in xs]
-        for x, y in tqdm(points, "plane", unit="point", disable=None, leave=False):
+        for y, x in tqdm([*itertools.product(ys, xs)], "plane", disable=None, leave=False):
             weights = vectors[0].double() + x * directions[0] + y * directions[1]
             nn.utils.vector_to_parameters(weights.float(), model.parameters())
             if repair.has_batch_norm(model):
@@ -103,40 +104,33 @@ def measure(triple: dict[str, Any], resolution: int, images: int, read: Callable
 def plot(table: pd.DataFrame, title: str) -> style.Figure:
     """Two panels, test loss and 0-1 loss; the rows of `table` that name a network are its marks."""
     marks, table = table[table["network"].notna()], table[table["network"].isna()]
-    figure, axes = style.plt.subplots(1, 2, figsize=(8.4, 3.6), sharey=True)
-    metrics = {"test_loss": "test loss (nats)", "test_error": "0-1 loss (%)"}
-    for axis, (metric, label) in zip(axes, metrics.items()):
-        values = table.pivot_table(index="y", columns="x", values=metric)
+    figure, axes = style.plt.subplots(1, 2, figsize=(8.4, 3.9), sharey=True)
+    for axis, (metric, label) in zip(axes, METRICS.items()):
+        values = table.pivot(index="y", columns="x", values=metric)
         # Far from the networks the loss explodes; levels follow the inner part, where they are.
-        low, high = values.to_numpy().min(), np.quantile(values.to_numpy(), 0.9)
+        low, high = values.min(axis=None), np.quantile(values, 0.9)
         high = high if high > low else low + 1  # where nothing was learned it is flat
         levels = style.plt.MaxNLocator(14).tick_values(low, high)
-        look = {"cmap": "cividis", "extend": "max"}
-        filled = axis.contourf(values.columns, values.index, values.to_numpy(), levels, **look)
+        filled = axis.contourf(
+            values.columns, values.index, values, levels, cmap="cividis", extend="max"
+        )
         figure.colorbar(filled, ax=axis, label=label, shrink=0.75, ticks=levels[::3])
         for mark in marks.itertuples():
             name, marker = CORNERS[mark.network]
-            point = (mark.x, mark.y)
-            axis.plot(*point, marker, color="white", markeredgecolor="black", markersize=9)
-            box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}
-            look = {"textcoords": "offset points", "ha": "center", "bbox": box}
-            axis.annotate(name, point, (0, 9), **look)
+            look = {"color": "white", "markeredgecolor": "black", "markersize": 9, "label": name}
+            axis.plot(mark.x, mark.y, marker, **look)
         axis.grid(False)
-        axis.set_aspect("equal")
-        axis.set_xlabel("distance along π(LTH) to permuted")
+        axis.set(aspect="equal", xlabel="distance along π(LTH) to permuted")
     axes[0].set_ylabel("distance across")
+    figure.legend(handles=axes[0].lines, loc="outside lower center", ncols=3)
     figure.suptitle(title, fontsize=10)
     return figure
 
 
 def main() -> None:
-    flags = {"grid": {"type": networks.SEVERAL, "default": 13, "help": "points a side"}}
-    flags["images"] = networks.IMAGES | {"help": "for BatchNorm's statistics and REPAIR"}
-    flags["all"] = {"action": "store_true", "help": "every pair of every cell, not one alone"}
-    cell = {"width": float, "sparsity": float, "rewind": int}
-    flags |= {name: {"type": kind, "help": "of the cell"} for name, kind in cell.items()}
-    args = networks.arguments(__doc__, **flags)
-    found = networks.triples(args.root)
+    cell = dict.fromkeys(("width", "sparsity", "rewind"))
+    args = networks.arguments(__doc__, grid=13, images=10_000, all=False, **cell)
+    found, figures = networks.triples(args.root), 0
     for name in cell:
         if (asked := getattr(args, name)) is not None:
             found = found[found[name] == asked]
@@ -144,22 +138,18 @@ def main() -> None:
         raise UserError(f"no permuted network of that cell below {args.root}: see results.csv")
     number = found.groupby(CELL).ngroup()
     middle = (number - number.max() / 2).abs().sort_values(kind="stable")
-    drawn = 0
     for triple in found.loc[middle.index].to_dict("records"):
         if (table := readable(measure, triple, args.grid, args.images, args.read)) is None:
             continue
-        about = triple | {
-            "s": paths.label(triple["sparsity"]),
-            "barrier": table["loss_barrier"].max(),
-        }
-        name, title = NAME.format(**about), TITLE.format(**about)
+        about = {"s": paths.label(triple["sparsity"]), "barrier": table["loss_barrier"].max()}
+        name, title = NAME.format(**triple, **about), TITLE.format(**triple, **about)
         name += f"_{triple['tag']}" * bool(triple["tag"])
         print(title)
         style.save(plot(table, title), table, args.root / "figures", name)
-        drawn += 1
+        figures += 1
         if not args.all:
             break
-    if not drawn:
+    if not figures:
         raise UserError(f"no plane below {args.root} could be measured (see above)")
 
 

@@ -10,8 +10,8 @@ layer_sparsity.csv.
 import pandas as pd
 
 from analyze.lib.overlap import MASK, load_all, overlaps, summary
-from analyze.lib.runs import NETWORK, parse_root
-from common import checkpoint, cli
+from analyze.lib.runs import NETWORK, parse_root, save
+from common import cli
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
             row = {key: run[key] for key in MASK} | {"layer": name, "weights": mask.numel()}
             layers.append(row | {"layer_sparsity": sparsity})
     by_layer = pd.DataFrame(layers)
-    checkpoint.save_text(by_layer.to_csv(index=False), root / "layer_sparsity.csv")
+    save(by_layer, root / "layer_sparsity.csv")
     print("sparsity of layers in percent, mean over IMP's masks")
     groups = by_layer.groupby([*NETWORK, "tag", "sparsity", "layer"], sort=False)
     print((100 * groups["layer_sparsity"].mean()).unstack("sparsity").round(1).to_string())
@@ -31,10 +31,9 @@ def main() -> None:
     if table.empty:
         print("no target below this folder was pruned: run prune_imp.py on B to see masks overlap")
         return
-    checkpoint.save_text(table.to_csv(index=False), root / "masks.csv")
+    save(table, root / "masks.csv")
     print("\nweights kept by IMP in B that the mask of A keeps too, in percent; ratio: over chance")
     print(summary(table).to_string(index=False, float_format="{:.3f}".format))
-    print(f"wrote {root / 'masks.csv'} and layer_sparsity.csv")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,18 @@ from torch import Tensor
 
 from analyze.lib import lines, overlap
 from analyze.lib.networks import alignments
-from analyze.lib.runs import NETWORK, SEEDS, parse_root, readable, sparse_runs, variants
+from analyze.lib.runs import (
+    NETWORK,
+    SEEDS,
+    other_mask,
+    parse_root,
+    plain,
+    readable,
+    save,
+    sparse_runs,
+)
 from analyze.lib.statistics import summary
-from common import checkpoint, cli, masking, paths
+from common import checkpoint, cli, masking
 from common.align.axes import find_axes
 from common.align.matching import objective
 from common.align.permutation import inverse, permute
@@ -54,10 +63,7 @@ def measures(run: dict[str, Any]) -> list[dict[str, Any]]:
     moved, rows = permute(a, dims, permutation), []
     of_naive = lines.kept_barriers(ends)
     of_moved = lines.kept_barriers([ends[0], run["permutation"], ends[1]])
-    for path in paths.mask_files(run["permutation"].parent):
-        sparsity = paths.sparsity_of(path)
-        if run["sparsity"] not in (None, sparsity):
-            continue
+    for sparsity, path in run["masks"].items():
         entry = checkpoint.load(path, checkpoint.MASKS)
         unpermuted = permute(entry["mask"], dims, inverse(permutation))
         about = {key: run[key] for key in (*NETWORK, *SEEDS)}
@@ -89,11 +95,11 @@ def table(root: Path) -> pd.DataFrame:
         runs = sparse_runs(root)
     except UserError:  # none yet
         return result
-    plain = ~runs["signs"] & ~runs["fan_in"] & (runs["mask_dataset"] == runs["dataset"])
-    runs = runs[plain & runs["arm"].isin([NAIVE, "permuted", "random-permutation"])]
+    runs = plain(runs[other_mask(runs).isna()])
+    runs = runs[runs["arm"].isin([NAIVE, "permuted", "random-permutation"])]
     names = {"rewind": "k", "mean": "accuracy"}
     names |= {"difference": "minus naive", "difference_se": "± SE"}
-    about = runs.assign(variant=variants(runs), method=runs["method"].fillna(NAIVE))
+    about = runs.assign(method=runs["method"].fillna(NAIVE))
     about = about[["variant", "method", "match_epoch", "tag", *NETWORK]].drop_duplicates()
     about = about.astype({"match_epoch": float})  # of naive alone it is None
     accuracy = summary(runs).merge(about, on=["variant", *NETWORK]).rename(columns=names)
@@ -103,12 +109,11 @@ def table(root: Path) -> pd.DataFrame:
 def main() -> None:
     root = parse_root(__doc__).parse_args().root
     found = table(root)
-    checkpoint.save_text(found.to_csv(index=False), root / "methods.csv")
     for (model, width, dataset), group in found.groupby(NETWORK):
         print(f"\n{model} x{width:g} on {dataset}")
         shown = group.drop(columns=NETWORK)
         print(shown.to_string(index=False, na_rep="-", float_format="{:.3f}".format))
-    print(f"wrote {root / 'methods.csv'}")
+    save(found, root / "methods.csv")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from analyze.lib import style
-from analyze.lib.runs import COLUMNS, NETWORK, parse_root, remarks, sparse_runs
+from analyze.lib.runs import COLUMNS, NETWORK, parse_root, remarks, save, sparse_runs
 from analyze.lib.statistics import cell_name, findings, interval, plus_minus, summary
 from common import checkpoint, cli
 
@@ -75,11 +75,10 @@ def main() -> None:
     # Whole numbers, though not all runs have them.
     counts = {key: pd.to_numeric(runs[key]).astype("Int64") for key in ("match_epoch", "diverged")}
     text = render(runs)
-    checkpoint.save_text(runs.assign(**counts)[COLUMNS].to_csv(index=False), root / "results.csv")
-    checkpoint.save_text(summary(runs).to_csv(index=False), root / "summary.csv")
     checkpoint.save_text(text + "\n", root / "table.txt")
-    print(text)
-    print(f"wrote {root / 'results.csv'} ({len(runs)} runs) summary.csv and table.txt")
+    print(f"{text}\nwrote {root / 'table.txt'}")
+    save(runs.assign(**counts)[COLUMNS], root / "results.csv")
+    save(summary(runs), root / "summary.csv")
 
 
 if __name__ == "__main__":

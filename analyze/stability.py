@@ -9,19 +9,19 @@ Spearman's correlation, over pairs within a cell, of the barrier and what permut
 figures/stability_*; every curve is kept beside its target.
 """
 
-import itertools
 from pathlib import Path
 
 import pandas as pd
 from tqdm import tqdm
 
-from analyze.lib import lines, networks, style
+from analyze.lib import lines, networks, panels, style
 from analyze.lib.runs import CELL, NETWORK, SEEDS, by_pair, readable, sparse_runs
 from analyze.lib.statistics import paired
 from common import cli, paths
 from common.errors import UserError
 
 KEY = [*CELL, "kind", "variant"]
+BARRIER = "barrier in test loss (nats)"
 KINDS = {"orders": "two orders of batches", "basins": "π(LTH) to permuted"}
 
 
@@ -57,32 +57,8 @@ def gains(runs: pd.DataFrame, barriers: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def plot(table: pd.DataFrame, title: str) -> style.Figure:
-    """Barrier against rewind epoch, a panel a kind and sparsity, with 95% intervals."""
-    panels = list(table.groupby(["sparsity", "kind"], sort=False))
-    size = (0.8 + 2.9 * len(panels), 3.4)
-    figure, axes = style.plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True)
-    looks = style.looks(table["variant"].unique())
-    for axis, ((sparsity, kind), here) in zip(axes[0], panels):
-        for name, look in looks.items():
-            curve = here[here["variant"] == name].sort_values("rewind")
-            mean = curve["difference"]
-            spread = [mean - curve["difference_low"], curve["difference_high"] - mean]
-            if len(curve):
-                axis.errorbar(curve["rewind"], mean, spread, capsize=2, **look)
-        axis.set_title(f"{KINDS[kind]}, {100 * sparsity:g}%", fontsize=9)
-        axis.set_xlabel("rewind epoch k")
-    axes[0, 0].set_ylabel("barrier in test loss (nats)")
-    handles = dict(itertools.chain(*(zip(*a.get_legend_handles_labels()[::-1]) for a in axes[0])))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
-    figure.suptitle(title, fontsize=10)
-    return figure
-
-
 def main() -> None:
-    points = {"type": networks.SEVERAL, "default": 11, "help": "of the line"}
-    about = {"help": "for REPAIR", "default": 2500}
-    args = networks.arguments(__doc__, points=points, images=networks.IMAGES | about)
+    args = networks.arguments(__doc__, points=11, images=2500)
     runs = sparse_runs(args.root)
     wanted = orders(runs)
     try:
@@ -99,17 +75,22 @@ def main() -> None:
         raise UserError(f"no two networks below {args.root} could be compared (see above)")
     heights = lines.barriers(pd.concat(curves), [*KEY, *SEEDS])
     heights = heights[~heights["repair"]]
-    rows = [dict(zip(KEY, key)) | paired(group["test"]) for key, group in heights.groupby(KEY)]
-    table = pd.DataFrame(rows)
-    related = gains(runs, heights)
+    rows = [
+        dict(zip(KEY, key)) | paired(group["test"]) | {"std": group["test"].std()}
+        for key, group in heights.groupby(KEY)
+    ]
+    table = pd.DataFrame(rows).rename(columns={"difference": "mean"})
+    column = table["kind"].map(KINDS) + (100 * table["sparsity"]).map(", {:g}%".format)
+    table = table.assign(row=BARRIER, column=column, series=table["variant"])
     for (model, width, dataset), group in table.groupby(NETWORK):
         name, title = f"stability_{model}x{width:g}_{dataset}", f"{model} x{width:g} on {dataset}"
-        style.save(plot(group, title), group, args.root / "figures", name)
-        print(f"{title}: barriers in test loss (nats), mean and 95% interval over pairs")
-        shown = ["difference", "difference_low", "difference_high", "pairs"]
-        print(
-            group[["kind", "variant", "sparsity", "rewind", *shown]].round(3).to_string(index=False)
-        )
+        figure = panels.draw(group, "rewind", style.looks(group["variant"].unique()), title)
+        style.save(figure, group, args.root / "figures", name)
+        print(f"{title}: {BARRIER}, mean and 95% interval over pairs")
+        shown = ["kind", "variant", "sparsity", "rewind"]
+        shown += ["mean", "difference_low", "difference_high", "pairs"]
+        print(group[shown].round(3).to_string(index=False))
+    related = gains(runs, heights)
     if len(related):
         print("Spearman's correlation of barrier and gain, over the pairs of a cell")
         print(related.drop(columns=NETWORK).round(2).to_string(index=False))

@@ -8,7 +8,6 @@ network, an IMP chain, an alignment, a sparse network. The time left is that of 
 start-up: epochs, at the pace of a stage and width, or else of its dense networks.
 """
 
-import argparse
 import json
 import math
 import shlex
@@ -26,65 +25,68 @@ STAGES = {
     "align_mask.py": "align",
     "train_sparse.py": "sparse",
 }
-FLAGS = {"--out": Path, "--dense": Path, "--target": Path, "--weights": Path, "--masks": Path}
-FLAGS |= {"--seed": int, "--rewind": int, "--sparsity": float, "--epochs": float}
 
 
 class Run(NamedTuple):
     stage: str
     group: Path  # the folder of its dense networks: runs of one width cost alike
     epochs: float  # what it trains; NaN before a dense network has finished
-    files: tuple[Path, ...]  # result.json and masks: it has finished when all are there
+    files: list[Path]  # result.json and masks: it has finished when all are there
+
+    def finished(self) -> bool:
+        return all(file.is_file() for file in self.files)
 
 
-def runs_of(command: str, pruned: dict[Path, list[Path]]) -> list[Run]:
+def runs_of(command: str, pruned: dict[Path, list[str]]) -> list[Run]:
     """The runs that a command of a stage makes; none of another command.
 
     `pruned` gathers the masks that commands of stage 2 make, by folder, for those of stage 3.
     """
-    words = shlex.split(command, comments=True)
+    words, flags = shlex.split(command, comments=True), defaultdict(list)
     stage = next((STAGES[word] for word in words if word in STAGES), None)
     if stage is None:
         return []
-    parser = argparse.ArgumentParser("status", usage=argparse.SUPPRESS, allow_abbrev=False)
-    for flag, kind in FLAGS.items():
-        parser.add_argument(flag, nargs="+", type=kind, default=[])
-    flags, _ = parser.parse_known_args(words)
-    out, masks = flags.out[0], []
-    inputs = flags.dense or flags.target or flags.weights
-    group = inputs[0].parent if inputs else out
-    dense = group.glob("seed*/result.json")
-    total = next((load(path)["arguments"]["epochs"] for path in dense), math.nan)
-    epochs = flags.epochs[0] if flags.epochs else None
+    for word in words:
+        if word.startswith("--"):
+            values = flags[word]
+        elif flags:
+            values.append(word)
+    out, sparsities = [*map(Path, flags["--out"])], [*map(float, flags["--sparsity"])]
+    weights = flags["--dense"] or flags["--target"] or flags["--weights"]
+    group = Path(weights[0]).parent if weights else out[0]
+    finished = (json.loads(path.read_text()) for path in group.glob("seed*/result.json"))
+    total = next((result["arguments"]["epochs"] for result in finished), math.nan)
+    epochs, rewinds = [*map(float, flags["--epochs"])], [*map(int, flags["--rewind"])]
+    names = []
     if stage == "dense":
-        made = {paths.dense_folder(out, seed): total for seed in flags.seed}
+        made = {paths.dense_folder(out[0], seed): total for seed in flags["--seed"]}
     elif stage == "imp":
-        rounds = len(flags.sparsity)
+        rounds = len(sparsities)
         if "--one-shot" not in words:
-            rounds += math.ceil(math.log(1 - max(flags.sparsity), 0.8)) - 1
+            rounds += math.ceil(math.log(1 - max(sparsities), 0.8)) - 1
         # The paper fine-tunes for a quarter of the epochs.
-        each = total - flags.rewind[0] if flags.rewind else epochs or total / 4
-        made = dict.fromkeys(flags.out, rounds * each)
-        masks = [paths.mask_file(Path(), sparsity) for sparsity in flags.sparsity]
-        pruned |= dict.fromkeys(flags.out, masks)
+        each = total - rewinds[0] if rewinds else [*epochs, total / 4][0]
+        names = [paths.mask_file(Path(), sparsity).name for sparsity in sparsities]
+        made = dict.fromkeys(out, rounds * each)
+        pruned |= dict.fromkeys(out, names)
     elif stage == "align":
-        made = {out: 1}
-        folder = flags.masks[0]
-        masks = pruned.get(folder) or [path.name for path in paths.mask_files(folder)]
+        made, masks = {out[0]: 1}, Path(flags["--masks"][0])
+        names = pruned.get(masks) or [path.name for path in paths.mask_files(masks)]
     else:
-        cells = product(flags.sparsity, flags.rewind)
-        made = {paths.sparse_folder(out, *cell): (epochs or total) - cell[1] for cell in cells}
-    names = ["result.json", *masks]
+        cells = product(sparsities, rewinds)
+        until = [*epochs, total][0]
+        made = {paths.sparse_folder(out[0], *cell): until - cell[1] for cell in cells}
+    names = ["result.json", *names]
     return [
-        Run(stage, group, cost, tuple(folder / name for name in names))
-        for folder, cost in made.items()
+        Run(stage, group, cost, [folder / name for name in names]) for folder, cost in made.items()
     ]
 
 
 def pace(done: list[Run]) -> float:
     """Seconds by the clock that an epoch of these took, with as many at a time; NaN of none."""
     busy, until = 0.0, -math.inf
-    ends = ((run.files[0].stat().st_mtime, load(run.files[0])["seconds"]) for run in done)
+    results = [run.files[0] for run in done]
+    ends = ((path.stat().st_mtime, json.loads(path.read_text())["seconds"]) for path in results)
     for begun, ended in sorted((ended - seconds, ended) for ended, seconds in ends):
         busy += max(0.0, ended - max(begun, until))
         until = max(until, ended)
@@ -92,17 +94,13 @@ def pace(done: list[Run]) -> float:
     return busy / epochs if epochs else math.nan
 
 
-def time_left(runs: list[Run]) -> dict[Run, float]:
-    """What each run that is missing adds to the time left; NaN where nothing tells."""
-    done, left = defaultdict(list), []
-    for run in runs:
-        if all(file.is_file() for file in run.files):
-            done[run.stage, run.group].append(run)
-        else:
-            left.append(run)
-    keys = {(run.stage, run.group) for run in left}
-    paces = {key: pace(done[key] or done["dense", key[1]]) for key in keys}
-    return {run: run.epochs * paces[run.stage, run.group] for run in left}
+def describe(runs: list[Run], paces: dict[tuple[str, Path], float]) -> str:
+    """For example '41 of 108, 2 h 10 min left'; `paces` by stage and group."""
+    left = [run.epochs * paces[run.stage, run.group] for run in runs if not run.finished()]
+    known = [seconds for seconds in left if seconds >= 0]
+    text = f"{len(runs) - len(left)} of {len(runs)}"
+    at_least = "at least " * (len(known) < len(left))
+    return text + f", {at_least}{duration(sum(known))} left" * bool(known)
 
 
 def duration(seconds: float) -> str:
@@ -111,14 +109,6 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
-
-
-def describe(count: int, left: list[float]) -> str:
-    known = [seconds for seconds in left if seconds >= 0]
-    text = f"{count - len(left)} of {count}"
-    if known:
-        text += f", {'at least ' * (len(known) < len(left))}{duration(sum(known))} left"
-    return text
 
 
 def main() -> None:
@@ -131,26 +121,24 @@ def main() -> None:
 
 def tell() -> None:
     """Print what is done and left of the commands on standard input, or those with work left."""
-    pruned: dict[Path, list[Path]] = {}
+    pruned: dict[Path, list[str]] = {}
     lines = {line: runs_of(line, pruned) for line in sys.stdin}
     if "--missing" in sys.argv:  # the commands that have something left to do
         for line, made in lines.items():
-            if not all(file.is_file() for run in made for file in run.files):
+            if not all(run.finished() for run in made):
                 print(line, end="")
         return
-    runs = [run for made in lines.values() for run in made]
+    runs, done, paces = [run for made in lines.values() for run in made], defaultdict(list), {}
     if not runs:
         print("status: error: no command of a stage on standard input", file=sys.stderr)
         sys.exit(2)
-    left = time_left(runs)
+    for run in filter(Run.finished, runs):
+        done[run.stage, run.group].append(run)
+    for stage, group in {(run.stage, run.group) for run in runs}:
+        paces[stage, group] = pace(done[stage, group] or done["dense", group])
     for stage in STAGES.values():
-        mine = [run for run in runs if run.stage == stage]
-        print(f"{stage:<8}{describe(len(mine), [left[run] for run in mine if run in left])}")
-    print(f"runs done {describe(len(runs), [*left.values()])}")
-
-
-def load(result: Path) -> dict:
-    return json.loads(result.read_text())
+        print(f"{stage:<8}{describe([run for run in runs if run.stage == stage], paces)}")
+    print(f"runs done {describe(runs, paces)}")
 
 
 if __name__ == "__main__":

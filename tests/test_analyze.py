@@ -1,4 +1,5 @@
 import copy
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -22,10 +23,9 @@ def test_barrier_by_hand():
 def test_line_by_hand():
     source = {"w": torch.tensor([0.0, 4.0]), "n": torch.tensor(3)}
     target = {"w": torch.tensor([1.0, 0.0]), "n": torch.tensor(5)}
-    quarter = interpolate(source, target, 0.25)
-    assert quarter["w"].tolist() == [0.25, 3.0] and quarter["n"] == 5
-    ends = [interpolate(source, target, alpha)["w"].tolist() for alpha in (0.0, 1.0)]
-    assert ends == [[0, 4], [1, 0]]
+    for alpha, expected in ((0.0, [0, 4]), (0.25, [0.25, 3]), (1.0, [1, 0])):
+        found = interpolate(source, target, alpha)
+        assert found["w"].tolist() == expected and found["n"] == 5
 
 
 def test_recomputed_batch_norm_is_the_cumulative_average():
@@ -41,52 +41,48 @@ def test_recomputed_batch_norm_is_the_cumulative_average():
 @pytest.mark.parametrize("name, size", [("mlp", 8), ("vgg11", 32)])
 def test_rescaling_brings_every_hidden_layer_to_the_goal(name, size):
     models = [build_model(name, 0.125, 10, (3, size, size), seed).eval() for seed in (0, 1, 2)]
-    batches = [torch.randn(20, 3, size, size) for _ in range(2)]
-    ends = [repair.statistics(model, batches) for model in models[:2]]
+    images = torch.randn(40, 3, size, size)
+    ends = [repair.rescale(model, images) for model in models[:2]]
     goal = repair.interpolate(*ends, 0.25)
     first, second = list(goal)[:2]
     expected = 0.75 * ends[0][second][0] + 0.25 * ends[1][second][0]
     assert torch.allclose(goal[second][0], expected, atol=1e-6)
-    repair.rescale(models[2], batches, goal)
-    found = repair.statistics(models[2], batches)
+    repair.rescale(models[2], images, goal)
+    found = repair.rescale(models[2], images)
     layers = [layer for layer in models[2].modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
     assert len(found) == len(layers) - 1  # not the output
     for key, wanted in goal.items():
-        for one, other in zip(found[key], wanted):
-            assert torch.allclose(one, other, atol=1e-4), key
+        assert all(map(partial(torch.allclose, atol=1e-4), found[key], wanted)), key
     flat = name == "mlp"
-    by_hand = models[0][int(flat)](batches[0].flatten(1) if flat else batches[0])
-    mean, std = repair.statistics(models[0], batches[:1])[first]
+    by_hand = models[0][int(flat)](images.flatten(1) if flat else images)
     dims = [dim for dim in range(by_hand.dim()) if dim != 1]
-    assert torch.allclose(mean, by_hand.mean(dims), atol=1e-5)
-    assert torch.allclose(std, by_hand.std(dims, correction=0), atol=1e-5)
+    expected = by_hand.mean(dims), by_hand.std(dims, correction=0)
+    assert all(map(partial(torch.allclose, atol=1e-5), ends[0][first], expected))
 
 
-@pytest.mark.parametrize("name, size", [("mlp", 8), ("resnet20", 8)])
-def test_repair_at_the_endpoints_changes_nothing_and_interpolation_meets_them(name, size):
-    model = build_model(name, 0.125 if name == "mlp" else 0.25, 10, (3, size, size))
-    images = torch.randn(40, 3, size, size)
+@pytest.mark.parametrize("name, width", [("mlp", 0.125), ("resnet20", 0.25)])
+def test_repair_at_the_endpoints_changes_nothing_and_interpolation_meets_them(name, width):
+    model, images = build_model(name, width, 10, (3, 8, 8)), torch.randn(40, 3, 8, 8)
     if name == "resnet20":
         repair.recompute_batch_norm(model, [images])
     source = copy.deepcopy(model.state_dict())
-    test = [(images[:20], torch.randint(10, (20,)))]
-    train = [(images, torch.randint(10, (40,)))]
     target = {
         key: value + 0.3 * torch.randn_like(value) if value.dim() > 1 else value
         for key, value in source.items()
     }
-    alphas = np.array([0, 0.5, 1.0])
-    rows = metrics_along(model, source, target, alphas, lambda: iter(test), lambda: iter(train))
-    table = pd.DataFrame(rows)
-    pairs = table.pivot(index="alpha", columns="repair", values="test_loss")
-    assert pairs.loc[0.0, True] == pytest.approx(pairs.loc[0.0, False], rel=1e-4)
-    assert pairs.loc[0.5, True] != pytest.approx(pairs.loc[0.5, False], rel=1e-4)
-    other = [(torch.randn_like(images), train[0][1])]
-    rows = metrics_along(model, source, target, alphas, lambda: iter(other), lambda: iter(train))
+    labels = torch.randint(10, (2, 40))
+    batches = {"test": [(images[:20], labels[0, :20])], "train": [(images, labels[1])]}
+    readers_of = {split: partial(iter, some) for split, some in batches.items()}
+    rows = metrics_along(model, source, target, (0.0, 0.5, 1.0), *readers_of.values())
+    table = pd.DataFrame(rows).set_index(["alpha", "repair"])
+    loss = table["test_loss"]
+    assert loss[0.0, True] == pytest.approx(loss[0.0, False], rel=1e-4)
+    assert loss[0.5, True] != pytest.approx(loss[0.5, False], rel=1e-4)
+    readers = partial(iter, [(torch.randn_like(images[:20]), labels[0, :20])]), readers_of["train"]
+    other = pd.DataFrame(metrics_along(model, source, target, (0.0, 0.5, 1.0), *readers))
     # REPAIR looks at training images alone.
-    assert pd.DataFrame(rows)["train_loss"].equals(table["train_loss"])
+    assert other["train_loss"].tolist() == table["train_loss"].tolist()
     model.load_state_dict(interpolate(source, target, 0.5))
-    middle = table[(table["alpha"] == 0.5) & ~table["repair"]].iloc[0]
-    for split, batches in (("test", test), ("train", train)):
-        found = [middle[f"{split}_loss"], middle[f"{split}_acc"]]
-        assert found == pytest.approx(list(evaluate(model, batches)))
+    for split, some in batches.items():
+        middle = table.loc[(0.5, False), [f"{split}_loss", f"{split}_acc"]]
+        assert middle.tolist() == pytest.approx([*map(float, evaluate(model, some))])

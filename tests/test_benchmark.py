@@ -8,7 +8,7 @@ from analyze import benchmark
 from common.models import build_model
 from tests.conftest import call, refused, succeed
 
-TINY = ("--size", 8, "--steps", 1, "--repeats", 1)
+TINY = ("--repeats", 1)
 
 
 def small(name, width, *rest):
@@ -18,8 +18,14 @@ def small(name, width, *rest):
 def test_a_row_by_hand():
     rates = iter([6.0, 2.0, 1.0, 1.0, 8.0, 2.0])  # ours and the baseline's in turn
     row = benchmark.compare(("name", lambda: next(rates), lambda: next(rates)), 3)
-    values = {"ours /s": 6, "baseline /s": 2, "ratio": 3, "min": 1, "max": 4}
-    assert row == {"measure": "name"} | values
+    assert row == {
+        "measure": "name",
+        "ours /s": 6,
+        "baseline /s": 2,
+        "ratio": 3,
+        "min": 1,
+        "max": 4,
+    }
 
 
 def test_a_rate_is_of_the_second_epoch_alone(monkeypatch):
@@ -39,8 +45,9 @@ def test_a_rate_is_of_the_second_epoch_alone(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="wants the GPU hidden")
 def test_every_row_on_a_cpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "build_model", small)
-    monkeypatch.setattr(benchmark, "IMAGES", 64)
+    changed = {"build_model": small, "IMAGES": 64, "SIZE": 8, "STEPS": {"cpu": 1}}
+    for name, value in changed.items():
+        monkeypatch.setattr(benchmark, name, value)
     out = tmp_path / "table.csv"
     text = succeed("analyze.benchmark", *TINY, "--device", "cpu", "--out", out)
     table = pd.read_csv(out)

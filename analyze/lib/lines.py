@@ -1,12 +1,14 @@
 """The line between two networks in weight space: metrics along it, its barrier, kept curves."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from torch import Tensor, lerp, nn
+import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from analyze.lib import cache, networks, repair
@@ -45,7 +47,7 @@ def interpolate(
 ) -> dict[str, Tensor]:
     """The state dict (1 - alpha) source + alpha target; integer buffers are the target's."""
     return {
-        name: lerp(source[name], value, alpha) if value.is_floating_point() else value
+        name: torch.lerp(source[name], value, alpha) if value.is_floating_point() else value
         for name, value in target.items()
     }
 
@@ -65,10 +67,10 @@ def metrics_along(
     """
     batch_norm = repair.has_batch_norm(model)
     if not batch_norm:
-        images, endpoints = [batch for batch, _ in train()], []
+        images, endpoints = torch.cat([batch for batch, _ in train()]), []
         for state in (source, target):
             model.load_state_dict(state)
-            endpoints.append(repair.statistics(model, images))
+            endpoints.append(repair.rescale(model, images))
     rows = []
     for alpha in tqdm(alphas, "interpolating", unit="point", disable=None, leave=False):
         model.load_state_dict(interpolate(source, target, float(alpha)))
@@ -106,12 +108,9 @@ def curve(files: list[Path], points: int, images: int, read: Callable) -> pd.Dat
             permutation = checkpoint.load(file, ("permutation",))["permutation"]
             state = permute(state, find_axes(model, data.input_shape).dims, permutation)
 
-        def batches(split: str, limit: int | None = None) -> Callable[[], Batches]:
-            return lambda: data.eval_batches(split, BATCH, limit)
-
-        alphas = np.linspace(0, 1, points)
-        splits = batches("test"), batches("train", images)
-        rows = metrics_along(model, state, target["state_dict"], alphas, *splits)
+        alphas, test = np.linspace(0, 1, points), partial(data.eval_batches, "test", BATCH)
+        train = partial(data.eval_batches, "train", BATCH, images)
+        rows = metrics_along(model, state, target["state_dict"], alphas, test, train)
         return pd.DataFrame(rows).assign(images=images)
 
     return cache.kept(curve_file(files, points, images), make)
@@ -125,6 +124,4 @@ def kept_barriers(files: list[Path]) -> dict[str, float]:
         return {}
     finest = max(curves, key=lambda curve: (len(curve), curve["images"].iloc[0]))
     found = barriers(finest).set_index("repair")["test"]
-    return {
-        f"barrier{', REPAIR' if repaired else ''}": height for repaired, height in found.items()
-    }
+    return found.rename({False: "barrier", True: "barrier, REPAIR"}).to_dict()

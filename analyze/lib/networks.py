@@ -1,6 +1,7 @@
 """Networks and permutations below a folder: finding them, and building them to be evaluated."""
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from analyze.lib.runs import (
     dense_files,
     find_results,
     parse_root,
+    plain,
     readable,
     skipped,
     sparse_runs,
@@ -25,18 +27,25 @@ from common.errors import UserError
 from common.models import build_model
 from common.runtime.device import pick_device
 
-IMAGES = {"type": cli.positive, "default": 10_000}  # training images for activation statistics
-SEVERAL = cli.number(int, 3)
+FLAGS = {
+    "points": {"type": cli.number(int, 3), "help": "of a line"},
+    "grid": {"type": cli.number(int, 3), "help": "points a side of the plane"},
+    "images": {"type": cli.positive, "help": "of the training set for activation statistics"},
+    "width": {"type": float, "help": "of the cell"},
+    "sparsity": {"type": float, "help": "of the cell"},
+    "rewind": {"type": int, "help": "of the cell"},
+    "all": {"action": "store_true", "help": "every pair of every cell, not one alone"},
+}
 
 
-def arguments(doc: str, **flags: dict[str, Any]) -> argparse.Namespace:
-    """The command line of an analysis that evaluates networks: `root`, its flags, and `read`.
-
-    A flag is what argparse's add_argument takes; `read(description)` opens a data set.
+def arguments(doc: str, **defaults: Any) -> argparse.Namespace:
+    """The command line of an analysis that evaluates networks: `root`, some of FLAGS, and `read`,
+    where `read(description)` opens a data set.
     """
     parser = parse_root(doc)
-    for name, how in flags.items():
-        how["help"] += " (default: %(default)s)" * ("default" in how)
+    for name, default in defaults.items():
+        how = FLAGS[name] | {"default": default}
+        how["help"] += " (default: %(default)s)" * (default is not None)
         parser.add_argument(f"--{name}", **how)
     cli.add_device(parser)
     cli.add_data(parser)
@@ -52,51 +61,55 @@ def build(entry: dict[str, Any], data: Resident | Streamed) -> nn.Module:
     return model.to(data.device, memory_format=torch.channels_last)
 
 
+def with_dense(root: Path, stage: str, *roles: str) -> Iterator[tuple[dict, dict[str, Any]]]:
+    """The arguments of every finished run of a stage below `root`, and what is known of it: its
+    `path`, network and tag, and by role the files of the dense weights that it names by digest.
+
+    One whose dense networks are not below `root` is skipped, as are networks trained elsewhere.
+    """
+    dense = dense_files(root)
+    for run in find_results(root, stage):
+        arguments = run.get("arguments", {})
+        if arguments.get("model_fn"):
+            continue  # trained elsewhere: its module is not known here
+        files = {role: dense.get(arguments.get(role)) for role in roles}
+        if missing := [role for role, file in files.items() if file is None]:
+            skipped(f"{run['path']}: its {missing[0]} network is not below {root}")
+            continue
+        trained = checkpoint.load_json(files[roles[-1]].with_name("result.json"))["arguments"]
+        about = files | {key: trained[key] for key in (*NETWORK, "seed")} | {"path": run["path"]}
+        yield arguments, about | {"tag": arguments.get("tag") or trained.get("tag") or ""}
+
+
 def imp_networks(root: Path, rounds: bool) -> list[dict[str, Any]]:
     """The networks that IMP pruned below `root`: file, sparsity, seed and the file pruned from.
 
-    At the asked sparsities, or with `rounds` after each round of the chains that kept them.
-    One that cannot be read, or whose dense network is not below `root`, is skipped.
+    At the asked sparsities, or with `rounds` after each round of the chains that kept them. One
+    that cannot be read is skipped.
     """
-    dense, found = dense_files(root), []
-    for run in find_results(root, "prune_imp"):
-        source = dense.get(run.get("arguments", {}).get("dense"))
-        if source is None:
-            skipped(f"{run['folder']}: its dense network is not below {root}")
-            continue
-        kept = rounds and paths.round_files(run["folder"])
-        for sparsity, path in (kept or paths.imp_files(run["folder"])).items():
+    found = []
+    for _, about in with_dense(root, "prune_imp", "dense"):
+        kept = rounds and paths.round_files(about["path"])
+        for sparsity, path in (kept or paths.imp_files(about["path"])).items():
             if entry := readable(checkpoint.load, path, ("mask", *checkpoint.WEIGHTS)):
-                about = {"model": entry["model"]["name"], "width": entry["model"]["width"]}
-                about |= {"dataset": entry["dataset"]["name"], "tag": entry.get("tag") or ""}
-                about |= {"seed": entry["seed"], "source": source, "file": path}
                 reached = masking.sparsity(entry["mask"]) if kept else sparsity
-                found.append(about | {"sparsity": reached, "rounds": bool(kept)})
+                found.append(about | {"file": path, "sparsity": reached, "rounds": bool(kept)})
     return found
 
 
 def alignments(root: Path) -> list[dict[str, Any]]:
-    """Every permutation of dense runs below `root`: its files and how it was made.
+    """Every permutation of dense runs below `root`: its files, masks and how it was made.
 
-    `sparsity` is that of the masks it is for, None for all. One whose dense runs are not below
-    `root` is skipped. Raises UserError when there is none.
+    `sparsity` is that of the masks it is for, None for all. Raises UserError when there is none.
     """
-    dense, found = dense_files(root), []
-    for run in find_results(root, "align_mask"):
-        arguments = run.get("arguments", {})
-        if not isinstance(arguments.get("source_seed"), int):
-            continue  # of networks trained elsewhere, whose module is not known here
-        files = {role: dense.get(arguments.get(role)) for role in ("source", "target")}
-        if missing := [role for role, file in files.items() if file is None]:
-            skipped(f"{run['folder']}: its dense {missing[0]} is not below {root}")
-            continue
-        target = checkpoint.load_json(files["target"].with_name("result.json"))["arguments"]
-        keys = ("method", "source_seed", "target_seed", "match_epoch")
-        about = {key: target[key] for key in NETWORK} | {key: arguments[key] for key in keys}
-        about["tag"] = arguments.get("tag") or target.get("tag") or ""
-        for path in paths.permutation_files(run["folder"]):
-            of_one = {"permutation": path, "sparsity": paths.sparsity_of(path)}
-            found.append(about | files | of_one)
+    found = []
+    for arguments, about in with_dense(root, "align_mask", "source", "target"):
+        about |= {key: arguments[key] for key in ("method", *SEEDS, "match_epoch")}
+        for path in paths.permutation_files(about["path"]):
+            sparsity = paths.sparsity_of(path)
+            masks = {paths.sparsity_of(mask): mask for mask in paths.mask_files(about["path"])}
+            mine = {key: mask for key, mask in masks.items() if sparsity in (None, key)}
+            found.append(about | {"permutation": path, "sparsity": sparsity, "masks": mine})
     if not found:
         raise UserError(f"no finished alignment below {root}: run align_mask.py first")
     return found
@@ -107,22 +120,17 @@ def triples(root: Path) -> pd.DataFrame:
 
     A row a cell and pair of seeds, late matches first.
     """
-    runs = sparse_runs(root)
-    plain, key = runs[~runs["signs"] & ~runs["fan_in"]], [*CELL, "source_seed", "tag"]
-    lth = plain[plain["arm"] == "lth"].drop_duplicates(key)
-    permuted = plain[plain["arm"] == "permuted"].dropna(subset="match_epoch")
-    pairs = permuted.astype({"match_epoch": int}).merge(lth[[*key, "path"]], on=key)
+    runs, key = plain(sparse_runs(root)), [*CELL, "source_seed", "tag"]
+    lth = runs.loc[runs["arm"] == "lth", [*key, "path"]].drop_duplicates(key)
+    pairs = runs[runs["arm"] == "permuted"].merge(lth, on=key, suffixes=("", "_lth"))
     if pairs.empty:
-        two = f"no permuted network with LTH's beside it below {root}"
-        raise UserError(f"{two}: run train_sparse.py for both")
-    aligned = pd.DataFrame(alignments(root)).rename(columns={"source": "dense"})
-    found = pairs.merge(
-        aligned, on=[*NETWORK, *SEEDS, "method", "match_epoch"], suffixes=("", "_aligned")
-    )
-    tag, sparsity = found["tag_aligned"], found["sparsity_aligned"]
-    fits = (tag == "") | (tag == found["tag"].str.split(" ").str[0])
-    found = found[fits & (sparsity.isna() | (sparsity == found["sparsity"]))]
-    found = found.assign(lth=found["path_y"].map(paths.final_file))
-    found = found.assign(permuted=found["path_x"].map(paths.final_file))
-    order = {"ascending": False, "kind": "stable", "ignore_index": True}
-    return found.sort_values("match_epoch", **order)
+        missing = f"no permuted network with LTH's beside it below {root}"
+        raise UserError(f"{missing}: run train_sparse.py for both")
+    masks = {}  # by digest, as sparse runs name them
+    for run in alignments(root):
+        made = {"dense": run["source"], "permutation": run["permutation"]}
+        masks |= {checkpoint.digest(mask): made for mask in run["masks"].values()}
+    found = pairs.merge(pd.DataFrame(masks).T, left_on="mask", right_index=True)
+    found["lth"] = found["path_lth"].map(paths.final_file)
+    found["permuted"] = found["path"].map(paths.final_file)
+    return found.sort_values("match_epoch", ascending=False, kind="stable", ignore_index=True)

@@ -21,17 +21,18 @@ def load_all(root: Path) -> pd.DataFrame:
     Target, method and match epoch are None as pruned. Raises UserError when there is none.
     """
     rows = []
-    for run in [run for stage in ("prune_imp", "align_mask") for run in find_results(root, stage)]:
-        for path in paths.mask_files(run["folder"]):
+    for run in [*find_results(root, "prune_imp"), *find_results(root, "align_mask")]:
+        for path in paths.mask_files(run["path"]):
             if (entry := readable(checkpoint.load, path, checkpoint.MASKS)) is None:
                 continue
-            about = {key: entry.get(key) for key in MASK} | {"model": entry["model"]["name"]}
-            about |= {"width": entry["model"].get("width"), "tag": entry.get("tag") or ""}
-            about["dataset"] = (entry["dataset"] or {}).get("name")
-            about["mask_dataset"] = about["mask_dataset"] or about["dataset"]
+            model, dataset = entry["model"], (entry["dataset"] or {}).get("name")
+            about = {"model": model["name"], "width": model.get("width"), "dataset": dataset}
+            about["mask_dataset"] = entry.get("mask_dataset") or dataset
             about["match_epoch"] = entry["match_epoch"] if entry["method"] else None
-            about["sparsity"] = paths.sparsity_of(path)
-            rows.append(about | {"entry": entry, "path": path})
+            about |= {"tag": entry.get("tag") or "", "sparsity": paths.sparsity_of(path)}
+            rows.append(
+                {key: entry.get(key) for key in MASK} | about | {"entry": entry, "path": path}
+            )
     if not rows:
         raise UserError(f"no masks below {root}: run prune_imp.py first")
     masks = pd.DataFrame(rows)

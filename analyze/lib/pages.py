@@ -1,22 +1,30 @@
-"""A report as a list of blocks, as HTML that needs no other file, and as Markdown.
-
-A block is its kind and its content: `h2`, `h3`, `p` and `pre` have a text, `table` a DataFrame,
-`picture` the path of a PNG, `drawing` of an SVG, `words` a dict from term to meaning, and `links` a
-dict from text to address.
-"""
+"""The parts of a report, each as HTML and as Markdown."""
 
 import base64
 import re
 import string
-from collections.abc import Callable
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-Block = tuple[str, Any]
-TEMPLATE = Path(__file__).with_name("report.html")
+Block = tuple[str, str]  # HTML, Markdown
+KINDS = {
+    "h2": ('<h2 id="{1}">{0}</h2>', "## {0}"),
+    "h3": ("<h3>{0}</h3>", "### {0}"),
+    "p": ("<p>{0}</p>", "{0}"),
+    "pre": ("<pre>{0}</pre>", "```\n{0}\n```"),
+    "word": ("<p><b>{0}</b>: {1}</p>", "- **{0}**: {1}"),
+    "link": ('<a href="{1}">{0}</a>', "- [{0}]({1})"),
+}
+
+
+def block(kind: str, *texts: str) -> Block:
+    """One of KINDS: a heading and its anchor, a paragraph, what was printed, a word and its meaning,
+    or a link and its address.
+    """
+    html, markdown = KINDS[kind]
+    return html.format(*map(escape, texts)), markdown.format(*texts)
 
 
 def anchor(heading: str) -> str:
@@ -24,62 +32,29 @@ def anchor(heading: str) -> str:
     return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
 
-def contents(blocks: list[Block]) -> Block:
-    return "links", {text: f"#{anchor(text)}" for kind, text in blocks if kind == "h2"}
+def heading(text: str) -> Block:
+    return block("h2", text, anchor(text))
+
+
+def table(frame: pd.DataFrame) -> Block:
+    flat = frame.reset_index()
+    rows = [flat.columns, ["---"] * flat.shape[1], *flat.to_numpy()]
+    escaped = ((str(entry).replace("|", "\\|") for entry in row) for row in rows)
+    markdown = "\n".join(f"| {' | '.join(row)} |" for row in escaped)
+    return f'<div class="wide">{frame.to_html(border=0, index_names=False)}</div>', markdown
+
+
+def picture(path: Path, root: Path) -> Block:
+    """A PNG inlined in HTML, or an SVG, which takes the page's colours."""
+    markdown = f"![{path.stem}]({path.relative_to(root).as_posix()})"
+    if path.suffix == ".svg":
+        return path.read_text(), markdown
+    image = base64.b64encode(path.read_bytes()).decode()
+    return f'<p><img alt="{path.stem}" src="data:image/png;base64,{image}"></p>', markdown
 
 
 def page(title: str, blocks: list[Block]) -> str:
-    """The blocks as one HTML page."""
-
-    def picture(path: Path) -> str:
-        image = base64.b64encode(path.read_bytes()).decode()
-        return f'<p><img alt="{escape(path.stem)}" src="data:image/png;base64,{image}"></p>'
-
-    def table(content: pd.DataFrame) -> str:
-        return f'<div class="wide">{content.to_html(border=0, index_names=False)}</div>'
-
-    def links(content: dict[str, Any]) -> str:
-        items = (
-            f'<a href="{escape(str(url))}">{escape(text)}</a>' for text, url in content.items()
-        )
-        return f"<nav>{' '.join(items)}</nav>"
-
-    def words(content: dict[str, str]) -> str:
-        items = (f"<dt>{escape(key)}</dt><dd>{escape(text)}</dd>" for key, text in content.items())
-        return f"<dl>{''.join(items)}</dl>"
-
-    show: dict[str, Callable[[Any], str]] = {
-        "h2": lambda text: f'<h2 id="{anchor(text)}">{escape(text)}</h2>',
-        "h3": lambda text: f"<h3>{escape(text)}</h3>",
-        "p": lambda text: f"<p>{escape(text)}</p>",
-        "pre": lambda text: f"<pre>{escape(text)}</pre>",
-        "drawing": Path.read_text,
-        **{"picture": picture, "table": table, "links": links, "words": words},
-    }
-    body = "\n".join(show[kind](content) for kind, content in blocks)
-    return string.Template(TEMPLATE.read_text()).substitute(title=escape(title), body=body)
-
-
-def markdown(title: str, blocks: list[Block], root: Path) -> str:
-    """The blocks as Markdown; pictures by their path from `root`."""
-
-    def table(content: pd.DataFrame) -> str:
-        flat = content.reset_index()
-        rows = [flat.columns, ["---"] * flat.shape[1], *flat.to_numpy()]
-        escaped = ((str(entry).replace("|", "\\|") for entry in row) for row in rows)
-        return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
-
-    def picture(path: Path) -> str:
-        return f"![{path.stem}]({path.relative_to(root).as_posix()})"
-
-    show: dict[str, Callable[[Any], str]] = {
-        "h2": "## {}".format,
-        "h3": "### {}".format,
-        "p": str,
-        "pre": "```\n{}\n```".format,
-        "links": lambda content: ", ".join(f"[{text}]({url})" for text, url in content.items()),
-        "words": lambda content: "\n".join(f"- **{key}**: {content[key]}" for key in content),
-        **{"table": table, "picture": picture, "drawing": picture},
-    }
-    parts = [f"# {title}", *(show[kind](content) for kind, content in blocks)]
-    return "\n\n".join(parts) + "\n"
+    """The blocks as one HTML page that needs no other file."""
+    template = string.Template(Path(__file__).with_name("report.html").read_text())
+    body = "\n".join(html for html, _ in blocks)
+    return template.substitute(title=escape(title), body=body)

@@ -1,5 +1,6 @@
-"""Figures of several panels that more than one command draws: Figures 3 and 5 to 11."""
+"""Figures of several panels, drawn from a table with a row a point."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,8 @@ import pandas as pd
 
 from analyze.lib import style
 
-ALPHA = "α (0: A, 1: B)"
 LABELS = {
+    "alpha": "α (0: A, 1: B)",
     "sparsity": "sparsity (%)",
     "rewind": "rewind epoch k",
     "match_epoch": "epoch of B that A is matched to",
@@ -17,6 +18,50 @@ METRICS = {
     "test_acc": ("accuracy", "test accuracy (%)"),
     "test_top5": ("top5", "top-5 accuracy (%)"),
 }
+TICKS = 6  # more are thinned out by Matplotlib
+
+
+def draw(points: pd.DataFrame, x: str, looks: dict[Any, dict], title: str) -> style.Figure:
+    """A panel for each `row` (its y label) and `column` (its title) of `points`, and in it a curve
+    a `series`, by `mean`, with a band of `std`.
+
+    `looks` has the style of each series, and its label where that is another. A point without `x`
+    is a level; one without `column` stands in all columns. Where a style has no line, bars stand
+    for the band.
+    """
+    rows, columns = (points[key].dropna().unique() for key in ("row", "column"))
+    height = 0.9 + 2.3 * len(rows) + 0.1 * len(looks)  # the legend has two columns
+    size = (max(5.6, 0.9 + 2.6 * len(columns)), height)
+    grid = {"figsize": size, "squeeze": False, "sharex": True, "sharey": "row"}
+    figure, axes = style.plt.subplots(len(rows), len(columns), **grid)
+    ticks, legend = sorted(points[x].dropna().unique()), {}
+    for (row, column), axis in zip(itertools.product(rows, columns), axes.flat):
+        shown = points["column"].isna() | (points["column"] == column)
+        here = points[shown & (points["row"] == row)].sort_values(x)
+        for series, look in looks.items():
+            curve = here[here["series"] == series]
+            look = {"label": series} | look
+            for level in curve.loc[curve[x].isna(), "mean"]:
+                axis.axhline(level, **look)
+            curve = curve.dropna(subset=x)
+            mean, spread = curve["mean"], curve["std"].fillna(0)
+            if len(curve):
+                axis.plot(curve[x], mean, **look)
+                colour = {"color": look["color"]}
+                if len(curve) == 1 or not look["linestyle"]:  # a band would join them
+                    axis.errorbar(curve[x], mean, spread, linestyle="", capsize=3, **colour)
+                else:
+                    band = (curve[x], mean - spread, mean + spread)
+                    axis.fill_between(*band, alpha=0.15, linewidth=0, **colour)
+        axis.set(title=column, xlabel=LABELS[x], ylabel=row)
+        axis.label_outer()
+        if len(ticks) <= TICKS:
+            axis.set_xticks(ticks)
+        handles, labels = axis.get_legend_handles_labels()
+        legend |= zip(labels, handles)  # no panel need have all
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=2)
+    figure.suptitle(title, fontsize=10)
+    return figure
 
 
 def accuracy(
@@ -24,34 +69,13 @@ def accuracy(
 ) -> style.Figure:
     """Draw accuracy against column `x`: a row of panels a width, a column a value of `panel`.
 
-    `points` has width, sparsity, rewind, variant, mean and std; a row without `x` is a level, one
-    without `panel` stands in all.
+    `points` has width, sparsity, rewind, variant, mean and std.
     """
-    points = points.assign(sparsity=100 * points["sparsity"])
-    widths, panels, ticks = (sorted(points[key].dropna().unique()) for key in ("width", panel, x))
-    size = (max(4.2, 0.9 + 2.4 * len(panels)), 0.9 + 2.1 * len(widths))
-    figure, axes = style.plt.subplots(
-        len(widths), len(panels), figsize=size, squeeze=False, sharex=True, sharey="row"
-    )
-    looks = style.looks(points["variant"].unique())
-    for row, width in zip(axes, widths):
-        for axis, value in zip(row, panels):
-            shown = points[panel].isna() | (points[panel] == value)
-            here = points[shown & (points["width"] == width)].sort_values(x)
-            for name, look in looks.items():
-                curve = here[here["variant"] == name]
-                for level in curve.loc[curve[x].isna(), "mean"]:
-                    axis.axhline(level, **look)
-                if len(curve := curve.dropna(subset=x)):
-                    _draw(axis, curve[x], curve["mean"], curve["std"].fillna(0), **look)
-            axis.set_title(f"width {width:g}, {LABELS[panel]}: {value:.4g}")
-            axis.set_xticks(ticks if len(ticks) <= 6 else ticks[:: len(ticks) // 4])
-            axis.set_xlabel(LABELS[x])
-            axis.set_ylabel(METRICS[metric][1])
-            axis.label_outer()
-    _legend(figure)
-    figure.suptitle(title, fontsize=10)
-    return figure
+    points = points.assign(sparsity=100 * points["sparsity"]).sort_values(["width", panel])
+    row = points["width"].map("width {:g}\n".format) + METRICS[metric][1]
+    column = points[panel].map((LABELS[panel] + ": {:.4g}").format, "ignore")
+    points = points.assign(row=row, column=column, series=points["variant"])
+    return draw(points, x, style.looks(points["variant"].unique()), title)
 
 
 def save_accuracy(points: pd.DataFrame, title: str, metric: str, folder: Path, name: str) -> None:
@@ -61,43 +85,15 @@ def save_accuracy(points: pd.DataFrame, title: str, metric: str, folder: Path, n
         style.save(figure, points, folder, name.format(f"{METRICS[metric][0]}_{x}"))
 
 
-def _draw(axis: Any, x: Any, mean: pd.Series, spread: pd.Series, **look: Any) -> None:
-    axis.plot(x, mean, **look)
-    if len(x) == 1:  # a band has no width there
-        axis.errorbar(x, mean, spread, color=look["color"], capsize=3)
-    axis.fill_between(x, mean - spread, mean + spread, color=look["color"], alpha=0.15, linewidth=0)
-
-
-def _legend(figure: style.Figure) -> None:
-    entries: dict[str, Any] = {}  # no panel need have all
-    for axis in figure.axes:
-        entries |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels())}
-    beside = len(entries) > 5
-    figure.set_figwidth(figure.get_figwidth() + 1.8 * beside)
-    place = "outside right upper" if beside else "outside lower center"
-    columns = 1 if beside else len(entries)
-    figure.legend(entries.values(), entries.keys(), loc=place, ncols=columns)
-
-
-def draw_mean(axis: Any, rows: pd.DataFrame, metric: str, **look: object) -> None:
-    """Draw the mean over pairs of `metric` against alpha, with a band of a standard deviation."""
-    curve = rows.groupby("alpha")[metric].agg(["mean", "std"]).fillna(0)
-    _draw(axis, curve.index, curve["mean"], curve["std"], **look)
-
-
 def widths(table: pd.DataFrame, title: str) -> style.Figure:
     """Figure 3: test loss, a colour a width, without REPAIR and with it; A dotted, π(A) solid."""
-    panels = table.groupby("repair")
-    size = (0.8 + 3.6 * len(panels), 3.4)
-    figure, axes = style.plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True)
-    for axis, (repaired, here) in zip(axes[0], panels):
-        for (width, kind), rows in here.groupby(["width", "curve"]):
-            start, dashes = ("A", ":") if kind == "naive" else ("π(A)", "-")
-            look = style.width_look(width) | {"linestyle": dashes, "markersize": 3}
-            draw_mean(axis, rows, "test_loss", **look, label=f"width {width:g}, {start} to B")
-        axis.set_title("with REPAIR" if repaired else "without REPAIR")
-        axis.set_xlabel(ALPHA)
-    axes[0, 0].set_ylabel("test loss (nats)")
-    _legend(figure)
-    figure.suptitle(title, fontsize=10)
-    return figure
+    start = table["curve"].map({"naive": "A", "aligned": "π(A)"})
+    series = "width " + table["width"].map("{:g}, ".format) + start + " to B"
+    looks = {}
+    for width, name in zip(table["width"], series):
+        line = "-" if "π" in name else ":"
+        looks[name] = style.width_look(width) | {"linestyle": line, "markersize": 3}
+    points = table.assign(series=series).groupby(["repair", "series", "alpha"])["test_loss"]
+    points = points.agg(["mean", "std"]).reset_index().assign(row="test loss (nats)")
+    points["column"] = points["repair"].map({False: "without REPAIR", True: "with REPAIR"})
+    return draw(points, "alpha", dict(sorted(looks.items())), title)

@@ -10,14 +10,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from common.align.graph import export, lockstep
 from common.masking import layer_weights
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
-Statistics = dict[
-    str, tuple[Tensor, Tensor]
-]  # layer -> (mean, standard deviation) of its output, per channel
+# layer -> (mean, standard deviation) of its output, per channel
+Statistics = dict[str, tuple[Tensor, Tensor]]
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -43,17 +41,37 @@ def recompute_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
         module.momentum = momentum
 
 
-def statistics(model: nn.Module, batches: list[Tensor]) -> Statistics:
-    """Mean and standard deviation, over images and places, of every hidden layer's output."""
-    return _walk(model, batches, None)
+@torch.no_grad()
+def rescale(model: nn.Module, images: Tensor, goal: Statistics | None = None) -> Statistics:
+    """The mean and standard deviation, over images and places, of every hidden layer's output.
 
-
-def rescale(model: nn.Module, batches: list[Tensor], goal: Statistics) -> None:
-    """Bring those statistics to `goal`, layer after layer, folded into weights and biases.
-
-    Raises ValueError for a hidden layer without bias. A channel without variance is only shifted.
+    With a `goal` they are brought to it, layer after layer, folded into weights and biases. Raises
+    ValueError for a hidden layer without bias. A channel without variance is only shifted.
     """
-    _walk(model, batches, goal)
+    measured: Statistics = {}
+
+    def fold(layer: nn.Module, _: object, output: Tensor) -> Tensor | None:
+        measured[names[layer]] = mean, deviation = _moments(output)
+        if goal is None or names[layer] not in goal:
+            return None
+        wanted_mean, wanted = goal[names[layer]]
+        scale = torch.where(deviation > 0, wanted / deviation, 1.0)
+        shift = wanted_mean - mean * scale
+        if layer.bias is None:
+            raise ValueError(f"{names[layer]} has no bias to fold the mean into")
+        layer.weight.mul_(scale.view(-1, *[1] * (layer.weight.dim() - 1)))
+        layer.bias.mul_(scale).add_(shift)
+        shape = (-1, *[1] * (output.dim() - 2))
+        return output.mul_(scale.view(shape)).add_(shift.view(shape))
+
+    layers = [name.removesuffix(".weight") for name in layer_weights(model)]
+    names = {model.get_submodule(name): name for name in layers}
+    hooks = [layer.register_forward_hook(fold) for layer in names]
+    model.eval()(images)
+    for hook in hooks:
+        hook.remove()
+    measured.popitem()  # of the output
+    return measured
 
 
 def interpolate(source: Statistics, target: Statistics, alpha: float) -> Statistics:
@@ -64,48 +82,11 @@ def interpolate(source: Statistics, target: Statistics, alpha: float) -> Statist
     }
 
 
-@torch.no_grad()
-def _walk(model: nn.Module, batches: list[Tensor], goal: Statistics | None) -> Statistics:
-    """Run all batches through the graph at once, a layer after those before it are rescaled."""
-    state = model.state_dict()
-    graphs = {shape: export(model, shape) for shape in {images.shape for images in batches}}
-    runs = [graphs[images.shape].start(state, images) for images in batches]
-    graph = graphs[batches[0].shape]
-    names = dict(zip(graph.module.graph.nodes, graph.inputs))
-    weights = layer_weights(model)
-    found = {
-        node: names[one].removesuffix(".weight")
-        for node in graph.module.graph.nodes
-        for one in node.all_input_nodes
-        if names.get(one) in weights
-    }
-    *hidden, _ = found  # all but the output
-    measured: Statistics = {}
-    for nodes in lockstep(runs):
-        if nodes[0] not in hidden:
-            continue
-        name = found[nodes[0]]
-        outputs = [run.env[node] for run, node in zip(runs, nodes)]
-        measured[name] = mean, deviation = _moments(outputs)
-        if goal is None:
-            continue
-        scale = torch.where(deviation > 0, goal[name][1] / deviation, 1.0)
-        shift = goal[name][0] - mean * scale
-        if f"{name}.bias" not in state:
-            raise ValueError(f"{name} has no bias to fold the mean into")
-        weight = state[f"{name}.weight"]
-        weight.mul_(scale.view(-1, *[1] * (weight.dim() - 1)))
-        state[f"{name}.bias"].mul_(scale).add_(shift)
-        shape = (1, -1, *[1] * (outputs[0].dim() - 2))
-        for output in outputs:
-            output.mul_(scale.view(shape)).add_(shift.view(shape))
-    return measured
-
-
-def _moments(outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Per-channel mean and standard deviation of (N, C, ...) tensors, in float64, two passes."""
-    rows = [output.movedim(1, -1).flatten(0, -2) for output in outputs]
-    count = sum(len(row) for row in rows)
-    mean = sum(row.sum(0, dtype=torch.float64) for row in rows) / count
-    variance = sum((row - mean).square().sum(0) for row in rows) / count
-    return mean.to(rows[0].dtype), variance.sqrt().to(rows[0].dtype)
+def _moments(output: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-channel mean and standard deviation of an (N, C, ...) tensor, in float64, two passes."""
+    rows = output.movedim(1, -1).flatten(0, -2)
+    mean = rows.mean(0, dtype=torch.float64)
+    deviation = (
+        sum((part - mean).square().sum(0) for part in rows.split(2**18)).div(len(rows)).sqrt()
+    )
+    return mean.to(rows.dtype), deviation.to(rows.dtype)

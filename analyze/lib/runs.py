@@ -20,15 +20,15 @@ CELL = [*NETWORK, "sparsity", "rewind"]
 SEEDS = ["source_seed", "target_seed"]
 RUN = ["arm", "signs", "fan_in", "mask_dataset", "method", "match_epoch", *SEEDS, "seed", "tag"]
 NEEDED = {*CELL, "arm", "target_seed", "test_acc", "seconds", "sparsity_total"}
-WORDS = "tag code precision arm model dataset mask_dataset method mask_code folder".split()
-PERMUTED = ("permuted", "random-permutation")
+WORDS = "tag code precision arm model dataset mask_dataset method mask_code mask path".split()
 # Of a sparse run, its dense network's, the pruning chain's and the alignment's.
 SETTINGS = """epochs lr schedule warmup weight_decay batch_size momentum precision rewind one_shot
     data image_size limit_train match_images restarts""".split()
 
 
 def find_results(root: Path, stage: str) -> list[dict[str, Any]]:
-    """Read the result.json of every finished run of `stage` below `root`, each with its `folder`.
+    """Read the result.json of every finished run of `stage` below `root`, each with its folder as
+    `path`.
 
     In path order. A file that cannot be read is skipped with one line. Raises UserError when
     `root` is no folder.
@@ -40,7 +40,7 @@ def find_results(root: Path, stage: str) -> list[dict[str, Any]]:
         try:
             result = json.loads(path.read_text())
             if result["stage"] == stage:
-                found.append(result | {"folder": path.parent})
+                found.append(result | {"path": path.parent})
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             skipped(f"{path}: {type(error).__name__} {error}")
     return found
@@ -65,7 +65,7 @@ def read_runs(root: Path, stage: str, columns: list[str], needed: set[str]) -> p
                     raise TypeError(f"a proper {key}")
             rows.append({key: values.get(key) for key in columns} | {"settings": settings(result)})
         except (AttributeError, KeyError, TypeError) as error:
-            skipped(result["folder"], f"its result.json lacks {error}")
+            skipped(result["path"], f"its result.json lacks {error}")
     runs = pd.DataFrame(rows, columns=[*columns, "settings"])
     return runs.assign(tag=with_settings(runs))
 
@@ -83,32 +83,37 @@ def skipped(*why: object) -> None:
 
 
 def sparse_runs(root: Path) -> pd.DataFrame:
-    """All finished sparse runs below `root`, a row a run: COLUMNS and `settings`; percent.
+    """All finished sparse runs below `root`, a row a run: COLUMNS, `mask` and `settings`; percent.
 
     Raises UserError when there is none, and when runs repeat others.
     """
-    runs = read_runs(root, "train_sparse", [*COLUMNS, "folder"], NEEDED)
+    runs = read_runs(root, "train_sparse", [*COLUMNS, "mask"], NEEDED)
     if runs.empty:
         raise UserError(f"no finished sparse run below {root}: run train_sparse.py first")
-    runs["path"], runs["code"] = runs.pop("folder").map(str), runs["code"].fillna("unknown")
-    runs["signs"], runs["fan_in"] = runs["signs"].eq(True), runs["fan_in"].eq(True)
+    runs[["signs", "fan_in"]] = runs[["signs", "fan_in"]].eq(True)
+    runs["code"] = runs["code"].fillna("unknown")
     runs["mask_dataset"] = runs["mask_dataset"].fillna(runs["dataset"])
-    runs["method"] = runs["method"].where(runs["arm"].isin(PERMUTED))
+    runs["method"] = runs["method"].where(runs["arm"].isin(["permuted", "random-permutation"]))
     runs["variant"] = variants(runs)
     runs = runs.sort_values([*CELL, *RUN], ignore_index=True)
-    if repeated := runs.duplicated([*CELL, *RUN]).sum():  # which of them counts?
-        two = runs.loc[runs.duplicated([*CELL, *RUN], keep=False), "path"].head(2)
+    repeated = runs.duplicated([*CELL, *RUN], keep=False)
+    if repeated.any():  # which of them counts?
+        count, paths = runs.duplicated([*CELL, *RUN]).sum(), map(str, runs.loc[repeated, "path"])
         raise UserError(
-            f"{repeated} runs below {root} repeat arm, cell and seeds of others, as "
-            f"{' and '.join(two)}: keep experiments in folders apart, or run one again with a --tag"
+            f"{count} runs below {root} repeat arm, cell and seeds of others, as "
+            f"{next(paths)} and {next(paths)}: keep experiments in folders apart, or run one "
+            "again with a --tag"
         )
     return runs
 
 
 def dense_runs(root: Path) -> pd.DataFrame:
-    """All finished dense runs below `root`: NETWORK, seed, tag, test_acc, test_top5, folder."""
-    needed = [*NETWORK, "seed", "test_acc", "folder"]
-    return read_runs(root, "train_dense", [*needed, "tag", "test_top5"], set(needed))
+    """All finished dense runs below `root`: NETWORK, seed, epochs, tag, test_acc, test_top5, path;
+    the variant is dense.
+    """
+    needed = [*NETWORK, "seed", "epochs", "test_acc", "path"]
+    runs = read_runs(root, "train_dense", [*needed, "tag", "test_top5"], set(needed))
+    return runs.assign(variant=with_tag("dense", runs["tag"]))
 
 
 def settings(result: dict[str, Any]) -> dict[str, str]:
@@ -141,46 +146,41 @@ def with_settings(runs: pd.DataFrame) -> pd.Series:
 
 def dense_files(root: Path) -> dict[str, Path]:
     """The weights that dense runs below `root` kept, by their digest, which later stages record."""
-    kept = (path for run in dense_runs(root)["folder"] for path in run.glob("epoch_*.pt"))
+    kept = (path for run in dense_runs(root)["path"] for path in run.glob("epoch_*.pt"))
     return {checkpoint.digest(path): path for path in kept}
 
 
-def variant(
-    arm: str,
-    method: str | None = None,
-    epoch: float | None = None,
-    mask: str | None = None,
-    signs: bool = False,
-    fan_in: bool = False,
-    tag: str = "",
-) -> str:
-    """What tables and figures call a run: its arm, and what is unusual about it.
-
-    `epoch` is given of a target matched early, `mask` of the mask of another data set.
-    """
-    text = arm
-    if arm == "permuted" and method not in (None, "activation"):
-        text += f" ({method})"
-    if pd.notna(epoch):
-        text += f" @{epoch:g}"
-    if pd.notna(mask):
-        text += f" [{mask} mask]"
-    text += " + signs" * signs + " + fan-in" * fan_in
-    return text + f" [{tag}]" * bool(tag)
+def with_tag(name: Any, tag: pd.Series) -> pd.Series:
+    """What tables and figures call runs: `name`, one or one a run, and the tag."""
+    return name + (" [" + tag + "]").where(tag != "", "")
 
 
 def variants(runs: pd.DataFrame) -> pd.Series:
-    """The `variant` of each run."""
+    """What tables and figures call each run: its arm, and what is unusual about it."""
     epoch = pd.to_numeric(runs["match_epoch"])
     early = epoch.where(epoch != pd.to_numeric(runs["dense_epochs"]))  # Table 15
-    keys = (runs[key] for key in ("signs", "fan_in", "tag"))
-    names = map(variant, runs["arm"], runs["method"], early, other_mask(runs), *keys)
-    return pd.Series(list(names), index=runs.index, dtype=object)
+    method = runs["method"].where((runs["arm"] == "permuted") & (runs["method"] != "activation"))
+    parts = {
+        " ({})": method,
+        " @{:g}": early,
+        " [{} mask]": other_mask(runs),
+        " + signs": runs["signs"].where(runs["signs"]),
+        " + fan-in": runs["fan_in"].where(runs["fan_in"]),
+    }
+    name = runs["arm"]
+    for text, values in parts.items():
+        name = name + ["" if pd.isna(value) else text.format(value) for value in values]
+    return with_tag(name, runs["tag"])
 
 
 def other_mask(runs: pd.DataFrame) -> pd.Series:
     """The data set of each run's mask where it is another than the run's."""
     return runs["mask_dataset"].where(runs["mask_dataset"] != runs["dataset"])
+
+
+def plain(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs without signs and rescaling."""
+    return runs[~runs["signs"] & ~runs["fan_in"]]
 
 
 def of_one_network(runs: pd.DataFrame) -> pd.Series:
@@ -195,14 +195,15 @@ def baselines(runs: pd.DataFrame) -> dict[str, tuple[str, str]]:
     as far as the settings are the same.
     """
     kinds = runs.assign(mask=other_mask(runs).fillna("")).drop_duplicates("variant")
-    naive = kinds[(kinds["arm"] == "naive") & ~kinds["signs"] & ~kinds["fan_in"]]
+    naive = plain(kinds[kinds["arm"] == "naive"]).sort_values("tag", key=lambda tag: tag.str.len())
+    naive["lth"] = with_tag("lth", naive["tag"])
     found = {}
     for kind in kinds.itertuples():
-        for one in naive.sort_values("tag", key=lambda tag: tag.str.len()).itertuples():
+        for one in naive[naive["mask"] == kind.mask].itertuples():
             known = one.settings.keys() & kind.settings.keys()
             alike = all(one.settings[key] == kind.settings[key] for key in known)
-            if alike and one.mask == kind.mask and kind.tag.startswith(one.tag):
-                found[kind.variant] = one.variant, variant("lth", tag=one.tag)
+            if alike and kind.tag.startswith(one.tag):
+                found[kind.variant] = one.variant, one.lth
     return found
 
 
@@ -230,24 +231,29 @@ def shared_networks(pairs: pd.DataFrame) -> list[int]:
 
 def remarks(runs: pd.DataFrame) -> list[str]:
     """Lines for below a table of `runs`: other code, divergence, pairs that share networks."""
+
+    def counts(values: pd.Series) -> str:  # 'abc (12 runs), def (6 runs)'
+        number = values.fillna("unknown").value_counts().items()
+        return ", ".join(f"{value} ({count} runs)" for value, count in number)
+
     lines, lost = [], runs[runs["diverged"].notna()]
     if shared := shared_networks(runs[~of_one_network(runs)]):
         seeds = ", ".join(map(str, shared))
         lines.append(f"pairs share networks (seed {seeds}) and are not independent: no intervals")
     if runs["code"].nunique() > 1:
-        lines.append(f"these runs were made by different code: {_counts(runs['code'])}")
+        lines.append(f"these runs were made by different code: {counts(runs['code'])}")
     if runs.groupby("tag")["mask_code"].nunique().max() > 1:
-        lines.append(f"their masks were pruned by different code: {_counts(runs['mask_code'])}")
+        lines.append(f"their masks were pruned by different code: {counts(runs['mask_code'])}")
     if len(lost):
         names = ", ".join(f"{run.path} in epoch {run.diverged:.0f}" for run in lost.itertuples())
         lines.append(f"{len(lost)} of {len(runs)} runs diverged, and count as they ended: {names}")
     return lines
 
 
-def _counts(values: pd.Series) -> str:
-    """For example 'abc (12 runs), def (6 runs)'."""
-    counts = values.fillna("unknown").value_counts().items()
-    return ", ".join(f"{value} ({count} runs)" for value, count in counts)
+def save(table: pd.DataFrame, path: Path) -> None:
+    """Write a table as CSV, and say so."""
+    checkpoint.save_text(table.to_csv(index=False), path)
+    print(f"wrote {path}")
 
 
 def parse_root(doc: str) -> argparse.ArgumentParser:

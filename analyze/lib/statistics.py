@@ -46,22 +46,19 @@ def against_naive(
     network, as such pairs are not independent.
     """
     found, independent = {}, not shared_networks(pairs.index.to_frame())
-    for variant in pairs.columns:
-        naive, lth = compared.get(variant, (variant, ""))
-        if naive == variant or naive not in pairs:
+    for variant, (naive, lth) in compared.items():
+        if naive == variant or not {variant, naive} <= {*pairs}:
             continue
-        differences = (pairs[variant] - pairs[naive]).dropna()
-        if differences.empty:
+        gain = (pairs[variant] - pairs[naive]).dropna()
+        if gain.empty:
             continue
-        row = paired(differences, independent) | {"baseline": naive}
+        found[variant] = row = paired(gain, independent) | {"baseline": naive}
         if lth in pairs:
-            both = pairs[list({lth, naive, variant})].dropna()
-            gain, gap = both[variant] - both[naive], both[lth] - both[naive]
+            gain, gap = gain.align((pairs[lth] - pairs[naive]).dropna(), join="inner")
             if gap.mean() > 0:
                 ends = ratio_interval(gain, gap) if independent else (math.nan, math.nan)
                 shares = 100 * np.array([gain.mean() / gap.mean(), *ends])
                 row |= dict(zip(("gap_closed", "gap_low", "gap_high"), shares))
-        found[variant] = row
     return found
 
 
@@ -125,23 +122,19 @@ def findings(table: pd.DataFrame) -> list[str]:
         rows = rows.sort_values(["sparsity", "variant"], na_position="first")
         text = "no permuted mask stands beside an unpermuted one yet"
         for row in rows.head(1).itertuples():
-            text = "whether permuting the mask helps cannot be told from these runs"
-            if row.difference_low > 0:
-                text = "permuting the mask helps"
-            elif row.difference_high < 0:
-                text = "permuting the mask hurts"
-            text += f": {row.difference:+.1f} points of test accuracy over the unpermuted mask"
-            if pd.notna(row.difference_low):
-                text += f", 95% interval{interval(row.difference_low, row.difference_high)}"
-            cell = cell_name(row.sparsity, row.rewind)
-            text += f" ({row.variant}, {cell}; pairs of networks: {row.pairs})"
+            text, shown = "whether permuting the mask helps cannot be told from these runs", ""
+            between = interval(row.difference_low, row.difference_high)
             if row.difference_low < 0 < row.difference_high:
-                text += f"; so many can show a difference of {row.detectable:.1f} points"
-            elif pd.notna(row.gap_low):
-                text += (
-                    f"; that is {row.gap_closed:.0f}%{interval(row.gap_low, row.gap_high)} of the"
-                )
-                text += " gap to the mask's own network"
+                shown = f"; so many can show a difference of {row.detectable:.1f} points"
+            elif row.difference_low * row.difference_high > 0:
+                text = f"permuting the mask {'helps' if row.difference > 0 else 'hurts'}"
+                if of_gap := interval(row.gap_low, row.gap_high):
+                    shown = f"; that is {row.gap_closed:.0f}%{of_gap} of the gap to the mask's own"
+                    shown += " network"
+            text += f": {row.difference:+.1f} points of test accuracy over the unpermuted mask"
+            text += f", 95% interval{between}" * bool(between)
+            cell = cell_name(row.sparsity, row.rewind)
+            text += f" ({row.variant}, {cell}; pairs of networks: {row.pairs}){shown}"
         sentences.append(f"{model} x{width:g} on {dataset}: {text}.")
     return sentences
 

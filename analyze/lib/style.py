@@ -15,6 +15,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from analyze.lib.runs import save as save_table
 from common import checkpoint
 
 HERE = Path(__file__).parent
@@ -66,6 +67,6 @@ def save(figure: Figure, table: pd.DataFrame, folder: Path, name: str) -> None:
     for suffix in ("png", "pdf"):
         with checkpoint.replacing(folder / f"{name}.{suffix}") as file:
             figure.savefig(file, format=suffix)
-    checkpoint.save_text(table.to_csv(index=False), folder / f"{name}.csv")
     plt.close(figure)
-    print(f"wrote {folder / name}.png, .pdf and .csv")
+    print(f"wrote {folder / name}.png")  # and the PDF beside it
+    save_table(table, folder / f"{name}.csv")
