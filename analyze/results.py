@@ -24,6 +24,7 @@ TESTED = """minus naive, in points [95% interval, Student, paired by seeds] (sha
 gap closed; the smallest difference that so many pairs show with a probability of 80%)"""
 STARS = """*  the interval excludes 0
 ** so it does after Holm's correction for the {} differences of this table"""
+INCLUDES = "the difference includes what that edit does to any mask"
 
 
 def render(runs: pd.DataFrame) -> str:
@@ -44,6 +45,8 @@ def render(runs: pd.DataFrame) -> str:
                 for naive, rows in differences.groupby("baseline"):
                     names = ", ".join(map(style.label, rows["variant"].unique()))
                     lines += [f"compared with {style.label(naive)}: {names}"]
+                    edits = sorted({*rows["variant"].map(_edit)} - {_edit(naive), ""})
+                    lines += [f"  no naive {edit} is there: {INCLUDES}" for edit in edits]
         lines += remarks(runs[(runs[NETWORK] == list(network)).all(axis=1)])
         if block["count"].max() == 1:
             lines += ["one seed only: there is no spread to tell an effect from chance"]
@@ -59,6 +62,11 @@ def _grid(table: pd.DataFrame, show: Callable[[Any], str]) -> str:
     grid = grid.loc[table["cell"].unique(), names].rename(columns=style.label)
     grid = grid.rename_axis(index=None, columns=None)
     return (grid if len(names) <= 4 else grid.T).to_string()
+
+
+def _edit(variant: str) -> str:
+    """For example '[adamw]' of 'permuted [adamw]'."""
+    return "".join(variant.partition("[")[1:])
 
 
 def _difference(row: Any) -> str:

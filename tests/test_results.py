@@ -153,12 +153,15 @@ def test_a_tagged_variant_is_compared_with_the_naive_runs_of_its_tag():
     row = summary(*alone).loc["permuted [adamw]"]
     assert row[columns].tolist() == ["naive", -10, -50]
     text = results.render(frame(*alone))
-    assert "compared with naive: LTH, permuted, permuted [adamw]" in text
+    assert (
+        "compared with naive: LTH, permuted, permuted [adamw]\n  no naive [adamw] is there" in text
+    )
     # Other settings are no comparison.
     other = tagged[2] | {"settings": {"lr": "0.1"}}
     row = summary(*(one | {"settings": {"lr": "0.2"}} for one in plain), other)
     assert row.loc["permuted [adamw]", columns].isna().all()
-    assert "compared with naive [adamw]: LTH [adamw]" in results.render(frame(*plain, *tagged))
+    text = results.render(frame(*plain, *tagged))
+    assert "compared with naive [adamw]: LTH [adamw]" in text and "no naive" not in text
 
 
 def test_overall_averages_each_pair_over_the_cells_that_have_every_arm():
@@ -169,9 +172,10 @@ def test_overall_averages_each_pair_over_the_cells_that_have_every_arm():
         for k in (0, 1)
         for arm, level in levels
     ]
-    runs = frame(*rows, run("naive", 0, 1, 5, rewind=2))
+    few = run("naive", 0, 1, 5, rewind=2), run("shuffled", 0, 1, 9, rewind=1)
+    runs = frame(*rows, *few)  # a cell of one arm, and an arm of one cell
     table = statistics.summary(runs).query("sparsity.isna()").set_index("variant")
-    assert table.loc["naive", "mean"] == pytest.approx(70 + 5 + 1)
+    assert table.loc["naive", "mean"] == pytest.approx(70 + 5 + 1) and "shuffled" not in table.index
     assert table.loc["permuted", ["difference", "difference_se"]].tolist() == [5, 0]
     wide = frame(*rows, *(row | {"width": 4.0, "dense_epochs": 20} for row in rows))
     assert statistics.summary(wide).query("sparsity.isna()")["width"].tolist() == 3 * [1] + 3 * [4]
@@ -191,7 +195,8 @@ def test_the_look_of_a_tagged_variant():
 def test_tables_say_when_runs_were_made_by_different_code():
     rows = [run("lth", 0, 0, 90.0), run("lth", 2, 2, 91.0)]
     other = run("naive", 0, 1, 70.0, code="abc+def")
-    masks = [run("lth", 4, 4, 80.0, mask_code="n"), run("lth", 6, 6, 80.0, mask_code="o", tag="t")]
+    edit = {"code": "jkl", "mask_code": "o", "tag": "t"}
+    masks = [run("lth", 4, 4, 80.0, mask_code="n"), run("lth", 6, 6, 80.0, **edit)]
     elsewhere = run("naive", 0, 1, 70.0, code="ghi", model="n")  # is compared with none of these
     for more in ([], [elsewhere], [masks[1]]):
         assert " by different code" not in results.render(frame(*rows, *more))

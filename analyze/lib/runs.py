@@ -240,7 +240,7 @@ def remarks(runs: pd.DataFrame) -> list[str]:
     if shared := shared_networks(runs[~of_one_network(runs)]):
         seeds = ", ".join(map(str, shared))
         lines.append(f"pairs share networks (seed {seeds}) and are not independent: no intervals")
-    if runs["code"].nunique() > 1:
+    if runs.groupby("tag")["code"].nunique().max() > 1:  # an edit is other code by intent
         lines.append(f"these runs were made by different code: {counts(runs['code'])}")
     if runs.groupby("tag")["mask_code"].nunique().max() > 1:
         lines.append(f"their masks were pruned by different code: {counts(runs['mask_code'])}")

@@ -93,7 +93,8 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
     """A row a cell and variant: mean, sample std and number of runs, and `against_naive`.
 
     Of a network with several cells also a row a variant, without sparsity and rewind epoch, of each
-    pair's mean over the cells that have every variant. Holm's family are all rows of a network.
+    pair's mean over the cells that have every variant, but for those that most cells and pairs do
+    not have. Holm's family are all rows of a network.
     """
     rows = []
     for network, mine in runs.groupby(NETWORK):
@@ -101,7 +102,7 @@ def summary(runs: pd.DataFrame) -> pd.DataFrame:
         for cell, here in mine.groupby(CELL[3:]):
             tables[cell] = here.groupby("variant")["test_acc"], by_pair(here)
         whole = pd.concat([pairs for _, pairs in tables.values()])
-        whole = whole.dropna(axis=1, how="all").dropna().groupby(SEEDS).mean()
+        whole = whole.loc[:, whole.notna().mean() >= 0.5].dropna().groupby(SEEDS).mean()
         if len(tables) > 1 and len(whole):
             tables[math.nan, None] = whole.melt().groupby("variant")["value"], whole
         for cell, (accuracy, pairs) in tables.items():
