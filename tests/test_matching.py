@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from analyze.lib.baselines import match_layer_by_layer, match_weights_every_axis
+from common.align import matching
 from common.align.axes import find_axes
 from common.align.matching import (
     Moments,
@@ -57,6 +58,28 @@ def test_correlation_equals_numpy_on_batches_of_different_size():
         expected = np.nan_to_num(np.corrcoef(target.T, source.T)[:4, 4:])
     assert np.abs(moments.correlation().numpy() - expected).max() < 1e-4
     assert moments.correlation().dtype == torch.float64
+
+
+def test_a_similarity_is_summed_over_batches_and_told_when_it_is_none():
+    def products(target, source):
+        return target.T @ source
+
+    def rows_alone(target, source):
+        return target.sum(1)
+
+    def logarithms(target, source):
+        return products(target, source).log()
+
+    target, source = torch.ones(4, 2), torch.tensor([[1.0, 2, -3]]).expand(4, 3)
+    matching.SIMILARITIES["products"] = products
+    summed = matching.new_similarity("products")
+    del matching.SIMILARITIES["products"]
+    for _ in range(2):
+        summed.add(target, source)
+    assert summed.result().tolist() == 2 * [[8, 16, -24]]
+    for wrong, words in ((rows_alone, "rows_alone made a"), (logarithms, "logarithms made NaN")):
+        with pytest.raises(ValueError, match=words):
+            matching.Summed(wrong).add(target, source)
 
 
 def test_assignment_by_hand():

@@ -95,6 +95,8 @@ class Summed:
                 f"{self.function.__name__} made a {tuple(matrix.shape)} tensor, not one of "
                 f"(target channels, source channels), {(target.shape[1], source.shape[1])}"
             )
+        if not matrix.isfinite().all():
+            raise ValueError(f"{self.function.__name__} made NaN or inf, perhaps of a dead channel")
         self.total = self.total + matrix.double().cpu()
 
     def result(self) -> Tensor:
