@@ -5,7 +5,7 @@
 Writes results.csv, a row a run, and table.txt: the test accuracy of each arm, mean ± sample
 standard deviation, and its difference to naive, paired by seeds, with its 95% interval, the share
 of the LTH-naive gap that it closes, and the smallest difference that so many pairs could show.
-summary.csv has all of these as numbers.
+summary.csv has all of these as numbers, figures/gains_* are the differences with their intervals.
 """
 
 import textwrap
@@ -45,7 +45,8 @@ def render(runs: pd.DataFrame) -> str:
                 for naive, rows in differences.groupby("baseline"):
                     names = ", ".join(map(style.label, rows["variant"].unique()))
                     lines += [f"compared with {style.label(naive)}: {names}"]
-                    edits = sorted({*rows["variant"].map(_edit)} - {_edit(naive), ""})
+                    others = rows.loc[~rows["variant"].str.startswith("imp-target"), "variant"]
+                    edits = sorted({*others.map(_edit)} - {_edit(naive), ""})
                     lines += [f"  no naive {edit} is there: {INCLUDES}" for edit in edits]
         lines += remarks(runs[(runs[NETWORK] == list(network)).all(axis=1)])
         if block["count"].max() == 1:
@@ -77,6 +78,29 @@ def _difference(row: Any) -> str:
     return text + f" ({'; '.join(notes)})" * bool(notes)
 
 
+def plot(rows: pd.DataFrame, title: str) -> style.Figure:
+    """Each variant's difference to naive with its 95% interval: a panel a cell."""
+    cells, looks = rows["cell"].unique(), style.looks(rows["variant"].unique())
+    size = (1.6 + 2.4 * len(cells), 1.1 + 0.24 * len(looks))
+    figure, axes = style.plt.subplots(
+        1, len(cells), figsize=size, squeeze=False, sharex=True, sharey=True
+    )
+    for axis, cell in zip(axes[0], cells):
+        here = rows[rows["cell"] == cell].set_index("variant")
+        axis.axvline(0, color="0.6", linewidth=0.8)
+        for place, (variant, look) in enumerate(looks.items()):
+            if variant in here.index:
+                row = here.loc[variant]
+                half = row["difference_high"] - row["difference"]  # no bar where there is none
+                dot = {"color": look["color"], "marker": look["marker"], "capsize": 2}
+                axis.errorbar(row["difference"], place, xerr=half, linestyle="", **dot)
+        axis.set(title=cell, xlabel="minus naive (points)")
+        axis.set_yticks(range(len(looks)), [look["label"] for look in looks.values()])
+        axis.set_ylim(len(looks) - 0.5, -0.5)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
 def main() -> None:
     root = parse_root(__doc__).parse_args().root
     runs = sparse_runs(root)
@@ -86,7 +110,13 @@ def main() -> None:
     checkpoint.save_text(text + "\n", root / "table.txt")
     print(f"{text}\nwrote {root / 'table.txt'}")
     save(runs.assign(**counts)[COLUMNS], root / "results.csv")
-    save(summary(runs), root / "summary.csv")
+    save(table := summary(runs), root / "summary.csv")
+    table["cell"] = list(map(cell_name, table["sparsity"], table["rewind"]))
+    differences = table[table["difference"].notna() & table["sparsity"].notna()]
+    for (model, width, dataset), rows in differences.groupby(NETWORK):
+        about = f"{model} x{width:g} on {dataset}"
+        figure = plot(rows, f"{about}, test accuracy, 95% intervals")
+        style.save(figure, rows, root / "figures", f"gains_{model}x{width:g}_{dataset}")
 
 
 if __name__ == "__main__":

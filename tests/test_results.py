@@ -263,6 +263,8 @@ def test_results_lists_every_finished_run_once(runs, tmp_path):
     assert outcome.code == 0 and outcome.err.count("skipped") == 1 and "broken" in outcome.err
     assert "50%" in outcome.out and "minus naive" in outcome.out
     table = pd.read_csv(root / "results.csv")
+    drawn = pd.read_csv(root / "figures/gains_mlpx0.03125_glyphs.csv")
+    assert drawn["cell"].nunique() == 4 and set(drawn["variant"]) == {"lth", "permuted"}
     assert list(table)[:8] == "tag code precision epochs arm signs fan_in model".split()
     assert list(table) == finished.COLUMNS and len(table) == 2 * 3 * 4 - 1
     assert table["tag"].isna().all() and set(table["arm"]) == {"lth", "naive", "permuted"}
@@ -275,6 +277,17 @@ def test_results_lists_every_finished_run_once(runs, tmp_path):
     result = json.loads((Path(row["path"]) / "result.json").read_text())
     expected = [result["test_acc"], result["code"], "fp32", 3]
     assert row[["test_acc", "code", "precision", "epochs"]].tolist() == expected
+
+
+def test_gains_are_drawn_with_their_intervals():
+    rows = (
+        statistics.summary(frame(*grid(PAIRS))).assign(cell="90%, k=5").dropna(subset="difference")
+    )
+    (axis,) = results.plot(rows, "title").axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["LTH", "permuted"]
+    ends = [bar.get_segments()[0][:, 0].tolist() for bar in axis.collections]
+    expected = rows.sort_values("variant")[["difference_low", "difference_high"]]
+    assert ends == [pytest.approx(row) for row in expected.to_numpy().tolist()]
 
 
 TRAINED = "epochs lr schedule warmup weight_decay batch_size momentum precision"

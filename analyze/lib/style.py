@@ -52,9 +52,9 @@ def label(variant: str) -> str:
     return variant.replace("lth", "LTH", 1)
 
 
-def rank(variant: str) -> tuple[int, str]:
-    """The order in which arms and variants are shown."""
-    return [*LOOKS, ""].index(_known(variant)), variant
+def rank(variant: str) -> tuple[int, int, str]:
+    """The order in which arms and variants are shown; @2 comes before @10."""
+    return [*LOOKS, ""].index(_known(variant)), len(variant), variant
 
 
 def _known(variant: str) -> str:
