@@ -39,12 +39,12 @@ permuted along the wrong axis | common/align/permutation.py
 +tensor.index_select(0, source)
 
 BatchNorm buffers not moved | common/align/permutation.py
->permutation::test_consistent_permutations_keep_the_output_and_others_change_it
+>axes::test_every_tensor_of_our_networks_moves_with_the_others
 -_permute_one(tensor, dims[name], permutation) for
 +tensor if "running" in name else _permute_one(tensor, dims[name], permutation) for
 
 another function is not noticed | common/align/permutation.py
->permutation::test_consistent_permutations_keep_the_output_and_others_change_it
+>axes::test_a_grouped_convolution_moves_in_blocks
 -if not difference < 1e-6:
 +if False:
 
@@ -139,12 +139,12 @@ rewinding trains on the first rates | prune_imp.py
 +rates[: len(rates) - (rewind or 0)]
 
 rounds repeat a data order | prune_imp.py
->stages::test_no_stage_sees_the_batches_of_another_and_arms_of_a_pair_share_theirs
+>stages::test_imp_prunes_20_percent_a_round_and_branches_off_to_each_sparsity
 -start["epoch"] + chain["round"] * epochs
 +start["epoch"]
 
 stages share their seeds | common/data/batches.py
->stages::test_no_stage_sees_the_batches_of_another_and_arms_of_a_pair_share_theirs
+>stages::test_no_stage_sees_the_batches_of_another
 -derived_seed(seed, number) if number else seed
 +seed
 
@@ -317,8 +317,8 @@ REPAIR of BatchNorm on test images | analyze/lib/lines.py
 
 REPAIR by rescaling on test images | analyze/lib/lines.py
 >analyze::test_repair_at_the_endpoints_changes_nothing_and_interpolation_meets_them
--images, endpoints = [batch for batch, _ in train()], []
-+images, endpoints = [batch for batch, _ in test()], []
+-torch.cat([batch for batch, _ in train()])
++torch.cat([batch for batch, _ in test()])
 
 the barrier is the largest loss | analyze/lib/lines.py
 >analyze::test_barrier_by_hand
@@ -326,12 +326,12 @@ the barrier is the largest loss | analyze/lib/lines.py
 +losses
 
 pairs share seeds | run_all.sh
->run_all::test_dry_run_prints_the_whole_experiment_in_order
+>run_all::test_a_dry_run_prints_the_commands_in_order
 -print 2 * $1, 2 * $1 + 1
 +print $1, $1 + 1
 
 permuted runs take the masks of IMP | run_all.sh
->run_all::test_a_method_may_match_against_an_early_target
+>run_all::test_a_dry_run_prints_the_commands_in_order
 -arm permuted "$b" "align/$m/$pair"
 +arm permuted "$b" "imp/seed$a"
 """

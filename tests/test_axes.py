@@ -102,45 +102,6 @@ def layout(axes, name):
     ]
 
 
-def test_axes_of_resnet20_are_those_a_person_would_name():
-    axes = find_axes(build_model("resnet20", 1), (3, 32, 32))
-    streams = {"conv1": 16, "blocks.3.conv2": 32, "blocks.6.conv2": 64}
-    inner = {f"blocks.{i}.conv1": (16, 32, 64)[i // 3] for i in range(9)}
-    assert axes.sizes == streams | inner
-    assert axes.pinned == {"fc": (10, axes.pinned["fc"][1])} and "output" in axes.pinned["fc"][1]
-    stream, stem = {"blocks.3.conv2": (32, 1)}, {"conv1": (16, 1)}
-    assert layout(axes, "blocks.3.shortcut.0.weight") == [stream, stem, None, None]
-    inside = {"blocks.5.conv1": (32, 1)}
-    assert layout(axes, "blocks.5.conv1.weight") == [inside, stream, None, None]
-    assert layout(axes, "blocks.5.bn2.running_var") == [stream]
-    assert layout(axes, "fc.weight") == [None, {"blocks.6.conv2": (64, 1)}]
-    assert layout(axes, "conv1.weight")[1] is None  # colours of the input
-    # The last tensor of a stream is the output of its last block, after the nonlinearity, before
-    # pooling.
-    readouts = axes.readouts
-    assert [readouts[name][-1].node for name in streams] == ["relu_6", "relu_12", "relu_18"]
-    # Layers read the first stream from the stem and from two blocks; the last block's is read by
-    # the next stage.
-    first = [(readout.before, readout.node) for readout in readouts["conv1"]]
-    expected = [("batch_norm", "relu"), ("add", "relu_2"), ("add_1", "relu_4"), ("add_2", "relu_6")]
-    assert first == expected
-    assert [one.before for one in readouts["blocks.0.conv1"]] == ["batch_norm_1"]
-
-
-def test_axes_of_vgg11_mlp_and_resnet50():
-    vgg = find_axes(build_model("vgg11", 0.125, 10, (3, 64, 64)), (3, 64, 64))
-    assert list(vgg.sizes.values()) == [8, 16, 32, 32, 64, 64, 64, 64]
-    places = vgg.dims["22.weight"][1].places["18"]  # a channel over 2x2 places
-    assert torch.equal(places, torch.arange(256).view(64, 4))
-    mlp = find_axes(build_model("mlp", 0.125, 10, (3, 8, 8)), (3, 8, 8))
-    assert layout(mlp, "1.weight") == [{"1": (64, 1)}, None] and layout(mlp, "7.bias") == [None]
-    resnet = find_axes(build_model("resnet50", 0.125, 10, (3, 32, 32)), (3, 32, 32))
-    # The stem, four streams, and two inner axes in each of 16 bottlenecks.
-    assert len(resnet.sizes) == 1 + 4 + 2 * 16
-    outer, inner = 64 + 256 + 512 + 1024 + 2048, 3 * 64 + 4 * 128 + 6 * 256 + 3 * 512
-    assert sum(resnet.sizes.values()) * 8 == outer + 2 * inner
-
-
 @pytest.mark.parametrize(
     "name, width, size",
     [("mlp", 0.125, 8), ("vgg11", 0.125, 64), ("resnet20", 0.5, 8), ("resnet50", 0.125, 32)],
