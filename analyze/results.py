@@ -5,7 +5,8 @@
 Writes results.csv, a row a run, and table.txt: the test accuracy of each arm, mean ± sample
 standard deviation, and its difference to naive, paired by seeds, with its 95% interval, the share
 of the LTH-naive gap that it closes, and the smallest difference that so many pairs could show.
-summary.csv has all of these as numbers, figures/gains_* are the differences with their intervals.
+summary.csv has all of these as numbers, figures/gains_* are the differences with their intervals. `--against "permuted (masked)"` prints the
+table of differences to another variant than naive, and writes nothing.
 """
 
 import textwrap
@@ -18,18 +19,24 @@ from analyze.lib import style
 from analyze.lib.runs import COLUMNS, NETWORK, parse_root, remarks, save, sparse_runs
 from analyze.lib.statistics import cell_name, findings, interval, plus_minus, summary
 from common import checkpoint, cli
+from common.errors import UserError
 
 DIFFERENCE = "minus naive, in points (share of the LTH-naive gap closed)"
 TESTED = """minus naive, in points [95% interval, Student, paired by seeds] (share of the LTH-naive
 gap closed; the smallest difference that so many pairs show with a probability of 80%)"""
+AGAINST = """minus {}, in points [95% interval, Student, paired by seeds] (the smallest difference
+that so many pairs show with a probability of 80%)"""
 STARS = """*  the interval excludes 0
 ** so it does after Holm's correction for the {} differences of this table"""
 INCLUDES = "the difference includes what that edit does to any mask"
 
 
-def render(runs: pd.DataFrame) -> str:
-    """The summary as aligned text, for each network the accuracies and the differences to naive."""
-    table, lines = summary(runs), []
+def render(runs: pd.DataFrame, against: str | None = None) -> str:
+    """The summary as aligned text: each network's accuracies, and differences to naive.
+
+    `against` is a variant in place of naive, and of its gap to LTH nothing is said then.
+    """
+    table, lines = summary(runs, against), []
     table["cell"] = list(map(cell_name, table["sparsity"], table["rewind"]))
     for network, block in table.groupby(NETWORK):
         model, width, dataset = network
@@ -39,9 +46,12 @@ def render(runs: pd.DataFrame) -> str:
         differences = block[block["difference"].notna()]
         if len(differences):
             tests = differences["p"].count()
-            lines += ["", TESTED if tests else DIFFERENCE, _grid(differences, _difference)]
+            heading = TESTED if tests else DIFFERENCE
+            if against:
+                heading = AGAINST.format(style.label(against))
+            lines += ["", heading, _grid(differences, _difference)]
             lines += [STARS.format(tests)] if tests else []
-            if differences["variant"].str.contains("[", regex=False).any():
+            if not against and differences["variant"].str.contains("[", regex=False).any():
                 for naive, rows in differences.groupby("baseline"):
                     names = ", ".join(map(style.label, rows["variant"].unique()))
                     lines += [f"compared with {style.label(naive)}: {names}"]
@@ -52,7 +62,8 @@ def render(runs: pd.DataFrame) -> str:
         if block["count"].max() == 1:
             lines += ["one seed only: there is no spread to tell an effect from chance"]
         lines += [""]
-    return "\n".join([*lines, *(textwrap.fill(text, 100) for text in findings(table))])
+    told = [] if against else findings(table)
+    return "\n".join([*lines, *(textwrap.fill(text, 100) for text in told)])
 
 
 def _grid(table: pd.DataFrame, show: Callable[[Any], str]) -> str:
@@ -102,8 +113,20 @@ def plot(rows: pd.DataFrame, title: str) -> style.Figure:
 
 
 def main() -> None:
-    root = parse_root(__doc__).parse_args().root
-    runs = sparse_runs(root)
+    parser = parse_root(__doc__)
+    parser.add_argument(
+        "--against", metavar="VARIANT", help="print differences to it, not to naive"
+    )
+    args = parser.parse_args()
+    root, runs = args.root, sparse_runs(args.root)
+    if args.against:
+        names = {style.label(name): name for name in runs["variant"].unique()}
+        if args.against not in names:
+            raise UserError(
+                f"no variant {args.against} below {root}: give one of {', '.join(names)}"
+            )
+        print(render(runs, names[args.against]))
+        return
     # Whole numbers, though not all runs have them.
     counts = {key: pd.to_numeric(runs[key]).astype("Int64") for key in ("match_epoch", "diverged")}
     text = render(runs)

@@ -261,6 +261,8 @@ def test_results_lists_every_finished_run_once(runs, tmp_path):
     (root / "somewhere/else/lth/seed0-seed0/s0.50_k000/result.json").unlink()  # unfinished
     outcome = call("analyze.results", root)
     assert outcome.code == 0 and outcome.err.count("skipped") == 1 and "broken" in outcome.err
+    refused(call("analyze.results", root, "--against", "nothing"), "LTH, naive, permuted")
+    assert "minus LTH" in succeed("analyze.results", root, "--against", "LTH")
     assert "50%" in outcome.out and "minus naive" in outcome.out
     table = pd.read_csv(root / "results.csv")
     drawn = pd.read_csv(root / "figures/gains_mlpx0.03125_glyphs.csv")
@@ -277,6 +279,15 @@ def test_results_lists_every_finished_run_once(runs, tmp_path):
     result = json.loads((Path(row["path"]) / "result.json").read_text())
     expected = [result["test_acc"], result["code"], "fp32", 3]
     assert row[["test_acc", "code", "precision", "epochs"]].tolist() == expected
+
+
+def test_differences_to_another_variant(tmp_path):
+    text = results.render(frame(*grid(PAIRS)), "permuted")
+    table = statistics.summary(frame(*grid(PAIRS)), "permuted").set_index("variant")
+    usual = summary(*grid(PAIRS))
+    assert table.loc["naive", "difference"] == -usual.loc["permuted", "difference"]
+    assert table.loc["lth", "baseline"] == "permuted" and table["gap_closed"].isna().all()
+    assert "minus permuted, in points" in text and "naive" in text and "of the gap" not in text
 
 
 def test_gains_are_drawn_with_their_intervals():

@@ -20,8 +20,8 @@ KINDS = {
 
 
 def block(kind: str, *texts: str) -> Block:
-    """One of KINDS: a heading and its anchor, a paragraph, what was printed, a word and its meaning,
-    or a link and its address.
+    """One of KINDS: heading and anchor, paragraph, what was printed, word and meaning, link and
+    address.
     """
     html, markdown = KINDS[kind]
     return html.format(*map(escape, texts)), markdown.format(*texts)

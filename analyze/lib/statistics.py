@@ -89,16 +89,18 @@ def wilson(percent: float, count: int) -> tuple[float, float]:
     return 100 * (p + w / 2 - half) / (1 + w), 100 * (p + w / 2 + half) / (1 + w)
 
 
-def summary(runs: pd.DataFrame) -> pd.DataFrame:
+def summary(runs: pd.DataFrame, against: str | None = None) -> pd.DataFrame:
     """A row a cell and variant: mean, sample std and number of runs, and `against_naive`.
 
     Of a network with several cells also a row a variant, without sparsity and rewind epoch, of each
     pair's mean over the cells that have every variant, but for those that most cells and pairs do
-    not have. Holm's family are all rows of a network.
+    not have. Holm's family are all rows of a network. `against` is a variant in place of naive.
     """
     rows = []
     for network, mine in runs.groupby(NETWORK):
         compared, tables = baselines(mine), {}
+        if against:
+            compared = dict.fromkeys(mine["variant"].unique(), (against, ""))
         for cell, here in mine.groupby(CELL[3:]):
             tables[cell] = here.groupby("variant")["test_acc"], by_pair(here)
         whole = pd.concat([pairs for _, pairs in tables.values()])
