@@ -261,7 +261,8 @@ def test_results_lists_every_finished_run_once(runs, tmp_path):
     (root / "somewhere/else/lth/seed0-seed0/s0.50_k000/result.json").unlink()  # unfinished
     outcome = call("analyze.results", root)
     assert outcome.code == 0 and outcome.err.count("skipped") == 1 and "broken" in outcome.err
-    refused(call("analyze.results", root, "--against", "nothing"), "LTH, naive, permuted")
+    unknown = call("analyze.results", root, "--against", "nothing")
+    assert unknown.code == 2 and "give one of LTH, naive, permuted" in unknown.err
     assert "minus LTH" in succeed("analyze.results", root, "--against", "LTH")
     assert "50%" in outcome.out and "minus naive" in outcome.out
     table = pd.read_csv(root / "results.csv")
