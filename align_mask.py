@@ -79,10 +79,8 @@ def main() -> None:
     for network, entry in zip(networks, (source, target)):
         network.to(device).load_state_dict(entry["state_dict"])
     axes = inputs.free_axes(networks[0], source["model"]["input_shape"])
-    a, b = (
-        {name: end["state_dict"][name].to(device) for name in axes.weights}
-        for end in (source, target)
-    )
+    states = source["state_dict"], target["state_dict"]
+    a, b = ({name: state[name].to(device) for name in axes.weights} for state in states)
 
     @functools.cache
     def by_activations() -> tuple[dict[str, Tensor], list[dict[str, Any]]]:

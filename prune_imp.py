@@ -98,11 +98,10 @@ def prune_chain(
     rates = learning_rates(arguments["schedule"], arguments["lr"], epochs, arguments["warmup"])
     momentum, decay = arguments["momentum"], arguments["weight_decay"]
     optimiser = partial(torch.optim.SGD, lr=0.0, momentum=momentum, weight_decay=decay, fused=True)
-    chain = latest(out, start, before=min((row[0] for row in rounds if row[2]), default=inf))
+    chain = masking.latest(
+        out, start, before=min((row[0] for row in rounds if row[2]), default=inf)
+    )
     stamp, more = runs.claim(out, arguments, __file__), {"precision": how["precision"]}
-    last = paths.round_file(out, chain["round"])
-    if arguments["keep_rounds"] and chain["round"] and not last.is_file():  # as it was cut off
-        checkpoint.save(chain, last)
     for number, keep, goal in [row for row in rounds if row[0] > chain["round"]]:
         weights = chain["state_dict"]
         mask = masking.prune_exactly(masking.prune_by_magnitude, weights, chain["mask"], keep)
@@ -133,27 +132,13 @@ def prune_chain(
             checkpoint.save(entry, paths.mask_file(out, goal))
         else:
             chain = network
-            checkpoint.save(chain, paths.chain_file(out))
-            if arguments["keep_rounds"]:
+            if arguments["keep_rounds"]:  # before the chain, which goes on behind it
                 checkpoint.save(chain, paths.round_file(out, number))
+            checkpoint.save(chain, paths.chain_file(out))
     histories = [checkpoint.load(path, ("rows",))["rows"] for path in paths.imp_files(out).values()]
     by_count = {row["kept"]: row for rows in (*histories, chain["rows"]) for row in rows}
     rows = [by_count[kept] for kept in sorted(by_count, reverse=True)]
     runs.finish(out, "prune_imp", arguments, rows, data.device, stamp, **more)
-
-
-def latest(folder: Path, start: dict[str, Any], before: int) -> dict[str, Any]:
-    """The furthest network before a round, of the chain in `folder` that begins with `start`.
-
-    Raises UserError when a file there is of another chain.
-    """
-    found = [start]
-    for path in paths.chain_files(folder):
-        network = checkpoint.load(path, ("round", "rows", "state_dict", "mask", "signs"))
-        masking.check_parts(network, start, path)
-        masking.check_source(network, start, path)
-        found += [network] * (network["round"] < before)
-    return max(found, key=lambda network: network["round"])
 
 
 if __name__ == "__main__":

@@ -256,6 +256,20 @@ def load_all(folder: Path, dense: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return masks
 
 
+def latest(folder: Path, start: dict[str, Any], before: int) -> dict[str, Any]:
+    """The furthest network before a round, of the chain in `folder` that begins with `start`.
+
+    Raises UserError when a file there is of another chain.
+    """
+    found = [start]
+    for path in paths.chain_files(folder):
+        network = checkpoint.load(path, ("round", "rows", "state_dict", "mask", "signs"))
+        check_parts(network, start, path)
+        check_source(network, start, path)
+        found += [network] * (network["round"] < before)
+    return max(found, key=lambda network: network["round"])
+
+
 def from_prune(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Mask]:
     """The weights and the mask of a state dict as torch.nn.utils.prune leaves it.
 
