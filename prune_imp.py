@@ -102,6 +102,9 @@ def prune_chain(
         out, start, before=min((row[0] for row in rounds if row[2]), default=inf)
     )
     stamp, more = runs.claim(out, arguments, __file__), {"precision": how["precision"]}
+    last = paths.round_file(out, chain["round"])
+    if arguments["keep_rounds"] and chain["round"] and not last.is_file():  # as it was cut off
+        checkpoint.save(chain, last)
     for number, keep, goal in [row for row in rounds if row[0] > chain["round"]]:
         weights = chain["state_dict"]
         mask = masking.prune_exactly(masking.prune_by_magnitude, weights, chain["mask"], keep)
@@ -132,9 +135,9 @@ def prune_chain(
             checkpoint.save(entry, paths.mask_file(out, goal))
         else:
             chain = network
-            if arguments["keep_rounds"]:  # before the chain, which goes on behind it
-                checkpoint.save(chain, paths.round_file(out, number))
             checkpoint.save(chain, paths.chain_file(out))
+            if arguments["keep_rounds"]:
+                checkpoint.save(chain, paths.round_file(out, number))
     histories = [checkpoint.load(path, ("rows",))["rows"] for path in paths.imp_files(out).values()]
     by_count = {row["kept"]: row for rows in (*histories, chain["rows"]) for row in rows}
     rows = [by_count[kept] for kept in sorted(by_count, reverse=True)]
