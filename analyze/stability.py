@@ -35,7 +35,7 @@ def orders(runs: pd.DataFrame) -> pd.DataFrame:
 
 def basins(root: Path) -> pd.DataFrame:
     """As `orders`: π(LTH) and the permuted network of every cell and pair that has both."""
-    found = networks.triples(root)
+    found = networks.triples(root).drop_duplicates([*CELL, *SEEDS, "variant"])  # of one order
     keys = ["lth", "permutation", "permuted"]
     files = [list(row) for row in found[keys].to_numpy()]
     return found.assign(files=files, kind="basins")
@@ -51,7 +51,7 @@ def gains(runs: pd.DataFrame, barriers: pd.DataFrame) -> pd.DataFrame:
     both = barriers.merge(gain.reset_index(), on=[*CELL, *SEEDS, "variant"]).dropna(subset="gain")
     rows = []
     for key, group in both[both["variant"].str.startswith("permuted")].groupby(KEY):
-        if len(group) >= 4:
+        if len(group) >= 4 and group["test"].nunique() > 1:
             found = group["test"].corr(group["gain"], method="spearman")
             rows.append(dict(zip(KEY, key)) | {"correlation": found, "pairs": len(group)})
     return pd.DataFrame(rows)

@@ -16,17 +16,21 @@ def test_two_orders_and_the_way_to_the_permuted_network(runs, tmp_path):
     for a, b in ((0, 1), (2, 3)):
         out = root / f"sparse/naive/again{b}"
         files = root / f"dense/seed{b}", root / f"imp/seed{a}", out
-        outcome = sparse("naive", *files, "--seed", 9, "--sparsity", 0.5, "--rewind", 1)
-        assert outcome.code == 0, outcome.err
+        aligned = root / f"align/activation/seed{a}-seed{b}"
+        other = root / f"dense/seed{b}", aligned, root / f"sparse/permuted/again{b}"
+        for arm, inputs in (("naive", files), ("permuted", other)):
+            outcome = sparse(arm, *inputs, "--seed", 9, "--sparsity", 0.5, "--rewind", 1)
+            assert outcome.code == 0, outcome.err
     command = "analyze.stability", root, "--points", 3, "--images", 64, "--device", "cpu"
     out = succeed(*command)
     table = pd.read_csv(root / "figures/stability_mlpx0.03125_glyphs.csv")
     assert table.groupby(["kind", "variant"]).size().to_dict() == {
         ("orders", "naive"): 1,
+        ("orders", "permuted"): 1,
         ("basins", "permuted"): 4,
     }
     assert table["pairs"].eq(2).all() and "basins" in out
-    again = stability.orders(sparse_runs(root))["files"]
+    again = stability.orders(sparse_runs(root)).query("variant == 'naive'")["files"]
     assert [*again] == [
         [
             root / f"sparse/naive/{folder}/{cell}/final.pt"
@@ -34,6 +38,7 @@ def test_two_orders_and_the_way_to_the_permuted_network(runs, tmp_path):
         ]
         for b in (1, 3)
     ]
+    assert len(stability.basins(root)) == 2 * 4
     across = stability.basins(root).set_index([*CELL[3:], "source_seed"])["files"]
     pair = "seed2-seed3"
     lth, permuted = (
