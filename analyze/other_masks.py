@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from common import checkpoint, cli, masking, paths, provenance
 from common.data import Batches, load_described
+from common.errors import UserError
 from common.masking import Mask
 from common.models import build_model
 
@@ -75,6 +76,9 @@ def main() -> None:
     add("--out", type=Path, required=True, help="folder of the masks")
     cli.add_data(parser)
     args = parser.parse_args()
+    for path in (paths.mask_file(args.out, sparsity) for sparsity in args.sparsity):
+        if path.exists():
+            raise UserError(f"{path} is there already: choose another --out")
     dense, early = (checkpoint.load_dense(args.dense, epoch) for epoch in (None, args.rewind))
     model = build_model(**dense["model"])
     model.load_state_dict(early["state_dict"])

@@ -5,8 +5,9 @@
 Writes results.csv, a row a run, and table.txt: the test accuracy of each arm, mean ± sample
 standard deviation, and its difference to naive, paired by seeds, with its 95% interval, the share
 of the LTH-naive gap that it closes, and the smallest difference that so many pairs could show.
-summary.csv has all of these as numbers, figures/gains_* are the differences with their intervals. `--against "permuted (masked)"` prints the
-table of differences to another variant than naive, and writes nothing.
+summary.csv has all of these as numbers, figures/gains_* are the differences with their intervals.
+`--against "permuted (masked)"` prints the differences to another variant than naive, and writes
+nothing.
 """
 
 import textwrap

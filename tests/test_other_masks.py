@@ -90,3 +90,7 @@ def test_what_the_run_has_not_is_refused(ends, tmp_path):
     command = "analyze.other_masks", ends[1], "--kind", "erk", "--sparsity", 0.5
     refuse((*command, "--rewind", 7, "--out", tmp_path / "masks"), "epoch")
     assert not (tmp_path / "masks").exists()
+    mask = ends[2] / "mask_0.50.pt"  # of IMP
+    before = mask.read_bytes()
+    refuse((*command, "--rewind", 1, "--out", ends[2]), mask, "choose another --out")
+    assert mask.read_bytes() == before
