@@ -3,12 +3,14 @@
     python -m analyze.stability runs/quick
 
 The loss barrier along the line between two sparse networks, for every arm and rewind epoch:
-`orders` of two runs that differ in `train_sparse.py --seed` alone, the order of their batches, and
-`basins` from π(LTH) to the permuted network. With 95% intervals over pairs of networks, and
-Spearman's correlation, over pairs within a cell, of the barrier and what permuting gains. Writes
-figures/stability_*; every curve is kept beside its target.
+`orders` of two runs that differ in `train_sparse.py --seed` alone, the order of their batches,
+`basins` from π(LTH) to the permuted network, and `pruned` from what IMP left of the source, naive
+and permuted, to what it left of the target, where both were pruned. With 95% intervals over pairs
+of networks, and Spearman's correlation, over pairs within a cell, of the barrier and what permuting
+gains. Writes figures/stability_*; every curve is kept beside its target.
 """
 
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -22,7 +24,11 @@ from common.errors import UserError
 
 KEY = [*CELL, "kind", "variant"]
 BARRIER = "barrier in test loss (nats)"
-KINDS = {"orders": "two orders of batches", "basins": "π(LTH) to permuted"}
+KINDS = {
+    "orders": "two orders of batches",
+    "basins": "π(LTH) to permuted",
+    "pruned": "IMP on A to IMP on B",
+}
 
 
 def orders(runs: pd.DataFrame) -> pd.DataFrame:
@@ -39,6 +45,24 @@ def basins(root: Path) -> pd.DataFrame:
     keys = ["lth", "permutation", "permuted"]
     files = [list(row) for row in found[keys].to_numpy()]
     return found.assign(files=files, kind="basins")
+
+
+def pruned(root: Path) -> pd.DataFrame:
+    """As `orders`: the networks that IMP left of the source and of the target, at no rewind epoch.
+
+    Of every permutation that a sparse network used, and without one.
+    """
+    key = [*NETWORK, "tag", "sparsity"]
+    chains = pd.DataFrame(networks.imp_networks(root, rounds=False))[[*key, "seed", "file"]]
+    found = networks.triples(root).drop_duplicates([*key, *SEEDS, "variant"])
+    for seed in SEEDS:
+        of_seed = {"seed": seed, "file": f"{seed}_file"}
+        found = found.merge(chains.rename(columns=of_seed), on=[*key, seed])
+    ends = [f"{seed}_file" for seed in SEEDS]
+    naive = found.drop_duplicates([*key, *SEEDS]).assign(variant="naive")
+    parts = ((naive, ends), (found, [ends[0], "permutation", ends[1]]))
+    both = [rows.assign(files=[list(row) for row in rows[way].to_numpy()]) for rows, way in parts]
+    return pd.concat(both).assign(kind="pruned", rewind=math.nan)
 
 
 def gains(runs: pd.DataFrame, barriers: pd.DataFrame) -> pd.DataFrame:
@@ -62,7 +86,7 @@ def main() -> None:
     runs = sparse_runs(args.root)
     wanted = orders(runs)
     try:
-        wanted = pd.concat([wanted, basins(args.root)])
+        wanted = pd.concat([wanted, basins(args.root), pruned(args.root)])
     except UserError:  # two orders are enough
         if wanted.empty:
             raise
@@ -77,7 +101,7 @@ def main() -> None:
     heights = heights[~heights["repair"]]
     rows = [
         dict(zip(KEY, key)) | paired(group["test"]) | {"std": group["test"].std()}
-        for key, group in heights.groupby(KEY)
+        for key, group in heights.groupby(KEY, dropna=False)
     ]
     table = pd.DataFrame(rows).rename(columns={"difference": "mean"})
     column = table["kind"].map(KINDS) + (100 * table["sparsity"]).map(", {:g}%".format)
@@ -89,7 +113,7 @@ def main() -> None:
         print(f"{title}: {BARRIER}, mean and 95% interval over pairs")
         shown = ["kind", "variant", "sparsity", "rewind"]
         shown += ["mean", "difference_low", "difference_high", "pairs"]
-        print(group[shown].round(3).to_string(index=False))
+        print(group[shown].round(3).to_string(index=False, na_rep="-"))
     related = gains(runs, heights)
     if len(related):
         print("Spearman's correlation of barrier and gain, over the pairs of a cell")

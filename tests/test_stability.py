@@ -7,6 +7,7 @@ import pytest
 
 from analyze import stability
 from analyze.lib.runs import CELL, SEEDS, sparse_runs
+from common.checkpoint import load_dense
 from tests.conftest import call, refused, sparse, succeed
 
 
@@ -21,6 +22,10 @@ def test_two_orders_and_the_way_to_the_permuted_network(runs, tmp_path):
         for arm, inputs in (("naive", files), ("permuted", other)):
             outcome = sparse(arm, *inputs, "--seed", 9, "--sparsity", 0.5, "--rewind", 1)
             assert outcome.code == 0, outcome.err
+    # A target whose IMP left the very network that it left of the source.
+    shutil.copytree(root / "imp/seed0", root / "imp/seed1")
+    result, dense = root / "imp/seed1/result.json", (root / "dense/seed0", root / "dense/seed1")
+    result.write_text(result.read_text().replace(*(load_dense(one)["sha256"] for one in dense)))
     command = "analyze.stability", root, "--points", 3, "--images", 64, "--device", "cpu"
     out = succeed(*command)
     table = pd.read_csv(root / "figures/stability_mlpx0.03125_glyphs.csv")
@@ -28,8 +33,16 @@ def test_two_orders_and_the_way_to_the_permuted_network(runs, tmp_path):
         ("orders", "naive"): 1,
         ("orders", "permuted"): 1,
         ("basins", "permuted"): 4,
+        ("pruned", "naive"): 2,
+        ("pruned", "permuted"): 2,
     }
-    assert table["pairs"].eq(2).all() and "basins" in out
+    assert table.loc[table["kind"] != "pruned", "pairs"].eq(2).all() and "basins" in out
+    assert table.loc[table["kind"] == "pruned", "mean"].eq(0).any()  # of a network and itself
+    way = stability.pruned(root).set_index(["variant", "sparsity"])["files"]
+    files = [root / f"imp/seed{seed}/sparse_0.50.pt" for seed in (0, 1)]
+    assert way["naive", 0.5] == files
+    files.insert(1, root / "align/activation/seed0-seed1/permutation.pt")
+    assert way["permuted", 0.5] == files
     again = stability.orders(sparse_runs(root)).query("variant == 'naive'")["files"]
     assert [*again] == [
         [
