@@ -205,9 +205,13 @@ def load_dense(folder: Path, epoch: int | None = None) -> dict[str, Any]:
         see = "see train_dense.py --save-epochs"
         raise UserError(f"{folder} kept no weights after epoch {epoch}: it has {kept} ({see})")
     dense = load(path, WEIGHTS) | {"result": result, "sha256": digest(path)}
-    told = "seed {} after epoch {} of {} x{}"
-    asked = told.format(arguments["seed"], epoch, *map(arguments.get, ("model", "width")))
-    held = told.format(dense["seed"], dense["epoch"], *map(dense["model"].get, MODEL[:2]))
+    told, shape = (
+        "seed {} after epoch {} of {} x{} for {} images",
+        dense["model"].get("input_shape"),
+    )
+    asked = arguments["seed"], epoch, arguments.get("model"), arguments.get("width")
+    asked = told.format(*asked, result.get("input_shape", shape))
+    held = told.format(dense["seed"], dense["epoch"], *map(dense["model"].get, MODEL[:2]), shape)
     held += ", pruned" * ("mask" in dense)
     if held != asked:
         raise UserError(

@@ -152,9 +152,13 @@ def test_no_flipped_bit_of_the_directory_changes_what_is_loaded(tmp_path):
 def test_a_checkpoint_in_the_place_of_another_is_named(runs, tmp_path):
     shutil.copytree(runs / "dense", tmp_path / "dense")
     run = tmp_path / "dense/seed0"
+    larger = checkpoint.load(run / "epoch_0001.pt")
+    larger["model"] |= {"input_shape": [3, 32, 32]}
+    checkpoint.save(larger, tmp_path / "larger.pt")
     for other, words in (
         (run / "epoch_0000.pt", "seed 0 after epoch 0 of .*, not seed 0 after epoch 1"),
         (tmp_path / "dense/seed1/epoch_0001.pt", "holds seed 1 after epoch 1"),
+        (tmp_path / "larger.pt", r"for \[3, 32, 32\] images, not .* for \[3, 8, 8\] images"),
     ):
         shutil.copy(other, run / "epoch_0001.pt")
         with pytest.raises(UserError, match=words):
