@@ -123,9 +123,9 @@ def tell() -> None:
     """Print what is done and left of the commands on standard input, or those with work left."""
     pruned: dict[Path, list[str]] = {}
     lines = {line: runs_of(line, pruned) for line in sys.stdin}
-    if "--missing" in sys.argv:  # the commands that have something left to do
+    if "--missing" in sys.argv:  # the commands that have something left to do, and those unknown
         for line, made in lines.items():
-            if not all(run.finished() for run in made):
+            if not made or not all(run.finished() for run in made):
                 print(line, end="")
         return
     runs, done, paces = [run for made in lines.values() for run in made], defaultdict(list), {}
