@@ -64,14 +64,14 @@ case $preset in
 esac
 for column in $columns; do default "${column//,/ }"; done
 gpus=${CUDA_VISIBLE_DEVICES-$(nvidia-smi -L 2> /dev/null | sed -n 's/^GPU \([0-9]*\):.*/\1/p')} || :
-gpus=$(tr , '\n' <<< "$gpus" | sed '/^ *-1/d' | xargs) gpu_count=$(wc -w <<< "$gpus")
+gpus=$(echo $(tr , '\n' <<< "$gpus" | sed '/^ *-1/d')) gpu_count=$(wc -w <<< "$gpus")
 [ -n "$gpus${SPREAD-}${LAUNCH-}" ] || [ "$preset" = imagenet ] || default PARALLEL=auto
 default OUT="runs/$preset" DATA_DIR=data PARALLEL=1 SOURCE_DATASET="$DATASET"
 shown="run_all.sh $preset:" help=$(sed -n '2,/^[^#]/s/^# \{0,1\}//p' run_all.sh)
 while read -r name kind pattern meaning; do
   value=${!name-}
   case $kind in word) value=$(echo $value) ;; words) # each once
-    pattern="($pattern)( ($pattern))*" value=$(printf '%s\n' $value | awk '!seen[$0]++' | xargs) ;; esac
+    pattern="($pattern)( ($pattern))*" value=$(echo $(printf '%s\n' $value | awk '!seen[$0]++')) ;; esac
   [[ $value =~ ^($pattern)$ ]] || refuse "$name='$value': give $meaning"
   printf -v "$name" %s "$value"
   shown+=" $name='$value'" help+=$(printf '\n  %-20s%-30s  %s' "$name" "'$value'" "$meaning")

@@ -164,8 +164,8 @@ def test_each_of_several_gpus_has_a_command_of_its_own(tmp_path):
 WRONG = """
     PAIRS=0,1 PAIRS=a PAIRS=08 PAIRS=* PAIRS=' ' WIDTHS= 'WIDTHS=1 0' 'SPARSITY=0.8 1.5' SPARSITY=
     REWIND=-1 'METHODS=weight activaton' METHODS=activation@ METHODS=activation@2x METHODS=random
-    METHODS=identity@5 'CONTROLS=signs shuffle' ENSEMBLE=1 ENSEMBLE=five TAG=a/b TAG=imp DATASET=
-    OUT="it's" PARALLEL=x PARALLEL=0 SPREAD=two SPREAD=0
+    METHODS="it's" METHODS=identity@5 'CONTROLS=signs shuffle' ENSEMBLE=1 ENSEMBLE=five TAG=a/b
+    TAG=imp DATASET= OUT="it's" PARALLEL=x PARALLEL=0 SPREAD=two SPREAD=0
 """
 
 
