@@ -79,6 +79,7 @@ done <<< "${settings:1}"
 case $mode in -*) echo "$help"; exit ;; esac
 case $TAG in dense | imp | align | sparse) refuse "TAG='$TAG' is the name of a folder: give another" ;; esac
 [ -z "$SPREAD" ] || [ "$PARALLEL" = 1 ] || refuse "SPREAD='$SPREAD' excludes PARALLEL='$PARALLEL': choose one"
+[ "$preset" != test ] || shown="the tests, in two halves, each of which prints when it has ended"
 echo "$shown" >&2
 python=python3 packages=$(sed -n 's/^\([a-z]\{1,\}\).*/\1/p' requirements.txt)
 found="import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, sys.argv[1:])))"
@@ -152,12 +153,14 @@ commands() { # of all stages, in any order
   echo "$python -m analyze.results '$OUT'"
   echo "$python -m analyze.report '$OUT' $data $REPORT_FLAGS"
 }
+tests() { # in two halves; tail waits for the end of each
+  printf "$python -m pytest -q tests --ignore-glob='*/test_%s*' | tail -n 9999\n" '[!a-l]' '[a-l]'
+}
 pairs=$(for p in $PAIRS; do echo "$((2 * p)) $((2 * p + 1))"; done) # lines "source target", of seeds
 [ -z "$ENSEMBLE" ] || pairs=$(seq "$ENSEMBLE" | sed 's/^/0 /')
-tests="$python -m pytest -q tests --ignore-glob='*/test_%s*' | tail -n 9999\n" # which prints in the end
-if [ "$preset" = test ]; then commands() { printf "$tests" '[!a-l]' '[a-l]'; }; fi # in two halves
 stages="train_dense.py prune_imp.py align_mask.py train_sparse.py analyze.results analyze.report pytest"
-lines=$(commands) lines=$(for stage in $stages; do grep " $stage " <<< "$lines" || :; done)
+lines=$([ "$preset" = test ] && tests || commands) # in the order of the stages:
+lines=$(for stage in $stages; do grep " $stage " <<< "$lines" || :; done)
 # ---------------------------------------------------------------- print, submit or run them
 run() ( # a stage's commands: one at a time on each GPU; on a CPU they share its cores
   lines=$1 count=$(wc -l <<< "$1") cores=$(getconf _NPROCESSORS_ONLN) at_once=1 slots=""
