@@ -5,10 +5,10 @@
 Every row runs ours and the baseline in turn, several times, and prints the medians of the rates and
 the median of the paired ratios. `training`: dense and masked networks, data included, against an
 fp32 NCHW loop with PIL transforms in a DataLoader and torch.nn.utils.prune hooks
-(analyze/lib/baselines.py), and what a mask costs. `parallel`: networks side by side against one
-after the other and against the baseline. `line`: the line between two networks with REPAIR.
-`matching`: one pass against layer by layer. `weights`: weight matching against its published
-algorithm. `large`, on a GPU: networks that fill it, eager against --compile. The images are noise.
+(analyze/lib/baselines.py), what a mask costs and, on a GPU, whether --compile pays. `parallel`:
+networks side by side against one after the other and against the baseline. `line`: the line between
+two networks with REPAIR. `matching`: one pass against layer by layer. `weights`: weight matching
+against its published algorithm. The images are noise.
 """
 
 import contextlib
@@ -30,7 +30,6 @@ from common import checkpoint, cli, masking, provenance
 from common.align.axes import find_axes
 from common.align.matching import match_activations, match_weights
 from common.data import Batches, Resident, make_resident
-from common.errors import UserError
 from common.masking import Mask
 from common.models import build_model
 from common.runtime.device import pick_device, pick_precision
@@ -42,28 +41,29 @@ BATCH = 128
 SGD = partial(torch.optim.SGD, lr=0.0, momentum=0.9, weight_decay=5e-4, fused=True)
 SPARSITY = 0.9
 STEPS = {"cpu": 40, "cuda": 390}  # of training, at width 1
-REPEATS = {"cpu": 5, "cuda": 4}
+REPEATS = 5
 WIDTHS = {"cpu": [1], "cuda": [1, 4, 16]}
 SETUP = 300  # seconds that networks side by side wait for the slowest to end its first epoch
 COUNTS = [4, 16]  # of networks side by side on a GPU
 IMAGES = 2000  # of a line and of matching
-LARGE = [("resnet20", 1, 32, 128), ("resnet20", 16, 32, 128), ("vgg11", 1, 32, 128)]
-LARGE += [("resnet50", 1, 224, 256)]  # network, width, px, batch
 
 Row = tuple[str, Callable[[], float], Callable[[], float]]  # name, and rates: ours, the baseline's
 
 
 def random_images(count: int, size: int, device: torch.device) -> Resident:
     """Noise in the shape of a small-image set, with a test set too small to matter."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (count + 8, 3, size, size), dtype=torch.uint8, generator=generator)
+    images = torch.randint(256, (count + 8, 3, size, size), dtype=torch.uint8)
     labels, classes = torch.arange(count + 8) % 10, [*map(str, range(10))]
     parts = images[8:], labels[8:], images[:8], labels[:8], classes
     return make_resident("random", None, *parts, None, None, device, None)
 
 
-def network(data: Resident, width: float = 1, seed: int = 0, name: str = "resnet20") -> nn.Module:
-    return build_model(name, width, 10, data.input_shape, seed).to(data.device)
+def network(data: Resident, width: float = 1, seed: int = 0) -> nn.Module:
+    return build_model("resnet20", width, 10, data.input_shape, seed).to(data.device)
+
+
+def about(width: float) -> str:
+    return f"resnet20 x{width:g}, {SIZE} px"
 
 
 def random_mask(model: nn.Module) -> Mask:
@@ -84,12 +84,12 @@ def rate(work: float, run: Callable[[], Any]) -> float:
     return work / (time.perf_counter() - start)
 
 
+def rates(work: float, *runs: Callable[[], Any]) -> list[Callable[[], float]]:
+    return [partial(rate, work, run) for run in runs]
+
+
 def training_rate(
-    models: list[nn.Module],
-    data: Resident,
-    mask: Mask | None = None,
-    batch: int = BATCH,
-    **more: bool,
+    models: list[nn.Module], data: Resident, mask: Mask | None = None, compiled: bool = False
 ) -> float:
     """Images a second of all `models`, side by side, in the second of two epochs.
 
@@ -99,8 +99,8 @@ def training_rate(
     """
     fork = multiprocessing.get_context("fork")
     together, start = fork.Barrier(len(models)), fork.Value("d")
-    how = {"make_optimiser": SGD, "batch_size": batch, "mask": mask, "seed": 0, "folder": None}
-    how |= {"precision": pick_precision(None, data.device), "name": "", "progress": False} | more
+    how = {"make_optimiser": SGD, "batch_size": BATCH, "mask": mask, "seed": 0, "folder": None}
+    how |= {"precision": pick_precision(None, data.device), "compiled": compiled}
 
     def at_epoch(epoch: int) -> None:
         if epoch == 1:
@@ -108,12 +108,13 @@ def training_rate(
             start.value = time.perf_counter()  # one clock for all processes
 
     def run(model: nn.Module) -> None:
-        train(copy.deepcopy(model), data, [0.0, 0.0], at_epoch=at_epoch, **how)
+        quietly = {"name": "", "progress": False, "at_epoch": at_epoch}
+        train(copy.deepcopy(model), data, [0.0, 0.0], **how, **quietly)
 
     runs = {str(number): partial(run, model) for number, model in enumerate(models)}
     with contextlib.redirect_stdout(io.StringIO()):  # here, because it holds for all threads
         run_all(runs, str(len(models)) if len(models) > 1 else None, 1, data)
-    return len(models) * data.steps(batch) * batch / (time.perf_counter() - start.value)
+    return len(models) * data.steps(BATCH) * BATCH / (time.perf_counter() - start.value)
 
 
 def baseline_rate(width: float, data: Resident, mask: Mask | None = None) -> float:
@@ -130,33 +131,25 @@ def training(device: torch.device, widths: list[float]) -> Iterator[Row]:
     for width in widths:
         data = random_images(max(1, round(STEPS[device.type] / width)) * BATCH, SIZE, device)
         model = network(data, width)
-        mask, about = random_mask(model), f"training, resnet20 x{width:g}, {SIZE} px"
-        dense, masked = (partial(training_rate, [model], data, one) for one in (None, mask))
-        yield f"dense {about}", dense, partial(baseline_rate, width, data)
-        yield f"masked {about}", masked, partial(baseline_rate, width, data, mask)
-        yield f"masked over dense {about}", masked, dense
+        mask, dense = random_mask(model), partial(training_rate, [model], data)
+        standard, masked = partial(baseline_rate, width, data), partial(dense, mask)
+        yield f"dense training, {about(width)}", dense, standard
+        yield f"masked training, {about(width)}", masked, partial(standard, mask)
+        yield f"masked over dense training, {about(width)}", masked, dense
+        if device.type == "cuda":
+            yield f"eager over --compile, {about(width)}", dense, partial(dense, compiled=True)
 
 
 def parallel(device: torch.device, _: object) -> Iterator[Row]:
     data = random_images(STEPS[device.type] * BATCH, SIZE, device)
     counts = [pick_count("auto", 99, 1, data)] if device.type == "cpu" else COUNTS
     models = [network(data, seed=seed) for seed in range(max(counts))]
-    about = f"resnet20 x1, {SIZE} px"
     for count in counts:
         together, alone = (partial(training_rate, models[:n], data) for n in (count, 1))
-        yield f"{count} side by side over one after the other, {about}", together, alone
+        yield f"{count} side by side over one after the other, {about(1)}", together, alone
     for kind, mask in (("dense", None), ("masked", random_mask(models[0]))):
         baseline = partial(baseline_rate, 1, data, mask)
-        yield f"{count} side by side, {kind}, {about}", partial(together, mask), baseline
-
-
-def large(device: torch.device, _: object) -> Iterator[Row]:
-    """Networks that fill a GPU: whether --compile pays."""
-    for name, width, size, batch in LARGE:
-        data = random_images(20 * batch, size, device)
-        eager = partial(training_rate, [network(data, width, 0, name)], data, batch=batch)
-        about = f"eager over --compile, {name} x{width:g}, {size} px, batch {batch}"
-        yield about, eager, partial(eager, compiled=True)
+        yield f"{count} side by side, {kind}, {about(1)}", partial(together, mask), baseline
 
 
 def line(device: torch.device, _: object) -> Iterator[Row]:
@@ -164,60 +157,50 @@ def line(device: torch.device, _: object) -> Iterator[Row]:
 
     The baseline has them from a DataLoader, and its network in NCHW.
     """
-    data, alphas = random_images(IMAGES, SIZE, device), (0.0, 0.5, 1.0)
-    model, standard = (network(data, seed=seed) for seed in (0, 1))
-    ends = [copy.deepcopy(one.state_dict()) for one in (model, standard)]
-    model.to(memory_format=torch.channels_last)
+    data = random_images(IMAGES, SIZE, device)
+    models = [network(data, seed=seed) for seed in (0, 1)]
+    ends = [copy.deepcopy(model.state_dict()) for model in models]
+    models[0].to(memory_format=torch.channels_last)
     loader = baselines.loader(data, lines.BATCH, train=False)
 
     def loaded() -> Batches:
         return ((x.to(device), y.to(device)) for x, y in loader)
 
+    along = partial(lines.metrics_along, alphas=(0.0, 0.5, 1.0))
     resident = partial(data.eval_batches, "train", lines.BATCH)
-    ours = partial(lines.metrics_along, model, *ends, alphas, resident, resident)
-    theirs = partial(lines.metrics_along, standard, *ends, alphas, loaded, loaded)
-    rates = (partial(rate, 15 * IMAGES, one) for one in (ours, theirs))
-    yield f"line with REPAIR, resnet20 x1, {SIZE} px", *rates
+    ours = partial(along, models[0], *ends, test=resident, train=resident)
+    theirs = partial(along, models[1], *ends, test=loaded, train=loaded)
+    yield f"line with REPAIR, {about(1)}", *rates(15 * IMAGES, ours, theirs)
 
 
 def matching(device: torch.device, _: object) -> Iterator[Row]:
     """One pass against layer by layer."""
     data = random_images(IMAGES, SIZE, device)
     ends = [network(data, seed=seed).to(memory_format=torch.channels_last) for seed in (0, 1)]
-    axes = find_axes(ends[0], data.input_shape)
-
-    def batches() -> Iterator[torch.Tensor]:
-        return (x for x, _ in data.eval_batches("train", lines.BATCH))
-
-    def ours() -> None:
-        match_activations(*ends, axes, batches())
-
-    theirs = partial(baselines.match_layer_by_layer, *ends, axes, batches)
-    rates = (partial(rate, IMAGES, one) for one in (ours, theirs))
-    yield f"activation matching, resnet20 x1, {SIZE} px", *rates
+    images = [batch for batch, _ in data.eval_batches("train", lines.BATCH)]
+    what = *ends, find_axes(ends[0], data.input_shape), images
+    ways = partial(match_activations, *what), partial(baselines.match_layer_by_layer, *what)
+    yield f"activation matching, {about(1)}", *rates(IMAGES, *ways)
 
 
 def weights(device: torch.device, _: object) -> Iterator[Row]:
     """From the same start, in the same order of axes; rates of whole matchings."""
     data = random_images(1, 32, device)
-    networks = [network(data, 4, seed) for seed in (0, 1)]
-    axes = find_axes(networks[0], data.input_shape)
-    ends = [{name: one.state_dict()[name] for name in axes.weights} for one in networks]
-    methods = (match_weights, baselines.match_weights_every_axis)
-    yield (
-        "weight matching, resnet20 x4",
-        *(partial(rate, 1, partial(m, *ends, axes)) for m in methods),
-    )
+    states = [network(data, 4, seed).state_dict() for seed in (0, 1)]
+    axes = find_axes(network(data, 4), data.input_shape)
+    ends = [{name: state[name] for name in axes.weights} for state in states]
+    ways = match_weights, baselines.match_weights_every_axis
+    yield "weight matching, resnet20 x4", *rates(1, *(partial(way, *ends, axes) for way in ways))
 
 
-PARTS = {part.__name__: part for part in (training, parallel, large, line, matching, weights)}
+PARTS = {part.__name__: part for part in (training, parallel, line, matching, weights)}
 
 
 def compare(row: Row, repeats: int) -> dict[str, Any]:
     """Both in turn: medians of the rates, and median and range of the paired ratios."""
-    name, *rates = row
-    columns = ["ours /s", "baseline /s"]
-    pairs = pd.DataFrame([[one() for one in rates] for _ in range(repeats)], columns=columns)
+    name, *both = row
+    pairs = pd.DataFrame([[one() for one in both] for _ in range(repeats)])
+    pairs.columns = ["ours /s", "baseline /s"]
     ratios = pairs["ours /s"] / pairs["baseline /s"]
     found = {"ratio": ratios.median(), "min": ratios.min(), "max": ratios.max()}
     return {"measure": name, **pairs.median(), **found}
@@ -226,30 +209,24 @@ def compare(row: Row, repeats: int) -> dict[str, Any]:
 def main() -> None:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--only", nargs="+", choices=PARTS, help="what to measure (default: all)")
-    fewer = f"of training, and half as many of the others (default: {REPEATS})"
-    add("--repeats", type=cli.positive, help=fewer)
+    add("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
+    fewer = "of training, and half as many of the others (default: %(default)s)"
+    add("--repeats", type=cli.positive, default=REPEATS, help=fewer)
     add("--widths", type=cli.above_0, nargs="+", help=f"of training (default: {WIDTHS})")
     add("--out", type=Path, help="write the table as CSV too, as far as it has come")
     cli.add_device(parser)
     args = parser.parse_args()
     device = pick_device(args.device)
-    kind = device.type
-    if kind == "cpu" and args.only == ["large"]:
-        raise UserError("--only large measures networks that fill a GPU: name one with --device")
-    repeats, widths = args.repeats or REPEATS[kind], args.widths or WIDTHS[kind]
     name, precision = provenance.environment(device)["device"], pick_precision(None, device)
-    threads = torch.get_num_threads()
-    print(f"{name}, {threads} threads, torch {torch.__version__}, {precision}, {repeats} repeats")
+    how = f"{torch.get_num_threads()} threads, torch {torch.__version__}, {precision}"
+    print(f"{name}, {how}, {args.repeats} repeats")
     print("images a second (weight matching: runs), ours over the baseline's, and their ratio")
     rows, shown = [], "{measure}: {ours /s:,.4g} over {baseline /s:,.4g}, "
     shown += "{ratio:.2f} ({min:.2f} to {max:.2f})"
-    for part in args.only or PARTS:
-        if part == "large" and kind == "cpu":
-            continue
-        few = repeats if part == "training" else max(1, repeats // 2)
-        for row in PARTS[part](device, widths):
-            rows.append(compare(row, few))
+    for part in args.only:
+        repeats = args.repeats if part == "training" else max(1, args.repeats // 2)
+        for row in PARTS[part](device, args.widths or WIDTHS[device.type]):
+            rows.append(compare(row, repeats))
             print(shown.format(**rows[-1]), flush=True)
             if args.out:
                 checkpoint.save_csv(rows, args.out)

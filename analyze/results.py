@@ -98,14 +98,12 @@ def plot(rows: pd.DataFrame, title: str) -> style.Figure:
         1, len(cells), figsize=size, squeeze=False, sharex=True, sharey=True
     )
     for axis, cell in zip(axes[0], cells):
-        here = rows[rows["cell"] == cell].set_index("variant")
         axis.axvline(0, color="0.6", linewidth=0.8)
-        for place, (variant, look) in enumerate(looks.items()):
-            if variant in here.index:
-                row = here.loc[variant]
-                half = row["difference_high"] - row["difference"]  # no bar where there is none
-                dot = {"color": look["color"], "marker": look["marker"], "capsize": 2}
-                axis.errorbar(row["difference"], place, xerr=half, linestyle="", **dot)
+        for row in rows[rows["cell"] == cell].itertuples():
+            place, look = [*looks].index(row.variant), looks[row.variant]
+            half = row.difference_high - row.difference  # no bar where there is none
+            dot = look | {"linestyle": "", "capsize": 2}
+            axis.errorbar(row.difference, place, xerr=half, **dot)
         axis.set(title=cell, xlabel="minus naive (points)")
         axis.set_yticks(range(len(looks)), [look["label"] for look in looks.values()])
         axis.set_ylim(len(looks) - 0.5, -0.5)

@@ -13,7 +13,7 @@ import math
 import shlex
 import sys
 from collections import defaultdict
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,7 +96,7 @@ def pace(done: list[Run]) -> float:
 
 def describe(runs: list[Run], paces: dict[tuple[str, Path], float]) -> str:
     """For example '41 of 108, 2 h 10 min left'; `paces` by stage and group."""
-    left = [run.epochs * paces[run.stage, run.group] for run in runs if not run.finished()]
+    left = [run.epochs * paces[run[:2]] for run in runs if not run.finished()]
     known = [seconds for seconds in left if seconds >= 0]
     text = f"{len(runs) - len(left)} of {len(runs)}"
     at_least = "at least " * (len(known) < len(left))
@@ -123,19 +123,18 @@ def tell() -> None:
     """Print what is done and left of the commands on standard input, or those with work left."""
     pruned: dict[Path, list[str]] = {}
     lines = {line: runs_of(line, pruned) for line in sys.stdin}
-    if "--missing" in sys.argv:  # the commands that have something left to do
+    if "--missing" in sys.argv:  # the commands that have something left to do, and those unknown
         for line, made in lines.items():
-            if not all(run.finished() for run in made):
+            if not made or not all(map(Run.finished, made)):
                 print(line, end="")
         return
-    runs, done, paces = [run for made in lines.values() for run in made], defaultdict(list), {}
+    runs, done = list(chain(*lines.values())), defaultdict(list)
     if not runs:
-        print("status: error: no command of a stage on standard input", file=sys.stderr)
-        sys.exit(2)
+        raise ValueError("no command of a stage on standard input")
     for run in filter(Run.finished, runs):
-        done[run.stage, run.group].append(run)
-    for stage, group in {(run.stage, run.group) for run in runs}:
-        paces[stage, group] = pace(done[stage, group] or done["dense", group])
+        done[run[:2]].append(run)
+    alike = {run[:2] for run in runs}
+    paces = {about: pace(done[about] or done["dense", about[1]]) for about in alike}
     for stage in STAGES.values():
         print(f"{stage:<8}{describe([run for run in runs if run.stage == stage], paces)}")
     print(f"runs done {describe(runs, paces)}")

@@ -327,8 +327,8 @@ the barrier is the largest loss | analyze/lib/lines.py
 
 pairs share seeds | run_all.sh
 >run_all::test_a_dry_run_prints_the_commands_in_order
--print 2 * $1, 2 * $1 + 1
-+print $1, $1 + 1
+-$((2 * p)) $((2 * p + 1))
++$((p)) $((p + 1))
 
 permuted runs take the masks of IMP | run_all.sh
 >run_all::test_a_dry_run_prints_the_commands_in_order

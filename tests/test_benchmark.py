@@ -6,7 +6,7 @@ import torch
 
 from analyze import benchmark
 from common.models import build_model
-from tests.conftest import call, refused, succeed
+from tests.conftest import succeed
 
 TINY = ("--repeats", 1)
 
@@ -38,9 +38,9 @@ def test_a_rate_is_of_the_second_epoch_alone(monkeypatch):
 
     monkeypatch.setattr(benchmark, "train", pretend_to_train)
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(benchmark, "BATCH", 2)
     data = benchmark.random_images(5, 8, torch.device("cpu"))
-    model = benchmark.network(data, 1 / 32, name="mlp")
-    assert benchmark.training_rate([model], data, batch=2) == 4 / 2.0
+    assert benchmark.training_rate([torch.nn.Flatten()], data) == 4 / 2.0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="wants the GPU hidden")
@@ -54,4 +54,3 @@ def test_every_row_on_a_cpu(tmp_path, monkeypatch):
     assert table["measure"].nunique() == 9 and (table["ratio"] == table["min"]).all()
     assert table[["ours /s", "baseline /s"]].min(axis=None) > 0
     assert all(name in text for name in table["measure"])
-    refused(call("analyze.benchmark", "--only", "large", "--device", "cpu"), "--only large")

@@ -109,8 +109,9 @@ def test_networks_side_by_side_are_measured_while_all_of_them_train(monkeypatch)
         seen.append("measured")
 
     monkeypatch.setattr(benchmark, "train", pretend_to_train)
+    monkeypatch.setattr(benchmark, "BATCH", 2)
     data = benchmark.random_images(4, 8, torch.device("cuda"))
-    assert benchmark.training_rate([small_cnn()] * 3, data, batch=2) > 0
+    assert benchmark.training_rate([small_cnn()] * 3, data) > 0
     assert seen == ["set up"] * 3 + ["measured"] * 3
 
 
@@ -133,6 +134,6 @@ def test_every_row_on_a_gpu(monkeypatch, tmp_path, capfd):
     out = tmp_path / "table.csv"
     text = succeed("analyze.benchmark", *TINY, "--device", "cuda", "--out", out)
     table = pd.read_csv(out)
-    assert "cuda: " in text and len(table) == 3 * 3 + 2 + 2 + 4 + 3 and asked.count(True) == 4
+    assert "cuda: " in text and len(table) == 3 * 4 + 2 + 2 + 3 and asked.count(True) == 3
     assert table[["ours /s", "baseline /s", "ratio"]].min(axis=None) > 0
     assert "slower" not in capfd.readouterr().err

@@ -118,7 +118,7 @@ def test_networks_go_side_by_side_by_themselves_on_a_cpu_alone(tmp_path):
 
     path = command(tmp_path, "nvidia-smi", "printf 'No devices were found\\n\\n'; exit 6")
     assert parallel() and parallel("cifar10") and not parallel("imagenet")
-    command(tmp_path, "nvidia-smi", "echo 0")
+    command(tmp_path, "nvidia-smi", "echo 'GPU 0: H100'")
     assert not parallel() and parallel(PARALLEL="auto")
     assert parallel(CUDA_VISIBLE_DEVICES="") and parallel(CUDA_VISIBLE_DEVICES="-1")
 
@@ -147,7 +147,7 @@ def test_the_commands_of_the_grid_share_the_cores(tmp_path, cores, share):
 
 
 def test_each_of_several_gpus_has_a_command_of_its_own(tmp_path):
-    command(tmp_path, "nvidia-smi", "printf '0\\n1\\n2\\n'")
+    command(tmp_path, "nvidia-smi", "printf 'GPU %s: H100\\n' 0 1 2")
 
     def used(**settings):
         settings = {"CUDA_VISIBLE_DEVICES": None, "METHODS": "", "PAIRS": "0 1 2"} | settings
@@ -164,8 +164,8 @@ def test_each_of_several_gpus_has_a_command_of_its_own(tmp_path):
 WRONG = """
     PAIRS=0,1 PAIRS=a PAIRS=08 PAIRS=* PAIRS=' ' WIDTHS= 'WIDTHS=1 0' 'SPARSITY=0.8 1.5' SPARSITY=
     REWIND=-1 'METHODS=weight activaton' METHODS=activation@ METHODS=activation@2x METHODS=random
-    METHODS=identity@5 'CONTROLS=signs shuffle' ENSEMBLE=1 ENSEMBLE=five TAG=a/b TAG=imp DATASET=
-    OUT="it's" PARALLEL=x PARALLEL=0 SPREAD=two SPREAD=0
+    METHODS="it's" METHODS=identity@5 'CONTROLS=signs shuffle' ENSEMBLE=1 ENSEMBLE=five TAG=a/b
+    TAG=imp DATASET= OUT="it's" PARALLEL=x PARALLEL=0 SPREAD=two SPREAD=0
 """
 
 

@@ -13,7 +13,8 @@ from tests.conftest import ROOT
 from tests.test_run_all import by_flag, command, dry, run_all
 
 SETTINGS = {"LAUNCH": "slurm", "PAIRS": "0", "SPARSITY": "0.5 0.8", "SBATCH": "--gres=gpu:1"}
-NAMES = ["train_dense", "prune_imp", "align_mask", "train_sparse", "analyses"]
+NAMES = ["train_dense", "prune_imp", "align_mask", "train_sparse", "analyze.results"]
+NAMES += ["analyze.report"]
 
 
 @pytest.fixture

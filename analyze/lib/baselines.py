@@ -1,6 +1,7 @@
 """What analyze.benchmark measures against: standard PyTorch code, and published algorithms."""
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,9 +10,9 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, default_collate
 
-from common.align.graph import Graph, export, lockstep
-from common.align.matching import Moments, assign, channels_last, objective
-from common.align.permutation import Axes, channel_rows, find_places, identity, permute
+from common.align.graph import export, lockstep
+from common.align.matching import Moments, Products, assign, channels_last, objective
+from common.align.permutation import Axes, find_places, identity, permute
 from common.data import Resident
 from common.masking import Mask
 from common.runtime.parallel import cores
@@ -24,12 +25,12 @@ def loader(data: Resident, batch: int, train: bool = True) -> DataLoader:
     """
     from common.vision import torchvision
 
-    transforms, pad = torchvision.transforms, data.pad
-    images = data.train[:, :, pad:-pad, pad:-pad].cpu()
+    transforms, size = torchvision.transforms, data.input_shape[-1]
+    images = transforms.functional.center_crop(data.train, size).cpu()
     pictures = [*zip(map(transforms.ToPILImage(), images), data.train_labels.tolist())]
-    augment = [transforms.RandomCrop(images.shape[-1], pad), transforms.RandomHorizontalFlip()]
-    finish = [transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.25,) * 3)]
-    transform = transforms.Compose(augment * train + finish)
+    steps = [transforms.RandomCrop(size, data.pad), transforms.RandomHorizontalFlip()] * train
+    steps += [transforms.ToTensor(), transforms.Normalize(0.5, 0.25)]
+    transform = transforms.Compose(steps)
 
     def collate(rows: list[tuple[Any, int]]) -> list[Tensor]:
         return default_collate([(transform(picture), label) for picture, label in rows])
@@ -41,8 +42,8 @@ def loader(data: Resident, batch: int, train: bool = True) -> DataLoader:
 def pruned(model: nn.Module, mask: Mask) -> nn.Module:
     """The network with hooks of torch.nn.utils.prune."""
     for name, kept in mask.items():
-        module, _, parameter = name.rpartition(".")
-        prune.custom_from_mask(model.get_submodule(module), parameter, kept)
+        module = model.get_submodule(name.removesuffix(".weight"))
+        prune.custom_from_mask(module, "weight", kept)
     return model
 
 
@@ -61,7 +62,7 @@ def train_epoch(model: nn.Module, batches: DataLoader, device: torch.device) -> 
 
 @torch.no_grad()
 def match_layer_by_layer(
-    source: nn.Module, target: nn.Module, axes: Axes, batches: Callable[[], Iterable[Tensor]]
+    source: nn.Module, target: nn.Module, axes: Axes, batches: Iterable[Tensor]
 ) -> dict[str, Tensor]:
     """Match axis after axis through ever longer sub-networks, each time over all batches.
 
@@ -69,14 +70,12 @@ def match_layer_by_layer(
     """
     original = source.state_dict()
     ends = [target.state_dict(), original]
-    graphs: dict[torch.Size, Graph] = {}
+    graph_of = functools.cache(functools.partial(export, target))
     permutation: dict[str, Tensor] = {}
     for axis, (*_, readout) in axes.readouts.items():
         moments = Moments()
-        for images in batches():
-            if images.shape not in graphs:
-                graphs[images.shape] = export(target, images.shape)
-            runs = [graphs[images.shape].start(end, images) for end in ends]
+        for images in batches:
+            runs = [graph_of(images.shape).start(end, images) for end in ends]
             for node, _ in lockstep(runs):
                 if node.name == readout.node:  # the sub-network up to here
                     moments.add(*(channels_last(run.env[node], readout) for run in runs))
@@ -100,13 +99,9 @@ def match_weights_every_axis(
     while improved:
         improved = False
         for position in torch.randperm(len(names), generator=generator).tolist():
-            axis, size = names[position], axes.sizes[names[position]]
+            axis = names[position]
             moved = permute(source, axes.dims, permutation)
-            similarity = torch.zeros(size, size, dtype=torch.float64)
-            for place in places[axis]:
-                pair = (target[place.tensor], moved[place.tensor])
-                here, there = (channel_rows(one, place) for one in pair)
-                similarity += (here @ there.T).cpu()
+            similarity = Products(axes.sizes[axis]).update(places[axis], target, moved)
             candidate = permutation | {axis: permutation[axis][assign(similarity)]}
             reached = objective(permute(source, axes.dims, candidate), target)
             if reached > best + 1e-7 * abs(best):
