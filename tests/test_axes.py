@@ -45,9 +45,8 @@ def check_axes(model, input_shape, alone=6):
         after = permute(state, axes.dims, permutation)
         check_same_function(model, state, after, inputs[:2])
         assert same(permute(after, axes.dims, inverse(permutation)), state)
-    live = [
-        (name, dim) for name, dims in axes.dims.items() for dim, here in enumerate(dims) if here
-    ]
+    live = [(name, place.dim) for name, places in axes.dims.items() for place in places]
+    live = list(dict.fromkeys(live))
     # In double, as a single tensor's part may be small, and rounding is not it.
     model, images = model.double(), inputs[:2].double()
     state = model.state_dict()
@@ -95,11 +94,8 @@ def used_twice(hidden):
 
 
 def layout(axes, name):
-    """Of every dimension of a tensor the (channels, entries) of each axis along it."""
-    return [
-        here and {axis: tuple(places.shape) for axis, places in here.places.items()}
-        for here in axes.dims[name]
-    ]
+    """Of the dimensions of a tensor the axis along it, with its channels and entries of each."""
+    return {place.dim: (place.axis, *place.positions.shape) for place in axes.dims[name]}
 
 
 @pytest.mark.parametrize(
@@ -133,7 +129,7 @@ def test_a_grouped_convolution_moves_in_blocks():
     )
     axes = check_axes(model, (3, 6, 6))
     assert axes.sizes == {"one": 8, "two": 12} and axes.groups == ((("one", "two"), 4),)
-    assert layout(axes, "two.weight")[:2] == [{"two": (12, 1)}, {"one": (8, 1)}]
+    assert layout(axes, "two.weight") == {0: ("two", 12, 1), 1: ("one", 8, 1)}
     # Group 1 goes first with its channels swapped, the others follow in order: by hand.
     swap = torch.tensor([3, 2, 0, 1, 4, 5, 6, 7])
     move = torch.tensor([3, 4, 5, 0, 1, 2, *range(6, 12)])
@@ -377,7 +373,7 @@ def test_a_weight_under_two_names_moves_under_both():
     one = conv(8, 8, 1)
     axes = check_axes(between([one, nn.ReLU(), nn.Sequential(one)]), (3, 8, 8), alone=0)
     assert axes.sizes == {"conv": 8}
-    assert layout(axes, "body.2.0.weight") == [{"conv": (8, 1)}, {"conv": (8, 1)}, None, None]
+    assert layout(axes, "body.2.0.weight") == {dim: ("conv", 8, 1) for dim in (0, 1)}
 
 
 def test_what_cannot_be_exported_is_refused():

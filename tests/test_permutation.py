@@ -1,6 +1,6 @@
 import torch
 
-from common.align.permutation import Layout, permute
+from common.align.permutation import Place, permute
 
 SHAPES = (3, (3, 1)), (2, (2, 1)), (4, (2, 2))
 
@@ -8,10 +8,7 @@ SHAPES = (3, (3, 1)), (2, (2, 1)), (4, (2, 2))
 def test_permute_by_hand():
     tensors = {"w": torch.tensor([[1, 2], [3, 4], [5, 6]]), "v": torch.tensor([10, 11, 12, 13])}
     out, columns, twice = (torch.arange(n).view(shape) for n, shape in SHAPES)
-    dims = {
-        "w": (Layout(3, {"out": out}), Layout(2, {"in": columns})),
-        "v": (Layout(4, {"in": twice}),),
-    }
+    dims = {"w": [Place("out", 0, out), Place("in", 1, columns)], "v": [Place("in", 0, twice)]}
     rows, columns = {"out": torch.tensor([2, 0, 1])}, {"in": torch.tensor([1, 0])}
     moved = permute(tensors, dims, rows | columns)
     # index[i] is the source channel that lands at i: row 2 of w comes first, its columns swap.
@@ -24,6 +21,6 @@ def test_permute_by_hand():
 def test_an_axis_that_lies_in_several_places_by_hand():
     # Channel 0 lies at 0, 1 and 5, channel 1 at 2, 3 and 6; position 4 is another axis.
     places = torch.tensor([[0, 1, 5], [2, 3, 6]])
-    dims = {"w": (Layout(7, {"a": places, "b": torch.tensor([[4]])}),)}
+    dims = {"w": [Place("a", 0, places), Place("b", 0, torch.tensor([[4]]))]}
     moved = permute({"w": torch.arange(1, 8)}, dims, {"a": torch.tensor([1, 0])})
     assert moved["w"].tolist() == [3, 4, 1, 2, 5, 7, 6]

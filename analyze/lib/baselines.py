@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from common.align.graph import Graph, export, lockstep
 from common.align.matching import Moments, assign, channels_last, objective
-from common.align.permutation import Axes, channel_rows, find_places, identity, permute
+from common.align.permutation import Axes, channel_rows, identity, permute
 from common.data import Resident
 from common.masking import Mask
 from common.runtime.parallel import cores
@@ -94,7 +94,7 @@ def match_weights_every_axis(
     Knows axes of one block each. Returns the permutation and the objective that it reaches.
     """
     permutation, names = identity(axes), list(axes.sizes)
-    places = find_places(source, axes)
+    places = axes.places(source)
     generator = torch.Generator().manual_seed(seed)
     best, improved = objective(source, target), True
     while improved:
@@ -103,9 +103,8 @@ def match_weights_every_axis(
             axis, size = names[position], axes.sizes[names[position]]
             moved = permute(source, axes.dims, permutation)
             similarity = torch.zeros(size, size, dtype=torch.float64)
-            for place in places[axis]:
-                pair = (target[place.tensor], moved[place.tensor])
-                here, there = (channel_rows(one, place) for one in pair)
+            for name, place in places[axis]:
+                here, there = (channel_rows(one[name], place) for one in (target, moved))
                 similarity += (here @ there.T).cpu()
             candidate = permutation | {axis: permutation[axis][assign(similarity)]}
             reached = objective(permute(source, axes.dims, candidate), target)

@@ -10,7 +10,7 @@ reason.
 import functools
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,12 +21,10 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
 
-from common.align.channels import SLOT, Channels, Value, along, only, plain
+from common.align.channels import ENTRY, Channels, Value, along, only
 from common.align.graph import Graph, export, where
-from common.align.permutation import Axes, BlockGroup, Layout, Readout
-from common.align.rules import CONTRACTIONS, PASSING, POINTWISE, RULES, pointwise
-
-Places = Callable[[Tensor], dict[str, Tensor]]
+from common.align.permutation import Axes, BlockGroup, Place, Readout
+from common.align.rules import CONTRACTIONS, PASSING, POINTWISE, RULES, expand, pointwise
 
 
 def find_axes(model: nn.Module, input_shape: tuple[int, ...]) -> Axes:
@@ -34,15 +32,14 @@ def find_axes(model: nn.Module, input_shape: tuple[int, ...]) -> Axes:
 
     Raises UserError when torch.export cannot follow the forward pass.
     """
-    walk = Walk()
-    walk.run(export(model, (2, *input_shape)))
-    root, channels = settle(walk)
-    sizes, groups, pinned = name_axes(walk, channels)
-    names, (axis, rank) = [*sizes], channels[["axis", "rank"]].to_numpy().T
+    walk = Walk(export(model, (2, *input_shape)))
+    root, classes = settle(walk.channels)
+    sizes, groups, pinned = name_axes(walk, root, classes)
+    names, (axis, rank) = [*sizes], classes[["axis", "rank"]].to_numpy().T
 
-    def places(label: Tensor) -> dict[str, Tensor]:
-        """The positions along a label of the channels of every axis that is there as a whole."""
-        here, found = root[(label % SLOT).flatten().numpy()], {}
+    def find(label: Tensor) -> dict[str, Tensor]:
+        """The positions along a label of every axis that is there as a whole: (channels, entries)."""
+        here, found = root[(label % ENTRY).flatten().numpy()], {}
         for number in sorted({*axis[here].tolist()} - {-1}):
             at = np.flatnonzero(axis[here] == number)
             at = at[np.argsort(rank[here[at]], kind="stable")]
@@ -51,62 +48,68 @@ def find_axes(model: nn.Module, input_shape: tuple[int, ...]) -> Axes:
                 found[names[number]] = torch.from_numpy(at).view(len(many), -1)
         return found
 
-    state = model.state_dict(keep_vars=True)
-    multiplied = {id(state[name]) for name in walk.weights}
-    weights = tuple(name for name, value in state.items() if id(value) in multiplied)
-    readouts = find_readouts(walk, names, places)
-    return Axes(lay_out(walk, state, places), sizes, groups, readouts, pinned, weights)
+    state, dims = model.state_dict(keep_vars=True), {}
+    used = {id(state[name]): name for name in walk.parameters}  # one name of what is tied
+    for name, value in state.items():
+        dims[name] = []
+        for label in walk.parameters.get(used.get(id(value)), Value(())).labels:
+            whole = walk.channels.columns.get(walk.channels.vector(label), label)
+            dims[name] += [
+                Place(found, *along(label), at, whole.numel() // label.numel())
+                for found, at in find(whole).items()
+            ]
+    weights = tuple(name for name, value in state.items() if used.get(id(value)) in walk.weights)
+    readouts: dict[str, list[Readout]] = {name: [] for name in names}
+    for node, before in seen(walk):
+        for label in walk.values[node].labels:
+            for found, at in find(label).items() if len(along(label)) == 1 else ():
+                readouts[found].append(Readout(node.name, before.name, *along(label), at))
+    return Axes(dims, sizes, groups, readouts, pinned, weights)
 
 
 class Walk:
     """Follows channels through a graph, one operator after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, graph: Graph) -> None:
         self.channels = Channels()
         self.parameters: dict[str, Value] = {}
         self.names: dict[int, str] = {}  # of the vectors of channels along parameters
-        self.makers: dict[int, int] = {}  # of these, the operators that compute channels by them
-        self.env: dict[fx.Node, Any] = {}
+        self.values: dict[fx.Node, Any] = {}
         self.tables: dict[fx.Node, dict] = {}  # where the rule of an operator was found
-        self.computed: dict[fx.Node, set[str]] = {}  # from these parameters, and no image
         self.weights: set[str] = set()  # the parameters that contractions multiply with
-
-    def run(self, graph: Graph) -> None:
-        inputs = iter(graph.inputs)
-        for position, node in enumerate(graph.module.graph.nodes):
-            self.channels.where, shapes = where(node), shapes_of(node.meta.get("val"))
+        self.made: set[int] = set()  # vectors of channels that come out of contractions
+        nodes = graph.module.graph.nodes
+        self.given = dict(zip((node for node in nodes if node.op == "placeholder"), graph.inputs))
+        computed: dict[fx.Node, set[str] | None] = {}  # from these parameters, and no image
+        for node in nodes:
+            self.channels.where = where(node)
+            before = [computed[one] for one in node.all_input_nodes]
+            computed[node] = None if None in before else set().union(*before)
             if node.op == "placeholder":
-                given = next(inputs)
-                self.env[node] = self.input(given if node.users else None, shapes)
-                if given is not None:
-                    self.computed[node] = {given} if isinstance(given, str) else set()
-            elif node.op == "output":
-                fx.node.map_arg(
-                    node.args, lambda one: self.channels.pin_all(self.env[one], "is the output")
+                given = self.given[node]
+                computed[node] = (
+                    {given} if isinstance(given, str) else given if given is None else set()
                 )
-            else:
-                self.env[node] = self.call(node, shapes) if node.op == "call_function" else None
-            parts = [self.computed.get(one) for one in node.all_input_nodes]
-            if parts and None not in parts:
-                self.computed[node] = set().union(*parts)
+            elif node.op == "output":
+                self.channels.pin_all(fx.node.map_arg(node.args, self.value), "is the output")
+            elif node.op == "call_function":
+                self.values[node] = self.call(node)
             if self.tables.get(node) is CONTRACTIONS:
-                self.weights.update(*filter(None, parts))
-                read = {*map(self.channels.vector, self.env[node.all_input_nodes[0]].labels)}
-                for vector in {*map(self.channels.vector, self.env[node].labels)} - read:
-                    self.makers.setdefault(vector, position)
+                self.weights.update(*filter(None, before))
+                self.made.update(map(self.channels.vector, self.values[node].labels))
 
-    def input(self, given: str | Tensor | None, shape: Any) -> Any:
-        """Every index along a parameter is a channel of its own; constants may be uniform."""
-        if isinstance(given, Tensor) and not given.is_meta:
-            varying = [
-                1 if torch.equal(given, given.narrow(dim, 0, 1).expand_as(given)) else size
-                for dim, size in enumerate(shape)
-            ]
-            return self.channels.expand(Value(tuple(varying)), shape)
+    def value(self, node: fx.Node) -> Any:
+        """Every index along a parameter is a channel of its own, from where it is first read."""
+        if node not in self.values:
+            self.values[node] = self.label(self.given.get(node), shapes_of(node.meta.get("val")))
+        return self.values[node]
+
+    def label(self, given: str | Tensor | None, shape: Any) -> Any:
+        """The value of an input of the graph."""
         if not isinstance(given, str):
-            return plain(shape)
-        large, labels = [dim for dim, size in enumerate(shape) if size > 1], []
+            return Value(shape)
         layer = re.sub(r"[._](parametrizations\.)?weight(_v|_orig|\.original\d*)?$", "", given)
+        large, labels = [dim for dim, size in enumerate(shape) if size > 1], []
         for dim in large:
             name = layer if dim == 0 or len(large) == 1 else f"{given}.{dim}"
             self.names[len(self.channels.starts) - 1] = name
@@ -114,31 +117,47 @@ class Walk:
         self.parameters[given] = Value(shape, tuple(labels))
         return self.parameters[given]
 
-    def call(self, node: fx.Node, shapes: Any) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.env.get)
+    def call(self, node: fx.Node) -> Any:
+        """The value that an operator makes, by its rule."""
+        name, rule, self.tables[node] = find_rule(node.target)
+        # What is pointwise broadcasts by itself: what is expanded for it is still the same.
+        value = self.unexpanded if rule is pointwise else self.value
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
         if node.target is operator.getitem:
             return args[0][args[1]]
-        result = None
-        if isinstance(node.target, torch._ops.OpOverload):
-            name = node.target.name().partition("::")[2].partition(".")[0].rstrip("_")
-            functional = getattr(getattr(torch.ops.aten, name, None), "default", node.target)
-            tagged = torch.Tag.pointwise in {*node.target.tags, *functional.tags}
-            default = (pointwise, POINTWISE) if tagged else (lambda channels, a: None, PASSING)
-            rule, self.tables[node] = RULES.get(name, default)
+        out, result = shapes_of(node.meta.get("val")), None
+        if rule:
             given = {one.name: one.default_value for one in node.target._schema.arguments}
             given |= dict(zip(given, args)) | kwargs
-            first, *rest = given or [None]
+            first, *rest = given
             call = functools.partial(node.target, **{key: given[key] for key in rest})
-            a = SimpleNamespace(**given, given=given, out=shapes, name=name, call=call)
-            a.x = given.get(first)
-            result = rule(self.channels, a)
+            about = {"given": given, "x": given[first], "out": out, "name": name, "call": call}
+            result = rule(self.channels, SimpleNamespace(**given | about))
         if result is None:
             self.channels.pin_all((args, kwargs), "keeps its order")
-            self.tables[node] = PASSING
-            return plain(shapes)
-        if isinstance(shapes, list) and isinstance(result, Value):  # pooling, with indices
-            return [result._replace(shape=shape) for shape in shapes]
-        return result
+            result = Value(())
+        if isinstance(result, list):
+            return result
+        return (
+            [result._replace(shape=x) for x in out]
+            if isinstance(out, list)
+            else result._replace(shape=out)
+        )
+
+    def unexpanded(self, node: fx.Node) -> Any:
+        while find_rule(node.target)[1] is expand:
+            node = node.args[0]
+        return self.value(node)
+
+
+def find_rule(target: Any) -> tuple[str, Callable | None, dict]:
+    """The name of an operator, its rule if there is one, and the table that it is in."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return str(target), None, PASSING
+    name = target.name().partition("::")[2].partition(".")[0].rstrip("_")
+    functional = getattr(getattr(torch.ops.aten, name, None), "default", target)
+    tagged = torch.Tag.pointwise in {*target.tags, *functional.tags}
+    return name, *RULES.get(name, (pointwise, POINTWISE) if tagged else (None, PASSING))
 
 
 def shapes_of(value: Any) -> Any:
@@ -148,6 +167,16 @@ def shapes_of(value: Any) -> Any:
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
+# ---------------------------------------------------------------- what the walk has found
+
+
+def components(count: int, *links: np.ndarray) -> np.ndarray:
+    """The connected component of each of `count` nodes, from (2, n) arrays of their links."""
+    ends = np.concatenate(links, 1)
+    graph = coo_matrix((np.ones(ends.shape[1]), tuple(ends)), (count, count))
+    return connected_components(graph, directed=False)[1]
+
+
 def scramble(*columns: np.ndarray) -> np.ndarray:
     """A random-looking 64-bit number for every row of integers, the same for equal rows."""
     rows = pd.DataFrame(dict(enumerate(columns)))
@@ -155,112 +184,81 @@ def scramble(*columns: np.ndarray) -> np.ndarray:
     return pd.util.hash_pandas_object(rows, index=False).to_numpy(copy=True).view(np.int64)
 
 
-def settle(walk: Walk) -> tuple[np.ndarray, pd.DataFrame]:
-    """The channel that each label stands for in the end, and a table of these channels.
+def settle(known: Channels) -> tuple[np.ndarray, pd.DataFrame]:
+    """The class of channels that are the same, for every channel, and a table of the classes.
 
-    colour: channels of one colour may trade places. They may when every tie of one is a tie of the
-    other: exchanging them, with all their entries in order, then takes ties to ties. block: the
-    channel that stands for the block that it is in, or -1. reason: the number of the reason why it
-    is pinned, or -1. source: the vector that names it. lead: its place among all channels, in the
-    order in which operators make them. entries: of it in that vector. front: the first lead of its
-    block.
+    unit: the class of the block that it is in, or its own. reason: why it is pinned. colour: of
+    one colour are those that may trade places. They may when every tie of one is a tie of the
+    other: exchanging them, with all their entries in order, then takes ties to ties.
     """
-    known = walk.channels
     vector = np.repeat(np.arange(len(known.starts) - 1), np.diff(known.starts))
-    edges, members = (torch.cat(rows, 1).numpy() for rows in (known.edges, known.members))
-    links, count = edges[:2], len(vector)
-    while True:  # a channel is in one block, so blocks that share one are the same
-        link = coo_matrix((np.ones(links.shape[1]), tuple(links)), (count, count))
-        classes, root = connected_components(link, directed=False)
-        first = np.unique(root, return_index=True)[1]
-        channel, block = np.unique(root[members[::-1]], axis=1)
-        again = np.flatnonzero(channel[1:] == channel[:-1])
-        if not len(again):
-            break
-        links = np.concatenate([links, first[np.stack([block[again], block[again + 1]])]], 1)
-    inside, reason = np.full((2, classes), -1)
-    inside[channel] = block
-    reason[np.intersect1d(channel, block)] = len(known.pins)  # no blocks of blocks
-    for number, (label, _) in reversed([*enumerate(known.pins)]):
-        reason[root[label.flatten().numpy()]] = number
-    code = scramble(vector, pd.Series(vector).groupby([root, vector]).cumcount().to_numpy())
-    colour = scramble(np.where(reason < 0, -1, np.arange(classes)))
+    ties, members = (torch.cat(rows, 1).numpy() for rows in (known.ties, known.members))
+    # A channel is in one block, so blocks that share one are the same.
+    held = components(len(vector), ties[:2])[members[1]]
+    _, first, which = np.unique(held, return_index=True, return_inverse=True)
+    same = np.stack([members[0], members[0][first[which]]])
+    root = components(len(vector), ties[:2], same)
+    blocks, inside = root[members]
+    table = pd.DataFrame({"unit": np.arange(root.max() + 1), "reason": None})
+    table.loc[inside, "unit"] = blocks
+    nested = torch.from_numpy(members[1][np.isin(inside, blocks)])
+    for label, why in reversed([*known.pins, (nested, "its blocks are in larger blocks")]):
+        table.loc[root[label.flatten().numpy()], "reason"] = why
+    code = scramble(vector, pd.Series(vector).groupby([root, vector]).cumcount())
+    colour = scramble(np.where(table["reason"].isna(), -1, table.index))
     np.add.at(colour, root, code)
-    np.add.at(colour, root[edges[0]], scramble(code[edges[0]], code[edges[1]], *edges[2:]))
-    role, ends, before = scramble(*code[members]), root[members], 0
-    while before < (before := len(np.unique(colour))):
-        seen = colour.copy()
-        for here, there in (ends, ends[::-1]):
-            np.add.at(colour, here, scramble(role, seen[there]))
-    # What no parameter has comes last.
-    made = np.full(len(known.starts) - 1, len(walk.env) + 1)
-    made[[*walk.names]] = [walk.makers.get(one, len(walk.env)) for one in walk.names]
-    order = np.argsort(made[vector], kind="stable")
-    table = pd.DataFrame({"block": inside, "reason": reason, "colour": colour})
-    table["lead"] = np.unique(root[order], return_index=True)[1]
-    table["source"] = source = vector[order[table["lead"]]]
-    table["entries"] = np.bincount(root[vector == source[root]], minlength=classes)
-    unit = np.where(inside < 0, table.index, inside)
-    table["front"] = table.groupby(unit)["lead"].transform("min")
-    return root, table
+    np.add.at(colour, root[ties[0]], scramble(code[ties[0]], code[ties[1]], *ties[2:]))
+    role = scramble(*code[members])
+    # What is in a block tells it apart, and then the block what is in it.
+    np.add.at(colour, blocks, scramble(role, colour[inside]))
+    np.add.at(colour, inside, scramble(role, colour[blocks]))
+    return root, table.assign(colour=colour)
 
 
 def name_axes(
-    walk: Walk, channels: pd.DataFrame
+    walk: Walk, root: np.ndarray, classes: pd.DataFrame
 ) -> tuple[dict[str, int], tuple[BlockGroup, ...], dict[str, tuple[int, str]]]:
-    """Sizes, groups and what is pinned, as in Axes; adds to `channels` the number of their axis,
+    """Sizes, groups and what is pinned, as in Axes; adds to `classes` the number of their axis,
     or -1, and their rank along it.
     """
-    channels["axis"], channels["rank"] = -1, 0
-    live = channels[channels["source"].isin(walk.names)].sort_values("lead")
-    live["name"] = live["source"].map(walk.names)
-    tied = (live["entries"] > 1) & ~live["colour"].duplicated(keep=False)
-    stuck = (live["reason"] >= 0) | tied
-    reasons = [why for _, why in walk.channels.pins]
-    reasons += ["its blocks are in larger blocks", "it is tied to itself"]
+    # A class is named after the first vector along a parameter that a channel of it is in.
+    vector = np.repeat(np.arange(len(walk.channels.starts) - 1), np.diff(walk.channels.starts))
+    channels = pd.DataFrame({"class": root, "vector": vector})[np.isin(vector, [*walk.names])]
+    first = channels.drop_duplicates("class").set_index("class")["vector"]
+    live = classes.loc[first.index].assign(vector=first, name=first.map(walk.names))
+    live["lead"] = np.arange(len(live))
+    live["front"] = live.groupby("unit")["lead"].transform("min")
+    live["entries"] = channels.groupby(["class", "vector"]).size()[[*first.items()]].to_numpy()
+    alone = ~live["colour"].duplicated(keep=False)
+    live.loc[alone & (live["entries"] > 1) & live["reason"].isna(), "reason"] = (
+        "it is tied to itself"
+    )
+    listed = live[live["reason"].notna() & live["vector"].isin(walk.made)]
     pinned = {
-        name: (int(rows["entries"].sum()), reasons[rows["reason"].iloc[0]])
-        for name, rows in live[stuck & live["source"].isin(walk.makers)].groupby("name", sort=False)
+        name: (int(rows["entries"].sum()), rows["reason"].iloc[0])
+        for name, rows in listed.groupby("name", sort=False)
     }
-    holders = {*channels["block"]}
+    classes["axis"], classes["rank"] = -1, 0
     sizes: dict[str, int] = {}
-    groups: dict[Any, tuple[list[str], int]] = {}
-    for colour, same in live[~stuck].groupby("colour", sort=False):
+    groups: dict[int, tuple[list[str], int]] = {}
+    holders = classes.loc[classes["unit"] != classes.index, "unit"]
+    for colour, same in live[live["reason"].isna()].groupby("colour", sort=False):
         name = same["name"].iloc[0]
         while name in sizes:
             name = f"{name}.{len(sizes)}"
-        same = same.sort_values(["front", "lead"])
-        channels.loc[same.index, "axis"] = len(sizes)
-        channels.loc[same.index, "rank"] = np.arange(len(same))
-        sizes[name], blocks = len(same), same["block"].nunique()
-        if blocks > 1:
-            colour = channels["colour"].iloc[same["block"].iloc[0]]
-        elif same.index[0] in holders:
-            blocks = len(same)
+        same = same.sort_values("front", kind="stable")
+        classes.loc[same.index, "axis"] = len(sizes)
+        classes.loc[same.index, "rank"] = np.arange(len(same))
+        sizes[name] = len(same)
+        blocks = same["unit"].nunique() if same["unit"].isin(holders).any() else 1
+        if blocks > 1:  # all axes that lie in these blocks move with them
+            colour = classes.loc[same["unit"].iloc[0], "colour"]
         groups.setdefault(colour, ([], blocks))[0].append(name)
     return sizes, tuple(BlockGroup(tuple(axes), blocks) for axes, blocks in groups.values()), pinned
 
 
-def lay_out(
-    walk: Walk, state: dict[str, Tensor], places: Places
-) -> dict[str, tuple[Layout | None, ...]]:
-    """What lies along every dimension of the tensors of `state`."""
-    known = walk.channels
-    used = {id(state[name]): value for name, value in walk.parameters.items()}
-    dims = {}
-    for name, value in state.items():
-        layouts: list[Layout | None] = [None] * value.dim()
-        for label in used.get(id(value), Value(())).labels:
-            whole = known.columns.get(known.vector(label), label)
-            found = places(whole)
-            layouts[min(along(label))] = Layout(whole.numel(), found) if found else None
-        dims[name] = tuple(layouts)
-    return dims
-
-
-def find_readouts(walk: Walk, names: list[str], places: Places) -> dict[str, tuple[Readout, ...]]:
-    """The tensors that layers read each axis from, in graph order."""
-    readouts: dict[str, list[Readout]] = {name: [] for name in names}
+def seen(walk: Walk) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """The nodes whose values layers read, each with the one ahead of its nonlinearity."""
     pointwise = {node for node, table in walk.tables.items() if table is POINTWISE}
     for node, table in walk.tables.items():
         if table is PASSING or all(user in pointwise for user in node.users):
@@ -268,7 +266,4 @@ def find_readouts(walk: Walk, names: list[str], places: Places) -> dict[str, tup
         before = node
         while before in pointwise and (len(before.all_input_nodes) == 1 or "prelu" in before.name):
             before = before.all_input_nodes[0]
-        for label in walk.env[node].labels:
-            for axis, at in places(label).items() if len(along(label)) == 1 else ():
-                readouts[axis].append(Readout(node.name, before.name, *along(label), at))
-    return {axis: tuple(several) for axis, several in readouts.items()}
+        yield node, before

@@ -14,7 +14,6 @@ from common.align.permutation import (
     Place,
     Readout,
     channel_rows,
-    find_places,
     identity,
     permute,
     random_permutation,
@@ -163,12 +162,12 @@ def similarities(
 
 def channels_last(value: Tensor, readout: Readout) -> Tensor:
     """View an activation as (samples, channels) of the axis that `readout` finds in it."""
-    places = readout.places
     value = value.movedim(readout.dim, -1)
-    if not torch.equal(places.flatten(), torch.arange(value.shape[-1])):
-        value = value[..., places.flatten().to(value.device)]
-    value = value.unflatten(-1, places.shape).transpose(-1, -2)
-    return value.reshape(-1, len(places))
+    at = readout.positions.flatten()
+    if not torch.equal(at, torch.arange(value.shape[-1])):
+        value = value[..., at.to(value.device)]
+    value = value.unflatten(-1, readout.positions.shape).transpose(-1, -2)
+    return value.flatten(0, -2)
 
 
 def assign(similarity: Tensor) -> Tensor:
@@ -257,15 +256,18 @@ class Products:
         self.seen: dict[tuple[str, int], Tensor] = {}  # the source at each place, at the last visit
 
     def update(
-        self, places: list[Place], target: dict[str, Tensor], source: dict[str, Tensor]
+        self,
+        places: list[tuple[str, Place]],
+        target: dict[str, Tensor],
+        source: dict[str, Tensor],
     ) -> Tensor:
         """The products with the source as it is now."""
         gained = None
-        for place in places:
-            now, then = source[place.tensor], self.seen.get(place[:2])
+        for name, place in places:
+            now, then = source[name], self.seen.get((name, place.dim))
             if now is then:
                 continue
-            self.seen[place[:2]], fixed = now, target[place.tensor]
+            self.seen[name, place.dim], fixed = now, target[name]
             if then is not None:
                 if now.dim() > 1 and place.groups == 1:  # few neighbours move in later sweeps
                     side = int(place.dim == 0)
@@ -282,7 +284,7 @@ class Products:
         """Follow the source after this axis, and no other beside it, has moved."""
         there = (order != torch.arange(len(order))).nonzero().flatten()
         self.total[:, there] = self.total[:, order[there]]
-        self.seen = {(tensor, dim): source[tensor] for tensor, dim in self.seen}
+        self.seen = {(name, dim): source[name] for name, dim in self.seen}
 
 
 def match_weights(
@@ -302,8 +304,8 @@ def match_weights(
     """
     permutation = identity(axes) | (start or {})
     moved = permute(source, axes.dims, permutation)
-    places = find_places(source, axes)
-    tensors = {axis: {place.tensor for place in found} for axis, found in places.items()}
+    places = axes.places(source)
+    tensors = {axis: {name for name, _ in found} for axis, found in places.items()}
     groups = {axis: group for group in axes.groups for axis in group.axes}
     products = {axis: Products(size) for axis, size in axes.sizes.items()}
     generator = torch.Generator().manual_seed(seed)
@@ -317,14 +319,14 @@ def match_weights(
                 continue
             stale.discard(axis)
             members = [axis, *(other for other in groups[axis].axes if other != axis)]
-            beside = [place.tensor for member in members for place in places[member]]
+            beside = [name for member in members for name, _ in places[member]]
             touched = {name: moved[name] for name in beside}
             apart = len(beside) == len(touched)
             if not apart:
                 products |= {member: Products(axes.sizes[member]) for member in members}
             sums, counted = [], set()  # a tensor along which several members lie counts once
             for member in members:
-                here = [place for place in places[member] if place.tensor not in counted]
+                here = [place for place in places[member] if place[0] not in counted]
                 sums.append(products[member].update(here, target, moved))
                 counted |= tensors[member]
             best = sum(float(one.trace()) for one in sums) if apart else objective(touched, target)

@@ -11,52 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from common.align.channels import SLOT, Channels, Value, along, arrange, plain
+from common.align.channels import ENTRY, Channels, Value, along, arrange, only
 
 
-def along_dims(channels: Channels, a: Any) -> Any:
-    """What picks or moves whole slices along `dim` does the same to labels."""
-    dims = a.given.get("dim", a.given.get("dims"))
-    dims = {dim % len(a.x.shape) for dim in (dims if isinstance(dims, list) else [dims])}
-    shapes = a.out if isinstance(a.out, list) else [a.out]
-    labels: list[list[Tensor]] = [[] for _ in shapes]
-    for label in a.x.labels:
-        done = a.call(label.expand([n if d in dims else -1 for d, n in enumerate(a.x.shape)]))
-        for kept, one in zip(labels, done if isinstance(a.out, list) else [done]):
-            for dim in dims - along(label) if one.dim() == label.dim() else ():
-                one = one.narrow(dim, 0, 1)
-            kept.append(one)
-    made = [*map(channels.value, shapes, labels)]
-    return made if isinstance(a.out, list) else made[0]
-
-
-def pad(channels: Channels, a: Any) -> Value:
-    """Entries of a constant are channels of their own; other padding looks at the order."""
-    x, rank = a.x, len(a.out)
-    ends = {rank - 1 - k // 2: a.pad[k : k + 2] for k in range(0, len(a.pad), 2)}
-    padded = {dim for dim, pair in ends.items() if any(pair)}
-    if a.given.get("mode", "constant") != "constant" or min(a.pad) < 0:
-        x = channels.slide(x, padded)
-    for dim in padded.intersection(set().union(*map(along, x.labels))):
-        shape = (*x.shape[:dim], sum(ends[dim]), *x.shape[dim + 1 :])
-        x = channels.cat([x, channels.expand(Value((1,) * rank), shape)], dim)
-        x = Value(x.shape, tuple(label.roll(ends[dim][0], dim) for label in x.labels))
-    return x._replace(shape=a.out)
-
-
-def index(channels: Channels, a: Any) -> Value | None:
-    """What is looked up by a number keeps it."""
-    table = a.given.get("weight", a.x)
-    indices = a.indices if isinstance(a.indices, list) else [a.indices]
-    dims = [dim for dim, one in enumerate(indices) if one is not None]
-    if dims[-1] - dims[0] >= len(dims):
-        return None
-    channels.pin_all(indices, "looks up by it")
-    rest = channels.reduce(channels.slide(table, dims, "looks up parts of it"), dims)
-    new = [None] * (len(a.out) - len(rest.shape))
-    return channels.value(
-        a.out, arrange(rest, [*range(dims[0]), *new, *range(dims[0], len(rest.shape))]).labels
-    )
+def pointwise(channels: Channels, a: Any) -> Value:
+    given = [one for x in a.given.values() for one in (x if isinstance(x, list) else [x])]
+    return channels.meet(Value(()), *given)
 
 
 def scale(value: Value | None, rank: int) -> Value | None:
@@ -83,12 +43,6 @@ def normalise(channels: Channels, x: Value, dims: Iterable[int], *scales: Any) -
     return channels.meet(x, *scales)
 
 
-def pointwise(channels: Channels, a: Any) -> Value:
-    given = [one for x in a.given.values() for one in (x if isinstance(x, list) else [x])]
-    given = [one for one in given if isinstance(one, Value)]
-    return channels.meet(*given) if given else plain(a.out)
-
-
 def reduction(channels: Channels, a: Any) -> Value:
     dims = a.given.get("dim")
     dims = range(len(a.x.shape)) if dims in (None, []) else dims
@@ -97,25 +51,33 @@ def reduction(channels: Channels, a: Any) -> Value:
 
 def slide(channels: Channels, a: Any) -> Value:
     """Pooling and resizing of the last dimensions, as many as the operator's name says."""
-    x = channels.slide(a.x, range(-int(re.search(r"(\d)d", a.name)[1]), 0))
-    return x._replace(shape=a.out)
+    return channels.slide(a.x, range(-int(re.search(r"(\d)d", a.name)[1]), 0))
+
+
+def letters(rank: int) -> str:
+    """Names of the dimensions in front of the last two."""
+    return "ABCDEFGH"[10 - rank :]
 
 
 def linear(channels: Channels, a: Any) -> Value:
-    return channels.meet(channels.einsum("...i,oi->...o", a.x, a.weight), a.bias)
+    front = letters(len(a.x.shape) + 1)
+    return channels.meet(channels.einsum(f"{front}i,oi->{front}o", a.x, a.weight), a.bias)
 
 
 def matmul(channels: Channels, a: Any) -> Value:
     *added, one, other = (value for value in a.given.values() if isinstance(value, Value))
-    left, right = "...ik" if len(one.shape) > 1 else "k", "...kj" if len(other.shape) > 1 else "k"
-    out = "..." + "i" * ("i" in left) + "j" * ("j" in right)
-    return channels.meet(channels.einsum(f"{left},{right}->{out}", one, other), *added)
+    ranks = [len(one.shape), len(other.shape)]
+    left, right = "ik" if ranks[0] > 1 else "k", "kj" if ranks[1] > 1 else "k"
+    terms = letters(ranks[0]) + left, letters(ranks[1]) + right
+    out = letters(max(ranks)) + left[:-1] + right[1:]
+    return channels.meet(channels.einsum(f"{terms[0]},{terms[1]}->{out}", one, other), *added)
 
 
 def attention(channels: Channels, a: Any) -> Value:
-    scores = channels.meet(channels.einsum("...qd,...kd->...qk", a.query, a.key), a.attn_mask)
-    channels.reduce(scores, [-1])
-    return channels.einsum("...qk,...kd->...qd", scores, a.value)
+    front = letters(len(a.query.shape))
+    scores = channels.einsum(f"{front}qd,{front}kd->{front}qk", a.query, a.key)
+    channels.reduce(channels.meet(scores, a.attn_mask), [-1])
+    return channels.einsum(f"{front}qk,{front}kd->{front}qd", scores, a.value)
 
 
 def convolution(channels: Channels, a: Any) -> Value | None:
@@ -125,11 +87,11 @@ def convolution(channels: Channels, a: Any) -> Value | None:
     x = channels.reshape(x, (n, a.groups, c // a.groups))
     weight = channels.reshape(weight, (a.groups, rows // a.groups, columns))
     transposed = "transpose" in a.name
-    if a.groups > 1 and weight.shape[2] > 1:
+    if a.groups > 1 and columns > 1:
         # The second dimension of the weight stands for other channels in every group: note which.
         inner = [label for label in weight.labels if along(label) == {2}]
         outer = [label for label in x.labels if along(label) == {1, 2}]
-        if transposed or len(inner) != 1 or len(outer) != 1 or (outer[0] >= SLOT).any():
+        if transposed or len(inner) != 1 or len(outer) != 1 or (outer[0] >= ENTRY).any():
             return None
         channels.pin(inner[0], "differs from group to group")
         known = channels.columns.setdefault(channels.vector(inner[0]), outer[0])
@@ -137,14 +99,63 @@ def convolution(channels: Channels, a: Any) -> Value | None:
         others = tuple(label for label in weight.labels if along(label) != {2})
         weight = Value((*weight.shape[:2], 1), others)
     y = channels.einsum("ngi,gio->ngo" if transposed else "ngi,goi->ngo", x, weight)
-    y = arrange(channels.reshape(y, a.out[:2]), [0, 1, *[None] * (len(a.out) - 2)])
-    return channels.meet(y._replace(shape=a.out), scale(a.bias, len(a.out)))
+    y = channels.reshape(y, a.out[:2])
+    return channels.meet(arrange(y, [0, 1, *[None] * len(space)]), scale(a.bias, len(a.out)))
+
+
+def pick(channels: Channels, a: Any) -> Value | list[Value]:
+    """What picks or moves whole slices along `dim` does the same to labels."""
+    dims = a.given.get("dim", a.given.get("dims"))
+    dims = {dim % len(a.x.shape) for dim in (dims if isinstance(dims, list) else [dims])}
+    several = isinstance(a.out, list)
+    made: list[list[Tensor]] = [[] for _ in a.out] if several else [[]]
+    for label in a.x.labels:
+        done = a.call(label.expand([n if d in dims else -1 for d, n in enumerate(a.x.shape)]))
+        for labels, one in zip(made, done if several else [done]):
+            for dim in dims - along(label) if one.dim() == label.dim() else ():
+                one = one.narrow(dim, 0, 1)
+            labels.append(one)
+    values = [*map(channels.value, a.out if several else [a.out], made)]
+    return values if several else values[0]
+
+
+def pad(channels: Channels, a: Any) -> Value:
+    """Entries of a constant are channels of their own; other padding looks at the order."""
+    x, last = a.x, len(a.out) - 1
+    ends = {
+        last - k // 2: a.pad[k : k + 2] for k in range(0, len(a.pad), 2) if any(a.pad[k : k + 2])
+    }
+    if a.given.get("mode", "constant") != "constant" or min(a.pad) < 0:
+        return channels.slide(x, ends)
+    for dim in ends.keys() & set().union(*map(along, x.labels)):
+        shape = (*x.shape[:dim], sum(ends[dim]), *x.shape[dim + 1 :])
+        zeros = Value(shape, (channels.fresh(only({dim}, shape)),))
+        x = channels.cat([x, zeros], dim)
+        x = Value(x.shape, tuple(label.roll(ends[dim][0], dim) for label in x.labels))
+    return x
+
+
+def index(channels: Channels, a: Any) -> Value | None:
+    """What is looked up by a number keeps it."""
+    table = a.given.get("weight", a.x)
+    indices = a.indices if isinstance(a.indices, list) else [a.indices]
+    dims = [dim for dim, one in enumerate(indices) if one is not None]
+    if dims[-1] - dims[0] >= len(dims):
+        return None
+    channels.pin_all(indices, "looks up by it")
+    kept = [dim for dim in range(len(table.shape)) if dim not in dims]
+    order = [*kept[: dims[0]], *[None] * (len(a.out) - len(kept)), *kept[dims[0] :]]
+    return arrange(channels.slide(table, dims, "looks up parts of it"), order)
 
 
 def stack(channels: Channels, a: Any) -> Value:
     dim = a.dim % len(a.out)
     order = [*range(dim), None, *range(dim, len(a.out) - 1)]
     return channels.cat([arrange(x, order) for x in a.tensors], dim)
+
+
+def expand(channels: Channels, a: Any) -> Value:
+    return channels.meet(a.x, Value((1,) * len(a.out)))
 
 
 CONTRACTIONS = {  # values made anew, by summing over channels
@@ -172,10 +183,10 @@ PASSING = {  # values passed on
     "permute transpose t swapaxes swapdims movedim numpy_T": (
         lambda channels, a: Value(a.out, tuple(map(a.call, a.x.labels)))
     ),
-    "slice select split split_with_sizes chunk unbind narrow flip roll": along_dims,
+    "slice select split split_with_sizes chunk unbind narrow flip roll": pick,
     "cat concat": lambda channels, a: channels.cat(a.tensors, a.dim),
     "stack": stack,
-    "expand expand_as broadcast_to": lambda channels, a: channels.expand(a.x, a.out),
+    "expand expand_as broadcast_to": expand,
     "index embedding": index,
     "_weight_norm": lambda channels, a: normalise(
         channels, a.v, {*range(len(a.v.shape))} - {a.dim}, a.g
@@ -186,7 +197,7 @@ PASSING = {  # values passed on
     "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d reflection_pad2d "
     "replication_pad2d": slide,
     "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty": (
-        lambda channels, a: plain(a.out)
+        lambda channels, a: Value(())
     ),
 }
 RULES = {
