@@ -80,32 +80,36 @@ class Walk:
         self.made: set[int] = set()  # vectors of channels that come out of contractions
         nodes = graph.module.graph.nodes
         self.given = dict(zip((node for node in nodes if node.op == "placeholder"), graph.inputs))
-        computed: dict[fx.Node, set[str] | None] = {}  # from these parameters, and no image
+        # Of what is computed from no image, the parameters that it is computed from.
+        known = {
+            node: None if given is None else {given} if isinstance(given, str) else set()
+            for node, given in self.given.items()
+        }
         for node in nodes:
+            if node in self.given:
+                continue
             self.channels.where = where(node)
-            before = [computed[one] for one in node.all_input_nodes]
-            computed[node] = None if None in before else set().union(*before)
-            if node.op == "placeholder":
-                given = self.given[node]
-                computed[node] = (
-                    {given} if isinstance(given, str) else given if given is None else set()
-                )
-            elif node.op == "output":
+            before = [known[one] for one in node.all_input_nodes]
+            known[node] = None if None in before else set().union(*before)
+            if node.op == "output":
                 self.channels.pin_all(fx.node.map_arg(node.args, self.value), "is the output")
-            elif node.op == "call_function":
+            if node.op == "call_function":
                 self.values[node] = self.call(node)
             if self.tables.get(node) is CONTRACTIONS:
                 self.weights.update(*filter(None, before))
-                self.made.update(map(self.channels.vector, self.values[node].labels))
+                read, made = (
+                    {*map(self.channels.vector, self.value(one).labels)}
+                    for one in (node.all_input_nodes[0], node)
+                )
+                self.made |= made - read
 
     def value(self, node: fx.Node) -> Any:
         """Every index along a parameter is a channel of its own, from where it is first read."""
-        if node not in self.values:
-            self.values[node] = self.label(self.given.get(node), shapes_of(node.meta.get("val")))
-        return self.values[node]
-
-    def label(self, given: str | Tensor | None, shape: Any) -> Any:
-        """The value of an input of the graph."""
+        if node in self.values:
+            return self.values[node]
+        given, shape = self.given.get(node), shapes_of(node.meta.get("val"))
+        if isinstance(given, Tensor):
+            return self.channels.constant(shape, [] if given.is_meta else same_along(given))
         if not isinstance(given, str):
             return Value(shape)
         layer = re.sub(r"[._](parametrizations\.)?weight(_v|_orig|\.original\d*)?$", "", given)
@@ -114,13 +118,12 @@ class Walk:
             name = layer if dim == 0 or len(large) == 1 else f"{given}.{dim}"
             self.names[len(self.channels.starts) - 1] = name
             labels.append(self.channels.fresh(only({dim}, shape)))
-        self.parameters[given] = Value(shape, tuple(labels))
-        return self.parameters[given]
+        self.values[node] = self.parameters[given] = Value(shape, tuple(labels))
+        return self.values[node]
 
     def call(self, node: fx.Node) -> Any:
         """The value that an operator makes, by its rule."""
         name, rule, self.tables[node] = find_rule(node.target)
-        # What is pointwise broadcasts by itself: what is expanded for it is still the same.
         value = self.unexpanded if rule is pointwise else self.value
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
         if node.target is operator.getitem:
@@ -138,13 +141,12 @@ class Walk:
             result = Value(())
         if isinstance(result, list):
             return result
-        return (
-            [result._replace(shape=x) for x in out]
-            if isinstance(out, list)
-            else result._replace(shape=out)
-        )
+        if isinstance(out, list):  # pooling gives indices, too
+            return [result._replace(shape=shape) for shape in out]
+        return result._replace(shape=out)
 
     def unexpanded(self, node: fx.Node) -> Any:
+        """For what broadcasts by itself, so that expanding says nothing."""
         while find_rule(node.target)[1] is expand:
             node = node.args[0]
         return self.value(node)
@@ -160,11 +162,16 @@ def find_rule(target: Any) -> tuple[str, Callable | None, dict]:
     return name, *RULES.get(name, (pointwise, POINTWISE) if tagged else (None, PASSING))
 
 
+def same_along(constant: Tensor) -> list[int]:
+    """The dimensions along which all entries of a tensor are the same."""
+    return [d for d in range(constant.dim()) if (constant == constant.narrow(d, 0, 1)).all()]
+
+
 def shapes_of(value: Any) -> Any:
     """The shapes of a node's output."""
     if isinstance(value, (list, tuple)):
         return [shapes_of(one) for one in value]
-    return tuple(value.shape) if isinstance(value, Tensor) else None
+    return tuple(getattr(value, "shape", ()))
 
 
 # ---------------------------------------------------------------- what the walk has found

@@ -63,6 +63,11 @@ class Channels:
         self.starts.append(self.starts[-1] + math.prod(shape))
         return torch.arange(self.starts[-2], self.starts[-1]).view(shape)
 
+    def constant(self, shape: Iterable[int], dims: Iterable[int]) -> Value:
+        """All the same along `dims`, so that any channels may lie there."""
+        shape = tuple(shape)
+        return self.value(shape, [self.fresh(only({dim}, shape)) for dim in dims if shape[dim] > 1])
+
     def vector(self, label: Tensor) -> int:
         """The vector that (the first of) its channels were made in."""
         return bisect.bisect(self.starts, int(label.flatten()[0] % ENTRY)) - 1

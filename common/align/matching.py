@@ -256,10 +256,7 @@ class Products:
         self.seen: dict[tuple[str, int], Tensor] = {}  # the source at each place, at the last visit
 
     def update(
-        self,
-        places: list[tuple[str, Place]],
-        target: dict[str, Tensor],
-        source: dict[str, Tensor],
+        self, places: list[tuple[str, Place]], target: dict[str, Tensor], source: dict[str, Tensor]
     ) -> Tensor:
         """The products with the source as it is now."""
         gained = None

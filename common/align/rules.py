@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from common.align.channels import ENTRY, Channels, Value, along, arrange, only
+from common.align.channels import ENTRY, Channels, Value, along, arrange
 
 
 def pointwise(channels: Channels, a: Any) -> Value:
@@ -129,8 +129,7 @@ def pad(channels: Channels, a: Any) -> Value:
         return channels.slide(x, ends)
     for dim in ends.keys() & set().union(*map(along, x.labels)):
         shape = (*x.shape[:dim], sum(ends[dim]), *x.shape[dim + 1 :])
-        zeros = Value(shape, (channels.fresh(only({dim}, shape)),))
-        x = channels.cat([x, zeros], dim)
+        x = channels.cat([x, channels.constant(shape, [dim])], dim)
         x = Value(x.shape, tuple(label.roll(ends[dim][0], dim) for label in x.labels))
     return x
 
@@ -197,7 +196,7 @@ PASSING = {  # values passed on
     "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d reflection_pad2d "
     "replication_pad2d": slide,
     "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty": (
-        lambda channels, a: Value(())
+        lambda channels, a: Value(a.out)
     ),
 }
 RULES = {
