@@ -364,8 +364,9 @@ def test_what_fixes_an_order_pins_it_and_the_reason_says_so(body, channels, reas
 def test_readouts_are_before_and_after_the_nonlinearity_and_ahead_of_dropout():
     body = [conv(8, 6, 1), nn.PReLU(6), nn.Dropout(), nn.MaxPool2d(2)]
     model = between(body, 6).train()
-    (readout,) = find_axes(model, (3, 8, 8)).readouts["body.0"]
-    assert (readout.before, readout.node, readout.dim) == ("conv2d_1", "dropout", 1)
+    axes = find_axes(model, (3, 8, 8))
+    (place,) = axes.readouts["body.0"]
+    assert place[:2] == ("dropout", 1) and axes.before["dropout"] == "conv2d_1"
     assert all(module.training for module in model.modules())
 
 

@@ -8,7 +8,10 @@ SHAPES = (3, (3, 1)), (2, (2, 1)), (4, (2, 2))
 def test_permute_by_hand():
     tensors = {"w": torch.tensor([[1, 2], [3, 4], [5, 6]]), "v": torch.tensor([10, 11, 12, 13])}
     out, columns, twice = (torch.arange(n).view(shape) for n, shape in SHAPES)
-    dims = {"w": [Place("out", 0, out), Place("in", 1, columns)], "v": [Place("in", 0, twice)]}
+    dims = {
+        "w": [Place("w", 0, "out", out), Place("w", 1, "in", columns)],
+        "v": [Place("v", 0, "in", twice)],
+    }
     rows, columns = {"out": torch.tensor([2, 0, 1])}, {"in": torch.tensor([1, 0])}
     moved = permute(tensors, dims, rows | columns)
     # index[i] is the source channel that lands at i: row 2 of w comes first, its columns swap.
@@ -21,6 +24,6 @@ def test_permute_by_hand():
 def test_an_axis_that_lies_in_several_places_by_hand():
     # Channel 0 lies at 0, 1 and 5, channel 1 at 2, 3 and 6; position 4 is another axis.
     places = torch.tensor([[0, 1, 5], [2, 3, 6]])
-    dims = {"w": [Place("a", 0, places), Place("b", 0, torch.tensor([[4]]))]}
+    dims = {"w": [Place("w", 0, "a", places), Place("w", 0, "b", torch.tensor([[4]]))]}
     moved = permute({"w": torch.arange(1, 8)}, dims, {"a": torch.tensor([1, 0])})
     assert moved["w"].tolist() == [3, 4, 1, 2, 5, 7, 6]

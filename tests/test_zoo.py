@@ -32,13 +32,13 @@ def test_axes_of_resnet20_are_those_a_person_would_name():
     # The last tensor of a stream is the output of its last block, after the nonlinearity, before
     # pooling.
     readouts = axes.readouts
-    assert [readouts[name][-1].node for name in streams] == ["relu_6", "relu_12", "relu_18"]
+    assert [readouts[name][-1].tensor for name in streams] == ["relu_6", "relu_12", "relu_18"]
     # Layers read the first stream from the stem and from two blocks; the last block's is read by
     # the next stage.
-    first = [(readout.before, readout.node) for readout in readouts["conv1"]]
+    first = [(axes.before[place.tensor], place.tensor) for place in readouts["conv1"]]
     expected = [("batch_norm", "relu"), ("add", "relu_2"), ("add_1", "relu_4"), ("add_2", "relu_6")]
     assert first == expected
-    assert [one.before for one in readouts["blocks.0.conv1"]] == ["batch_norm_1"]
+    assert [axes.before[one.tensor] for one in readouts["blocks.0.conv1"]] == ["batch_norm_1"]
 
 
 def test_axes_of_vgg11_mlp_and_resnet50():

@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 from torch.utils.data import DataLoader, default_collate
 
 from common.align.graph import Graph, export, lockstep
-from common.align.matching import Moments, assign, channels_last, objective
+from common.align.matching import Moments, assign, objective
 from common.align.permutation import Axes, channel_rows, identity, permute
 from common.data import Resident
 from common.masking import Mask
@@ -71,15 +71,15 @@ def match_layer_by_layer(
     ends = [target.state_dict(), original]
     graphs: dict[torch.Size, Graph] = {}
     permutation: dict[str, Tensor] = {}
-    for axis, (*_, readout) in axes.readouts.items():
+    for axis, (*_, place) in axes.readouts.items():
         moments = Moments()
         for images in batches():
             if images.shape not in graphs:
                 graphs[images.shape] = export(target, images.shape)
             runs = [graphs[images.shape].start(end, images) for end in ends]
             for node, _ in lockstep(runs):
-                if node.name == readout.node:  # the sub-network up to here
-                    moments.add(*(channels_last(run.env[node], readout) for run in runs))
+                if node.name == place.tensor:  # the sub-network up to here
+                    moments.add(*(channel_rows(run.env[node], place).T for run in runs))
                     break
         permutation[axis] = assign(moments.correlation())
         ends[1] = permute(original, axes.dims, permutation)
@@ -103,8 +103,9 @@ def match_weights_every_axis(
             axis, size = names[position], axes.sizes[names[position]]
             moved = permute(source, axes.dims, permutation)
             similarity = torch.zeros(size, size, dtype=torch.float64)
-            for name, place in places[axis]:
-                here, there = (channel_rows(one[name], place) for one in (target, moved))
+            for place in places[axis]:
+                pair = (target[place.tensor], moved[place.tensor])
+                here, there = (channel_rows(one, place) for one in pair)
                 similarity += (here @ there.T).cpu()
             candidate = permutation | {axis: permutation[axis][assign(similarity)]}
             reached = objective(permute(source, axes.dims, candidate), target)

@@ -10,7 +10,7 @@ reason.
 import functools
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 
 from common.align.channels import ENTRY, Channels, Value, along, only
 from common.align.graph import Graph, export, where
-from common.align.permutation import Axes, BlockGroup, Place, Readout
+from common.align.permutation import Axes, BlockGroup, Place
 from common.align.rules import CONTRACTIONS, PASSING, POINTWISE, RULES, expand, pointwise
 
 
@@ -33,38 +33,43 @@ def find_axes(model: nn.Module, input_shape: tuple[int, ...]) -> Axes:
     Raises UserError when torch.export cannot follow the forward pass.
     """
     walk = Walk(export(model, (2, *input_shape)))
-    root, classes = settle(walk.channels)
-    sizes, groups, pinned = name_axes(walk, root, classes)
-    names, (axis, rank) = [*sizes], classes[["axis", "rank"]].to_numpy().T
+    channels, classes = settle(walk.channels)
+    sizes, groups, pinned = name_axes(walk, channels, classes)
+    names, (axis, rank) = [*sizes], classes.loc[channels["class"], ["axis", "rank"]].to_numpy().T
 
-    def find(label: Tensor) -> dict[str, Tensor]:
-        """The positions along a label of every axis that is there as a whole: (channels, entries)."""
-        here, found = root[(label % ENTRY).flatten().numpy()], {}
+    def places(tensor: str, label: Tensor, whole: Tensor) -> list[Place]:
+        """Where along a label axes are as a whole."""
+        here, found = (whole % ENTRY).flatten().numpy(), []
         for number in sorted({*axis[here].tolist()} - {-1}):
             at = np.flatnonzero(axis[here] == number)
             at = at[np.argsort(rank[here[at]], kind="stable")]
             many = np.bincount(rank[here[at]], minlength=sizes[names[number]])
-            if (many == many[0]).all():
-                found[names[number]] = torch.from_numpy(at).view(len(many), -1)
+            if (many == many[0]).all() and len(along(label)) == 1:
+                about = names[number], torch.from_numpy(at).view(len(many), -1)
+                found.append(Place(tensor, *along(label), *about, len(here) // label.numel()))
         return found
 
-    state, dims = model.state_dict(keep_vars=True), {}
+    state = model.state_dict(keep_vars=True)
     used = {id(state[name]): name for name in walk.parameters}  # one name of what is tied
+    dims: dict[str, list[Place]] = {name: [] for name in state}
     for name, value in state.items():
-        dims[name] = []
         for label in walk.parameters.get(used.get(id(value)), Value(())).labels:
-            whole = walk.channels.columns.get(walk.channels.vector(label), label)
-            dims[name] += [
-                Place(found, *along(label), at, whole.numel() // label.numel())
-                for found, at in find(whole).items()
-            ]
+            columns = walk.channels.columns.get(walk.channels.vector(label), label)
+            dims[name] += places(name, label, columns)
     weights = tuple(name for name, value in state.items() if used.get(id(value)) in walk.weights)
-    readouts: dict[str, list[Readout]] = {name: [] for name in names}
-    for node, before in seen(walk):
-        for label in walk.values[node].labels:
-            for found, at in find(label).items() if len(along(label)) == 1 else ():
-                readouts[found].append(Readout(node.name, before.name, *along(label), at))
-    return Axes(dims, sizes, groups, readouts, pinned, weights)
+    readouts: dict[str, list[Place]] = {name: [] for name in names}
+    pointwise = {node for node, table in walk.tables.items() if table is POINTWISE}
+    before: dict[str, str] = {}
+    for node, table in walk.tables.items():
+        first = [*node.all_input_nodes, node][0]
+        alone = len(node.all_input_nodes) == 1 or "prelu" in node.name
+        ahead = first if node in pointwise and alone else node
+        before[node.name] = before.get(ahead.name, ahead.name)
+        if table is not PASSING and not all(user in pointwise for user in node.users):
+            for label in walk.values[node].labels:
+                for place in places(node.name, label, label):
+                    readouts[place.axis].append(place)
+    return Axes(dims, sizes, groups, readouts, before, pinned, weights)
 
 
 class Walk:
@@ -191,8 +196,8 @@ def scramble(*columns: np.ndarray) -> np.ndarray:
     return pd.util.hash_pandas_object(rows, index=False).to_numpy(copy=True).view(np.int64)
 
 
-def settle(known: Channels) -> tuple[np.ndarray, pd.DataFrame]:
-    """The class of channels that are the same, for every channel, and a table of the classes.
+def settle(known: Channels) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The class of channels that are the same that each channel is in, and a table of the classes.
 
     unit: the class of the block that it is in, or its own. reason: why it is pinned. colour: of
     one colour are those that may trade places. They may when every tie of one is a tie of the
@@ -206,71 +211,53 @@ def settle(known: Channels) -> tuple[np.ndarray, pd.DataFrame]:
     same = np.stack([members[0], members[0][first[which]]])
     root = components(len(vector), ties[:2], same)
     blocks, inside = root[members]
-    table = pd.DataFrame({"unit": np.arange(root.max() + 1), "reason": None})
-    table.loc[inside, "unit"] = blocks
+    classes = pd.DataFrame({"unit": np.arange(root.max() + 1), "reason": None})
+    classes.loc[inside, "unit"] = blocks
     nested = torch.from_numpy(members[1][np.isin(inside, blocks)])
     for label, why in reversed([*known.pins, (nested, "its blocks are in larger blocks")]):
-        table.loc[root[label.flatten().numpy()], "reason"] = why
+        classes.loc[root[label.flatten().numpy()], "reason"] = why
     code = scramble(vector, pd.Series(vector).groupby([root, vector]).cumcount())
-    colour = scramble(np.where(table["reason"].isna(), -1, table.index))
+    colour = scramble(np.where(classes["reason"].isna(), -1, classes.index))
     np.add.at(colour, root, code)
     np.add.at(colour, root[ties[0]], scramble(code[ties[0]], code[ties[1]], *ties[2:]))
     role = scramble(*code[members])
     # What is in a block tells it apart, and then the block what is in it.
     np.add.at(colour, blocks, scramble(role, colour[inside]))
     np.add.at(colour, inside, scramble(role, colour[blocks]))
-    return root, table.assign(colour=colour)
+    classes["colour"], classes["holds"] = colour, np.isin(classes.index, blocks)
+    return pd.DataFrame({"class": root, "vector": vector}), classes
 
 
 def name_axes(
-    walk: Walk, root: np.ndarray, classes: pd.DataFrame
+    walk: Walk, channels: pd.DataFrame, classes: pd.DataFrame
 ) -> tuple[dict[str, int], tuple[BlockGroup, ...], dict[str, tuple[int, str]]]:
     """Sizes, groups and what is pinned, as in Axes; adds to `classes` the number of their axis,
     or -1, and their rank along it.
     """
-    # A class is named after the first vector along a parameter that a channel of it is in.
-    vector = np.repeat(np.arange(len(walk.channels.starts) - 1), np.diff(walk.channels.starts))
-    channels = pd.DataFrame({"class": root, "vector": vector})[np.isin(vector, [*walk.names])]
-    first = channels.drop_duplicates("class").set_index("class")["vector"]
-    live = classes.loc[first.index].assign(vector=first, name=first.map(walk.names))
-    live["lead"] = np.arange(len(live))
-    live["front"] = live.groupby("unit")["lead"].transform("min")
-    live["entries"] = channels.groupby(["class", "vector"]).size()[[*first.items()]].to_numpy()
-    alone = ~live["colour"].duplicated(keep=False)
-    live.loc[alone & (live["entries"] > 1) & live["reason"].isna(), "reason"] = (
-        "it is tied to itself"
-    )
-    listed = live[live["reason"].notna() & live["vector"].isin(walk.made)]
+    # A class is named after the parameter that is the first to have it.
+    named = channels[channels["vector"].isin(walk.names)].groupby(["class", "vector"], sort=False)
+    live = named.size().rename("entries").reset_index().drop_duplicates("class")
+    live = live.join(classes, on="class").assign(name=live["vector"].map(walk.names))
+    live["front"] = np.arange(len(live))
+    live["front"] = live.groupby("unit")["front"].transform("min")
+    tied = (live["entries"] > 1) & ~live["colour"].duplicated(keep=False)
+    live["reason"] = live["reason"].mask(tied & live["reason"].isna(), "it is tied to itself")
+    stuck = live["reason"].notna()
     pinned = {
         name: (int(rows["entries"].sum()), rows["reason"].iloc[0])
-        for name, rows in listed.groupby("name", sort=False)
+        for name, rows in live[stuck & live["vector"].isin(walk.made)].groupby("name", sort=False)
     }
     classes["axis"], classes["rank"] = -1, 0
     sizes: dict[str, int] = {}
     groups: dict[int, tuple[list[str], int]] = {}
-    holders = classes.loc[classes["unit"] != classes.index, "unit"]
-    for colour, same in live[live["reason"].isna()].groupby("colour", sort=False):
-        name = same["name"].iloc[0]
+    for colour, same in live[~stuck].groupby("colour", sort=False):
+        name, unit = same["name"].iloc[0], classes.loc[same["unit"].iloc[0]]
         while name in sizes:
             name = f"{name}.{len(sizes)}"
-        same = same.sort_values("front", kind="stable")
-        classes.loc[same.index, "axis"] = len(sizes)
-        classes.loc[same.index, "rank"] = np.arange(len(same))
-        sizes[name] = len(same)
-        blocks = same["unit"].nunique() if same["unit"].isin(holders).any() else 1
-        if blocks > 1:  # all axes that lie in these blocks move with them
-            colour = classes.loc[same["unit"].iloc[0], "colour"]
-        groups.setdefault(colour, ([], blocks))[0].append(name)
+        order = same.sort_values("front", kind="stable")["class"]
+        classes.loc[order, "axis"], classes.loc[order, "rank"] = len(sizes), np.arange(len(order))
+        sizes[name], blocks = len(order), same["unit"].nunique() if unit["holds"] else 1
+        # All axes that lie in the same blocks move with them.
+        key = unit["colour"] if blocks > 1 else colour
+        groups.setdefault(key, ([], blocks))[0].append(name)
     return sizes, tuple(BlockGroup(tuple(axes), blocks) for axes, blocks in groups.values()), pinned
-
-
-def seen(walk: Walk) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """The nodes whose values layers read, each with the one ahead of its nonlinearity."""
-    pointwise = {node for node, table in walk.tables.items() if table is POINTWISE}
-    for node, table in walk.tables.items():
-        if table is PASSING or all(user in pointwise for user in node.users):
-            continue
-        before = node
-        while before in pointwise and (len(before.all_input_nodes) == 1 or "prelu" in before.name):
-            before = before.all_input_nodes[0]
-        yield node, before

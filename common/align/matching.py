@@ -12,7 +12,6 @@ from common.align.graph import Graph, export, lockstep
 from common.align.permutation import (
     Axes,
     Place,
-    Readout,
     channel_rows,
     identity,
     permute,
@@ -134,12 +133,12 @@ def similarities(
     """
     states = [model.state_dict() for model in (target, source)]
     moments: dict[str, list[Any]] = {axis: [] for axis in axes.sizes}
-    wanted: dict[str, list[tuple[Any, Readout]]] = {}
-    for axis, readouts in axes.readouts.items():
-        for readout in readouts if stream == "mean" else readouts[-1:]:
+    wanted: dict[str, list[tuple[Any, Place]]] = {}
+    for axis, places in axes.readouts.items():
+        for place in places if stream == "mean" else places[-1:]:
             moments[axis].append(new_similarity(statistic))
-            node = readout.node if match_on == "post" else readout.before
-            wanted.setdefault(node, []).append((moments[axis][-1], readout))
+            node = place.tensor if match_on == "post" else axes.before[place.tensor]
+            wanted.setdefault(node, []).append((moments[axis][-1], place))
     graphs: dict[torch.Size, Graph] = {}  # each holds for one number of images
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         for images in batches:
@@ -151,23 +150,13 @@ def similarities(
                 k for k, node in enumerate(runs[0].module.graph.nodes) if node.name in wanted
             )
             for node, _ in itertools.islice(lockstep(runs), last + 1):
-                for moment, readout in wanted.get(node.name, ()):
-                    moment.add(*(channels_last(run.env[node], readout) for run in runs))
+                for moment, place in wanted.get(node.name, ()):
+                    moment.add(*(channel_rows(run.env[node], place).T for run in runs))
     return {
         axis: sum(moment.result() for moment in several) / len(several)
         for axis, several in moments.items()
         if several
     }
-
-
-def channels_last(value: Tensor, readout: Readout) -> Tensor:
-    """View an activation as (samples, channels) of the axis that `readout` finds in it."""
-    value = value.movedim(readout.dim, -1)
-    at = readout.positions.flatten()
-    if not torch.equal(at, torch.arange(value.shape[-1])):
-        value = value[..., at.to(value.device)]
-    value = value.unflatten(-1, readout.positions.shape).transpose(-1, -2)
-    return value.flatten(0, -2)
 
 
 def assign(similarity: Tensor) -> Tensor:
@@ -260,11 +249,11 @@ class Products:
     ) -> Tensor:
         """The products with the source as it is now."""
         gained = None
-        for name, place in places:
-            now, then = source[name], self.seen.get((name, place.dim))
+        for place in places:
+            now, then = source[place.tensor], self.seen.get(place[:2])
             if now is then:
                 continue
-            self.seen[name, place.dim], fixed = now, target[name]
+            self.seen[place[:2]], fixed = now, target[place.tensor]
             if then is not None:
                 if now.dim() > 1 and place.groups == 1:  # few neighbours move in later sweeps
                     side = int(place.dim == 0)
@@ -281,7 +270,7 @@ class Products:
         """Follow the source after this axis, and no other beside it, has moved."""
         there = (order != torch.arange(len(order))).nonzero().flatten()
         self.total[:, there] = self.total[:, order[there]]
-        self.seen = {(name, dim): source[name] for name, dim in self.seen}
+        self.seen = {(tensor, dim): source[tensor] for tensor, dim in self.seen}
 
 
 def match_weights(
@@ -302,7 +291,7 @@ def match_weights(
     permutation = identity(axes) | (start or {})
     moved = permute(source, axes.dims, permutation)
     places = axes.places(source)
-    tensors = {axis: {name for name, _ in found} for axis, found in places.items()}
+    tensors = {axis: {place.tensor for place in found} for axis, found in places.items()}
     groups = {axis: group for group in axes.groups for axis in group.axes}
     products = {axis: Products(size) for axis, size in axes.sizes.items()}
     generator = torch.Generator().manual_seed(seed)
@@ -316,14 +305,14 @@ def match_weights(
                 continue
             stale.discard(axis)
             members = [axis, *(other for other in groups[axis].axes if other != axis)]
-            beside = [name for member in members for name, _ in places[member]]
+            beside = [place.tensor for member in members for place in places[member]]
             touched = {name: moved[name] for name in beside}
             apart = len(beside) == len(touched)
             if not apart:
                 products |= {member: Products(axes.sizes[member]) for member in members}
             sums, counted = [], set()  # a tensor along which several members lie counts once
             for member in members:
-                here = [place for place in places[member] if place[0] not in counted]
+                here = [place for place in places[member] if place.tensor not in counted]
                 sums.append(products[member].update(here, target, moved))
                 counted |= tensors[member]
             best = sum(float(one.trace()) for one in sums) if apart else objective(touched, target)

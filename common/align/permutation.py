@@ -4,6 +4,7 @@ signs by them.
 common/align/axes.py derives the axes of a network from its graph.
 """
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,15 +16,16 @@ from common.align.graph import evaluation_mode
 
 
 class Place(NamedTuple):
-    """Where an axis lies in a tensor: along `dim`, at the (channels, entries) positions of each
-    channel's entries; a channel has several after a flatten over space.
+    """Where an axis lies in a parameter, a buffer, or a node of the graph: along `dim`, at the
+    (channels, entries) positions of each channel's entries; it has several after a flatten.
 
     groups: along the second dimension of a grouped convolution the channels of all groups lie side
     by side, more than the tensor has: the g-th block of rows sees the g-th part.
     """
 
-    axis: str
+    tensor: str
     dim: int
+    axis: str
     positions: Tensor
     groups: int = 1
 
@@ -41,44 +43,32 @@ class BlockGroup(NamedTuple):
     blocks: int
 
 
-class Readout(NamedTuple):
-    """Where the channels of an axis can be seen: along `dim` of a graph node's output, each at its
-    row of `positions`.
-
-    node: after the nonlinearity, where one follows. before: the node ahead of that nonlinearity, or
-    the same.
-    """
-
-    node: str
-    before: str
-    dim: int
-    positions: Tensor
-
-
 @dataclass(frozen=True)
 class Axes:
     """The permutation axes of a network.
 
-    dims: for every parameter and buffer, where axes lie in it. sizes: channels of every axis that may be permuted. groups: these axes, each once, in the groups that
-    move together. readouts: for each of them, the tensors that layers read it from, in graph order;
-    for a residual stream the stem's and every block's. pinned: for every layer whose channels must
-    stay in order, how many they are and the reason. weights: the parameters of convolutions, linear
-    layers and attention, which weight matching compares, also where they are not those of a module.
+    dims: for every parameter and buffer, where axes lie in it. sizes: channels of every axis that
+    may be permuted. groups: these axes, each once, in the groups that move together. readouts: for
+    each of them, where in the nodes of the graph layers read it, in order, after a nonlinearity;
+    for a residual stream the stem's and every block's. before: for every node the one ahead of that
+    nonlinearity, or itself. pinned: for every layer whose channels must stay in order, how many
+    they are and the reason. weights: the parameters of convolutions, linear layers and attention,
+    which weight matching compares, also where they are not those of a module.
     """
 
     dims: dict[str, list[Place]]
     sizes: dict[str, int]
     groups: tuple[BlockGroup, ...]
-    readouts: dict[str, tuple[Readout, ...]]
+    readouts: dict[str, list[Place]]
+    before: dict[str, str]
     pinned: dict[str, tuple[int, str]]
     weights: tuple[str, ...]
 
-    def places(self, tensors: Iterable[str]) -> dict[str, list[tuple[str, Place]]]:
-        """For each axis the tensors among these in which it lies, and where."""
-        found: dict[str, list[tuple[str, Place]]] = {axis: [] for axis in self.sizes}
-        for name in tensors:
-            for place in self.dims[name]:
-                found[place.axis].append((name, place))
+    def places(self, tensors: Iterable[str]) -> dict[str, list[Place]]:
+        """For each axis where it lies in these tensors."""
+        found: dict[str, list[Place]] = {axis: [] for axis in self.sizes}
+        for place in itertools.chain(*(self.dims[name] for name in tensors)):
+            found[place.axis].append(place)
         return found
 
 
