@@ -97,7 +97,7 @@ class Walk:
             before = [known[one] for one in node.all_input_nodes]
             known[node] = None if None in before else set().union(*before)
             if node.op == "output":
-                self.channels.pin_all(fx.node.map_arg(node.args, self.value), "is the output")
+                self.channels.pin(fx.node.map_arg(node.args, self.value), "is the output")
             if node.op == "call_function":
                 self.values[node] = self.call(node)
             if self.tables.get(node) is CONTRACTIONS:
@@ -142,7 +142,7 @@ class Walk:
             about = {"given": given, "x": given[first], "out": out, "name": name, "call": call}
             result = rule(self.channels, SimpleNamespace(**given | about))
         if result is None:
-            self.channels.pin_all((args, kwargs), "keeps its order")
+            self.channels.pin((args, kwargs), "keeps its order")
             result = Value(())
         if isinstance(result, list):
             return result
@@ -161,9 +161,8 @@ def find_rule(target: Any) -> tuple[str, Callable | None, dict]:
     """The name of an operator, its rule if there is one, and the table that it is in."""
     if not isinstance(target, torch._ops.OpOverload):
         return str(target), None, PASSING
-    name = target.name().partition("::")[2].partition(".")[0].rstrip("_")
-    functional = getattr(getattr(torch.ops.aten, name, None), "default", target)
-    tagged = torch.Tag.pointwise in {*target.tags, *functional.tags}
+    name = target.overloadpacket.__name__.rstrip("_")
+    tagged = torch.Tag.pointwise in target.tags
     return name, *RULES.get(name, (pointwise, POINTWISE) if tagged else (None, PASSING))
 
 

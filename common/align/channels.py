@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 ENTRY = 2**32  # a label is the number of a channel, plus ENTRY times which of its entries it is
 
@@ -81,16 +81,14 @@ class Channels:
         """These channels, and no others, take part in something."""
         self.tie(label, label, self.fresh([1]))
 
-    def pin(self, label: Tensor, why: str) -> None:
-        self.pins.append((label % ENTRY, f"{self.where} {why}"))
+    def pin(self, what: Any, why: str) -> None:
+        """A label, or all labels of values, must stay in order."""
 
-    def pin_all(self, values: Any, why: str) -> None:
-        if isinstance(values, Value):
-            for label in values.labels:
-                self.pin(label, why)
-        elif isinstance(values, (list, tuple, dict)):
-            for value in values.values() if isinstance(values, dict) else values:
-                self.pin_all(value, why)
+        def one(leaf: Any) -> None:
+            if isinstance(leaf, Tensor):
+                self.pins.append((leaf % ENTRY, f"{self.where} {why}"))
+
+        fx.node.map_aggregate(what, one)
 
     def group(self, label: Tensor, dims: Iterable[int]) -> Tensor | None:
         """What is left of a label when the order along `dims` is free: blocks of channels."""

@@ -141,7 +141,7 @@ def index(channels: Channels, a: Any) -> Value | None:
     dims = [dim for dim, one in enumerate(indices) if one is not None]
     if dims[-1] - dims[0] >= len(dims):
         return None
-    channels.pin_all(indices, "looks up by it")
+    channels.pin(indices, "looks up by it")
     kept = [dim for dim in range(len(table.shape)) if dim not in dims]
     order = [*kept[: dims[0]], *[None] * (len(a.out) - len(kept)), *kept[dims[0] :]]
     return arrange(channels.slide(table, dims, "looks up parts of it"), order)
@@ -173,7 +173,8 @@ POINTWISE = {  # values made anew, each channel from itself; also what PyTorch t
     "softmax log_softmax": lambda channels, a: normalise(channels, a.x, [a.dim]),
     "constant_pad_nd pad": pad,
     "dropout feature_dropout alpha_dropout contiguous to type_as alias detach copy fill zero "
-    "_to_copy lift_fresh_copy log_sigmoid hardswish": pointwise,
+    "_to_copy lift_fresh_copy log_sigmoid hardswish hardtanh hardsigmoid relu6 leaky_relu elu selu "
+    "celu mish masked_fill": pointwise,
 }
 PASSING = {  # values passed on
     "view _unsafe_view reshape flatten unflatten squeeze unsqueeze view_as reshape_as": (
