@@ -1,5 +1,6 @@
 """What analyze.benchmark measures against: standard PyTorch code, and published algorithms."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, default_collate
 
-from common.align.graph import Graph, export, lockstep
+from common.align.graph import export, lockstep
 from common.align.matching import Moments, assign, objective
 from common.align.permutation import Axes, channel_rows, identity, permute
 from common.data import Resident
@@ -69,14 +70,12 @@ def match_layer_by_layer(
     """
     original = source.state_dict()
     ends = [target.state_dict(), original]
-    graphs: dict[torch.Size, Graph] = {}
+    graph = functools.cache(functools.partial(export, target))
     permutation: dict[str, Tensor] = {}
     for axis, (*_, place) in axes.readouts.items():
         moments = Moments()
         for images in batches():
-            if images.shape not in graphs:
-                graphs[images.shape] = export(target, images.shape)
-            runs = [graphs[images.shape].start(end, images) for end in ends]
+            runs = [graph(images.shape).start(end, images) for end in ends]
             for node, _ in lockstep(runs):
                 if node.name == place.tensor:  # the sub-network up to here
                     moments.add(*(channel_rows(run.env[node], place).T for run in runs))

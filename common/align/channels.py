@@ -190,28 +190,23 @@ class Channels:
 
     def cat(self, values: list[Value], dim: int) -> Value:
         """Side by side along `dim`; along the others they meet."""
-        rank = len(values[0].shape)
-        dim = dim % rank
-        others = {*range(rank)} - {dim}
-        found = [[label for label in x.labels if dim in along(label)] for x in values]
-        rest = (
-            Value(tuple(only(others, x.shape)), tuple(y for y in x.labels if dim not in along(y)))
-            for x in values
-        )
-        common, pieces = self.meet(*rest), []
-        alike = len({tuple(along(labels[0])) if labels else () for labels in found}) == 1
-        for x, labels in zip(values, found):
-            piece = next((y for y in labels if alike or along(y) == {dim}), None)
-            for label in labels:
-                if label is not piece:
-                    self.pin(label, "joins it with other channels")
+        dim = dim % len(values[0].shape)
+        rest, pieces, labelled = [], [], False
+        for x in values:
+            here = [label for label in x.labels if dim in along(label)]
+            piece = next((label for label in here if along(label) == {dim}), None)
+            self.pin([label for label in here if label is not piece], "joins it with others")
             if piece is None:
                 piece = self.fresh(only({dim}, x.shape))
                 self.pin(piece, "joins values of fixed order")
             pieces.append(piece)
+            labelled = labelled or bool(here)
+            others = only({*range(len(x.shape))} - {dim}, x.shape)
+            rest.append(Value(tuple(others), tuple(y for y in x.labels if dim not in along(y))))
+        common = self.meet(*rest)
         shape = [*common.shape]
         shape[dim] = sum(x.shape[dim] for x in values)
-        return self.value(shape, [*common.labels, *([torch.cat(pieces, dim)] * any(found))])
+        return self.value(shape, [*common.labels, *([torch.cat(pieces, dim)] * labelled)])
 
 
 def tidy(channel: Tensor, entry: Tensor) -> Tensor:

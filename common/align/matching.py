@@ -1,6 +1,6 @@
 """Finding the permutation that maps the source network onto the target (paper, section 3)."""
 
-import itertools
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from common.align.graph import Graph, export, lockstep
+from common.align.graph import export, lockstep
 from common.align.permutation import (
     Axes,
     Place,
@@ -35,15 +35,11 @@ class Moments:
         """Take in two (samples, channels) tensors of one batch."""
         if self.count == 0:
             self.shifts = target.mean(0), source.mean(0)
-            self.sums = [
-                torch.zeros(t.shape[1], dtype=torch.float64, device=t.device)
-                for t in (target, source)
-            ]
+            self.sums = [torch.zeros_like(shift, dtype=torch.float64) for shift in self.shifts]
             self.squares = [total.clone() for total in self.sums]
-            self.products = self.sums[0][:, None] * self.sums[1][None, :]
-        rows = max(
-            4096, 2**18 // target.shape[1]
-        )  # a piece that stays in a processor's cache: several times faster
+            self.products = torch.outer(*self.sums)
+        # A piece that stays in a processor's cache: several times faster.
+        rows = max(4096, 2**18 // target.shape[1])
         for piece in zip(target.split(rows), source.split(rows)):
             pair = [t - shift for t, shift in zip(piece, self.shifts)]
             for values, total, square in zip(pair, self.sums, self.squares):
@@ -55,20 +51,19 @@ class Moments:
     def covariance(self) -> Tensor:
         """The (target channels, source channels) covariance, in float64 on the CPU."""
         means = [total / self.count for total in self.sums]
-        return (self.products / self.count - means[0][:, None] * means[1][None, :]).cpu()
+        return (self.products / self.count - torch.outer(*means)).cpu()
 
     def correlation(self) -> Tensor:
         """The (target channels, source channels) correlation; a channel of zero variance correlates
         0 with everything.
         """
-        means = [total / self.count for total in self.sums]
         deviations = []
-        for mean, square in zip(means, self.squares):
+        for total, square in zip(self.sums, self.squares):
             second = square / self.count
-            variance = second - mean.square()
+            variance = second - (total / self.count).square()
             # Below fp32's resolution of the sums a variance is rounding, not signal.
             deviations.append(torch.where(variance > 1e-7 * second, variance, 0).sqrt())
-        scale = (deviations[0][:, None] * deviations[1][None, :]).cpu()
+        scale = torch.outer(*deviations).cpu()
         return torch.where(scale > 0, self.covariance() / scale, 0).clamp(-1, 1)
 
 
@@ -139,17 +134,12 @@ def similarities(
             moments[axis].append(new_similarity(statistic))
             node = place.tensor if match_on == "post" else axes.before[place.tensor]
             wanted.setdefault(node, []).append((moments[axis][-1], place))
-    graphs: dict[torch.Size, Graph] = {}  # each holds for one number of images
+    graph = functools.cache(functools.partial(export, target))  # holds for one number of images
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         for images in batches:
             images = images.float()
-            if images.shape not in graphs:
-                graphs[images.shape] = export(target, images.shape)
-            runs = [graphs[images.shape].start(state, images) for state in states]
-            last = max(
-                k for k, node in enumerate(runs[0].module.graph.nodes) if node.name in wanted
-            )
-            for node, _ in itertools.islice(lockstep(runs), last + 1):
+            runs = [graph(images.shape).start(state, images) for state in states]
+            for node, _ in lockstep(runs):
                 for moment, place in wanted.get(node.name, ()):
                     moment.add(*(channel_rows(run.env[node], place).T for run in runs))
     return {
@@ -245,7 +235,7 @@ class Products:
         self.seen: dict[tuple[str, int], Tensor] = {}  # the source at each place, at the last visit
 
     def update(
-        self, places: list[tuple[str, Place]], target: dict[str, Tensor], source: dict[str, Tensor]
+        self, places: list[Place], target: dict[str, Tensor], source: dict[str, Tensor]
     ) -> Tensor:
         """The products with the source as it is now."""
         gained = None
