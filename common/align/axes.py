@@ -1,10 +1,19 @@
 """Finding the permutation axes of a network: which channels move together, read off its ATen graph.
 
-Every index along every dimension of a parameter or buffer is a channel of its own at first. Walking
-the graph, the rules of common/align/rules.py say which channels are the same, which form a block
-whose inner order is free, and which must stay in order. Channels that are tied everywhere in the
-same way may trade places: they are an axis. An operator without a rule pins what it reads, with the
-reason.
+1. Every index along every dimension of a parameter or buffer is a channel of its own (Walk.value).
+2. The graph is walked in order; what each operator does to channels says one table
+   (common/align/rules.py): which are the same, which form a block whose inner order is free, and
+   which must stay in order. An operator without a rule pins what it reads, with the reason.
+3. Channels that are the same make a class. Classes that are tied everywhere in the same way may
+   trade places (settle): they are an axis, named after the first parameter along which it lies.
+
+Take `fc(relu(conv(image)))`, with 8 filters and means over space. `conv.weight` has channels 0 to 7
+along its first dimension and 8 to 10 along its second. The convolution sums over the second: there
+they meet the image's colours, which nothing may move, so 8 to 10 are pinned. Its value has channels
+0 to 7 along its second dimension, relu keeps them, and `fc`, which sums over them, ties them to the
+8 channels along the second dimension of `fc.weight`. So there are 8 classes of two channels, alike
+but for the index: the axis `conv` lies along `conv.weight`'s first and `fc.weight`'s second
+dimension. The channels along `fc.weight`'s first dimension are the output, and pinned.
 """
 
 import functools
@@ -58,17 +67,15 @@ def find_axes(model: nn.Module, input_shape: tuple[int, ...]) -> Axes:
             dims[name] += places(name, label, columns)
     weights = tuple(name for name, value in state.items() if used.get(id(value)) in walk.weights)
     readouts: dict[str, list[Place]] = {name: [] for name in names}
-    pointwise = {node for node, table in walk.tables.items() if table is POINTWISE}
     before: dict[str, str] = {}
     for node, table in walk.tables.items():
-        first = [*node.all_input_nodes, node][0]
-        alone = len(node.all_input_nodes) == 1 or "prelu" in node.name
-        ahead = first if node in pointwise and alone else node
-        before[node.name] = before.get(ahead.name, ahead.name)
-        if table is not PASSING and not all(user in pointwise for user in node.users):
-            for label in walk.values[node].labels:
-                for place in places(node.name, label, label):
-                    readouts[place.axis].append(place)
+        inputs, activation = node.all_input_nodes, table is POINTWISE
+        activation = activation and (len(inputs) == 1 or "prelu" in node.name)
+        before[node.name] = before.get(inputs[0].name, inputs[0].name) if activation else node.name
+        read = not all(walk.tables.get(user) is POINTWISE for user in node.users)
+        for label in walk.values[node].labels if read and table is not PASSING else ():
+            for place in places(node.name, label, label):
+                readouts[place.axis].append(place)
     return Axes(dims, sizes, groups, readouts, before, pinned, weights)
 
 
