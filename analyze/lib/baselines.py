@@ -11,8 +11,8 @@ from torch.nn.utils import prune
 from torch.utils.data import DataLoader, default_collate
 
 from common.align.graph import export, lockstep
-from common.align.matching import Moments, assign, objective
-from common.align.permutation import Axes, channel_rows, identity, permute
+from common.align.matching import Moments, assign, objective, samples
+from common.align.permutation import Axes, by_channel, identity, permute
 from common.data import Resident
 from common.masking import Mask
 from common.runtime.parallel import cores
@@ -78,7 +78,7 @@ def match_layer_by_layer(
             runs = [graph(images.shape).start(end, images) for end in ends]
             for node, _ in lockstep(runs):
                 if node.name == place.tensor:  # the sub-network up to here
-                    moments.add(*(channel_rows(run.env[node], place).T for run in runs))
+                    moments.add(*(samples(run.env[node], place) for run in runs))
                     break
         permutation[axis] = assign(moments.correlation())
         ends[1] = permute(original, axes.dims, permutation)
@@ -104,7 +104,7 @@ def match_weights_every_axis(
             similarity = torch.zeros(size, size, dtype=torch.float64)
             for place in places[axis]:
                 pair = (target[place.tensor], moved[place.tensor])
-                here, there = (channel_rows(one, place) for one in pair)
+                here, there = (by_channel(one, place).flatten(1) for one in pair)
                 similarity += (here @ there.T).cpu()
             candidate = permutation | {axis: permutation[axis][assign(similarity)]}
             reached = objective(permute(source, axes.dims, candidate), target)

@@ -157,16 +157,6 @@ class Channels:
         x = self.value(only(kept, x.shape), labels)
         return x if keepdim else arrange(x, sorted(kept))
 
-    def einsum(self, equation: str, *values: Value) -> Value:
-        """Sum of products, which is what every contraction is."""
-        *terms, output = equation.replace(" ", "").replace("->", ",").split(",")
-        order = output + "".join(sorted({*"".join(terms)} - {*output}))
-        aligned = (
-            arrange(value, [term.index(x) if x in term else None for x in order])
-            for term, value in zip(terms, values)
-        )
-        return self.reduce(self.meet(*aligned), range(len(output), len(order)))
-
     def reshape(self, x: Value, shape: Iterable[int]) -> Value:
         """Cut dimensions, or join them: what is joined to a channel becomes its entries."""
         shape = tuple(shape)

@@ -12,7 +12,7 @@ from common.align.graph import export, lockstep
 from common.align.permutation import (
     Axes,
     Place,
-    channel_rows,
+    by_channel,
     identity,
     permute,
     random_permutation,
@@ -141,12 +141,17 @@ def similarities(
             runs = [graph(images.shape).start(state, images) for state in states]
             for node, _ in lockstep(runs):
                 for moment, place in wanted.get(node.name, ()):
-                    moment.add(*(channel_rows(run.env[node], place).T for run in runs))
+                    moment.add(*(samples(run.env[node], place) for run in runs))
     return {
         axis: sum(moment.result() for moment in several) / len(several)
         for axis, several in moments.items()
         if several
     }
+
+
+def samples(value: Tensor, place: Place) -> Tensor:
+    """An activation as (samples, channels) of the axis that lies at `place`."""
+    return by_channel(value, place).movedim(0, -1).flatten(0, -2)
 
 
 def assign(similarity: Tensor) -> Tensor:
@@ -250,7 +255,7 @@ class Products:
                     at = (now != then).movedim(side, 0).flatten(1).any(1).nonzero().flatten()
                     now, then, fixed = (one.index_select(side, at) for one in (now, then, fixed))
                 now = now - then
-            fixed, now = channel_rows(fixed, place), channel_rows(now, place)
+            fixed, now = (by_channel(one, place).flatten(1) for one in (fixed, now))
             gained = fixed @ now.T if gained is None else gained.addmm_(fixed, now.T)
         if gained is not None:
             self.total += gained.cpu()

@@ -100,13 +100,13 @@ def move(tensor: Tensor, place: Place, order: Tensor) -> Tensor:
     return torch.cat([rows.index_select(place.dim, column) for rows, column in parts])
 
 
-def channel_rows(tensor: Tensor, place: Place) -> Tensor:
-    """The entries of a tensor as one row a channel of the axis that lies at `place`."""
+def by_channel(tensor: Tensor, place: Place) -> Tensor:
+    """The entries of a tensor as (channels, entries, ...) of the axis that lies at `place`."""
     rows = tensor.unflatten(0, (place.groups, -1)).movedim(place.dim + 1, 1).flatten(0, 1)
     at = place.positions.flatten()
     if not torch.equal(at, torch.arange(len(rows))):
         rows = rows[at.to(tensor.device)]
-    return rows.reshape(len(place.positions), -1)
+    return rows.unflatten(0, place.positions.shape)
 
 
 def identity(axes: Axes) -> dict[str, Tensor]:

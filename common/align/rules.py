@@ -54,30 +54,44 @@ def slide(channels: Channels, a: Any) -> Value:
     return channels.slide(a.x, range(-int(re.search(r"(\d)d", a.name)[1]), 0))
 
 
-def letters(rank: int) -> str:
-    """Names of the dimensions in front of the last two."""
-    return "ABCDEFGH"[10 - rank :]
+def dot(channels: Channels, x: Value, y: Value) -> Value:
+    """The inner products of rows: of (..., i, k) and (..., j, k) they are (..., i, j)."""
+    x = arrange(x, [*range(len(x.shape) - 1), None, len(x.shape) - 1])
+    y = arrange(y, [*range(len(y.shape) - 2), None, len(y.shape) - 2, len(y.shape) - 1])
+    return channels.reduce(channels.meet(x, y), [-1])
 
 
-def linear(channels: Channels, a: Any) -> Value:
-    front = letters(len(a.x.shape) + 1)
-    return channels.meet(channels.einsum(f"{front}i,oi->{front}o", a.x, a.weight), a.bias)
+def turned(x: Value) -> Value:
+    """The last two dimensions swapped."""
+    return arrange(x, [*range(len(x.shape) - 2), len(x.shape) - 1, len(x.shape) - 2])
 
 
-def matmul(channels: Channels, a: Any) -> Value:
+def linear(channels: Channels, a: Any) -> Value | None:
+    return channels.meet(dot(channels, a.x, a.weight), a.bias) if len(a.x.shape) > 1 else None
+
+
+def matmul(channels: Channels, a: Any) -> Value | None:
     *added, one, other = (value for value in a.given.values() if isinstance(value, Value))
-    ranks = [len(one.shape), len(other.shape)]
-    left, right = "ik" if ranks[0] > 1 else "k", "kj" if ranks[1] > 1 else "k"
-    terms = letters(ranks[0]) + left, letters(ranks[1]) + right
-    out = letters(max(ranks)) + left[:-1] + right[1:]
-    return channels.meet(channels.einsum(f"{terms[0]},{terms[1]}->{out}", one, other), *added)
+    if min(len(one.shape), len(other.shape)) < 2:
+        return None
+    return channels.meet(dot(channels, one, turned(other)), *added)
+
+
+def einsum(channels: Channels, a: Any) -> Value | None:
+    *terms, out = a.equation.replace(" ", "").replace("->", ",").split(",")
+    if "..." in a.equation or "->" not in a.equation:
+        return None
+    order = out + "".join(sorted({*"".join(terms)} - {*out}))
+    places = ([term.index(x) if x in term else None for x in order] for term in terms)
+    return channels.reduce(
+        channels.meet(*map(arrange, a.tensors, places)), range(len(out), len(order))
+    )
 
 
 def attention(channels: Channels, a: Any) -> Value:
-    front = letters(len(a.query.shape))
-    scores = channels.einsum(f"{front}qd,{front}kd->{front}qk", a.query, a.key)
-    channels.reduce(channels.meet(scores, a.attn_mask), [-1])
-    return channels.einsum(f"{front}qk,{front}kd->{front}qd", scores, a.value)
+    scores = channels.meet(dot(channels, a.query, a.key), a.attn_mask)
+    channels.reduce(scores, [-1])
+    return dot(channels, scores, turned(a.value))
 
 
 def convolution(channels: Channels, a: Any) -> Value | None:
@@ -98,8 +112,8 @@ def convolution(channels: Channels, a: Any) -> Value | None:
         channels.tie(known, outer[0])
         others = tuple(label for label in weight.labels if along(label) != {2})
         weight = Value((*weight.shape[:2], 1), others)
-    y = channels.einsum("ngi,gio->ngo" if transposed else "ngi,goi->ngo", x, weight)
-    y = channels.reshape(y, a.out[:2])
+    y = dot(channels, arrange(x, [1, 0, 2]), turned(weight) if transposed else weight)
+    y = channels.reshape(arrange(y, [1, 0, 2]), a.out[:2])
     return channels.meet(arrange(y, [0, 1, *[None] * len(space)]), scale(a.bias, len(a.out)))
 
 
@@ -159,8 +173,8 @@ def expand(channels: Channels, a: Any) -> Value:
 
 CONTRACTIONS = {  # values made anew, by summing over channels
     "linear": linear,
-    "matmul mm bmm mv dot addmm baddbmm": matmul,
-    "einsum": lambda channels, a: channels.einsum(a.equation, *a.tensors),
+    "matmul mm bmm addmm baddbmm": matmul,
+    "einsum": einsum,
     "scaled_dot_product_attention": attention,
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d": convolution,
 }
