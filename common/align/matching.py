@@ -9,14 +9,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from common.align.graph import export, lockstep
-from common.align.permutation import (
-    Axes,
-    Place,
-    by_channel,
-    identity,
-    permute,
-    random_permutation,
-)
+from common.align.permutation import Axes, Place, by_channel, identity, permute, random_permutation
 
 Permutation = dict[str, Tensor]
 

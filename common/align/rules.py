@@ -21,7 +21,7 @@ def pointwise(channels: Channels, a: Any) -> Value:
 
 def scale(value: Value | None, rank: int) -> Value | None:
     """A number for every channel, as what is multiplied with a tensor of `rank` dimensions."""
-    return arrange(value, [None, 0, *[None] * (rank - 2)]) if value and value.shape else value
+    return value and arrange(value, [None, 0, *[None] * (rank - 2)])
 
 
 def by_channel(channels: Channels, a: Any) -> Value:
@@ -82,10 +82,9 @@ def einsum(channels: Channels, a: Any) -> Value | None:
     if "..." in a.equation or "->" not in a.equation:
         return None
     order = out + "".join(sorted({*"".join(terms)} - {*out}))
-    places = ([term.index(x) if x in term else None for x in order] for term in terms)
-    return channels.reduce(
-        channels.meet(*map(arrange, a.tensors, places)), range(len(out), len(order))
-    )
+    dims = [[term.index(x) if x in term else None for x in order] for term in terms]
+    product = channels.meet(*map(arrange, a.tensors, dims))
+    return channels.reduce(product, range(len(out), len(order)))
 
 
 def attention(channels: Channels, a: Any) -> Value:
@@ -121,24 +120,21 @@ def pick(channels: Channels, a: Any) -> Value | list[Value]:
     """What picks or moves whole slices along `dim` does the same to labels."""
     dims = a.given.get("dim", a.given.get("dims"))
     dims = {dim % len(a.x.shape) for dim in (dims if isinstance(dims, list) else [dims])}
-    several = isinstance(a.out, list)
-    made: list[list[Tensor]] = [[] for _ in a.out] if several else [[]]
+    shapes = a.out if isinstance(a.out, list) else [a.out]
+    picked: list[list[Tensor]] = [[] for _ in shapes]
     for label in a.x.labels:
-        done = a.call(label.expand([n if d in dims else -1 for d, n in enumerate(a.x.shape)]))
-        for labels, one in zip(made, done if several else [done]):
-            for dim in dims - along(label) if one.dim() == label.dim() else ():
-                one = one.narrow(dim, 0, 1)
+        same = label if len(shapes[0]) == len(a.x.shape) else label.squeeze([*dims])
+        done = a.call(label) if dims & along(label) else [same] * len(shapes)
+        for labels, one in zip(picked, [done] if isinstance(done, Tensor) else done):
             labels.append(one)
-    values = [*map(channels.value, a.out if several else [a.out], made)]
-    return values if several else values[0]
+    values = [*map(channels.value, shapes, picked)]
+    return values if isinstance(a.out, list) else values[0]
 
 
 def pad(channels: Channels, a: Any) -> Value:
     """Entries of a constant are channels of their own; other padding looks at the order."""
-    x, last = a.x, len(a.out) - 1
-    ends = {
-        last - k // 2: a.pad[k : k + 2] for k in range(0, len(a.pad), 2) if any(a.pad[k : k + 2])
-    }
+    x, pairs = a.x, zip(a.pad[::2], a.pad[1::2])
+    ends = {len(a.out) - 1 - back: pair for back, pair in enumerate(pairs) if any(pair)}
     if a.given.get("mode", "constant") != "constant" or min(a.pad) < 0:
         return channels.slide(x, ends)
     for dim in ends.keys() & set().union(*map(along, x.labels)):
