@@ -209,6 +209,12 @@ def shuffled(net, x):
     return torch.cat([net.low(y[:, :4]), net.high(y[:, 4:])], 1)
 
 
+def selective(net, x):
+    """A share for each channel of two paths (Li et al. 2019), which are in order."""
+    share = net.share(x.mean((2, 3))).unflatten(1, (2, 6)).softmax(1)[..., None, None]
+    return (torch.stack([net.one(x), net.two(x)], 1) * share).sum(1)
+
+
 def blocks_of_blocks(net, x):
     """Pairs of channels are weighed by their sum, against the other pair of their half."""
     y = x.unflatten(1, (2, 2, 2))
@@ -263,6 +269,18 @@ CASES = {
         Network(lambda net, x: x * x[:, :4].sum(1, keepdim=True).sigmoid()),
         8,
         {("conv",): 1, ("conv.1",): 1},
+    ),
+    "selective kernel": (
+        Network(selective, one=conv(8, 6, 1), two=conv(8, 6, 1), share=nn.Linear(8, 12)),
+        6,
+        {("conv",): 1, ("body.one",): 6},
+    ),
+    "one filter for all": (
+        Network(
+            lambda net, x: F.conv2d(x, net.blur.to(x.dtype), groups=8), blur=torch.ones(8, 1, 3, 3)
+        ),
+        8,
+        {("conv",): 1},
     ),
     "blocks of blocks": (  # of which only the innermost are free
         Network(blocks_of_blocks),

@@ -181,7 +181,7 @@ class Channels:
     def cat(self, values: list[Value], dim: int) -> Value:
         """Side by side along `dim`; along the others they meet."""
         dim = dim % len(values[0].shape)
-        rest, pieces, labelled = [], [], False
+        rest, pieces, moving = [], [], False
         for x in values:
             here = [label for label in x.labels if dim in along(label)]
             piece = next((label for label in here if along(label) == {dim}), None)
@@ -190,13 +190,15 @@ class Channels:
                 piece = self.fresh(only({dim}, x.shape))
                 self.pin(piece, "joins values of fixed order")
             pieces.append(piece)
-            labelled = labelled or bool(here)
-            others = only({*range(len(x.shape))} - {dim}, x.shape)
-            rest.append(Value(tuple(others), tuple(y for y in x.labels if dim not in along(y))))
+            moving = moving or bool(here)
+            others = [label for label in x.labels if dim not in along(label)]
+            rest.append(x._replace(labels=others))
         common = self.meet(*rest)
-        shape = [*common.shape]
+        shape, labels = [*common.shape], [*common.labels]
         shape[dim] = sum(x.shape[dim] for x in values)
-        return self.value(shape, [*common.labels, *([torch.cat(pieces, dim)] * labelled)])
+        if moving:
+            labels.append(torch.cat(pieces, dim))
+        return self.value(shape, labels)
 
 
 def tidy(channel: Tensor, entry: Tensor) -> Tensor:
