@@ -30,12 +30,12 @@ ROOT = Path(__file__).parents[1]
 FAULTS = """
 inverted permutation | common/align/permutation.py
 >permutation::test_permute_by_hand
--place.positions[order]
-+place.positions[order.argsort()]
+-place.positions[permutation[place.axis]]
++place.positions[permutation[place.axis].argsort()]
 
 permuted along the wrong axis | common/align/permutation.py
 >permutation::test_permute_by_hand
--rows.index_select(place.dim, column)
+-rows.index_select(dim, column)
 +rows.index_select(0, column)
 
 BatchNorm buffers not moved | common/align/permutation.py

@@ -84,20 +84,20 @@ def permute(
     for name, tensor in tensors.items():
         moving = [place for place in dims[name] if place.axis in permutation]
         moved[name] = tensor if moving else tensor.clone()
-        for place in moving:
-            moved[name] = move(moved[name], place, permutation[place.axis])
+        for dim, places in itertools.groupby(moving, lambda place: place.dim):
+            moved[name] = _move(moved[name], dim, [*places], permutation)
     return moved
 
 
-def move(tensor: Tensor, place: Place, order: Tensor) -> Tensor:
-    """Permute one axis of a tensor."""
-    size = tensor.shape[place.dim]
-    source = torch.arange(size * place.groups)
-    source[place.positions] = place.positions[order]
-    columns = (source % size).to(tensor.device).chunk(place.groups)
+def _move(tensor: Tensor, dim: int, places: list[Place], permutation: dict[str, Tensor]) -> Tensor:
+    groups, size = places[0].groups, tensor.shape[dim]
+    source = torch.arange(size * groups)
+    for place in places:
+        source[place.positions] = place.positions[permutation[place.axis]]
     # The rows of each group are in their new places already: now the columns of each.
-    parts = zip(tensor.chunk(place.groups), columns)
-    return torch.cat([rows.index_select(place.dim, column) for rows, column in parts])
+    columns = (source % size).to(tensor.device).chunk(groups)
+    parts = zip(tensor.chunk(groups), columns)
+    return torch.cat([rows.index_select(dim, column) for rows, column in parts])
 
 
 def by_channel(tensor: Tensor, place: Place) -> Tensor:
@@ -140,19 +140,18 @@ def check_same_function(
 
     Raises RuntimeError above 1e-6: the two are then not permutations of each other.
     """
+
+    def double(value: Tensor) -> Tensor:
+        return value.cpu().double() if value.is_floating_point() else value.cpu()
+
     outputs = []
     with evaluation_mode(model):
         for state in (before, after):
             tensors = {**dict(model.named_buffers()), **state}  # some are not in a state dict
-            double = {
-                name: value.cpu().double() if value.is_floating_point() else value.cpu()
-                for name, value in tensors.items()
-            }
-            call = (model, double, inputs.cpu().double())
+            call = (model, {name: double(value) for name, value in tensors.items()}, double(inputs))
             outputs.append(torch.func.functional_call(*call, tie_weights=False))
-    difference = float(
-        (outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max().clamp_min(1e-30)
-    )
+    one, other = outputs
+    difference = float((one - other).abs().max() / one.abs().max().clamp_min(1e-30))
     if not difference < 1e-6:
         raise RuntimeError(
             f"the permuted network computes another function: outputs differ by {difference:.1e} "
