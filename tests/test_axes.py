@@ -209,6 +209,13 @@ def shuffled(net, x):
     return torch.cat([net.low(y[:, :4]), net.high(y[:, 4:])], 1)
 
 
+def parts_apart(net, x):
+    """Quarters of the channels, and nothing but what happens to them tells them apart."""
+    one, two, three, four = (net.norm(x) * net.norm(x).sum(3, keepdim=True)).chunk(4, 1)
+    pooled = F.max_pool2d(three, 3, 1, 1), F.avg_pool2d(four, 3, 1, 1)
+    return torch.cat([one.relu(), two.sigmoid(), *pooled], 1)
+
+
 def selective(net, x):
     """A share for each channel of two paths (Li et al. 2019), which are in order."""
     share = net.share(x.mean((2, 3))).unflatten(1, (2, 6)).softmax(1)[..., None, None]
@@ -269,6 +276,11 @@ CASES = {
         Network(lambda net, x: x * x[:, :4].sum(1, keepdim=True).sigmoid()),
         8,
         {("conv",): 1, ("conv.1",): 1},
+    ),
+    "parts that are treated differently": (
+        Network(parts_apart, norm=nn.BatchNorm2d(8)),
+        8,
+        {(axis,): 1 for axis in ("conv", "conv.1", "conv.2", "conv.3")},
     ),
     "selective kernel": (
         Network(selective, one=conv(8, 6, 1), two=conv(8, 6, 1), share=nn.Linear(8, 12)),

@@ -96,7 +96,7 @@ class Channels:
         if not dims:
             return label
         if len(dims) == len(along(label)):
-            return self.tell(label)
+            return None
         rows = label.movedim(dims, [*range(-len(dims), 0)]).flatten(-len(dims)).flatten(0, -2)
         entry, shape = rows[:, 0] // ENTRY, only(along(label) - {*dims}, label.shape)
         if (rows // ENTRY != entry[:, None]).any():
@@ -122,6 +122,7 @@ class Channels:
         """The order along `dims` must stay, as neighbours must stay neighbours."""
         dims, labels = {dim % len(x.shape) for dim in dims}, []
         for label in x.labels:
+            self.tell(label)
             fixed = along(label) & dims
             if fixed == along(label):
                 self.pin(label, why)
@@ -153,6 +154,8 @@ class Channels:
     def reduce(self, x: Value, dims: Iterable[int], keepdim: bool = False) -> Value:
         """Take dimensions together in a way that does not look at their order."""
         kept = {*range(len(x.shape))} - {dim % len(x.shape) for dim in dims}
+        for label in x.labels:
+            self.tell(label)
         labels = [self.group(label, along(label) - kept) for label in x.labels]
         x = self.value(only(kept, x.shape), labels)
         return x if keepdim else arrange(x, sorted(kept))
