@@ -4,8 +4,8 @@
 2. The graph is walked in order; what each operator does to channels says one table
    (common/align/rules.py): which are the same, which form a block whose inner order is free, and
    which must stay in order. An operator without a rule pins what it reads, with the reason.
-3. Channels that are the same make a class. Classes that are tied everywhere in the same way may
-   trade places (settle): they are an axis, named after the first parameter along which it lies.
+3. Channels that are the same make a class. Classes to which the same happens everywhere may trade
+   places (settle): they are an axis, named after the first parameter along which it lies.
 
 Take `fc(relu(conv(image)))`, with 8 filters and means over space. `conv.weight` has channels 0 to 7
 along its first dimension and 8 to 10 along its second. The convolution sums over the second: there
@@ -207,7 +207,8 @@ def settle(known: Channels) -> tuple[pd.DataFrame, pd.DataFrame]:
 
     unit: the class of the block that it is in, or its own. reason: why it is pinned. colour: of
     one colour are those that may trade places. They may when every tie of one is a tie of the
-    other: exchanging them, with all their entries in order, then takes ties to ties.
+    other, by the same operators: exchanging them, with all their entries in order, then takes ties
+    to ties.
     """
     vector = np.repeat(np.arange(len(known.starts) - 1), np.diff(known.starts))
     ties, members = (torch.cat(rows, 1).numpy() for rows in (known.ties, known.members))

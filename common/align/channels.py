@@ -78,8 +78,8 @@ class Channels:
         self.ties.append(torch.stack(torch.broadcast_tensors(*rows)).flatten(1))
 
     def tell(self, label: Tensor) -> None:
-        """These channels, and no others, take part in something."""
-        self.tie(label, label, self.fresh([1]))
+        """These channels, and no others, take part in something, which is told by a mark."""
+        self.tie(label, label, len(self.ties))
 
     def pin(self, what: Any, why: str) -> None:
         """A label, or all labels of values, must stay in order."""
