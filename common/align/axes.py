@@ -205,10 +205,10 @@ def scramble(*columns: np.ndarray) -> np.ndarray:
 def settle(known: Channels) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The class of channels that are the same that each channel is in, and a table of the classes.
 
-    unit: the class of the block that it is in, or its own. reason: why it is pinned. colour: of
-    one colour are those that may trade places. They may when every tie of one is a tie of the
-    other, by the same operators: exchanging them, with all their entries in order, then takes ties
-    to ties.
+    unit: the block that it is in, or itself. holds: whether it is a block. reason: why it is
+    pinned. colour: of one colour are those that may trade places. They may when every tie of one is
+    a tie of the other, by the same operators: exchanging them, with all their entries in order,
+    then takes ties to ties.
     """
     vector = np.repeat(np.arange(len(known.starts) - 1), np.diff(known.starts))
     ties, members = (torch.cat(rows, 1).numpy() for rows in (known.ties, known.members))
@@ -218,21 +218,22 @@ def settle(known: Channels) -> tuple[pd.DataFrame, pd.DataFrame]:
     same = np.stack([members[0], members[0][first[which]]])
     root = components(len(vector), ties[:2], same)
     blocks, inside = root[members]
-    classes = pd.DataFrame({"unit": np.arange(root.max() + 1), "reason": None})
-    classes.loc[inside, "unit"] = blocks
+    unit, reason = np.arange(root.max() + 1), np.full(root.max() + 1, None)
+    unit[inside] = blocks
     nested = torch.from_numpy(members[1][np.isin(inside, blocks)])
     for label, why in reversed([*known.pins, (nested, "its blocks are in larger blocks")]):
-        classes.loc[root[label.flatten().numpy()], "reason"] = why
+        reason[root[label.flatten().numpy()]] = why
     code = scramble(vector, pd.Series(vector).groupby([root, vector]).cumcount())
-    colour = scramble(np.where(classes["reason"].isna(), -1, classes.index))
+    colour = scramble(np.where(pd.isna(reason), -1, np.arange(len(unit))))
     np.add.at(colour, root, code)
     np.add.at(colour, root[ties[0]], scramble(code[ties[0]], code[ties[1]], *ties[2:]))
-    role = scramble(*code[members])
     # What is in a block tells it apart, and then the block what is in it.
+    role = scramble(*code[members])
     np.add.at(colour, blocks, scramble(role, colour[inside]))
     np.add.at(colour, inside, scramble(role, colour[blocks]))
-    classes["colour"], classes["holds"] = colour, np.isin(classes.index, blocks)
-    return pd.DataFrame({"class": root, "vector": vector}), classes
+    holds = np.isin(np.arange(len(unit)), blocks)
+    classes = {"unit": unit, "reason": reason, "colour": colour, "holds": holds}
+    return pd.DataFrame({"class": root, "vector": vector}), pd.DataFrame(classes)
 
 
 def name_axes(
