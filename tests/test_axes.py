@@ -285,7 +285,7 @@ CASES = {
     "selective kernel": (
         Network(selective, one=conv(8, 6, 1), two=conv(8, 6, 1), share=nn.Linear(8, 12)),
         6,
-        {("conv",): 1, ("body.one",): 6},
+        {("conv",): 1, ("body.share",): 6},
     ),
     "one filter for all": (
         Network(
