@@ -245,6 +245,16 @@ CASES = {
         8,
         {("conv", "conv.1", "body.2"): 2},
     ),
+    "groups in groups, of tied channels": (
+        Network(
+            lambda net, x: net.after(net.one(net.before(x)) + x),
+            before=norm(4, 8),
+            one=conv(8, 8, 1),
+            after=norm(2, 8),
+        ),
+        8,
+        {("conv", "conv.1"): 2},
+    ),
     "squeeze-excite": (
         Network(squeeze_excite, squeeze=nn.Linear(8, 4), excite=nn.Linear(4, 8)),
         8,
