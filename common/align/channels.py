@@ -1,4 +1,9 @@
-"""Labels: which channel of a network lies where in a tensor, and what operators do to that."""
+"""Labels: which channel of a network lies where in a tensor, and what operators do to that.
+
+The rules of operators are made of these: values meet (what lies along the same dimension is the
+same), are reduced (the order is free: what is left are blocks), slide (the order must stay), are
+reshaped (what is joined to a channel becomes its entries), and lie side by side (cat).
+"""
 
 import bisect
 import itertools

@@ -1,8 +1,9 @@
-"""What ATen operators do to channels: one table from operator to rule.
+"""What ATen operators do to channels: the tables at the end, from operator to rule.
 
 A rule makes the value of an operator from its arguments: `a.x` is the first, others go by their
-names, `a.out` is the shape, or a list of shapes. It returns None when it cannot follow; what the
-operator reads is pinned then.
+names (`a.given` has all), `a.out` is the shape, or a list of shapes, and `a.call(label)` runs the
+operator on a label in place of `a.x`. It returns None when it cannot follow; what the operator
+reads is pinned then.
 """
 
 import re
@@ -15,6 +16,7 @@ from common.align.channels import ENTRY, Channels, Value, along, arrange
 
 
 def pointwise(channels: Channels, a: Any) -> Value:
+    """All that is given broadcasts; what lies along the same dimension moves together."""
     given = [one for x in a.given.values() for one in (x if isinstance(x, list) else [x])]
     return channels.meet(Value(()), *given)
 
@@ -164,6 +166,7 @@ def stack(channels: Channels, a: Any) -> Value:
 
 
 def expand(channels: Channels, a: Any) -> Value:
+    """Dimensions in front; what is repeated counts as in order, except where it broadcasts."""
     return channels.meet(a.x, Value((1,) * len(a.out)))
 
 
