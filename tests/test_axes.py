@@ -45,9 +45,8 @@ def check_axes(model, input_shape, alone=6):
         after = permute(state, axes.dims, permutation)
         check_same_function(model, state, after, inputs[:2])
         assert same(permute(after, axes.dims, inverse(permutation)), state)
-    live = [
-        (name, dim) for name, dims in axes.dims.items() for dim, here in enumerate(dims) if here
-    ]
+    live = [(name, place.dim) for name, places in axes.dims.items() for place in places]
+    live = list(dict.fromkeys(live))
     # In double, as a single tensor's part may be small, and rounding is not it.
     model, images = model.double(), inputs[:2].double()
     state = model.state_dict()
@@ -95,11 +94,8 @@ def used_twice(hidden):
 
 
 def layout(axes, name):
-    """Of every dimension of a tensor the (channels, entries) of each axis along it."""
-    return [
-        here and {axis: tuple(places.shape) for axis, places in here.places.items()}
-        for here in axes.dims[name]
-    ]
+    """Of the dimensions of a tensor the axis along it, with its channels and entries of each."""
+    return {place.dim: (place.axis, *place.positions.shape) for place in axes.dims[name]}
 
 
 @pytest.mark.parametrize(
@@ -133,7 +129,7 @@ def test_a_grouped_convolution_moves_in_blocks():
     )
     axes = check_axes(model, (3, 6, 6))
     assert axes.sizes == {"one": 8, "two": 12} and axes.groups == ((("one", "two"), 4),)
-    assert layout(axes, "two.weight")[:2] == [{"two": (12, 1)}, {"one": (8, 1)}]
+    assert layout(axes, "two.weight") == {0: ("two", 12, 1), 1: ("one", 8, 1)}
     # Group 1 goes first with its channels swapped, the others follow in order: by hand.
     swap = torch.tensor([3, 2, 0, 1, 4, 5, 6, 7])
     move = torch.tensor([3, 4, 5, 0, 1, 2, *range(6, 12)])
@@ -213,6 +209,19 @@ def shuffled(net, x):
     return torch.cat([net.low(y[:, :4]), net.high(y[:, 4:])], 1)
 
 
+def parts_apart(net, x):
+    """Quarters of the channels, and nothing but what happens to them tells them apart."""
+    one, two, three, four = (net.norm(x) * net.norm(x).sum(3, keepdim=True)).chunk(4, 1)
+    pooled = F.max_pool2d(three, 3, 1, 1), F.avg_pool2d(four, 3, 1, 1)
+    return torch.cat([one.relu(), two.sigmoid(), *pooled], 1)
+
+
+def selective(net, x):
+    """A share for each channel of two paths (Li et al. 2019), which are in order."""
+    share = net.share(x.mean((2, 3))).unflatten(1, (2, 6)).softmax(1)[..., None, None]
+    return (torch.stack([net.one(x), net.two(x)], 1) * share).sum(1)
+
+
 def blocks_of_blocks(net, x):
     """Pairs of channels are weighed by their sum, against the other pair of their half."""
     y = x.unflatten(1, (2, 2, 2))
@@ -235,6 +244,16 @@ CASES = {
         [norm(4, 8), nn.ReLU(), conv(8, 8, 1, groups=2)],
         8,
         {("conv", "conv.1", "body.2"): 2},
+    ),
+    "groups in groups, of tied channels": (
+        Network(
+            lambda net, x: net.after(net.one(net.before(x)) + x),
+            before=norm(4, 8),
+            one=conv(8, 8, 1),
+            after=norm(2, 8),
+        ),
+        8,
+        {("conv", "conv.1"): 2},
     ),
     "squeeze-excite": (
         Network(squeeze_excite, squeeze=nn.Linear(8, 4), excite=nn.Linear(4, 8)),
@@ -267,6 +286,23 @@ CASES = {
         Network(lambda net, x: x * x[:, :4].sum(1, keepdim=True).sigmoid()),
         8,
         {("conv",): 1, ("conv.1",): 1},
+    ),
+    "parts that are treated differently": (
+        Network(parts_apart, norm=nn.BatchNorm2d(8)),
+        8,
+        {(axis,): 1 for axis in ("conv", "conv.1", "conv.2", "conv.3")},
+    ),
+    "selective kernel": (
+        Network(selective, one=conv(8, 6, 1), two=conv(8, 6, 1), share=nn.Linear(8, 12)),
+        6,
+        {("conv",): 1, ("body.share",): 6},
+    ),
+    "one filter for all": (
+        Network(
+            lambda net, x: F.conv2d(x, net.blur.to(x.dtype), groups=8), blur=torch.ones(8, 1, 3, 3)
+        ),
+        8,
+        {("conv",): 1},
     ),
     "blocks of blocks": (  # of which only the innermost are free
         Network(blocks_of_blocks),
@@ -368,8 +404,9 @@ def test_what_fixes_an_order_pins_it_and_the_reason_says_so(body, channels, reas
 def test_readouts_are_before_and_after_the_nonlinearity_and_ahead_of_dropout():
     body = [conv(8, 6, 1), nn.PReLU(6), nn.Dropout(), nn.MaxPool2d(2)]
     model = between(body, 6).train()
-    (readout,) = find_axes(model, (3, 8, 8)).readouts["body.0"]
-    assert (readout.before, readout.node, readout.dim) == ("conv2d_1", "dropout", 1)
+    axes = find_axes(model, (3, 8, 8))
+    (place,) = axes.readouts["body.0"]
+    assert place[:2] == ("dropout", 1) and axes.before["dropout"] == "conv2d_1"
     assert all(module.training for module in model.modules())
 
 
@@ -377,7 +414,7 @@ def test_a_weight_under_two_names_moves_under_both():
     one = conv(8, 8, 1)
     axes = check_axes(between([one, nn.ReLU(), nn.Sequential(one)]), (3, 8, 8), alone=0)
     assert axes.sizes == {"conv": 8}
-    assert layout(axes, "body.2.0.weight") == [{"conv": (8, 1)}, {"conv": (8, 1)}, None, None]
+    assert layout(axes, "body.2.0.weight") == {dim: ("conv", 8, 1) for dim in (0, 1)}
 
 
 def test_what_cannot_be_exported_is_refused():

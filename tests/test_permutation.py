@@ -1,6 +1,6 @@
 import torch
 
-from common.align.permutation import Layout, permute
+from common.align.permutation import Place, permute
 
 SHAPES = (3, (3, 1)), (2, (2, 1)), (4, (2, 2))
 
@@ -9,8 +9,8 @@ def test_permute_by_hand():
     tensors = {"w": torch.tensor([[1, 2], [3, 4], [5, 6]]), "v": torch.tensor([10, 11, 12, 13])}
     out, columns, twice = (torch.arange(n).view(shape) for n, shape in SHAPES)
     dims = {
-        "w": (Layout(3, {"out": out}), Layout(2, {"in": columns})),
-        "v": (Layout(4, {"in": twice}),),
+        "w": [Place("w", 0, "out", out), Place("w", 1, "in", columns)],
+        "v": [Place("v", 0, "in", twice)],
     }
     rows, columns = {"out": torch.tensor([2, 0, 1])}, {"in": torch.tensor([1, 0])}
     moved = permute(tensors, dims, rows | columns)
@@ -24,6 +24,6 @@ def test_permute_by_hand():
 def test_an_axis_that_lies_in_several_places_by_hand():
     # Channel 0 lies at 0, 1 and 5, channel 1 at 2, 3 and 6; position 4 is another axis.
     places = torch.tensor([[0, 1, 5], [2, 3, 6]])
-    dims = {"w": (Layout(7, {"a": places, "b": torch.tensor([[4]])}),)}
+    dims = {"w": [Place("w", 0, "a", places), Place("w", 0, "b", torch.tensor([[4]]))]}
     moved = permute({"w": torch.arange(1, 8)}, dims, {"a": torch.tensor([1, 0])})
     assert moved["w"].tolist() == [3, 4, 1, 2, 5, 7, 6]

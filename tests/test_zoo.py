@@ -23,32 +23,32 @@ def test_axes_of_resnet20_are_those_a_person_would_name():
     inner = {f"blocks.{i}.conv1": (16, 32, 64)[i // 3] for i in range(9)}
     assert axes.sizes == streams | inner
     assert axes.pinned == {"fc": (10, axes.pinned["fc"][1])} and "output" in axes.pinned["fc"][1]
-    stream, stem = {"blocks.3.conv2": (32, 1)}, {"conv1": (16, 1)}
-    assert layout(axes, "blocks.3.shortcut.0.weight") == [stream, stem, None, None]
-    inside = {"blocks.5.conv1": (32, 1)}
-    assert layout(axes, "blocks.5.conv1.weight") == [inside, stream, None, None]
-    assert layout(axes, "blocks.5.bn2.running_var") == [stream]
-    assert layout(axes, "fc.weight") == [None, {"blocks.6.conv2": (64, 1)}]
-    assert layout(axes, "conv1.weight")[1] is None  # colours of the input
+    stream, inside = ("blocks.3.conv2", 32, 1), ("blocks.5.conv1", 32, 1)
+    assert layout(axes, "blocks.3.shortcut.0.weight") == {0: stream, 1: ("conv1", 16, 1)}
+    assert layout(axes, "blocks.5.conv1.weight") == {0: inside, 1: stream}
+    assert layout(axes, "blocks.5.bn2.running_var") == {0: stream}
+    assert layout(axes, "fc.weight") == {1: ("blocks.6.conv2", 64, 1)}
+    assert layout(axes, "conv1.weight") == {0: ("conv1", 16, 1)}  # not the colours of the input
     # The last tensor of a stream is the output of its last block, after the nonlinearity, before
     # pooling.
     readouts = axes.readouts
-    assert [readouts[name][-1].node for name in streams] == ["relu_6", "relu_12", "relu_18"]
+    assert [readouts[name][-1].tensor for name in streams] == ["relu_6", "relu_12", "relu_18"]
     # Layers read the first stream from the stem and from two blocks; the last block's is read by
     # the next stage.
-    first = [(readout.before, readout.node) for readout in readouts["conv1"]]
+    first = [(axes.before[place.tensor], place.tensor) for place in readouts["conv1"]]
     expected = [("batch_norm", "relu"), ("add", "relu_2"), ("add_1", "relu_4"), ("add_2", "relu_6")]
     assert first == expected
-    assert [one.before for one in readouts["blocks.0.conv1"]] == ["batch_norm_1"]
+    assert [axes.before[one.tensor] for one in readouts["blocks.0.conv1"]] == ["batch_norm_1"]
 
 
 def test_axes_of_vgg11_mlp_and_resnet50():
     vgg = find_axes(build_model("vgg11", 0.125, 10, (3, 64, 64)), (3, 64, 64))
     assert list(vgg.sizes.values()) == [8, 16, 32, 32, 64, 64, 64, 64]
-    places = vgg.dims["22.weight"][1].places["18"]  # a channel over 2x2 places
-    assert torch.equal(places, torch.arange(256).view(64, 4))
+    (place,) = (place for place in vgg.dims["22.weight"] if place.dim == 1)
+    # A channel over 2x2 positions.
+    assert place.axis == "18" and torch.equal(place.positions, torch.arange(256).view(64, 4))
     mlp = find_axes(build_model("mlp", 0.125, 10, (3, 8, 8)), (3, 8, 8))
-    assert layout(mlp, "1.weight") == [{"1": (64, 1)}, None] and layout(mlp, "7.bias") == [None]
+    assert layout(mlp, "1.weight") == {0: ("1", 64, 1)} and layout(mlp, "7.bias") == {}
     resnet = find_axes(build_model("resnet50", 0.125, 10, (3, 32, 32)), (3, 32, 32))
     # The stem, four streams, and two inner axes in each of 16 bottlenecks.
     assert len(resnet.sizes) == 1 + 4 + 2 * 16

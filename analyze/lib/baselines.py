@@ -11,8 +11,8 @@ from torch.nn.utils import prune
 from torch.utils.data import DataLoader, default_collate
 
 from common.align.graph import export, lockstep
-from common.align.matching import Moments, Products, assign, channels_last, objective
-from common.align.permutation import Axes, find_places, identity, permute
+from common.align.matching import Moments, Products, assign, objective, samples
+from common.align.permutation import Axes, identity, permute
 from common.data import Resident
 from common.masking import Mask
 from common.runtime.parallel import cores
@@ -72,13 +72,13 @@ def match_layer_by_layer(
     ends = [target.state_dict(), original]
     graph_of = functools.cache(functools.partial(export, target))
     permutation: dict[str, Tensor] = {}
-    for axis, (*_, readout) in axes.readouts.items():
+    for axis, (*_, place) in axes.readouts.items():
         moments = Moments()
         for images in batches:
             runs = [graph_of(images.shape).start(end, images) for end in ends]
             for node, _ in lockstep(runs):
-                if node.name == readout.node:  # the sub-network up to here
-                    moments.add(*(channels_last(run.env[node], readout) for run in runs))
+                if node.name == place.tensor:  # the sub-network up to here
+                    moments.add(*(samples(run.env[node], place) for run in runs))
                     break
         permutation[axis] = assign(moments.correlation())
         ends[1] = permute(original, axes.dims, permutation)
@@ -93,7 +93,7 @@ def match_weights_every_axis(
     Knows axes of one block each. Returns the permutation and the objective that it reaches.
     """
     permutation, names = identity(axes), list(axes.sizes)
-    places = find_places(source, axes)
+    places = axes.places(source)
     generator = torch.Generator().manual_seed(seed)
     best, improved = objective(source, target), True
     while improved:

@@ -1,10 +1,19 @@
 """Finding the permutation axes of a network: which channels move together, read off its ATen graph.
 
-Every index along every dimension of a parameter or buffer is a channel of its own at first. Walking
-the graph, the rules of common/align/rules.py say which channels are the same, which form a block
-whose inner order is free, and which must stay in order. Channels that are tied everywhere in the
-same way may trade places: they are an axis. An operator without a rule pins what it reads, with the
-reason.
+1. Every index along every dimension of a parameter or buffer is a channel of its own (Walk.value).
+2. The graph is walked in order; what each operator does to channels says one table
+   (common/align/rules.py): which are the same, which form a block whose inner order is free, and
+   which must stay in order. An operator without a rule pins what it reads, with the reason.
+3. Channels that are the same make a class. Classes to which the same happens everywhere may trade
+   places (settle): they are an axis, named after the first parameter along which it lies.
+
+Take `fc(relu(conv(image)))`, with 8 filters and means over space. `conv.weight` has channels 0 to 7
+along its first dimension and 8 to 10 along its second. The convolution sums over the second: there
+they meet the image's colours, which nothing may move, so 8 to 10 are pinned. Its value has channels
+0 to 7 along its second dimension, relu keeps them, and `fc`, which sums over them, ties them to the
+8 channels along the second dimension of `fc.weight`. So there are 8 classes of two channels, alike
+but for the index: the axis `conv` lies along `conv.weight`'s first and `fc.weight`'s second
+dimension. The channels along `fc.weight`'s first dimension are the output, and pinned.
 """
 
 import functools
@@ -21,12 +30,10 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
 
-from common.align.channels import SLOT, Channels, Value, along, only, plain
+from common.align.channels import ENTRY, Channels, Value, along, only
 from common.align.graph import Graph, export, where
-from common.align.permutation import Axes, BlockGroup, Layout, Readout
-from common.align.rules import CONTRACTIONS, PASSING, POINTWISE, RULES, pointwise
-
-Places = Callable[[Tensor], dict[str, Tensor]]
+from common.align.permutation import Axes, BlockGroup, Place
+from common.align.rules import CONTRACTIONS, PASSING, POINTWISE, RULES, expand, pointwise
 
 
 def find_axes(model: nn.Module, input_shape: tuple[int, ...]) -> Axes:
@@ -34,118 +41,158 @@ def find_axes(model: nn.Module, input_shape: tuple[int, ...]) -> Axes:
 
     Raises UserError when torch.export cannot follow the forward pass.
     """
-    walk = Walk()
-    walk.run(export(model, (2, *input_shape)))
-    root, channels = settle(walk)
-    sizes, groups, pinned = name_axes(walk, channels)
-    names, (axis, rank) = [*sizes], channels[["axis", "rank"]].to_numpy().T
+    walk = Walk(export(model, (2, *input_shape)))
+    channels, classes = settle(walk.channels)
+    sizes, groups, pinned = name_axes(walk, channels, classes)
+    names, (axis, rank) = [*sizes], classes.loc[channels["class"], ["axis", "rank"]].to_numpy().T
 
-    def places(label: Tensor) -> dict[str, Tensor]:
-        """The positions along a label of the channels of every axis that is there as a whole."""
-        here, found = root[(label % SLOT).flatten().numpy()], {}
+    def places(tensor: str, label: Tensor, whole: Tensor) -> list[Place]:
+        """Where along a label axes are as a whole."""
+        here, found = (whole % ENTRY).flatten().numpy(), []
         for number in sorted({*axis[here].tolist()} - {-1}):
             at = np.flatnonzero(axis[here] == number)
             at = at[np.argsort(rank[here[at]], kind="stable")]
             many = np.bincount(rank[here[at]], minlength=sizes[names[number]])
-            if (many == many[0]).all():
-                found[names[number]] = torch.from_numpy(at).view(len(many), -1)
+            if (many == many[0]).all() and len(along(label)) == 1:
+                about = names[number], torch.from_numpy(at).view(len(many), -1)
+                found.append(Place(tensor, *along(label), *about, len(here) // label.numel()))
         return found
 
     state = model.state_dict(keep_vars=True)
-    multiplied = {id(state[name]) for name in walk.weights}
-    weights = tuple(name for name, value in state.items() if id(value) in multiplied)
-    readouts = find_readouts(walk, names, places)
-    return Axes(lay_out(walk, state, places), sizes, groups, readouts, pinned, weights)
+    used = {id(state[name]): name for name in walk.parameters}  # one name of what is tied
+    dims: dict[str, list[Place]] = {name: [] for name in state}
+    for name, value in state.items():
+        for label in walk.parameters.get(used.get(id(value)), Value(())).labels:
+            columns = walk.channels.columns.get(walk.channels.vector(label), label)
+            dims[name] += places(name, label, columns)
+    weights = tuple(name for name, value in state.items() if used.get(id(value)) in walk.weights)
+    readouts: dict[str, list[Place]] = {name: [] for name in names}
+    before: dict[str, str] = {}
+    for node, table in walk.tables.items():
+        inputs, activation = node.all_input_nodes, table is POINTWISE
+        activation = activation and (len(inputs) == 1 or "prelu" in node.name)
+        before[node.name] = before.get(inputs[0].name, inputs[0].name) if activation else node.name
+        read = not all(walk.tables.get(user) is POINTWISE for user in node.users)
+        for label in walk.values[node].labels if read and table is not PASSING else ():
+            for place in places(node.name, label, label):
+                readouts[place.axis].append(place)
+    return Axes(dims, sizes, groups, readouts, before, pinned, weights)
 
 
 class Walk:
     """Follows channels through a graph, one operator after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, graph: Graph) -> None:
         self.channels = Channels()
         self.parameters: dict[str, Value] = {}
         self.names: dict[int, str] = {}  # of the vectors of channels along parameters
-        self.makers: dict[int, int] = {}  # of these, the operators that compute channels by them
-        self.env: dict[fx.Node, Any] = {}
+        self.values: dict[fx.Node, Any] = {}
         self.tables: dict[fx.Node, dict] = {}  # where the rule of an operator was found
-        self.computed: dict[fx.Node, set[str]] = {}  # from these parameters, and no image
         self.weights: set[str] = set()  # the parameters that contractions multiply with
-
-    def run(self, graph: Graph) -> None:
-        inputs = iter(graph.inputs)
-        for position, node in enumerate(graph.module.graph.nodes):
-            self.channels.where, shapes = where(node), shapes_of(node.meta.get("val"))
-            if node.op == "placeholder":
-                given = next(inputs)
-                self.env[node] = self.input(given if node.users else None, shapes)
-                if given is not None:
-                    self.computed[node] = {given} if isinstance(given, str) else set()
-            elif node.op == "output":
-                fx.node.map_arg(
-                    node.args, lambda one: self.channels.pin_all(self.env[one], "is the output")
-                )
-            else:
-                self.env[node] = self.call(node, shapes) if node.op == "call_function" else None
-            parts = [self.computed.get(one) for one in node.all_input_nodes]
-            if parts and None not in parts:
-                self.computed[node] = set().union(*parts)
+        self.made: set[int] = set()  # vectors of channels that come out of contractions
+        nodes = graph.module.graph.nodes
+        self.given = dict(zip((node for node in nodes if node.op == "placeholder"), graph.inputs))
+        # Of what is computed from no image, the parameters that it is computed from.
+        known = {
+            node: None if given is None else {given} if isinstance(given, str) else set()
+            for node, given in self.given.items()
+        }
+        for node in nodes:
+            if node in self.given:
+                continue
+            self.channels.where = where(node)
+            before = [known[one] for one in node.all_input_nodes]
+            known[node] = None if None in before else set().union(*before)
+            if node.op == "output":
+                self.channels.pin(fx.node.map_arg(node.args, self.value), "is the output")
+            if node.op == "call_function":
+                self.values[node] = self.call(node)
             if self.tables.get(node) is CONTRACTIONS:
-                self.weights.update(*filter(None, parts))
-                read = {*map(self.channels.vector, self.env[node.all_input_nodes[0]].labels)}
-                for vector in {*map(self.channels.vector, self.env[node].labels)} - read:
-                    self.makers.setdefault(vector, position)
+                self.weights.update(*filter(None, before))
+                read, made = (
+                    {*map(self.channels.vector, self.value(one).labels)}
+                    for one in (node.all_input_nodes[0], node)
+                )
+                self.made |= made - read
 
-    def input(self, given: str | Tensor | None, shape: Any) -> Any:
-        """Every index along a parameter is a channel of its own; constants may be uniform."""
-        if isinstance(given, Tensor) and not given.is_meta:
-            varying = [
-                1 if torch.equal(given, given.narrow(dim, 0, 1).expand_as(given)) else size
-                for dim, size in enumerate(shape)
-            ]
-            return self.channels.expand(Value(tuple(varying)), shape)
+    def value(self, node: fx.Node) -> Any:
+        """Every index along a parameter is a channel of its own, from where it is first read."""
+        if node in self.values:
+            return self.values[node]
+        given, shape = self.given.get(node), shapes_of(node.meta.get("val"))
+        if isinstance(given, Tensor):
+            return self.channels.constant(shape, [] if given.is_meta else same_along(given))
         if not isinstance(given, str):
-            return plain(shape)
-        large, labels = [dim for dim, size in enumerate(shape) if size > 1], []
+            return Value(shape)
         layer = re.sub(r"[._](parametrizations\.)?weight(_v|_orig|\.original\d*)?$", "", given)
+        large, labels = [dim for dim, size in enumerate(shape) if size > 1], []
         for dim in large:
             name = layer if dim == 0 or len(large) == 1 else f"{given}.{dim}"
             self.names[len(self.channels.starts) - 1] = name
             labels.append(self.channels.fresh(only({dim}, shape)))
-        self.parameters[given] = Value(shape, tuple(labels))
-        return self.parameters[given]
+        self.values[node] = self.parameters[given] = Value(shape, tuple(labels))
+        return self.values[node]
 
-    def call(self, node: fx.Node, shapes: Any) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.env.get)
+    def call(self, node: fx.Node) -> Any:
+        """The value that an operator makes, by its rule."""
+        name, rule, self.tables[node] = find_rule(node.target)
+        value = self.unexpanded if rule is pointwise else self.value
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
         if node.target is operator.getitem:
             return args[0][args[1]]
-        result = None
-        if isinstance(node.target, torch._ops.OpOverload):
-            name = node.target.name().partition("::")[2].partition(".")[0].rstrip("_")
-            functional = getattr(getattr(torch.ops.aten, name, None), "default", node.target)
-            tagged = torch.Tag.pointwise in {*node.target.tags, *functional.tags}
-            default = (pointwise, POINTWISE) if tagged else (lambda channels, a: None, PASSING)
-            rule, self.tables[node] = RULES.get(name, default)
+        out, result = shapes_of(node.meta.get("val")), None
+        if rule:
             given = {one.name: one.default_value for one in node.target._schema.arguments}
             given |= dict(zip(given, args)) | kwargs
-            first, *rest = given or [None]
+            first, *rest = given
             call = functools.partial(node.target, **{key: given[key] for key in rest})
-            a = SimpleNamespace(**given, given=given, out=shapes, name=name, call=call)
-            a.x = given.get(first)
-            result = rule(self.channels, a)
+            about = {"given": given, "x": given[first], "out": out, "name": name, "call": call}
+            result = rule(self.channels, SimpleNamespace(**given | about))
         if result is None:
-            self.channels.pin_all((args, kwargs), "keeps its order")
-            self.tables[node] = PASSING
-            return plain(shapes)
-        if isinstance(shapes, list) and isinstance(result, Value):  # pooling, with indices
-            return [result._replace(shape=shape) for shape in shapes]
-        return result
+            self.channels.pin((args, kwargs), "keeps its order")
+            result = Value(())
+        if isinstance(result, list):
+            return result
+        if isinstance(out, list):  # pooling gives indices, too
+            return [result._replace(shape=shape) for shape in out]
+        return result._replace(shape=out)
+
+    def unexpanded(self, node: fx.Node) -> Any:
+        """For what broadcasts by itself, so that expanding says nothing."""
+        while find_rule(node.target)[1] is expand:
+            node = node.args[0]
+        return self.value(node)
+
+
+def find_rule(target: Any) -> tuple[str, Callable | None, dict]:
+    """The name of an operator, its rule if there is one, and the table that it is in."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return str(target), None, PASSING
+    name = target.overloadpacket.__name__.rstrip("_")
+    tagged = torch.Tag.pointwise in target.tags
+    return name, *RULES.get(name, (pointwise, POINTWISE) if tagged else (None, PASSING))
+
+
+def same_along(constant: Tensor) -> list[int]:
+    """The dimensions along which all entries of a tensor are the same."""
+    return [d for d in range(constant.dim()) if (constant == constant.narrow(d, 0, 1)).all()]
 
 
 def shapes_of(value: Any) -> Any:
     """The shapes of a node's output."""
     if isinstance(value, (list, tuple)):
         return [shapes_of(one) for one in value]
-    return tuple(value.shape) if isinstance(value, Tensor) else None
+    return tuple(getattr(value, "shape", ()))
+
+
+# ---------------------------------------------------------------- what the walk has found
+
+
+def components(count: int, *links: np.ndarray) -> np.ndarray:
+    """The connected component of each of `count` nodes, from (2, n) arrays of their links."""
+    ends = np.concatenate(links, 1)
+    graph = coo_matrix((np.ones(ends.shape[1]), tuple(ends)), (count, count))
+    return connected_components(graph, directed=False)[1]
 
 
 def scramble(*columns: np.ndarray) -> np.ndarray:
@@ -155,120 +202,70 @@ def scramble(*columns: np.ndarray) -> np.ndarray:
     return pd.util.hash_pandas_object(rows, index=False).to_numpy(copy=True).view(np.int64)
 
 
-def settle(walk: Walk) -> tuple[np.ndarray, pd.DataFrame]:
-    """The channel that each label stands for in the end, and a table of these channels.
+def settle(known: Channels) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The class of channels that are the same that each channel is in, and a table of the classes.
 
-    colour: channels of one colour may trade places. They may when every tie of one is a tie of the
-    other: exchanging them, with all their entries in order, then takes ties to ties. block: the
-    channel that stands for the block that it is in, or -1. reason: the number of the reason why it
-    is pinned, or -1. source: the vector that names it. lead: its place among all channels, in the
-    order in which operators make them. entries: of it in that vector. front: the first lead of its
-    block.
+    unit: the block that it is in, or itself. holds: whether it is a block. reason: why it is
+    pinned. colour: of one colour are those that may trade places. They may when every tie of one is
+    a tie of the other, by the same operators: exchanging them, with all their entries in order,
+    then takes ties to ties.
     """
-    known = walk.channels
     vector = np.repeat(np.arange(len(known.starts) - 1), np.diff(known.starts))
-    edges, members = (torch.cat(rows, 1).numpy() for rows in (known.edges, known.members))
-    links, count = edges[:2], len(vector)
-    while True:  # a channel is in one block, so blocks that share one are the same
-        link = coo_matrix((np.ones(links.shape[1]), tuple(links)), (count, count))
-        classes, root = connected_components(link, directed=False)
-        first = np.unique(root, return_index=True)[1]
-        channel, block = np.unique(root[members[::-1]], axis=1)
-        again = np.flatnonzero(channel[1:] == channel[:-1])
-        if not len(again):
-            break
-        links = np.concatenate([links, first[np.stack([block[again], block[again + 1]])]], 1)
-    inside, reason = np.full((2, classes), -1)
-    inside[channel] = block
-    reason[np.intersect1d(channel, block)] = len(known.pins)  # no blocks of blocks
-    for number, (label, _) in reversed([*enumerate(known.pins)]):
-        reason[root[label.flatten().numpy()]] = number
-    code = scramble(vector, pd.Series(vector).groupby([root, vector]).cumcount().to_numpy())
-    colour = scramble(np.where(reason < 0, -1, np.arange(classes)))
+    ties, members = (torch.cat(rows, 1).numpy() for rows in (known.ties, known.members))
+    # A channel is in one block, so blocks that share one are the same.
+    held = components(len(vector), ties[:2])[members[1]]
+    _, first, which = np.unique(held, return_index=True, return_inverse=True)
+    same = np.stack([members[0], members[0][first[which]]])
+    root = components(len(vector), ties[:2], same)
+    blocks, inside = root[members]
+    unit, reason = np.arange(root.max() + 1), np.full(root.max() + 1, None)
+    unit[inside] = blocks
+    nested = torch.from_numpy(members[1][np.isin(inside, blocks)])
+    for label, why in reversed([*known.pins, (nested, "its blocks are in larger blocks")]):
+        reason[root[label.flatten().numpy()]] = why
+    code = scramble(vector, pd.Series(vector).groupby([root, vector]).cumcount())
+    colour = scramble(np.where(pd.isna(reason), -1, np.arange(len(unit))))
     np.add.at(colour, root, code)
-    np.add.at(colour, root[edges[0]], scramble(code[edges[0]], code[edges[1]], *edges[2:]))
-    role, ends, before = scramble(*code[members]), root[members], 0
-    while before < (before := len(np.unique(colour))):
-        seen = colour.copy()
-        for here, there in (ends, ends[::-1]):
-            np.add.at(colour, here, scramble(role, seen[there]))
-    # What no parameter has comes last.
-    made = np.full(len(known.starts) - 1, len(walk.env) + 1)
-    made[[*walk.names]] = [walk.makers.get(one, len(walk.env)) for one in walk.names]
-    order = np.argsort(made[vector], kind="stable")
-    table = pd.DataFrame({"block": inside, "reason": reason, "colour": colour})
-    table["lead"] = np.unique(root[order], return_index=True)[1]
-    table["source"] = source = vector[order[table["lead"]]]
-    table["entries"] = np.bincount(root[vector == source[root]], minlength=classes)
-    unit = np.where(inside < 0, table.index, inside)
-    table["front"] = table.groupby(unit)["lead"].transform("min")
-    return root, table
+    np.add.at(colour, root[ties[0]], scramble(code[ties[0]], code[ties[1]], *ties[2:]))
+    # What is in a block tells it apart, and then the block what is in it.
+    role = scramble(*code[members])
+    np.add.at(colour, blocks, scramble(role, colour[inside]))
+    np.add.at(colour, inside, scramble(role, colour[blocks]))
+    holds = np.isin(np.arange(len(unit)), blocks)
+    classes = {"unit": unit, "reason": reason, "colour": colour, "holds": holds}
+    return pd.DataFrame({"class": root, "vector": vector}), pd.DataFrame(classes)
 
 
 def name_axes(
-    walk: Walk, channels: pd.DataFrame
+    walk: Walk, channels: pd.DataFrame, classes: pd.DataFrame
 ) -> tuple[dict[str, int], tuple[BlockGroup, ...], dict[str, tuple[int, str]]]:
-    """Sizes, groups and what is pinned, as in Axes; adds to `channels` the number of their axis,
+    """Sizes, groups and what is pinned, as in Axes; adds to `classes` the number of their axis,
     or -1, and their rank along it.
     """
-    channels["axis"], channels["rank"] = -1, 0
-    live = channels[channels["source"].isin(walk.names)].sort_values("lead")
-    live["name"] = live["source"].map(walk.names)
+    # A class is named after the parameter that is the first to have it.
+    named = channels[channels["vector"].isin(walk.names)].groupby(["class", "vector"], sort=False)
+    live = named.size().rename("entries").reset_index().drop_duplicates("class")
+    live = live.join(classes, on="class").assign(name=live["vector"].map(walk.names))
+    live["front"] = np.arange(len(live))
+    live["front"] = live.groupby("unit")["front"].transform("min")
     tied = (live["entries"] > 1) & ~live["colour"].duplicated(keep=False)
-    stuck = (live["reason"] >= 0) | tied
-    reasons = [why for _, why in walk.channels.pins]
-    reasons += ["its blocks are in larger blocks", "it is tied to itself"]
+    live["reason"] = live["reason"].mask(tied & live["reason"].isna(), "it is tied to itself")
+    stuck = live["reason"].notna()
     pinned = {
-        name: (int(rows["entries"].sum()), reasons[rows["reason"].iloc[0]])
-        for name, rows in live[stuck & live["source"].isin(walk.makers)].groupby("name", sort=False)
+        name: (int(rows["entries"].sum()), rows["reason"].iloc[0])
+        for name, rows in live[stuck & live["vector"].isin(walk.made)].groupby("name", sort=False)
     }
-    holders = {*channels["block"]}
+    classes["axis"], classes["rank"] = -1, 0
     sizes: dict[str, int] = {}
-    groups: dict[Any, tuple[list[str], int]] = {}
+    groups: dict[int, tuple[list[str], int]] = {}
     for colour, same in live[~stuck].groupby("colour", sort=False):
-        name = same["name"].iloc[0]
+        name, unit = same["name"].iloc[0], classes.loc[same["unit"].iloc[0]]
         while name in sizes:
             name = f"{name}.{len(sizes)}"
-        same = same.sort_values(["front", "lead"])
-        channels.loc[same.index, "axis"] = len(sizes)
-        channels.loc[same.index, "rank"] = np.arange(len(same))
-        sizes[name], blocks = len(same), same["block"].nunique()
-        if blocks > 1:
-            colour = channels["colour"].iloc[same["block"].iloc[0]]
-        elif same.index[0] in holders:
-            blocks = len(same)
-        groups.setdefault(colour, ([], blocks))[0].append(name)
+        order = same.sort_values("front", kind="stable")["class"]
+        classes.loc[order, "axis"], classes.loc[order, "rank"] = len(sizes), np.arange(len(order))
+        sizes[name], blocks = len(order), same["unit"].nunique() if unit["holds"] else 1
+        # All axes that lie in the same blocks move with them.
+        key = unit["colour"] if blocks > 1 else colour
+        groups.setdefault(key, ([], blocks))[0].append(name)
     return sizes, tuple(BlockGroup(tuple(axes), blocks) for axes, blocks in groups.values()), pinned
-
-
-def lay_out(
-    walk: Walk, state: dict[str, Tensor], places: Places
-) -> dict[str, tuple[Layout | None, ...]]:
-    """What lies along every dimension of the tensors of `state`."""
-    known = walk.channels
-    used = {id(state[name]): value for name, value in walk.parameters.items()}
-    dims = {}
-    for name, value in state.items():
-        layouts: list[Layout | None] = [None] * value.dim()
-        for label in used.get(id(value), Value(())).labels:
-            whole = known.columns.get(known.vector(label), label)
-            found = places(whole)
-            layouts[min(along(label))] = Layout(whole.numel(), found) if found else None
-        dims[name] = tuple(layouts)
-    return dims
-
-
-def find_readouts(walk: Walk, names: list[str], places: Places) -> dict[str, tuple[Readout, ...]]:
-    """The tensors that layers read each axis from, in graph order."""
-    readouts: dict[str, list[Readout]] = {name: [] for name in names}
-    pointwise = {node for node, table in walk.tables.items() if table is POINTWISE}
-    for node, table in walk.tables.items():
-        if table is PASSING or all(user in pointwise for user in node.users):
-            continue
-        before = node
-        while before in pointwise and (len(before.all_input_nodes) == 1 or "prelu" in before.name):
-            before = before.all_input_nodes[0]
-        for label in walk.env[node].labels:
-            for axis, at in places(label).items() if len(along(label)) == 1 else ():
-                readouts[axis].append(Readout(node.name, before.name, *along(label), at))
-    return {axis: tuple(several) for axis, several in readouts.items()}

@@ -1,6 +1,6 @@
 """Finding the permutation that maps the source network onto the target (paper, section 3)."""
 
-import itertools
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -8,17 +8,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from common.align.graph import Graph, export, lockstep
-from common.align.permutation import (
-    Axes,
-    Place,
-    Readout,
-    channel_rows,
-    find_places,
-    identity,
-    permute,
-    random_permutation,
-)
+from common.align.graph import export, lockstep
+from common.align.permutation import Axes, Place, by_channel, identity, permute, random_permutation
 
 Permutation = dict[str, Tensor]
 
@@ -37,15 +28,11 @@ class Moments:
         """Take in two (samples, channels) tensors of one batch."""
         if self.count == 0:
             self.shifts = target.mean(0), source.mean(0)
-            self.sums = [
-                torch.zeros(t.shape[1], dtype=torch.float64, device=t.device)
-                for t in (target, source)
-            ]
+            self.sums = [torch.zeros_like(shift, dtype=torch.float64) for shift in self.shifts]
             self.squares = [total.clone() for total in self.sums]
-            self.products = self.sums[0][:, None] * self.sums[1][None, :]
-        rows = max(
-            4096, 2**18 // target.shape[1]
-        )  # a piece that stays in a processor's cache: several times faster
+            self.products = torch.outer(*self.sums)
+        # A piece that stays in a processor's cache: several times faster.
+        rows = max(4096, 2**18 // target.shape[1])
         for piece in zip(target.split(rows), source.split(rows)):
             pair = [t - shift for t, shift in zip(piece, self.shifts)]
             for values, total, square in zip(pair, self.sums, self.squares):
@@ -57,20 +44,19 @@ class Moments:
     def covariance(self) -> Tensor:
         """The (target channels, source channels) covariance, in float64 on the CPU."""
         means = [total / self.count for total in self.sums]
-        return (self.products / self.count - means[0][:, None] * means[1][None, :]).cpu()
+        return (self.products / self.count - torch.outer(*means)).cpu()
 
     def correlation(self) -> Tensor:
         """The (target channels, source channels) correlation; a channel of zero variance correlates
         0 with everything.
         """
-        means = [total / self.count for total in self.sums]
         deviations = []
-        for mean, square in zip(means, self.squares):
+        for total, square in zip(self.sums, self.squares):
             second = square / self.count
-            variance = second - mean.square()
+            variance = second - (total / self.count).square()
             # Below fp32's resolution of the sums a variance is rounding, not signal.
             deviations.append(torch.where(variance > 1e-7 * second, variance, 0).sqrt())
-        scale = (deviations[0][:, None] * deviations[1][None, :]).cpu()
+        scale = torch.outer(*deviations).cpu()
         return torch.where(scale > 0, self.covariance() / scale, 0).clamp(-1, 1)
 
 
@@ -135,25 +121,20 @@ def similarities(
     """
     states = [model.state_dict() for model in (target, source)]
     moments: dict[str, list[Any]] = {axis: [] for axis in axes.sizes}
-    wanted: dict[str, list[tuple[Any, Readout]]] = {}
-    for axis, readouts in axes.readouts.items():
-        for readout in readouts if stream == "mean" else readouts[-1:]:
+    wanted: dict[str, list[tuple[Any, Place]]] = {}
+    for axis, places in axes.readouts.items():
+        for place in places if stream == "mean" else places[-1:]:
             moments[axis].append(new_similarity(statistic))
-            node = readout.node if match_on == "post" else readout.before
-            wanted.setdefault(node, []).append((moments[axis][-1], readout))
-    graphs: dict[torch.Size, Graph] = {}  # each holds for one number of images
+            node = place.tensor if match_on == "post" else axes.before[place.tensor]
+            wanted.setdefault(node, []).append((moments[axis][-1], place))
+    graph = functools.cache(functools.partial(export, target))  # holds for one number of images
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         for images in batches:
             images = images.float()
-            if images.shape not in graphs:
-                graphs[images.shape] = export(target, images.shape)
-            runs = [graphs[images.shape].start(state, images) for state in states]
-            last = max(
-                k for k, node in enumerate(runs[0].module.graph.nodes) if node.name in wanted
-            )
-            for node, _ in itertools.islice(lockstep(runs), last + 1):
-                for moment, readout in wanted.get(node.name, ()):
-                    moment.add(*(channels_last(run.env[node], readout) for run in runs))
+            runs = [graph(images.shape).start(state, images) for state in states]
+            for node, _ in lockstep(runs):
+                for moment, place in wanted.get(node.name, ()):
+                    moment.add(*(samples(run.env[node], place) for run in runs))
     return {
         axis: sum(moment.result() for moment in several) / len(several)
         for axis, several in moments.items()
@@ -161,14 +142,9 @@ def similarities(
     }
 
 
-def channels_last(value: Tensor, readout: Readout) -> Tensor:
-    """View an activation as (samples, channels) of the axis that `readout` finds in it."""
-    places = readout.places
-    value = value.movedim(readout.dim, -1)
-    if not torch.equal(places.flatten(), torch.arange(value.shape[-1])):
-        value = value[..., places.flatten().to(value.device)]
-    value = value.unflatten(-1, places.shape).transpose(-1, -2)
-    return value.reshape(-1, len(places))
+def samples(value: Tensor, place: Place) -> Tensor:
+    """An activation as (samples, channels) of the axis that lies at `place`."""
+    return by_channel(value, place).movedim(0, -1).flatten(0, -2)
 
 
 def assign(similarity: Tensor) -> Tensor:
@@ -272,7 +248,7 @@ class Products:
                     at = (now != then).movedim(side, 0).flatten(1).any(1).nonzero().flatten()
                     now, then, fixed = (one.index_select(side, at) for one in (now, then, fixed))
                 now = now - then
-            fixed, now = channel_rows(fixed, place), channel_rows(now, place)
+            fixed, now = (by_channel(one, place).flatten(1) for one in (fixed, now))
             gained = fixed @ now.T if gained is None else gained.addmm_(fixed, now.T)
         if gained is not None:
             self.total += gained.cpu()
@@ -302,7 +278,7 @@ def match_weights(
     """
     permutation = identity(axes) | (start or {})
     moved = permute(source, axes.dims, permutation)
-    places = find_places(source, axes)
+    places = axes.places(source)
     tensors = {axis: {place.tensor for place in found} for axis, found in places.items()}
     groups = {axis: group for group in axes.groups for axis in group.axes}
     products = {axis: Products(size) for axis, size in axes.sizes.items()}

@@ -4,6 +4,8 @@ signs by them.
 common/align/axes.py derives the axes of a network from its graph.
 """
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,17 +15,19 @@ from torch import Tensor, nn
 from common.align.graph import evaluation_mode
 
 
-class Layout(NamedTuple):
-    """What lies along one dimension of a tensor.
+class Place(NamedTuple):
+    """Where an axis lies in a parameter, a buffer, or a node of the graph: along `dim`, at the
+    (channels, entries) positions of each channel's entries; it has several after a flatten.
 
-    places: for every axis the (channels, entries) positions of each channel's entries; a channel
-    has several after a flatten over space. width: the positions that there are. Along the second
-    dimension of a grouped convolution these are the channels of all groups side by side, more than
-    the tensor has: the g-th block of rows sees the g-th part.
+    groups: along the second dimension of a grouped convolution the channels of all groups lie side
+    by side, more than the tensor has: the g-th block of rows sees the g-th part.
     """
 
-    width: int
-    places: dict[str, Tensor]
+    tensor: str
+    dim: int
+    axis: str
+    positions: Tensor
+    groups: int = 1
 
 
 class BlockGroup(NamedTuple):
@@ -39,104 +43,70 @@ class BlockGroup(NamedTuple):
     blocks: int
 
 
-class Readout(NamedTuple):
-    """Where the channels of an axis can be seen: along `dim` of a graph node's output, each at its
-    row of `places`.
-
-    node: after the nonlinearity, where one follows. before: the node ahead of that nonlinearity, or
-    the same.
-    """
-
-    node: str
-    before: str
-    dim: int
-    places: Tensor
-
-
 @dataclass(frozen=True)
 class Axes:
     """The permutation axes of a network.
 
-    dims: for every parameter and buffer, a Layout a dimension, None where nothing may move. sizes:
-    channels of every axis that may be permuted. groups: these axes, each once, in the groups that
-    move together. readouts: for each of them, the tensors that layers read it from, in graph order;
-    for a residual stream the stem's and every block's. pinned: for every layer whose channels must
-    stay in order, how many they are and the reason. weights: the parameters of convolutions, linear
-    layers and attention, which weight matching compares, also where they are not those of a module.
+    dims: for every parameter and buffer, where axes lie in it. sizes: channels of every axis that
+    may be permuted. groups: these axes, each once, in the groups that move together. readouts: for
+    each of them, where in the nodes of the graph layers read it, in order, after a nonlinearity;
+    for a residual stream the stem's and every block's. before: for every node the one ahead of that
+    nonlinearity, or itself. pinned: for every layer whose channels must stay in order, how many
+    they are and the reason. weights: the parameters of convolutions, linear layers and attention,
+    which weight matching compares, also where they are not those of a module.
     """
 
-    dims: dict[str, tuple[Layout | None, ...]]
+    dims: dict[str, list[Place]]
     sizes: dict[str, int]
     groups: tuple[BlockGroup, ...]
-    readouts: dict[str, tuple[Readout, ...]]
+    readouts: dict[str, list[Place]]
+    before: dict[str, str]
     pinned: dict[str, tuple[int, str]]
     weights: tuple[str, ...]
 
+    def places(self, tensors: Iterable[str]) -> dict[str, list[Place]]:
+        """For each axis where it lies in these tensors."""
+        found: dict[str, list[Place]] = {axis: [] for axis in self.sizes}
+        for place in itertools.chain(*(self.dims[name] for name in tensors)):
+            found[place.axis].append(place)
+        return found
+
 
 def permute(
-    tensors: dict[str, Tensor],
-    dims: dict[str, tuple[Layout | None, ...]],
-    permutation: dict[str, Tensor],
+    tensors: dict[str, Tensor], dims: dict[str, list[Place]], permutation: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Permute weights, buffers, masks or signs; new tensors, the input stays as it is.
 
     permutation[axis][i] is the channel of the source that lands at position i; an axis without
     entry stays.
     """
-    return {name: _permute_one(tensor, dims[name], permutation) for name, tensor in tensors.items()}
-
-
-def _permute_one(
-    tensor: Tensor, layouts: tuple[Layout | None, ...], permutation: dict[str, Tensor]
-) -> Tensor:
-    given = tensor
-    for dim, layout in enumerate(layouts):
-        moving = permutation.keys() & layout.places.keys() if layout else ()
-        if not moving:
-            continue
-        source = torch.arange(layout.width)
-        for axis in moving:
-            source[layout.places[axis]] = layout.places[axis][permutation[axis]]
-        source = source.to(tensor.device)
-        size = tensor.shape[dim]
-        if size == layout.width:
-            tensor = tensor.index_select(dim, source)
-        else:  # the rows of each group are in their new places already: now the columns of each
-            blocks = tensor.unflatten(0, (layout.width // size, -1))
-            columns = (source % size).view(len(blocks), 1, size, *[1] * (tensor.dim() - 2))
-            tensor = blocks.gather(2, columns.expand_as(blocks)).flatten(0, 1)
-    return tensor.clone() if tensor is given else tensor
-
-
-class Place(NamedTuple):
-    """Where an axis lies in a tensor: along `dim`, or along the columns of all `groups`."""
-
-    tensor: str
-    dim: int
-    places: Tensor
-    groups: int
-
-
-def find_places(tensors: dict[str, Tensor], axes: Axes) -> dict[str, list[Place]]:
-    """Every place in `tensors` along which each axis lies."""
-    found: dict[str, list[Place]] = {axis: [] for axis in axes.sizes}
+    moved = {}
     for name, tensor in tensors.items():
-        for dim, layout in enumerate(axes.dims[name]):
-            for axis, places in layout.places.items() if layout else ():
-                found[axis].append(Place(name, dim, places, layout.width // tensor.shape[dim]))
-    return found
+        moving = [place for place in dims[name] if place.axis in permutation]
+        moved[name] = tensor if moving else tensor.clone()
+        for dim, places in itertools.groupby(moving, lambda place: place.dim):
+            moved[name] = _move(moved[name], dim, [*places], permutation)
+    return moved
 
 
-def channel_rows(tensor: Tensor, place: Place) -> Tensor:
-    """The entries of a tensor as one row a channel of the axis that lies at `place`."""
-    if place.groups > 1:  # (groups, rows, channels a group, ...): these meet their group's rows
-        rows = tensor.unflatten(0, (place.groups, -1)).transpose(1, 2).flatten(0, 1)
-    else:
-        rows = tensor.movedim(place.dim, 0)
-    places = place.places
-    if not torch.equal(places.flatten(), torch.arange(len(rows))):
-        rows = rows[places.flatten().to(tensor.device)]
-    return rows.reshape(len(places), -1)
+def _move(tensor: Tensor, dim: int, places: list[Place], permutation: dict[str, Tensor]) -> Tensor:
+    groups, size = places[0].groups, tensor.shape[dim]
+    source = torch.arange(size * groups)
+    for place in places:
+        source[place.positions] = place.positions[permutation[place.axis]]
+    # The rows of each group are in their new places already: now the columns of each.
+    columns = (source % size).to(tensor.device).chunk(groups)
+    parts = zip(tensor.chunk(groups), columns)
+    return torch.cat([rows.index_select(dim, column) for rows, column in parts])
+
+
+def by_channel(tensor: Tensor, place: Place) -> Tensor:
+    """The entries of a tensor as (channels, entries, ...) of the axis that lies at `place`."""
+    rows = tensor.unflatten(0, (place.groups, -1)).movedim(place.dim + 1, 1).flatten(0, 1)
+    at = place.positions.flatten()
+    if not torch.equal(at, torch.arange(len(rows))):
+        rows = rows[at.to(tensor.device)]
+    return rows.unflatten(0, place.positions.shape)
 
 
 def identity(axes: Axes) -> dict[str, Tensor]:
@@ -170,19 +140,18 @@ def check_same_function(
 
     Raises RuntimeError above 1e-6: the two are then not permutations of each other.
     """
+
+    def double(value: Tensor) -> Tensor:
+        return value.cpu().double() if value.is_floating_point() else value.cpu()
+
     outputs = []
     with evaluation_mode(model):
         for state in (before, after):
             tensors = {**dict(model.named_buffers()), **state}  # some are not in a state dict
-            double = {
-                name: value.cpu().double() if value.is_floating_point() else value.cpu()
-                for name, value in tensors.items()
-            }
-            call = (model, double, inputs.cpu().double())
+            call = (model, {name: double(value) for name, value in tensors.items()}, double(inputs))
             outputs.append(torch.func.functional_call(*call, tie_weights=False))
-    difference = float(
-        (outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max().clamp_min(1e-30)
-    )
+    one, other = outputs
+    difference = float((one - other).abs().max() / one.abs().max().clamp_min(1e-30))
     if not difference < 1e-6:
         raise RuntimeError(
             f"the permuted network computes another function: outputs differ by {difference:.1e} "

@@ -1,8 +1,9 @@
-"""What ATen operators do to channels: one table from operator to rule.
+"""What ATen operators do to channels: the tables at the end, from operator to rule.
 
 A rule makes the value of an operator from its arguments: `a.x` is the first, others go by their
-names, `a.out` is the shape, or a list of shapes. It returns None when it cannot follow; what the
-operator reads is pinned then.
+names (`a.given` has all), `a.out` is the shape, or a list of shapes, and `a.call(label)` runs the
+operator on a label in place of `a.x`. It returns None when it cannot follow; what the operator
+reads is pinned then.
 """
 
 import re
@@ -11,57 +12,18 @@ from typing import Any
 
 from torch import Tensor
 
-from common.align.channels import SLOT, Channels, Value, along, arrange, plain
+from common.align.channels import ENTRY, Channels, Value, along, arrange
 
 
-def along_dims(channels: Channels, a: Any) -> Any:
-    """What picks or moves whole slices along `dim` does the same to labels."""
-    dims = a.given.get("dim", a.given.get("dims"))
-    dims = {dim % len(a.x.shape) for dim in (dims if isinstance(dims, list) else [dims])}
-    shapes = a.out if isinstance(a.out, list) else [a.out]
-    labels: list[list[Tensor]] = [[] for _ in shapes]
-    for label in a.x.labels:
-        done = a.call(label.expand([n if d in dims else -1 for d, n in enumerate(a.x.shape)]))
-        for kept, one in zip(labels, done if isinstance(a.out, list) else [done]):
-            for dim in dims - along(label) if one.dim() == label.dim() else ():
-                one = one.narrow(dim, 0, 1)
-            kept.append(one)
-    made = [*map(channels.value, shapes, labels)]
-    return made if isinstance(a.out, list) else made[0]
-
-
-def pad(channels: Channels, a: Any) -> Value:
-    """Entries of a constant are channels of their own; other padding looks at the order."""
-    x, rank = a.x, len(a.out)
-    ends = {rank - 1 - k // 2: a.pad[k : k + 2] for k in range(0, len(a.pad), 2)}
-    padded = {dim for dim, pair in ends.items() if any(pair)}
-    if a.given.get("mode", "constant") != "constant" or min(a.pad) < 0:
-        x = channels.slide(x, padded)
-    for dim in padded.intersection(set().union(*map(along, x.labels))):
-        shape = (*x.shape[:dim], sum(ends[dim]), *x.shape[dim + 1 :])
-        x = channels.cat([x, channels.expand(Value((1,) * rank), shape)], dim)
-        x = Value(x.shape, tuple(label.roll(ends[dim][0], dim) for label in x.labels))
-    return x._replace(shape=a.out)
-
-
-def index(channels: Channels, a: Any) -> Value | None:
-    """What is looked up by a number keeps it."""
-    table = a.given.get("weight", a.x)
-    indices = a.indices if isinstance(a.indices, list) else [a.indices]
-    dims = [dim for dim, one in enumerate(indices) if one is not None]
-    if dims[-1] - dims[0] >= len(dims):
-        return None
-    channels.pin_all(indices, "looks up by it")
-    rest = channels.reduce(channels.slide(table, dims, "looks up parts of it"), dims)
-    new = [None] * (len(a.out) - len(rest.shape))
-    return channels.value(
-        a.out, arrange(rest, [*range(dims[0]), *new, *range(dims[0], len(rest.shape))]).labels
-    )
+def pointwise(channels: Channels, a: Any) -> Value:
+    """All that is given broadcasts; what lies along the same dimension moves together."""
+    given = [one for x in a.given.values() for one in (x if isinstance(x, list) else [x])]
+    return channels.meet(Value(()), *given)
 
 
 def scale(value: Value | None, rank: int) -> Value | None:
     """A number for every channel, as what is multiplied with a tensor of `rank` dimensions."""
-    return arrange(value, [None, 0, *[None] * (rank - 2)]) if value and value.shape else value
+    return value and arrange(value, [None, 0, *[None] * (rank - 2)])
 
 
 def by_channel(channels: Channels, a: Any) -> Value:
@@ -83,12 +45,6 @@ def normalise(channels: Channels, x: Value, dims: Iterable[int], *scales: Any) -
     return channels.meet(x, *scales)
 
 
-def pointwise(channels: Channels, a: Any) -> Value:
-    given = [one for x in a.given.values() for one in (x if isinstance(x, list) else [x])]
-    given = [one for one in given if isinstance(one, Value)]
-    return channels.meet(*given) if given else plain(a.out)
-
-
 def reduction(channels: Channels, a: Any) -> Value:
     dims = a.given.get("dim")
     dims = range(len(a.x.shape)) if dims in (None, []) else dims
@@ -97,25 +53,46 @@ def reduction(channels: Channels, a: Any) -> Value:
 
 def slide(channels: Channels, a: Any) -> Value:
     """Pooling and resizing of the last dimensions, as many as the operator's name says."""
-    x = channels.slide(a.x, range(-int(re.search(r"(\d)d", a.name)[1]), 0))
-    return x._replace(shape=a.out)
+    return channels.slide(a.x, range(-int(re.search(r"(\d)d", a.name)[1]), 0))
 
 
-def linear(channels: Channels, a: Any) -> Value:
-    return channels.meet(channels.einsum("...i,oi->...o", a.x, a.weight), a.bias)
+def dot(channels: Channels, x: Value, y: Value) -> Value:
+    """The inner products of rows: of (..., i, k) and (..., j, k) they are (..., i, j)."""
+    x = arrange(x, [*range(len(x.shape) - 1), None, len(x.shape) - 1])
+    y = arrange(y, [*range(len(y.shape) - 2), None, len(y.shape) - 2, len(y.shape) - 1])
+    return channels.reduce(channels.meet(x, y), [-1])
 
 
-def matmul(channels: Channels, a: Any) -> Value:
+def turned(x: Value) -> Value:
+    """The last two dimensions swapped."""
+    return arrange(x, [*range(len(x.shape) - 2), len(x.shape) - 1, len(x.shape) - 2])
+
+
+def linear(channels: Channels, a: Any) -> Value | None:
+    return channels.meet(dot(channels, a.x, a.weight), a.bias) if len(a.x.shape) > 1 else None
+
+
+def matmul(channels: Channels, a: Any) -> Value | None:
     *added, one, other = (value for value in a.given.values() if isinstance(value, Value))
-    left, right = "...ik" if len(one.shape) > 1 else "k", "...kj" if len(other.shape) > 1 else "k"
-    out = "..." + "i" * ("i" in left) + "j" * ("j" in right)
-    return channels.meet(channels.einsum(f"{left},{right}->{out}", one, other), *added)
+    if min(len(one.shape), len(other.shape)) < 2:
+        return None
+    return channels.meet(dot(channels, one, turned(other)), *added)
+
+
+def einsum(channels: Channels, a: Any) -> Value | None:
+    *terms, out = a.equation.replace(" ", "").replace("->", ",").split(",")
+    if "..." in a.equation or "->" not in a.equation:
+        return None
+    order = out + "".join(sorted({*"".join(terms)} - {*out}))
+    dims = [[term.index(x) if x in term else None for x in order] for term in terms]
+    product = channels.meet(*map(arrange, a.tensors, dims))
+    return channels.reduce(product, range(len(out), len(order)))
 
 
 def attention(channels: Channels, a: Any) -> Value:
-    scores = channels.meet(channels.einsum("...qd,...kd->...qk", a.query, a.key), a.attn_mask)
+    scores = channels.meet(dot(channels, a.query, a.key), a.attn_mask)
     channels.reduce(scores, [-1])
-    return channels.einsum("...qk,...kd->...qd", scores, a.value)
+    return dot(channels, scores, turned(a.value))
 
 
 def convolution(channels: Channels, a: Any) -> Value | None:
@@ -125,20 +102,61 @@ def convolution(channels: Channels, a: Any) -> Value | None:
     x = channels.reshape(x, (n, a.groups, c // a.groups))
     weight = channels.reshape(weight, (a.groups, rows // a.groups, columns))
     transposed = "transpose" in a.name
-    if a.groups > 1 and weight.shape[2] > 1:
+    if a.groups > 1 and columns > 1:
         # The second dimension of the weight stands for other channels in every group: note which.
         inner = [label for label in weight.labels if along(label) == {2}]
         outer = [label for label in x.labels if along(label) == {1, 2}]
-        if transposed or len(inner) != 1 or len(outer) != 1 or (outer[0] >= SLOT).any():
+        if transposed or len(inner) != 1 or len(outer) != 1 or (outer[0] >= ENTRY).any():
             return None
         channels.pin(inner[0], "differs from group to group")
         known = channels.columns.setdefault(channels.vector(inner[0]), outer[0])
         channels.tie(known, outer[0])
         others = tuple(label for label in weight.labels if along(label) != {2})
         weight = Value((*weight.shape[:2], 1), others)
-    y = channels.einsum("ngi,gio->ngo" if transposed else "ngi,goi->ngo", x, weight)
-    y = arrange(channels.reshape(y, a.out[:2]), [0, 1, *[None] * (len(a.out) - 2)])
-    return channels.meet(y._replace(shape=a.out), scale(a.bias, len(a.out)))
+    y = dot(channels, arrange(x, [1, 0, 2]), turned(weight) if transposed else weight)
+    y = channels.reshape(arrange(y, [1, 0, 2]), a.out[:2])
+    return channels.meet(arrange(y, [0, 1, *[None] * len(space)]), scale(a.bias, len(a.out)))
+
+
+def pick(channels: Channels, a: Any) -> Value | list[Value]:
+    """What picks or moves whole slices along `dim` does the same to labels."""
+    dims = a.given.get("dim", a.given.get("dims"))
+    dims = {dim % len(a.x.shape) for dim in (dims if isinstance(dims, list) else [dims])}
+    shapes = a.out if isinstance(a.out, list) else [a.out]
+    picked: list[list[Tensor]] = [[] for _ in shapes]
+    for label in a.x.labels:
+        same = label if len(shapes[0]) == len(a.x.shape) else label.squeeze([*dims])
+        done = a.call(label) if dims & along(label) else [same] * len(shapes)
+        for labels, one in zip(picked, [done] if isinstance(done, Tensor) else done):
+            labels.append(one)
+    values = [*map(channels.value, shapes, picked)]
+    return values if isinstance(a.out, list) else values[0]
+
+
+def pad(channels: Channels, a: Any) -> Value:
+    """Entries of a constant are channels of their own; other padding looks at the order."""
+    x, pairs = a.x, zip(a.pad[::2], a.pad[1::2])
+    ends = {len(a.out) - 1 - back: pair for back, pair in enumerate(pairs) if any(pair)}
+    if a.given.get("mode", "constant") != "constant" or min(a.pad) < 0:
+        return channels.slide(x, ends)
+    for dim in ends.keys() & set().union(*map(along, x.labels)):
+        shape = (*x.shape[:dim], sum(ends[dim]), *x.shape[dim + 1 :])
+        x = channels.cat([x, channels.constant(shape, [dim])], dim)
+        x = Value(x.shape, tuple(label.roll(ends[dim][0], dim) for label in x.labels))
+    return x
+
+
+def index(channels: Channels, a: Any) -> Value | None:
+    """What is looked up by a number keeps it."""
+    table = a.given.get("weight", a.x)
+    indices = a.indices if isinstance(a.indices, list) else [a.indices]
+    dims = [dim for dim, one in enumerate(indices) if one is not None]
+    if dims[-1] - dims[0] >= len(dims):
+        return None
+    channels.pin(indices, "looks up by it")
+    kept = [dim for dim in range(len(table.shape)) if dim not in dims]
+    order = [*kept[: dims[0]], *[None] * (len(a.out) - len(kept)), *kept[dims[0] :]]
+    return arrange(channels.slide(table, dims, "looks up parts of it"), order)
 
 
 def stack(channels: Channels, a: Any) -> Value:
@@ -147,10 +165,15 @@ def stack(channels: Channels, a: Any) -> Value:
     return channels.cat([arrange(x, order) for x in a.tensors], dim)
 
 
+def expand(channels: Channels, a: Any) -> Value:
+    """Dimensions in front; what is repeated counts as in order, except where it broadcasts."""
+    return channels.meet(a.x, Value((1,) * len(a.out)))
+
+
 CONTRACTIONS = {  # values made anew, by summing over channels
     "linear": linear,
-    "matmul mm bmm mv dot addmm baddbmm": matmul,
-    "einsum": lambda channels, a: channels.einsum(a.equation, *a.tensors),
+    "matmul mm bmm addmm baddbmm": matmul,
+    "einsum": einsum,
     "scaled_dot_product_attention": attention,
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d": convolution,
 }
@@ -163,7 +186,8 @@ POINTWISE = {  # values made anew, each channel from itself; also what PyTorch t
     "softmax log_softmax": lambda channels, a: normalise(channels, a.x, [a.dim]),
     "constant_pad_nd pad": pad,
     "dropout feature_dropout alpha_dropout contiguous to type_as alias detach copy fill zero "
-    "_to_copy lift_fresh_copy log_sigmoid hardswish": pointwise,
+    "_to_copy lift_fresh_copy log_sigmoid hardswish hardtanh hardsigmoid relu6 leaky_relu elu selu "
+    "celu mish masked_fill": pointwise,
 }
 PASSING = {  # values passed on
     "view _unsafe_view reshape flatten unflatten squeeze unsqueeze view_as reshape_as": (
@@ -172,10 +196,10 @@ PASSING = {  # values passed on
     "permute transpose t swapaxes swapdims movedim numpy_T": (
         lambda channels, a: Value(a.out, tuple(map(a.call, a.x.labels)))
     ),
-    "slice select split split_with_sizes chunk unbind narrow flip roll": along_dims,
+    "slice select split split_with_sizes chunk unbind narrow flip roll": pick,
     "cat concat": lambda channels, a: channels.cat(a.tensors, a.dim),
     "stack": stack,
-    "expand expand_as broadcast_to": lambda channels, a: channels.expand(a.x, a.out),
+    "expand expand_as broadcast_to": expand,
     "index embedding": index,
     "_weight_norm": lambda channels, a: normalise(
         channels, a.v, {*range(len(a.v.shape))} - {a.dim}, a.g
@@ -186,7 +210,7 @@ PASSING = {  # values passed on
     "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d reflection_pad2d "
     "replication_pad2d": slide,
     "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty": (
-        lambda channels, a: plain(a.out)
+        lambda channels, a: Value(a.out)
     ),
 }
 RULES = {
