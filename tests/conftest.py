@@ -15,6 +15,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import ExifTags, Image
@@ -171,6 +172,20 @@ def result(folder):
 def same(one, other):
     """Whether two state dicts hold the same bits."""
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def same_files(root, other):
+    """Every tensor and table below `root` is that of its namesake below `other`, but for times."""
+    paths = [path for path in root.rglob("*") if path.suffix in (".pt", ".csv")]
+    assert paths
+    for path in paths:
+        pair = path, other / path.relative_to(root)
+        if path.suffix == ".pt":
+            for key in {"state_dict", "mask", "signs", "permutation"} & state(path).keys():
+                assert same(*(state(file)[key] for file in pair)), path
+        else:
+            tables = (pd.read_csv(file).drop(columns="seconds", errors="ignore") for file in pair)
+            pd.testing.assert_frame_equal(*tables, check_exact=True, obj=str(path))
 
 
 def distance(one, other):

@@ -38,8 +38,9 @@ def gpu():
         yield
 
 
-def alike(one, other):
+def alike(path, *roots):
     """Whether two masks agree but for rounding; of unlike ones at these sparsities half agree."""
+    one, other = (state(root / path)["mask"] for root in roots)
     same = sum(int((one[name] == other[name]).sum()) for name in one)
     return same >= (1 - TOLERANCE) * masking.size(one)
 
@@ -54,23 +55,21 @@ def test_every_stage_on_a_gpu_does_what_it_does_on_a_cpu(runs, tmp_path):
     last = call(*stage4("permuted", target, aligned, sparse, "--parallel", "auto", *gpu))
     assert last.code == 0 and "slower" not in last.err, last.err
 
-    def both(path, key):
-        return (state(root / path.relative_to(tmp_path))[key] for root in (runs, tmp_path))
-
     last = paths.final_file(sparse / "s0.70_k001")
     for path in (target / "epoch_0003.pt", imp / "sparse_0.70.pt", last):
-        assert distance(*both(path, "state_dict")) < 1e-3
-        assert result(path.parent)["device"].startswith("cuda")
+        path = path.relative_to(tmp_path)
+        assert distance(*(weights(root / path) for root in (runs, tmp_path))) < 1e-3
+        assert result(tmp_path / path.parent)["device"].startswith("cuda")
     ends = (weights(folder / "epoch_0003.pt") for folder in (source, target))
     assert distance(*ends) > 0.1  # what the tolerance can tell apart
     for path in (imp / "mask_0.50.pt", aligned / "mask_0.50.pt"):
-        assert alike(*both(path, "mask"))
+        assert alike(path.relative_to(tmp_path), runs, tmp_path)
 
 
 @pytest.mark.parametrize("method", ["weight", "masked"])
 def test_methods_without_images_on_a_gpu(ends, aligned, tmp_path, method):
     succeed(*stage3(*ends, tmp_path, "--method", method, "--device", "cuda"))
-    assert alike(*(state(root / "mask_0.70.pt")["mask"] for root in (aligned / method, tmp_path)))
+    assert alike("mask_0.70.pt", aligned / method, tmp_path)
 
 
 ANALYSES = {

@@ -1,5 +1,6 @@
 """Stages that are called again, and stages that were cut off."""
 
+import contextlib
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from tests.conftest import (
     refuse,
     result,
     same,
+    same_files,
     stage1,
     stage2,
     stage3,
@@ -114,29 +116,22 @@ def test_a_chain_goes_on_for_other_sparsities_as_if_each_were_asked_for_alone(ru
 
 
 @forks
-def test_stages_that_were_killed_end_with_the_same_numbers(runs, tmp_path):
-    source, masks, sparse = tmp_path / "dense/seed0", tmp_path / "imp", tmp_path / "sparse"
-    goes_on, lth = "goes on after epoch 2", stage4("lth", source, masks, sparse)
+def test_stages_that_were_killed_go_on_and_end_with_the_same_numbers(runs, tmp_path):
+    """One after the other; at any moment, and side by side: tests/test_kills.py."""
+    source, masks = tmp_path / "dense/seed0", tmp_path / "imp/seed0"
+    goes_on = "goes on after epoch 2"
+    lth = stage4("lth", source, masks, tmp_path / "sparse/lth/seed0-seed0")
+    align = stage3(source, runs / "dense/seed1", masks, tmp_path / ALIGNED)
     for seen, command, told, untold in (
         ("epoch   2/3", stage1(tmp_path / "dense"), goes_on, "epoch   2/3"),
         ("round  3", stage2(source, masks, "--keep-rounds"), "round  3", "round  2"),
         ("s0.50_k001  epoch   2/3", lth, goes_on, "s0.50_k000  epoch"),
-        ("axis", stage3(source, runs / "dense/seed1", masks, tmp_path / "align"), "wrote", "axis"),
+        ("axis", align, "wrote", "axis"),
     ):
         kill_when(seen, *command)
         out = succeed(*command)
         assert told in out and untold not in out
-    for killed, undisturbed in (
-        ("dense/seed0/epoch_0003.pt", "dense/seed0/epoch_0003.pt"),
-        ("imp/sparse_0.70.pt", "imp/seed0/sparse_0.70.pt"),
-        ("sparse/s0.50_k001/final.pt", "sparse/lth/seed0-seed0/s0.50_k001/final.pt"),
-        ("sparse/s0.70_k001/final.pt", "sparse/lth/seed0-seed0/s0.70_k001/final.pt"),
-    ):
-        assert same(weights(tmp_path / killed), weights(runs / undisturbed)), killed
-    folders = (tmp_path / "align", runs / ALIGNED)
-    assert same(*(state(folder / "mask_0.70.pt")["mask"] for folder in folders))
-    logs = [pd.read_csv(folder / "log.csv") for folder in (masks, runs / "imp/seed0")]
-    pd.testing.assert_frame_equal(*(log.drop(columns="seconds") for log in logs))
+    same_files(tmp_path, runs)
 
 
 @forks
@@ -145,26 +140,40 @@ def test_a_run_whose_state_was_cut_off_starts_over_and_keeps_what_it_set_out_to(
     cut = tmp_path / "seed0/resume.pt"
     cut.write_bytes(cut.read_bytes()[:100])
     assert "starts again" in succeed(*stage1(tmp_path))
-    kept = sorted(path.name for path in tmp_path.glob("seed0/*.pt"))
-    assert kept == [f"epoch_000{k}.pt" for k in range(4)]
-    last = "seed0/epoch_0003.pt"
-    assert same(weights(tmp_path / last), weights(runs / "dense" / last))
+    (tmp_path / "seed0/epoch_0002.pt").unlink()  # which no other run kept
+    same_files(tmp_path, runs / "dense")
 
 
-@pytest.mark.parametrize("more", [(), ("--parallel", 2)])
-def test_sigterm_lets_runs_finish_their_step_and_keep_their_state(tmp_path, more, capfd):
-    command = stage1(tmp_path, "--epochs", 10**5, "--save-epochs", 9, "--seed", 0, 1, *more)
-    process, last = fork(start, *command), tmp_path / f"seed{1 if more else 0}"
-    while not (last / "epoch_0009.pt").is_file():
-        assert process.is_alive()
-        time.sleep(0.05)
-    process.terminate()
-    process.join()
-    assert process.exitcode == 130
-    assert capfd.readouterr().err.count("the same command goes on") == 1
-    rows = state(last / "resume.pt")["rows"]
-    assert len(rows) >= 9 and not list(tmp_path.rglob("*.tmp"))
-    assert (tmp_path / "seed1").exists() == bool(more)  # no other run was begun
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_reaches_every_run_and_keeps_its_state(tmp_path, sent, beside, capfd):
+    """It is sent to the command alone; SIGTERM waits for the end of a step."""
+
+    def stoppable():
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+        start(*command, *["--parallel", 2] * beside)
+
+    command = stage1(tmp_path, "--epochs", 10**5, "--save-epochs", 9, "--seed", 0, 1)
+    process, last = fork(stoppable), tmp_path / f"seed{int(beside)}"
+    try:
+        while not (last / "epoch_0009.pt").is_file():
+            assert process.is_alive()
+            time.sleep(0.05)
+        os.kill(process.pid, sent)
+        process.join(60)
+        assert process.exitcode == 130
+        assert capfd.readouterr().err.count("the same command goes on") == 1
+        assert len(state(last / "resume.pt")["rows"]) >= 9
+        assert (tmp_path / "seed1").exists() == beside  # no other run was begun
+        assert sent == signal.SIGINT or not list(tmp_path.rglob("*.tmp"))
+        with pytest.raises(ProcessLookupError):
+            for _ in range(100):
+                os.killpg(process.pid, 0)  # any of the group
+                time.sleep(0.1)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_an_evaluation_ends_early_where_sigterm_came(monkeypatch):
@@ -176,13 +185,11 @@ def test_an_evaluation_ends_early_where_sigterm_came(monkeypatch):
 
 
 def test_a_chain_whose_record_is_missing_is_finished(runs, tmp_path):
-    shutil.copytree(runs / "imp/seed0", tmp_path / "imp")
-    (tmp_path / "imp/result.json").unlink()
-    succeed(*stage2(runs / "dense/seed0", tmp_path / "imp", "--keep-rounds"))
-    rows = [
-        pd.read_csv(folder / "log.csv")["kept"] for folder in (tmp_path / "imp", runs / "imp/seed0")
-    ]
-    assert rows[0].equals(rows[1]) and (tmp_path / "imp/result.json").is_file()
+    folder = shutil.copytree(runs / "imp/seed0", tmp_path / "imp/seed0")
+    (folder / "result.json").unlink()
+    succeed(*stage2(runs / "dense/seed0", folder, "--keep-rounds"))
+    assert (folder / "result.json").is_file()
+    same_files(tmp_path, runs)
 
 
 def test_a_mask_does_not_depend_on_the_others_that_were_asked_for(tmp_path):
