@@ -36,7 +36,8 @@ TINY = [*"--model mlp --width 0.03125 --image-size 8 --limit-train 256".split(),
 IMP = ["--epochs", "1", *FAST]
 
 
-glyphs.glyphs = functools.cache(glyphs.glyphs)  # drawn once, not in every call of a stage
+glyphs.glyphs.__defaults__ = 0, (500, 200)  # seed, and so many images, which are drawn once
+glyphs.glyphs = functools.cache(glyphs.glyphs)
 os.fsync = lambda number: None  # no test outlives the machine
 
 
@@ -129,25 +130,13 @@ def stage4(arm, weights, masks, out, *more):
     return "train_sparse", "--arm", arm, *files, *FAST, *cells, *more
 
 
-# The same for ResNet50 on `imagenet`.
+# The same for ResNet50 on the images of ImageNet in `root`.
 JPEGS = "--batch-size 4 --lr 0.01 --workers 0 --warmup 0 --precision fp32 --device cpu".split()
 
 
 def imagenet1(root, out, *more):
-    network = (
-        "--dataset imagenet --model resnet50 --width 0.0625 --epochs 2 --save-epochs 1".split()
-    )
-    return "train_dense", *network, *JPEGS, "--data-dir", root / "data", "--out", out, *more
-
-
-def imagenet2(root, out):
-    ends = ("--dense", root / "dense/seed0", "--out", out)
-    return "prune_imp", *ends, *JPEGS, "--epochs", 1, "--sparsity", 0.2
-
-
-def imagenet4(arm, weights, masks, out):
-    files = ("--weights", weights, "--masks", masks, "--out", out)
-    return "train_sparse", "--arm", arm, *files, *JPEGS, "--sparsity", 0.2, "--rewind", 1
+    usual = "--dataset imagenet --model resnet50 --width 0.0625 --epochs 2 --save-epochs 1".split()
+    return "train_dense", *usual, *JPEGS, "--data-dir", root / "data", "--out", out, *more
 
 
 def sparse(*arguments):
@@ -291,25 +280,6 @@ def runs(tmp_path_factory):
 def ends(runs):
     """Source, target and the source's masks of the first pair."""
     return runs / "dense/seed0", runs / "dense/seed1", runs / "imp/seed0"
-
-
-@pytest.fixture(scope="session")
-def imagenet(tmp_path_factory):
-    """A thin ResNet50 on JPEGs of all kinds, all stages. Tests must not write into it."""
-    root = tmp_path_factory.mktemp("imagenet")
-    save_jpegs(root / "data", train=9, val=7)
-    succeed(*imagenet1(root, root / "dense", "--seed", 0, 1))
-    source, target = (root / f"dense/seed{seed}" for seed in (0, 1))
-    masks, aligned = root / "imp/seed0", root / "align/activation/seed0-seed1"
-    succeed(*imagenet2(root, root / "imp/seed0"))
-    succeed(*stage3(source, target, masks, aligned, "--workers", 0))
-    for arm, dense, folder in (
-        ("lth", source, masks),
-        ("naive", target, masks),
-        ("permuted", target, aligned),
-    ):
-        succeed(*imagenet4(arm, dense, folder, root / "sparse" / arm))
-    return root
 
 
 @pytest.fixture(scope="session")

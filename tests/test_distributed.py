@@ -20,9 +20,9 @@ from common.errors import UserError
 from common.runtime import distributed, parallel
 from common.runtime.resume import Resume
 from tests.conftest import (
-    JPEGS,
     ROOT,
     distance,
+    imagenet1,
     refuse,
     result,
     same_files,
@@ -38,6 +38,7 @@ from tests.conftest import (
 from tests.test_data import resident
 
 CPU = torch.device("cpu")
+SMALL = ("--model", "mlp", "--width", 1 / 64)  # of ImageNet
 
 
 @pytest.fixture
@@ -74,7 +75,9 @@ def test_evaluation_sees_every_image_once(monkeypatch, streamed):
     for data, count in ((resident(count=14, pad=1), 14), (streamed, 12)):
         for limit, images in ((None, count), (7, 7)):
             some = parts(monkeypatch, 3, partial(data.eval_batches, "train", 4, limit))
-            seen = [image.numpy().tobytes() for part in some for batch, _ in part for image in batch]
+            seen = [
+                image.numpy().tobytes() for part in some for batch, _ in part for image in batch
+            ]
             assert len(seen) == len({*seen}) == images
             assert max(len(labels) for part in some for _, labels in part) <= 4
 
@@ -178,7 +181,7 @@ def torchrun(root, launches, *commands):
     return [process.returncode for process in started], "".join(outs), "".join(errs)
 
 
-def commands(root, data):
+def commands(root, images):
     """Of all stages that train; with BatchNorm; and of images that are streamed."""
     dense, masks = root / "dense/seed0", root / "imp"
     normed = "--model resnet20 --width 0.25 --epochs 1 --lr 0.02".split()
@@ -188,32 +191,26 @@ def commands(root, data):
         stage2(dense, masks, "--sparsity", 0.3),
         lth,
         stage1(root / "normed", *normed),
-        streaming(root / "streamed", data),
+        imagenet1(images, root / "streamed", *SMALL),
     )
-
-
-def streaming(out, data, *more):
-    usual = "--dataset imagenet --model mlp --width 0.015625 --epochs 2 --save-epochs 1".split()
-    return "train_dense", *usual, *JPEGS, "--data-dir", data, "--out", out, *more
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """What two processes make: of two torchruns, as on two nodes, and then of one; and images.
+    """What two processes make: of two torchruns, as on two nodes, and then of one.
 
     The first ends by SIGTERM within an epoch of a run, which the second goes on with, and in turn
     ends with an error.
     """
     root, file = tmp_path_factory.mktemp("two"), "file"
-    data = root / "images"
-    save_pictures(data, train=9, val=7)
+    save_pictures(root / "data", train=9, val=7)
     (root / file).touch()
     with socket.socket() as free:
         free.bind(("localhost", 0))
         meet = f"--rdzv-backend c10d --rdzv-endpoint localhost:{free.getsockname()[1]}"
     nodes, here = [f"--nnodes 2 --nproc-per-node 1 {meet}"] * 2, ["--standalone --nproc-per-node 2"]
-    dense, *others = commands(root, data)
-    cut = streaming(root / "cut", data)
+    dense, *others = commands(root, root)
+    cut = imagenet1(root, root / "cut", *SMALL)
     codes, out, err = torchrun(root, nodes, dense, *others, (*cut, "--checkpoint-minutes", 0))
     assert 0 not in codes and err.count("stopped; the same command goes on") == 2, err
     assert len(re.findall(r"mlpx0.03125 \S+ seed \d  epoch", out)) == 6  # a line an epoch
@@ -223,25 +220,23 @@ def two(tmp_path_factory):
     assert code != 0 and len(told) == 1 and "gloo" not in err, err
     assert f"cannot write {root / file}" in told[0]
     assert out.count("nothing to do") == 2 and "goes on after epoch 1 and 3 steps" in out
-    return root, data
+    return root
 
 
 def test_two_processes_train_what_one_does(two, tmp_path):
     """Up to the order in which sums are taken; BatchNorm over both."""
-    root, data = two
-    for command in commands(tmp_path, data):
+    for command in commands(tmp_path, two):
         succeed(*command)
     found = {path.relative_to(tmp_path) for path in tmp_path.rglob("*.pt")}
     assert len(found) == 2 * 3 + 3 + 1 + 2 + 3
-    for path in found - {*map(Path, ("imp/mask_0.30.pt",))}:
-        assert distance(weights(tmp_path / path), weights(root / path)) < 1e-4, path
-    assert distance(*(weights(root / f"dense/seed{n}/epoch_0003.pt") for n in (0, 1))) > 1e-2
-    results = [result(folder / "streamed/seed0") for folder in (tmp_path, root)]
+    for path in found - {Path("imp/mask_0.30.pt")}:
+        assert distance(weights(tmp_path / path), weights(two / path)) < 1e-4, path
+    assert distance(*(weights(two / f"dense/seed{n}/epoch_0003.pt") for n in (0, 1))) > 1e-2
+    results = [result(folder / "streamed/seed0") for folder in (tmp_path, two)]
     assert [result["processes"] for result in results] == [1, 2]
     for key in ("train_loss", "test_loss", "train_acc", "test_acc", "test_top5"):
         assert results[1][key] == pytest.approx(results[0][key], rel=1e-3), key
 
 
 def test_two_processes_that_were_cut_off_within_an_epoch_go_on_there(two):
-    root, _ = two
-    same_files(root / "cut", root / "streamed")
+    same_files(two / "cut", two / "streamed")

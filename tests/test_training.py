@@ -88,9 +88,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("network, precision, optimiser", CASES)
-def test_a_run_that_was_cut_off_ends_with_the_same_numbers(
-    tmp_path, network, precision, optimiser
-):
+def test_a_run_that_was_cut_off_ends_with_the_same_numbers(tmp_path, network, precision, optimiser):
     """Within an epoch, too, and with any optimiser's state; the schedule sets its learning rate."""
     rates, seen, data = [0.01, 0.008, 0.005, 0.002], [], resident(count=16, mean=0.1)
     drawn = set()
