@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -198,26 +198,11 @@ def save_pictures(root, size=(12, 12), **counts):
     """Random images of (height, width) px in class folders cat and dog, so many in each split."""
     random = np.random.default_rng(0)
     for split, count in counts.items():
-        for name in ("cat", "dog"):
-            (root / split / name).mkdir(parents=True)
+        for folder in (root / split / "cat", root / split / "dog"):
+            folder.mkdir(parents=True)
             for number in range(count):
                 pixels = random.integers(256, size=(*size, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
-
-
-def save_jpegs(root, **counts):
-    """JPEGs of odd sizes in class folders cat and dog: RGB, grey, CMYK, and RGB turned by EXIF."""
-    random = np.random.default_rng(0)
-    for split, count in counts.items():
-        for name in ("cat", "dog"):
-            (root / split / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = random.integers(256, size=(4, 4, 3), dtype=np.uint8)
-                image = Image.fromarray(pixels).resize(random.integers(30, 300, 2).tolist())
-                exif = image.getexif()
-                exif[ExifTags.Base.Orientation] = 6 if number % 4 == 3 else 1
-                image = image.convert(("RGB", "L", "CMYK", "RGB")[number % 4])
-                image.save(root / split / name / f"{number}.JPEG", exif=exif)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
 
 
 @contextlib.contextmanager

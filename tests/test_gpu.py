@@ -1,9 +1,7 @@
 """Stages, analyses and benchmark on a GPU, or a pretended one: the same results as on a CPU."""
 
 import contextlib
-import itertools
 import shutil
-import time
 
 import pandas as pd
 import pytest
@@ -95,22 +93,6 @@ def test_analyses_on_a_gpu(runs, tmp_path, name):
 
 
 # ---------------------------------------------------------------- the benchmark
-
-
-def test_networks_side_by_side_are_measured_while_all_of_them_train(monkeypatch):
-    """One that is set up early waits, or it would be measured with the device to itself."""
-    numbers, seen = itertools.count(), []
-
-    def pretend_to_train(*_, at_epoch, **settings):
-        time.sleep(0.1 * next(numbers))
-        seen.append("set up")
-        at_epoch(1)
-        seen.append("measured")
-
-    monkeypatch.setattr(benchmark, "train", pretend_to_train)
-    data = benchmark.random_images(4, 8, torch.device("cuda"))
-    assert benchmark.training_rate([small_cnn()] * 3, data, batch=2) > 0
-    assert seen == ["set up"] * 3 + ["measured"] * 3
 
 
 def test_every_row_on_a_gpu(monkeypatch, tmp_path, capfd):

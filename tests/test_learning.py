@@ -53,8 +53,8 @@ def learned(folder):
 
 MODELS = (
     "mlp --epochs 3",
-    "vgg11 --width 0.25 --epochs 5",
-    "resnet20 --width 0.5 --image-size 16 --epochs 5",
+    "vgg11 --width 0.25 --epochs 7",
+    "resnet20 --image-size 16 --epochs 6",
 )
 
 

@@ -1,6 +1,5 @@
 """Networks in oneDNN's layout compute what they compute outside of it."""
 
-import contextlib
 import copy
 
 import pytest
@@ -13,7 +12,7 @@ from common.models import build_model
 from common.runtime import onednn
 from common.runtime.device import autocast
 from common.training import train
-from tests.conftest import small_resnet
+from tests.conftest import distance, small_resnet
 from tests.test_data import resident
 from tests.test_training import SETTINGS
 
@@ -26,19 +25,14 @@ def gradients(model, output):
     return torch.autograd.grad(output.square().sum(), [*model.parameters()], retain_graph=True)
 
 
-def test_a_step_of_resnet20_is_as_near_to_fp32_as_outside():
-    exact, images = build_model("resnet20", 0.5, 10, (3, 16, 16)), torch.randn(32, 3, 16, 16)
-    inside, outside, steps = copy.deepcopy(exact), copy.deepcopy(exact), []
-    outside_of_it = torch.autocast("cpu", torch.bfloat16)
-    ways = ((exact, contextlib.nullcontext()), (outside, outside_of_it))
-    for model, precision in (*ways, (inside, autocast(inside, CPU, "bf16"))):
-        with precision:
-            logits = model(images).float()
-        steps.append(torch.cat([*map(torch.flatten, gradients(model, logits))]))
-    as_near, near = ((step - steps[0]).norm() / steps[0].norm() for step in steps[1:])
-    assert near < 1.5 * as_near < 1 and near != as_near
-    for one, other in zip(inside.buffers(), exact.buffers()):
-        assert torch.allclose(one, other, rtol=0.02, atol=0.02)
+def test_a_step_of_a_resnet_is_near_to_that_in_fp32():
+    model, images = small_resnet(), torch.randn(64, 3, 8, 8)
+    exact = copy.deepcopy(model)
+    with autocast(model, CPU, "bf16"):
+        logits = model(images).float()
+    steps = gradients(exact, exact(images)), gradients(model, logits)
+    assert 0 < distance(*map(dict, map(enumerate, steps))) < 0.3
+    assert distance(exact.state_dict(), model.state_dict()) < 0.01  # of BatchNorm's statistics
 
 
 STAY = F.relu, torch.relu, lambda x: x.relu(), lambda x: x + x, lambda x: torch.add(x, x)

@@ -71,18 +71,21 @@ def test_a_run_side_by_side_has_one_thread_whatever_the_others_have():
 
 
 def test_how_many_run_side_by_side(monkeypatch):
-    def picked(asked="auto", runs=99, width=1, data=resident()):
-        return parallel.pick_count(asked, runs, width, data)
-
-    for cores, counts in ((2, {1: 1, 3: 3, 4: 2}), (16, {3: 3, 31: 16})):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores))
-        assert {runs: picked(runs=runs) for runs in counts} == counts
-    assert [picked("3", count) for count in (9, 2)] == [3, 2]
     gpu = resident(device="meta")  # any device that is no CPU
-    counts = {0.25: 32, 4: 4, 32: 1}
-    assert {width: picked(width=width, data=gpu) for width in counts} == counts
     streamed = types.SimpleNamespace(device=torch.device("cuda"))  # ImageNet
-    assert picked(data=streamed) == 1
+    for cores, asked, runs, width, data, count in (
+        (2, "auto", 3, 1, resident(), 3),  # no more than a few share a few cores
+        (2, "auto", 4, 1, resident(), 2),
+        (16, "auto", 31, 1, resident(), 16),
+        (2, "3", 9, 1, resident(), 3),
+        (2, "3", 2, 1, resident(), 2),
+        (2, "auto", 99, 0.25, gpu, 32),
+        (2, "auto", 99, 4, gpu, 4),
+        (2, "auto", 99, 32, gpu, 1),
+        (2, "auto", 99, 1, streamed, 1),
+    ):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores))
+        assert parallel.pick_count(asked, runs, width, data) == count
 
 
 def test_the_generator_of_one_thread_is_not_moved_by_another():
