@@ -25,6 +25,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from analyze.lib import style
 from common import checkpoint, cli
 from common.data import glyphs
 from common.models import build_model
@@ -38,6 +39,7 @@ IMP = ["--epochs", "1", *FAST]
 
 glyphs.glyphs.__defaults__ = 0, (500, 200)  # seed, and so many images, which are drawn once
 glyphs.glyphs = functools.cache(glyphs.glyphs)
+savefig = style.Figure.savefig
 os.fsync = lambda number: None  # no test outlives the machine
 
 
@@ -227,21 +229,26 @@ def interrupt():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Tiny networks are fastest on one thread, and results do not depend on the machine's cores."""
+def quick():
+    """Tiny networks are fastest on one thread, on which no number depends on the machine's cores.
+
+    A run that is cut off goes on from its last epoch, however fast the epochs are. Pictures have
+    few pixels, and there is no PDF: in full they take a second a figure.
+    """
+
+    def save_coarsely(figure, file, format):
+        if format == "png":
+            savefig(figure, file, format=format, dpi=40)
+
     torch.set_num_threads(1)
+    resume.EVERY = -1
+    style.Figure.savefig = save_coarsely
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     """The same random tensors in a test, whatever ran before it."""
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def state_after_every_epoch():
-    """A run that is cut off goes on from its last epoch, however fast the epochs are."""
-    resume.EVERY = -1
 
 
 @pytest.fixture(scope="session")

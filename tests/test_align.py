@@ -13,8 +13,6 @@ from common.align.permutation import permute
 from tests.conftest import refuse, result, same, stage3, stage4, state, succeed, weights
 
 OTHER = {
-    "activation-pre": "--match-on pre",
-    "activation-covariance": "--statistic covariance",
     "activation-mean": "--stream mean",
     "activation-pre-covariance": "--match-on pre --statistic covariance",
 }
