@@ -58,7 +58,7 @@ def jpegs(tmp_path_factory):
 
 
 def test_every_stage_trains_resnet50(tmp_path):
-    save_jpegs(tmp_path / "data", train=4, val=4)
+    save_pictures(tmp_path / "data", (30, 40), train=2, val=2)
     source, target = (tmp_path / f"dense/seed{seed}" for seed in (0, 1))
     imp, aligned, few = tmp_path / "imp", tmp_path / "align", (*JPEGS, "--sparsity", 0.2)
     succeed(*imagenet1(tmp_path, tmp_path / "dense", "--epochs", 1, "--seed", 0, 1))
@@ -73,7 +73,7 @@ def test_every_stage_trains_resnet50(tmp_path):
     rows = pd.read_csv(tmp_path / "results.csv")
     assert rows["arm"].tolist() == ["naive", "permuted"] and set(rows["dataset"]) == {"imagenet"}
     assert rows["test_top5"].tolist() == [100] * 2  # of two classes
-    assert result(source)["images"] == {"train": 8, "test": 8}
+    assert result(source)["images"] == {"train": 4, "test": 4}
 
 
 def test_pictures_are_read_as_torchvision_reads_them_whatever_the_workers(jpegs):

@@ -102,7 +102,6 @@ def test_imp_with_rewinding_trains_from_epoch_k_on_the_dense_schedule(runs, tmp_
     start = state(runs / "dense/seed0/epoch_0001.pt")
     expected = train_by_hand(start, 1, "imp", RATES[1:], found["mask"])
     assert same(found["state_dict"], expected)
-    refuse((*command, "--lr", 1), "--rewind")
 
 
 def test_one_shot_prunes_in_a_single_round(runs, tmp_path):
