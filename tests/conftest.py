@@ -32,9 +32,8 @@ from common.models import build_model
 from common.runtime import resume
 from common.runtime.seeding import seeded as seeded_from
 
-FAST = "--batch-size 64 --precision fp32 --device cpu".split()
-TINY = [*"--model mlp --width 0.03125 --image-size 8 --limit-train 256".split(), *FAST]
-IMP = ["--epochs", "1", *FAST]
+FAST = "--batch-size 64 --precision fp32 --device cpu"
+TINY = f"--model mlp --width 0.03125 --image-size 8 --limit-train 256 {FAST}"
 
 
 glyphs.glyphs.__defaults__ = 0, (500, 200)  # seed, and so many images, which are drawn once
@@ -72,10 +71,16 @@ class Outcome(NamedTuple):
     err: str
 
 
-def start(script, *arguments, torchrun=False):
+def words(*command):
+    """Those of a command, of which a part may hold several."""
+    return " ".join(map(str, command)).split()
+
+
+def start(*command, torchrun=False):
     """Run a script's main as its command line does, in this process."""
+    script, *arguments = words(*command)
     module = importlib.import_module(script)
-    sys.argv = [f"{script}.py", *map(str, arguments)]
+    sys.argv = [f"{script}.py", *arguments]
     cli.run(module.main, torchrun)
 
 
@@ -114,31 +119,30 @@ def refuse(command, *words):
 
 
 def stage1(out, *more):
-    return "train_dense", *TINY, "--epochs", 3, "--save-epochs", 1, "--out", out, *more
+    return f"train_dense {TINY} --epochs 3 --save-epochs 1 --out {out}", *more
 
 
 def stage2(dense, out, *more):
-    return "prune_imp", "--dense", dense, *IMP, "--sparsity", 0.5, 0.7, "--out", out, *more
+    return f"prune_imp --dense {dense} --epochs 1 {FAST} --sparsity 0.5 0.7 --out {out}", *more
 
 
 def stage3(source, target, masks, out, *more):
-    ends = ("--source", source, "--target", target, "--masks", masks)
-    return "align_mask", *ends, "--device", "cpu", "--out", out, *more
+    ends = f"--source {source} --target {target} --masks {masks}"
+    return f"align_mask {ends} --device cpu --out {out}", *more
 
 
 def stage4(arm, weights, masks, out, *more):
-    files = ("--weights", weights, "--masks", masks, "--out", out)
-    cells = ("--sparsity", 0.5, 0.7, "--rewind", 0, 1)
-    return "train_sparse", "--arm", arm, *files, *FAST, *cells, *more
+    files = f"--weights {weights} --masks {masks} --out {out}"
+    return f"train_sparse --arm {arm} {files} {FAST} --sparsity 0.5 0.7 --rewind 0 1", *more
 
 
 # The same for ResNet50 on the images of ImageNet in `root`.
-JPEGS = "--batch-size 4 --lr 0.01 --workers 0 --warmup 0 --precision fp32 --device cpu".split()
+JPEGS = "--batch-size 4 --lr 0.01 --workers 0 --warmup 0 --precision fp32 --device cpu"
 
 
 def imagenet1(root, out, *more):
-    usual = "--dataset imagenet --model resnet50 --width 0.0625 --epochs 2 --save-epochs 1".split()
-    return "train_dense", *usual, *JPEGS, "--data-dir", root / "data", "--out", out, *more
+    network = "--dataset imagenet --model resnet50 --width 0.0625 --epochs 2 --save-epochs 1"
+    return f"train_dense {network} {JPEGS} --data-dir {root}/data --out {out}", *more
 
 
 def sparse(*arguments):
@@ -255,7 +259,7 @@ def seeded():
 def runs(tmp_path_factory):
     """A finished pipeline: two pairs of tiny networks, all stages. Tests must not write into it."""
     root = tmp_path_factory.mktemp("runs")
-    succeed(*stage1(root / "dense", "--seed", 0, 1, 2, 3))
+    succeed(*stage1(root / "dense", "--seed 0 1 2 3"))
     for a, b in ((0, 1), (2, 3)):
         source, target = (root / f"dense/seed{seed}" for seed in (a, b))
         masks = root / f"imp/seed{a}"

@@ -70,7 +70,7 @@ def test_what_a_run_leaves_that_is_killed_after_its_result_is_cleared(runs, tmp_
     shutil.copytree(runs / "dense", tmp_path, dirs_exist_ok=True)
     for name in ("resume.pt", ".lock", ".log.csv.elsewhere.1.tmp"):
         (tmp_path / "seed0" / name).touch()
-    assert "nothing to do" in succeed(*stage1(tmp_path, "--seed", 0))
+    assert "nothing to do" in succeed(*stage1(tmp_path, "--seed 0"))
     assert {path.name for path in (tmp_path / "seed0").iterdir()} == {
         path.name for path in (runs / "dense/seed0").iterdir()
     }

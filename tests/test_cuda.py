@@ -24,6 +24,7 @@ from tests.conftest import (
     small_resnet,
     stage1,
     weights,
+    words,
 )
 from tests.pretend_gpu import pretend_gpu
 from tests.test_data import resident
@@ -146,12 +147,12 @@ def test_networks_side_by_side_are_those_of_the_run_alone():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_train_what_one_does(tmp_path):
     """A network with BatchNorm, whose statistics are taken over both."""
-    dense = stage1(tmp_path, *"--model resnet20 --width 0.5 --device cuda".split())
-    launch = "-m torch.distributed.run --standalone --nproc-per-node".split()
-    for count in ("1", "2"):
-        more = (f"{dense[0]}.py", *map(str, dense[1:]), "--out", tmp_path / count)
-        subprocess.run([sys.executable, *launch, count, *more], cwd=ROOT, check=True)
-    one, two = (weights(tmp_path / count / "seed0/epoch_0003.pt") for count in ("1", "2"))
+    launch = "-m torch.distributed.run --standalone --nproc-per-node"
+    for count in (1, 2):
+        script, *flags = words(*stage1(tmp_path / str(count), "--model resnet20 --device cuda"))
+        command = [sys.executable, *words(launch, count), f"{script}.py", *flags]
+        subprocess.run(command, cwd=ROOT, check=True)
+    one, two = (weights(tmp_path / count / "seed0/epoch_0003.pt") for count in "12")
     assert distance(one, two) < 1e-3
 
 

@@ -34,11 +34,12 @@ from tests.conftest import (
     state,
     succeed,
     weights,
+    words,
 )
 from tests.test_data import resident
 
 CPU = torch.device("cpu")
-SMALL = ("--model", "mlp", "--width", 1 / 64)  # of ImageNet
+SMALL = "--model mlp --width 0.015625"  # of ImageNet
 
 
 @pytest.fixture
@@ -123,10 +124,10 @@ def test_every_process_has_its_own_gpu(monkeypatch):
 def test_the_first_process_tells_an_error_before_the_others(monkeypatch, tmp_path):
     naps = []
     monkeypatch.setattr(distributed.time, "sleep", naps.append)
-    for wrong in (("--limit-train", 10**6), ("--epochs", 0)):
+    for wrong in ("--limit-train 1000000", "--epochs 0"):
         for rank in (0, 1):
             monkeypatch.setattr(distributed, "RANK", rank)
-            refuse(stage1(tmp_path, *wrong))
+            refuse(stage1(tmp_path, wrong))
     assert naps == [distributed.ERROR_DELAY] * 2
 
 
@@ -171,10 +172,10 @@ def torchrun(root, launches, *commands):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     how = {"cwd": ROOT, "env": environment | {"PYTHONPATH": str(ROOT)}, "text": True}
     how |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    work = json.dumps([list(map(str, command)) for command in commands])
-    words = [sys.executable, "-m", "torch.distributed.run"]
+    work = json.dumps([words(*command) for command in commands])
+    launcher = [sys.executable, "-m", "torch.distributed.run"]
     started = [
-        subprocess.Popen([*words, *launch.split(), root / "several.py", work], **how)
+        subprocess.Popen([*launcher, *launch.split(), root / "several.py", work], **how)
         for launch in launches
     ]
     outs, errs = zip(*[process.communicate(timeout=600) for process in started])
@@ -184,14 +185,14 @@ def torchrun(root, launches, *commands):
 def commands(root, images):
     """Of all stages that train; with BatchNorm; and of images that are streamed."""
     dense, masks = root / "dense/seed0", root / "imp"
-    normed = "--model resnet20 --width 0.25 --epochs 1 --lr 0.02".split()
-    lth = stage4("lth", dense, masks, root / "sparse", "--sparsity", 0.3, "--rewind", 1)
+    normed = "--model resnet20 --width 0.25 --epochs 1 --lr 0.02"
+    lth = stage4("lth", dense, masks, root / "sparse", "--sparsity 0.3 --rewind 1")
     return (
-        stage1(root / "dense", "--seed", 0, 1),
-        stage2(dense, masks, "--sparsity", 0.3),
+        stage1(root / "dense", "--seed 0 1"),
+        stage2(dense, masks, "--sparsity 0.3"),
         lth,
-        stage1(root / "normed", *normed),
-        imagenet1(images, root / "streamed", *SMALL),
+        stage1(root / "normed", normed),
+        imagenet1(images, root / "streamed", SMALL),
     )
 
 
@@ -210,8 +211,8 @@ def two(tmp_path_factory):
         meet = f"--rdzv-backend c10d --rdzv-endpoint localhost:{free.getsockname()[1]}"
     nodes, here = [f"--nnodes 2 --nproc-per-node 1 {meet}"] * 2, ["--standalone --nproc-per-node 2"]
     dense, *others = commands(root, root)
-    cut = imagenet1(root, root / "cut", *SMALL)
-    codes, out, err = torchrun(root, nodes, dense, *others, (*cut, "--checkpoint-minutes", 0))
+    cut = imagenet1(root, root / "cut", SMALL)
+    codes, out, err = torchrun(root, nodes, dense, *others, (*cut, "--checkpoint-minutes 0"))
     assert 0 not in codes and err.count("stopped; the same command goes on") == 2, err
     assert len(re.findall(r"mlpx0.03125 seed \d  epoch", out)) == 6  # a line an epoch
     assert state(root / "cut/seed0/resume.pt")["step"] == 3

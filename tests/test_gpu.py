@@ -46,11 +46,11 @@ def alike(path, *roots):
 def test_every_stage_on_a_gpu_does_what_it_does_on_a_cpu(runs, tmp_path):
     source, target = (tmp_path / f"dense/seed{seed}" for seed in (0, 1))
     imp, aligned = tmp_path / "imp/seed0", tmp_path / "align/activation/seed0-seed1"
-    sparse, gpu = tmp_path / "sparse/permuted/seed0-seed1", ("--device", "cuda")
-    succeed(*stage1(tmp_path / "dense", "--seed", 0, 1, "--parallel", 2, *gpu))
-    succeed(*stage2(source, imp, *gpu))
-    succeed(*stage3(source, target, imp, aligned, *gpu))
-    last = call(*stage4("permuted", target, aligned, sparse, "--parallel", "auto", *gpu))
+    sparse, gpu = tmp_path / "sparse/permuted/seed0-seed1", "--device cuda"
+    succeed(*stage1(tmp_path / "dense", "--seed 0 1 --parallel 2", gpu))
+    succeed(*stage2(source, imp, gpu))
+    succeed(*stage3(source, target, imp, aligned, gpu))
+    last = call(*stage4("permuted", target, aligned, sparse, "--parallel auto", gpu))
     assert last.code == 0 and "slower" not in last.err, last.err
 
     last = paths.final_file(sparse / "s0.70_k001")
@@ -66,15 +66,15 @@ def test_every_stage_on_a_gpu_does_what_it_does_on_a_cpu(runs, tmp_path):
 
 @pytest.mark.parametrize("method", ["weight", "masked"])
 def test_methods_without_images_on_a_gpu(ends, aligned, tmp_path, method):
-    succeed(*stage3(*ends, tmp_path, "--method", method, "--device", "cuda"))
+    succeed(*stage3(*ends, tmp_path, "--method", method, "--device cuda"))
     assert alike("mask_0.70.pt", aligned / method, tmp_path)
 
 
 ANALYSES = {
-    "interpolation": ("--points", 3, "--images", 100),
-    "imp_barrier": ("--points", 3, "--images", 64),
-    "landscape": ("--grid", 3, "--images", 100),
-    "diversity": (),
+    "interpolation": "--points 3 --images 100",
+    "imp_barrier": "--points 3 --images 64",
+    "landscape": "--grid 3 --images 100",
+    "diversity": "",
 }
 
 
@@ -86,7 +86,7 @@ def test_analyses_on_a_gpu(runs, tmp_path, name):
     for device in ("cpu", "cuda"):
         root = tmp_path / device
         shutil.copytree(runs, root, ignore=few)
-        succeed(f"analyze.{name}", root, *ANALYSES[name], "--device", device)
+        succeed(f"analyze.{name}", root, ANALYSES[name], "--device", device)
         (path, *_) = sorted([*root.glob(f"{name}*.csv"), *root.glob(f"figures/{name}*.csv")])
         tables.append(pd.read_csv(path))
     pd.testing.assert_frame_equal(*tables, rtol=TOLERANCE, atol=TOLERANCE)
@@ -112,7 +112,7 @@ def test_every_row_on_a_gpu(monkeypatch, tmp_path, capfd):
     for name, value in changed.items():
         monkeypatch.setattr(benchmark, name, value)
     out = tmp_path / "table.csv"
-    text = succeed("analyze.benchmark", *TINY, "--device", "cuda", "--out", out)
+    text = succeed("analyze.benchmark", *TINY, "--device cuda --out", out)
     table = pd.read_csv(out)
     assert "cuda: " in text and len(table) == 3 * 3 + 2 + 2 + 4 + 3 and asked.count(True) == 4
     assert table[["ours /s", "baseline /s", "ratio"]].min(axis=None) > 0

@@ -53,9 +53,9 @@ def commands(root):
     cells = [*read[1], target / "epoch_0000.pt", target / "epoch_0001.pt"]
     chain = [*imp.glob("round_*.pt"), imp / "chain.pt"]
     masks, permuted = (sorted(folder.glob("mask_*.pt")) for folder in (imp, aligned))
-    rounds = (source, imp, "--keep-rounds", "--sparsity")
+    rounds = (source, imp, "--keep-rounds --sparsity")
     return [
-        (stage1(root / "dense", "--seed", 0), [source / "arguments.json"]),
+        (stage1(root / "dense", "--seed 0"), [source / "arguments.json"]),
         (stage2(source, new), read[0]),
         (stage2(*rounds, 0.3), [imp / "arguments.json"]),
         (stage2(*rounds, 0.8), chain),
@@ -134,6 +134,6 @@ def test_hostile_files_change_nothing_and_end_in_one_line(victim, number):
     outcome, after = call(*command), snapshot(victim)
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     path.write_bytes(kept)
-    told = command[0], path, str(made)[:99], outcome
+    told = command, path, str(made)[:99], outcome
     assert outcome.code == 2 and outcome.err.count("\n") == 1, told
     assert after == before, told

@@ -34,7 +34,7 @@ from tests.conftest import (
 )
 
 transforms, CPU = torchvision.transforms, torch.device("cpu")
-MLP = ("--model", "mlp", "--width", 1 / 64)
+MLP = "--model mlp --width 0.015625"
 
 
 def save_jpegs(root, **counts):
@@ -60,13 +60,13 @@ def jpegs(tmp_path_factory):
 def test_every_stage_trains_resnet50(tmp_path):
     save_pictures(tmp_path / "data", (30, 40), train=2, val=2)
     source, target = (tmp_path / f"dense/seed{seed}" for seed in (0, 1))
-    imp, aligned, few = tmp_path / "imp", tmp_path / "align", (*JPEGS, "--sparsity", 0.2)
-    succeed(*imagenet1(tmp_path, tmp_path / "dense", "--epochs", 1, "--seed", 0, 1))
-    succeed(*stage2(source, imp, *few))
-    succeed(*stage3(source, target, imp, aligned, "--workers", 0))
+    imp, aligned, few = tmp_path / "imp", tmp_path / "align", f"{JPEGS} --sparsity 0.2"
+    succeed(*imagenet1(tmp_path, tmp_path / "dense", "--epochs 1 --seed 0 1"))
+    succeed(*stage2(source, imp, few))
+    succeed(*stage3(source, target, imp, aligned, "--workers 0"))
     for arm, dense, masks in (("naive", target, imp), ("permuted", target, aligned)):
         out = tmp_path / "sparse" / arm
-        succeed(*stage4(arm, dense, masks, out, *few, "--rewind", 0))
+        succeed(*stage4(arm, dense, masks, out, few, "--rewind 0"))
         final = state(out / "s0.20_k000/final.pt")
         assert same(final["mask"], state(masks / "mask_0.20.pt")["mask"])
     succeed("analyze.results", tmp_path)
@@ -96,7 +96,7 @@ def test_a_corrupt_jpeg_is_named_in_one_line(jpegs, tmp_path):
     shutil.copytree(jpegs / "data", tmp_path / "data")
     corrupt = tmp_path / "data/train/dog/4.JPEG"
     corrupt.write_bytes(corrupt.read_bytes()[:-200])
-    run = imagenet1(tmp_path, tmp_path / "dense", *MLP, "--batch-size", 9, "--workers", 2)
+    run = imagenet1(tmp_path, tmp_path / "dense", MLP, "--batch-size 9 --workers 2")
     refuse(run, f"{corrupt} is no image that can be read")
 
 
@@ -104,7 +104,7 @@ def test_a_corrupt_jpeg_is_named_in_one_line(jpegs, tmp_path):
 def test_a_run_that_is_cut_off_within_an_epoch_goes_on_there(jpegs, tmp_path):
     """Killed beside its workers; ended by SIGTERM; and once more when only evaluation is left."""
     cut, found = tmp_path / "cut", []
-    run = imagenet1(jpegs, cut, *MLP, "--checkpoint-minutes", 0)
+    run = imagenet1(jpegs, cut, MLP, "--checkpoint-minutes 0")
     for step, sent in ((1, signal.SIGKILL), (2, signal.SIGTERM), (4, signal.SIGTERM)):
         with ending_at(1, step, lambda: os.kill(os.getpid(), sent)):
             process = fork(start, *run, "--workers", 2)
@@ -113,5 +113,5 @@ def test_a_run_that_is_cut_off_within_an_epoch_goes_on_there(jpegs, tmp_path):
         found.append((process.exitcode, len(kept["rows"]), kept["step"]))
     assert found == [(-signal.SIGKILL, 1, 1), (130, 1, 3), (130, 1, 4)]
     assert "goes on after epoch 1 and 4 steps" in succeed(*run)
-    succeed(*imagenet1(jpegs, tmp_path / "whole", *MLP))
+    succeed(*imagenet1(jpegs, tmp_path / "whole", MLP))
     same_files(cut, tmp_path / "whole")

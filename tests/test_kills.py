@@ -67,13 +67,13 @@ def stages(root, draw):
     aligned = root / "align/activation/seed0-seed1"
     permuted = root / "sparse/permuted/seed0-seed1"
     for command in (
-        stage1(root / "dense", "--seed", 0, 1),
+        stage1(root / "dense", "--seed 0 1"),
         stage2(source, masks, "--keep-rounds"),
         stage3(*ends, aligned),
         stage4("permuted", target, aligned, permuted),
     ):
-        beside = ("--parallel", 2) if draw.random() < 0.5 and command[0] != "align_mask" else ()
-        yield *command, *beside
+        beside = "--parallel 2" if draw.random() < 0.5 and "align_mask" not in command[0] else ""
+        yield *command, beside
 
 
 @forks

@@ -38,10 +38,9 @@ def patterns(tmp_path_factory):
 def learn(patterns, tmp_path):
     """Trains a dense network on them, by the defaults of stage 1 but for some flags."""
 
-    def dense(model, *more):
-        about = ("--dataset", "folder", "--data-dir", patterns, "--model", *model.split())
-        out = ("--device", "cpu", "--out", tmp_path / "dense")
-        return succeed("train_dense", *about, *out, *more)
+    def dense(flags):
+        usual = f"--dataset folder --data-dir {patterns} --device cpu --out {tmp_path}/dense"
+        return succeed("train_dense", usual, flags)
 
     return dense
 
@@ -52,9 +51,9 @@ def learned(folder):
 
 
 MODELS = (
-    "mlp --epochs 3",
-    "vgg11 --width 0.25 --epochs 7",
-    "resnet20 --image-size 16 --epochs 6",
+    "--model mlp --epochs 3",
+    "--model vgg11 --width 0.25 --epochs 7",
+    "--model resnet20 --image-size 16 --epochs 6",
 )
 
 
@@ -67,14 +66,14 @@ def test_a_network_learns_at_the_defaults_of_stage_1(learn, tmp_path, model):
 
 def test_a_run_that_ends_at_chance_says_so(learn, tmp_path):
     for lr in (1e-9, 0.02):
-        text = learn(f"mlp --width 0.25 --epochs 1 --lr {lr}", "--out", tmp_path / f"{lr}")
+        text = learn(f"--model mlp --width 0.25 --epochs 1 --lr {lr} --out {tmp_path}/{lr}")
         assert ("ends at chance" in text) == (lr < 0.01)
 
 
 def test_a_sparse_run_that_diverges_is_a_result(runs, ends, tmp_path):
     root = shutil.copytree(runs, tmp_path / "R")
     sane, wild = (root / "sparse/naive" / name for name in ("seed0-seed1", "wild"))
-    naive = ("naive", *ends[1:], wild, "--rewind", 1, "--sparsity", 0.7, "--lr", 1e6)
+    naive = ("naive", *ends[1:], wild, "--rewind 1 --sparsity 0.7 --lr 1000000.0")
     outcome, cell = sparse(*naive), wild / "s0.70_k001"
     assert outcome.code == 0 and "diverged in epoch 2" in outcome.out, outcome
     # NaN is no JSON.

@@ -13,7 +13,7 @@ from analyze.lib import runs as finished
 from common.data import reader, resident
 from tests.conftest import call, refused, sparse, stage1, stage2, stage3, succeed
 
-CPU = ("--device", "cpu")
+CPU = "--device cpu"
 READ = reader(None, torch.device("cpu"), 0)
 
 
@@ -69,7 +69,7 @@ def matched_early(runs, tmp_path_factory):
     for a, b in ((0, 1), (2, 3)):
         pair, target = f"early/seed{a}-seed{b}", root / f"dense/seed{b}"
         files = root / f"dense/seed{a}", target, root / f"imp/seed{a}", root / f"align/{pair}"
-        succeed(*stage3(*files, "--target-epoch", 1))
+        succeed(*stage3(*files, "--target-epoch 1"))
         sparse("permuted", target, files[-1], root / f"sparse/permuted/{pair}")
     return root
 
@@ -92,12 +92,12 @@ def test_early_matching_by_epoch(matched_early, runs):
 
 
 def test_diversity_reads_every_kind_of_network_once(matched_early):
-    first = succeed("analyze.diversity", matched_early, *CPU)
+    first = succeed("analyze.diversity", matched_early, CPU)
     table = pd.read_csv(matched_early / "diversity.csv")
     assert set(table["variant"]) == {"dense", "IMP", "lth", "naive", "permuted", "permuted @1"}
     assert (table["members"] == table["variant"].map({"dense": 4}).fillna(2)).all()
     kept = stamps(matched_early, "logits_*.pt")
-    assert kept and succeed("analyze.diversity", matched_early, *CPU) == first
+    assert kept and succeed("analyze.diversity", matched_early, CPU) == first
     assert kept == stamps(matched_early, "logits_*.pt")
     # A member's accuracy from its logits is that of its run.
     cell = "variant == 'naive' and sparsity == 0.7 and rewind == 0"
@@ -128,16 +128,16 @@ def test_imp_barrier_says_of_which_networks_it_is(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(imp_barrier, "plot", kept)
     for part in ("dense", "imp"):
         shutil.copytree(runs / part, root / part)
-    flags = ("--points", 3, "--images", 64, *CPU)
+    flags = "--points 3 --images 64 --device cpu"
     rounds = len(list((root / "imp/seed0").glob("round_*.pt")))
-    assert f"after each of {rounds} rounds" in succeed("analyze.imp_barrier", root, *flags)
+    assert f"after each of {rounds} rounds" in succeed("analyze.imp_barrier", root, flags)
     table = pd.read_csv(root / "figures/imp_barrier_mlp_glyphs.csv")
     assert len(table) == 2 * rounds and (table["loss_barrier_count"] == 2).all()
     assert table["loss_barrier_mean"].min() >= 0 and rounds > 2
     assert table["sparsity"].min() == pytest.approx(0.2, abs=1e-3)
     for path in root.rglob("round_*.pt"):
         path.unlink()
-    out = succeed("analyze.imp_barrier", root, *flags)
+    out = succeed("analyze.imp_barrier", root, flags)
     assert "at the asked sparsities, not after every round" in out
     table = pd.read_csv(root / "figures/imp_barrier_mlp_glyphs.csv")
     assert table["sparsity"].round(1).tolist() == [0.5, 0.7, 0.5, 0.7]
@@ -146,11 +146,11 @@ def test_imp_barrier_says_of_which_networks_it_is(runs, tmp_path, monkeypatch):
 
 
 def test_landscape_passes_through_its_three_networks(matched_early):
-    figures, flags = matched_early / "figures", ("--grid", 3, "--images", 100, *CPU)
+    figures, flags = matched_early / "figures", "--grid 3 --images 100 --device cpu"
 
     def drawn(*more):
         shutil.rmtree(figures, ignore_errors=True)
-        out = succeed("analyze.landscape", matched_early, *flags, *more)
+        out = succeed("analyze.landscape", matched_early, flags, *more)
         return out, [*figures.glob("*.csv")]
 
     out, (path,) = drawn()  # the first pair of a middle cell, matched to B as it ended
@@ -164,7 +164,7 @@ def test_landscape_passes_through_its_three_networks(matched_early):
     assert table.equals(pd.read_csv(path))
     assert len(drawn("--all")[1]) == 16  # two pairs, two matches, four cells
     assert "s0.70_k000_0-1" in drawn("--sparsity", 0.7, "--rewind", 0)[1][0].stem
-    refused(call("analyze.landscape", matched_early, "--rewind", 5), "no permuted network")
+    refused(call("analyze.landscape", matched_early, "--rewind 5"), "no permuted network")
     found = networks.triples(matched_early)
     assert "lth/seed0-seed0" in str(found["lth"].iloc[0])
     early = found["permutation"].map(str).str.contains("/early/")  # that made the run's mask
@@ -188,11 +188,11 @@ def test_a_curve_a_width_needs_no_sparse_run(runs, tmp_path):
     for part in ("dense", "align"):
         shutil.copytree(runs / part, tmp_path / "w1" / part)
     wide, masks = tmp_path / "w2", tmp_path / "masks"
-    succeed(*stage1(wide / "dense", "--seed", 0, 1, "--width", 0.0625))
+    succeed(*stage1(wide / "dense", "--seed 0 1 --width 0.0625"))
     ends = wide / "dense/seed0", wide / "dense/seed1"
     succeed(*stage2(ends[0], masks))
     succeed(*stage3(*ends, masks, wide / "align"))
-    succeed("analyze.interpolation", tmp_path, "--points", 3, "--images", 64, *CPU)
+    succeed("analyze.interpolation", tmp_path, "--points 3 --images 64", CPU)
     path = tmp_path / "figures/interpolation_widths_activation_mlp_glyphs_k003.csv"
     counts = pd.read_csv(path).groupby(["width", "curve", "repair", "alpha"])["source_seed"]
     assert counts.nunique().tolist() == 12 * [2] + 12 * [1] and path.with_suffix(".png").is_file()

@@ -51,9 +51,9 @@ def test_snip_by_hand():
 
 @pytest.mark.parametrize("kind", ("erk", "uniform", "magnitude", "snip"))
 def test_stage_4_trains_under_such_a_mask_and_tables_name_it(ends, tmp_path, kind):
-    cell, masks, target = ("--rewind", 1, "--sparsity", 0.5), tmp_path / "masks", ends[1]
-    succeed("analyze.other_masks", target, "--kind", kind, *cell, "--out", masks)
-    outcome = sparse("imp-target", target, masks, tmp_path / "sparse", *cell)
+    cell, masks, target = "--rewind 1 --sparsity 0.5", tmp_path / "masks", ends[1]
+    succeed("analyze.other_masks", target, "--kind", kind, cell, "--out", masks)
+    outcome = sparse("imp-target", target, masks, tmp_path / "sparse", cell)
     assert outcome.code == 0, outcome.err
     assert result(tmp_path / "sparse/s0.50_k001")["arguments"]["tag"] == kind
     early, mask = checkpoint.load_dense(target, 1), state(masks / "mask_0.50.pt")["mask"]
@@ -72,10 +72,10 @@ def test_stage_4_trains_under_such_a_mask_and_tables_name_it(ends, tmp_path, kin
 
 
 def test_what_the_run_has_not_is_refused(ends, tmp_path):
-    command = "analyze.other_masks", ends[1], "--kind", "erk", "--sparsity", 0.5
-    refuse((*command, "--rewind", 7, "--out", tmp_path / "masks"), "epoch")
+    command = "analyze.other_masks", ends[1], "--kind erk --sparsity 0.5"
+    refuse((*command, "--rewind 7 --out", tmp_path / "masks"), "epoch")
     assert not (tmp_path / "masks").exists()
     mask = ends[2] / "mask_0.50.pt"  # of IMP
     before = mask.read_bytes()
-    refuse((*command, "--rewind", 1, "--out", ends[2]), mask, "choose another --out")
+    refuse((*command, "--rewind 1 --out", ends[2]), mask, "choose another --out")
     assert mask.read_bytes() == before

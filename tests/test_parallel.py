@@ -122,12 +122,12 @@ def test_a_stop_ends_threads_too(capfd):
 @forks
 def test_every_stage_gives_the_same_whatever_runs_beside_it(runs, ends, tmp_path):
     """The tiny pipeline runs on one thread, as every run side by side does."""
-    succeed(*stage1(tmp_path / "dense", "--seed", 0, 1, 2, "--parallel", 2))
+    succeed(*stage1(tmp_path / "dense", "--seed 0 1 2 --parallel 2"))
     roots = (runs / "dense", tmp_path / "imp")
     chains, outs = ([root / f"seed{n}" for n in (0, 2)] for root in roots)
-    more = ("--dense", *chains, "--out", *outs, "--parallel", "auto")
+    more = ("--dense", *chains, "--out", *outs, "--parallel auto")
     succeed(*stage2(chains[0], tmp_path, *more))
     naive = tmp_path / "sparse/naive/seed0-seed1"
-    succeed(*stage4("naive", *ends[1:], naive, "--parallel", 3))
+    succeed(*stage4("naive", *ends[1:], naive, "--parallel 3"))
     same_files(tmp_path, runs)
     assert len([*tmp_path.rglob("final.pt")]) == 4

@@ -35,13 +35,13 @@ WRONG = """\
 
 @pytest.mark.parametrize("line", WRONG.splitlines())
 def test_stage_1_refuses(tmp_path, line):
-    flags, words = line.split(" | ")
-    refuse(stage1(tmp_path, *flags.split()), words)
-    assert words == "diverged" or not list(tmp_path.iterdir())
+    flags, said = line.split(" | ")
+    refuse(stage1(tmp_path, flags), said)
+    assert said == "diverged" or not list(tmp_path.iterdir())
 
 
 def test_stage_1_refuses_a_folder_of_another_experiment(runs, tmp_path):
-    refuse(stage1(runs / "dense", "--lr", 0.5), "lr is 0.08 there and 0.5 here", "--out")
+    refuse(stage1(runs / "dense", "--lr 0.5"), "lr is 0.08 there and 0.5 here", "--out")
     (tmp_path / "seed0").write_text("a file")
     refuse(stage1(tmp_path), "no run of this project")
 
@@ -102,9 +102,9 @@ def prepared(runs, aligned, tmp_path_factory):
     """The runs, masks by other methods, networks of other settings, and files that were spoilt."""
     root = shutil.copytree(runs, tmp_path_factory.mktemp("refusals") / "runs")
     shutil.copytree(aligned, root / "align", dirs_exist_ok=True)
-    succeed(*stage1(root / "wide", "--width", 0.0625, "--epochs", 1, "--seed", 0, 1))
-    succeed(*stage1(root / "other", "--epochs", 2, "--lr", 0.03, "--seed", 0, 1))
-    succeed(*stage2(root / "dense/seed0", root / "one-shot", "--sparsity", 0.5, "--one-shot"))
+    succeed(*stage1(root / "wide", "--width 0.0625 --epochs 1 --seed 0 1"))
+    succeed(*stage1(root / "other", "--epochs 2 --lr 0.03 --seed 0 1"))
+    succeed(*stage2(root / "dense/seed0", root / "one-shot", "--sparsity 0.5 --one-shot"))
     for name in ("cut", "lacking", "nan", "unfinished"):
         shutil.copytree(root / "dense/seed0", root / name)
     (root / "unfinished/result.json").unlink()
@@ -125,14 +125,14 @@ def prepared(runs, aligned, tmp_path_factory):
 @pytest.mark.parametrize("line", OTHERS.splitlines())
 def test_later_stages_refuse(prepared, monkeypatch, line):
     monkeypatch.chdir(prepared)
-    flags, *words = line.split(" | ")
-    stage, *flags = flags.split()
-    refuse((stage, *USUAL[stage].split(), *flags), *words)
+    command, *said = line.split(" | ")
+    stage, flags = command.split(maxsplit=1)
+    refuse((stage, USUAL[stage], flags), *said)
     assert not (prepared / "new").exists()
 
 
 def test_a_sparsity_that_keeps_few_weights_is_met(runs, tmp_path):
-    succeed(*stage2(runs / "dense/seed0", tmp_path, "--sparsity", 0.999))
+    succeed(*stage2(runs / "dense/seed0", tmp_path, "--sparsity 0.999"))
     mask = state(tmp_path / "mask_0.999.pt")["mask"]  # 20% of the last few weights is still one
     assert masking.kept(mask) == masking.keep_count(masking.size(mask), 0.999) < 5
 
@@ -152,7 +152,7 @@ OUT_OF_MEMORY = [
 @pytest.mark.parametrize("take, words", OUT_OF_MEMORY)
 def test_too_little_memory_is_one_line(monkeypatch, take, words):
     monkeypatch.setattr("train_dense.load_data", lambda *_, **__: take())
-    refuse(("train_dense", *TINY, "--out", "nowhere"), "out of memory: use smaller", words)
+    refuse(("train_dense", TINY, "--out nowhere"), "out of memory: use smaller", words)
 
 
 def test_a_bug_of_ours_shows_its_traceback(monkeypatch):

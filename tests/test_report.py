@@ -60,7 +60,7 @@ def as_resnet20(root):
 def test_figures_and_their_data_are_written(root, monkeypatch):
     monkeypatch.setattr(style.Figure, "savefig", savefig)
     succeed("analyze.accuracy", root)
-    interpolation = "analyze.interpolation", root, "--points", 3, "--images", 100, "--device", "cpu"
+    interpolation = "analyze.interpolation", root, "--points 3 --images 100 --device cpu"
     assert "barrier" in succeed(*interpolation)
     accuracy, lines = "accuracy_{}_mlp_glyphs", "interpolation_activation_mlp_glyphs_k003"
     figures, tables = root / "figures", {}
@@ -158,9 +158,9 @@ def test_a_curve_a_width():
 
 
 def test_a_table_of_the_paper_stands_beside_ours_as_text_csv_and_latex(root):
-    refused(call("analyze.paper", "--table", 15, root), "Table 15", "resnet20", "0.95", "rewind 20")
+    refused(call("analyze.paper", "--table 15", root), "Table 15", "resnet20", "0.95", "rewind 20")
     as_resnet20(root)
-    out = succeed("analyze.paper", "--table", 5, root)
+    out = succeed("analyze.paper", "--table 5", root)
     lines = [line.split() for line in out.splitlines()]
     assert "k = 0" in out and "k = 20" in out and "k = 5" not in out and "nan" not in out
     place = lines.index("80% LTH ours 90.00 ± 0.00 90.00 ± 0.00".split())
@@ -170,7 +170,7 @@ def test_a_table_of_the_paper_stands_beside_ours_as_text_csv_and_latex(root):
     assert table.loc[("permuted", 0.9, 20), ["mean", "paper"]].tolist() == [90, 89.5]
     latex = (root / "tables/table_5.tex").read_text()
     assert r"\toprule" in latex and r"80\% & LTH & ours & 90.00 $\pm$ 0.00" in latex
-    assert "permuted" in succeed("analyze.paper", "--table", 15, root)
+    assert "permuted" in succeed("analyze.paper", "--table 15", root)
 
 
 def test_table_1_stands_beside_an_ensemble_of_any_rewind_epoch():
@@ -206,8 +206,8 @@ def test_the_report_holds_what_there_is_and_names_what_is_missing(root, in_proce
     for path in root.glob("dense/*/result.json"):
         facts = {"images": {"train": 256, "test": 60}, "classes": 10, "test_acc": 100.0}
         path.write_text(json.dumps(json.loads(path.read_text()) | facts))
-    flags = ("--device", "cpu", "--grid", 3, "--points", 3, "--images", 100)
-    out = succeed("analyze.report", root, *flags)
+    flags = "--device cpu --grid 3 --points 3 --images 100"
+    out = succeed("analyze.report", root, flags)
     assert re.search(r"^results +\d+ s", out, re.M) and out.endswith(f"{root / 'report.html'}\n")
     text, page = (root / "report.md").read_text(), (root / "report.html").read_text()
     finding = statistics.findings(statistics.summary(finished.sparse_runs(root)))[0]
@@ -230,14 +230,14 @@ def test_the_report_holds_what_there_is_and_names_what_is_missing(root, in_proce
 
 
 def test_the_report_does_what_is_asked_for_alone(root, in_process):
-    out = succeed("analyze.report", root, "--only", "results", "masks")
+    out = succeed("analyze.report", root, "--only results masks")
     text = (root / "report.md").read_text()
     assert "interpolation " not in out
     assert "**The line from A to B (Figure 3)**: not asked for" in text
     assert "[summary.csv](summary.csv)" in text and "[masks.csv]" not in text
-    refused(call("analyze.report", root, "--only", "nothing"), "nothing")
+    refused(call("analyze.report", root, "--only nothing"), "nothing")
     shutil.rmtree(root / "sparse")
-    succeed("analyze.report", root, "--only", "masks")
+    succeed("analyze.report", root, "--only masks")
     assert "no finished sparse run below" in (root / "report.md").read_text()
     (root / "empty").mkdir()
     refused(call("analyze.report", root / "empty"), "no finished run")
@@ -245,7 +245,7 @@ def test_the_report_does_what_is_asked_for_alone(root, in_process):
 
 def test_the_report_has_the_papers_tables_by_their_names(root, in_process):
     as_resnet20(root)
-    succeed("analyze.report", root, "--only", "results")
+    succeed("analyze.report", root, "--only results")
     text, page = (root / "report.md").read_text(), (root / "report.html").read_text()
     assert "### Table 5" in text and "<h3>Table 15</h3>" in page and "Table 6" not in text
     assert "| 80% | LTH | difference | -0.41 | -2.25 |" in text

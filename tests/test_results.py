@@ -255,10 +255,8 @@ def test_results_lists_every_finished_run_once(runs, tmp_path):
     root = tmp_path / "runs"
     shutil.copytree(runs / "sparse", root / "somewhere/else")
     (root / "somewhere/else/lth/seed0-seed0/s0.50_k000/result.json").unlink()  # unfinished
-    refused(
-        call("analyze.results", root, "--against", "nothing"), "give one of LTH, naive, permuted"
-    )
-    assert "minus LTH" in succeed("analyze.results", root, "--against", "LTH")
+    refused(call("analyze.results", root, "--against nothing"), "give one of LTH, naive, permuted")
+    assert "minus LTH" in succeed("analyze.results", root, "--against LTH")
     out = succeed("analyze.results", root)
     assert "50%" in out and "minus naive" in out
     drawn = pd.read_csv(root / "figures/gains_mlpx0.03125_glyphs.csv")

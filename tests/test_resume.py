@@ -66,16 +66,16 @@ def test_called_again_a_stage_does_nothing_and_says_so(runs, tmp_path):
     dense = stage1(root / "dense")
     naive = stage4("naive", target, masks, root / "sparse/naive/seed0-seed1")
     for command in (
-        (*dense, "--seed", 0, 1),
-        (*dense, "--save-epochs", 0),
+        (*dense, "--seed 0 1"),
+        (*dense, "--save-epochs 0"),
         stage2(source, masks, "--keep-rounds"),
         stage3(source, target, masks, root / ALIGNED),
-        (*naive, "--sparsity", 0.5, "--seed", 1),  # the seed that is the default
+        (*naive, "--sparsity 0.5 --seed 1"),  # the seed that is the default
     ):
         assert "nothing to do" in succeed(*command)
     assert stamps == {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
-    refuse((*dense, "--save-epochs", 1, 2), "save_epochs")
-    more = succeed(*dense, "--seed", 0, 4)
+    refuse((*dense, "--save-epochs 1 2"), "save_epochs")
+    more = succeed(*dense, "--seed 0 4")
     assert "seed0 is finished" in more and "seed 4  epoch   3/3" in more
 
 
@@ -92,11 +92,11 @@ def test_a_mask_that_came_later_is_permuted_without_matching_again(runs, ends, t
 @forks
 def test_a_chain_goes_on_for_other_sparsities_as_if_each_were_asked_for_alone(runs, tmp_path):
     imp, out = stage2(runs / "dense/seed0", tmp_path / "imp"), tmp_path / "imp"
-    succeed(*imp, "--sparsity", 0.3)
+    succeed(*imp, "--sparsity 0.3")
     kill_when("round  5", *imp, "--sparsity", 0.7)
     assert state(out / "chain.pt")["round"] >= 4 and not (out / "mask_0.70.pt").exists()
     # Going on needs the chain's latest round only; what branches off earlier starts it again.
-    assert "round  1" not in succeed(*imp, "--sparsity", 0.7)
+    assert "round  1" not in succeed(*imp, "--sparsity 0.7")
     kept = (out / "mask_0.70.pt").stat().st_mtime_ns
     assert "round  1" in succeed(*imp)
     assert (out / "mask_0.70.pt").stat().st_mtime_ns == kept
@@ -128,7 +128,7 @@ def test_stages_that_were_killed_go_on_and_end_with_the_same_numbers(runs, tmp_p
 
 @forks
 def test_a_run_whose_state_was_cut_off_starts_over_and_keeps_what_it_set_out_to(runs, tmp_path):
-    kill_when("epoch   2/3", *stage1(tmp_path, "--save-epochs", 0, 1, 2))
+    kill_when("epoch   2/3", *stage1(tmp_path, "--save-epochs 0 1 2"))
     cut = tmp_path / "seed0/resume.pt"
     cut.write_bytes(cut.read_bytes()[:100])
     assert "starts again" in succeed(*stage1(tmp_path))
@@ -144,9 +144,9 @@ def test_a_stop_reaches_every_run_and_keeps_its_state(tmp_path, sent, beside, ca
     def stoppable():
         os.setsid()
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
-        start(*command, *["--parallel", 2] * beside)
+        start(*command, "--parallel 2" * beside)
 
-    command = stage1(tmp_path, "--epochs", 10**5, "--save-epochs", 9, "--seed", 0, 1)
+    command = stage1(tmp_path, "--epochs 100000 --save-epochs 9 --seed 0 1")
     process, last = fork(stoppable), tmp_path / f"seed{int(beside)}"
     try:
         while not (last / "epoch_0009.pt").is_file():
@@ -185,10 +185,10 @@ def test_a_chain_whose_record_is_missing_is_finished(runs, tmp_path):
 
 
 def test_a_mask_does_not_depend_on_the_others_that_were_asked_for(tmp_path):
-    succeed(*stage1(tmp_path, "--width", 0.25, "--epochs", 1))
+    succeed(*stage1(tmp_path, "--width 0.25 --epochs 1"))
     alone, beside, dense = tmp_path / "alone", tmp_path / "beside", tmp_path / "seed0"
-    succeed(*stage2(dense, alone, "--sparsity", 0.3))
+    succeed(*stage2(dense, alone, "--sparsity 0.3"))
     # The first two differ from the chain's round and from each other by a weight or two of 58,624.
-    succeed(*stage2(dense, beside, "--sparsity", 0.19998, 0.29997, 0.3))
+    succeed(*stage2(dense, beside, "--sparsity 0.19998 0.29997 0.3"))
     for name, key in (("mask_0.30.pt", "mask"), ("sparse_0.30.pt", "state_dict")):
         assert same(state(alone / name)[key], state(beside / name)[key]), name

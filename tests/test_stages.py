@@ -28,6 +28,7 @@ from tests.conftest import (
     state,
     succeed,
     weights,
+    words,
 )
 
 ALIGNED = "align/activation/seed0-seed1"
@@ -94,9 +95,10 @@ def test_no_stage_sees_the_batches_of_another():
 
 
 def test_imp_with_rewinding_trains_from_epoch_k_on_the_dense_schedule(runs, tmp_path):
-    command = ("prune_imp", "--dense", runs / "dense/seed0", "--sparsity", 0.2, "--rewind", 1)
-    command += ("--device", "cpu", "--precision", "fp32", "--out", tmp_path / "imp")
-    succeed(*command)  # batch size and all else are the dense run's
+    dense = f"--dense {runs}/dense/seed0 --sparsity 0.2 --rewind 1"
+    succeed(
+        "prune_imp", dense, f"--device cpu --precision fp32 --out {tmp_path}/imp"
+    )  # batch size and all else are the dense run's
     found = state(tmp_path / "imp/sparse_0.20.pt")
     assert same(found["mask"], state(runs / "imp/seed0/round_01.pt")["mask"])
     start = state(runs / "dense/seed0/epoch_0001.pt")
@@ -159,9 +161,9 @@ def test_controls_start_from_what_they_say(ends, aligned, tmp_path):
         ("shuffled", target, imp),
         ("random-permutation", target, aligned / "random"),
         ("imp-target", source, imp),
-        ("naive", target, imp, "--signs", "--fan-in"),
+        ("naive", target, imp, "--signs --fan-in"),
     ):
-        succeed(*stage4(arm, dense, masks, tmp_path / arm, *more, "--sparsity", 0.7, "--rewind", 0))
+        succeed(*stage4(arm, dense, masks, tmp_path / arm, *more, "--sparsity 0.7 --rewind 0"))
     mask = state(imp / "mask_0.70.pt")["mask"]
     shuffled = state(tmp_path / "shuffled/s0.70_k000/final.pt")["mask"]
     assert not same(mask, shuffled)
@@ -176,28 +178,29 @@ def test_controls_start_from_what_they_say(ends, aligned, tmp_path):
 
 
 def test_early_matching_uses_the_targets_early_weights(runs, ends, tmp_path):
-    succeed(*stage3(*ends, tmp_path, "--target-epoch", 1))
+    succeed(*stage3(*ends, tmp_path, "--target-epoch 1"))
     late = state(runs / ALIGNED / "permutation.pt")["permutation"]
     early = state(tmp_path / "permutation.pt")
     assert early["match_epoch"] == 1 and not same(early["permutation"], late)
 
 
 def test_the_seed_of_stage_4_changes_the_data_order(runs, ends, tmp_path):
-    command = stage4("naive", *ends[1:], tmp_path, "--sparsity", 0.5, "--rewind", 1, "--seed", 7)
+    command = stage4("naive", *ends[1:], tmp_path, "--sparsity 0.5 --rewind 1 --seed 7")
     succeed(*command)
     cell = "s0.50_k001/final.pt"
     before, after = (root / cell for root in (runs / "sparse/naive/seed0-seed1", tmp_path))
     assert not same(weights(before), weights(after))
-    refuse((*command, "--seed", 1), "seed is 7 there")
+    refuse((*command, "--seed 1"), "seed is 7 there")
 
 
 def test_imagenet_trains_in_a_process_of_its_own(tmp_path):
     """Beside a CPU-only torch, torchvision must come in through common/vision.py alone."""
     save_pictures(tmp_path / "data", (30, 40), train=2, val=1)
-    script, *flags = imagenet1(tmp_path, tmp_path, "--model", "mlp", "--width", 1 / 64)
-    command = [sys.executable, ROOT / f"{script}.py", *map(str, flags)]
+    run = imagenet1(tmp_path, tmp_path, "--model mlp --width 0.015625")
+    script, *flags = words(*run)
+    command = [sys.executable, ROOT / f"{script}.py", *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert result(tmp_path / "seed0")["test_top5"] == 100  # of two classes
     # A folder is the same with a slash at its end.
-    assert "nothing to do" in succeed(script, *flags, "--data-dir", f"{tmp_path}/data/")
+    assert "nothing to do" in succeed(*run, f"--data-dir {tmp_path}/data/")
