@@ -136,6 +136,19 @@ def stage4(arm, weights, masks, out, *more):
     return f"train_sparse --arm {arm} {files} {FAST} --sparsity 0.5 0.7 --rewind 0 1", *more
 
 
+def pipeline(root, a, b):
+    """The commands of stages 2 to 4 for a pair of seeds."""
+    source, target, masks = (
+        root / name for name in (f"dense/seed{a}", f"dense/seed{b}", f"imp/seed{a}")
+    )
+    aligned = root / f"align/activation/seed{a}-seed{b}"
+    yield stage2(source, masks, "--keep-rounds")
+    yield stage3(source, target, masks, aligned)
+    yield stage4("lth", source, masks, root / f"sparse/lth/seed{a}-seed{a}")
+    for arm, folder in (("naive", masks), ("permuted", aligned)):
+        yield stage4(arm, target, folder, root / f"sparse/{arm}/seed{a}-seed{b}")
+
+
 # The same for ResNet50 on the images of ImageNet in `root`.
 JPEGS = "--batch-size 4 --lr 0.01 --workers 0 --warmup 0 --precision fp32 --device cpu"
 
@@ -260,15 +273,8 @@ def runs(tmp_path_factory):
     """A finished pipeline: two pairs of tiny networks, all stages. Tests must not write into it."""
     root = tmp_path_factory.mktemp("runs")
     succeed(*stage1(root / "dense", "--seed 0 1 2 3"))
-    for a, b in ((0, 1), (2, 3)):
-        source, target = (root / f"dense/seed{seed}" for seed in (a, b))
-        masks = root / f"imp/seed{a}"
-        aligned = root / f"align/activation/seed{a}-seed{b}"
-        succeed(*stage2(source, masks, "--keep-rounds"))
-        succeed(*stage3(source, target, masks, aligned))
-        for arm, seed, folder in (("lth", a, masks), ("naive", b, masks), ("permuted", b, aligned)):
-            out = root / f"sparse/{arm}/seed{a}-seed{seed}"
-            succeed(*stage4(arm, root / f"dense/seed{seed}", folder, out))
+    for command in (*pipeline(root, 0, 1), *pipeline(root, 2, 3)):
+        succeed(*command)
     return root
 
 

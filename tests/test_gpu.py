@@ -8,16 +8,15 @@ import pytest
 import torch
 
 from analyze import benchmark
-from common import masking, paths
+from common import masking
 from tests.conftest import (
     call,
     distance,
+    pipeline,
     result,
     small_cnn,
     stage1,
-    stage2,
     stage3,
-    stage4,
     state,
     succeed,
     weights,
@@ -44,24 +43,22 @@ def alike(path, *roots):
 
 
 def test_every_stage_on_a_gpu_does_what_it_does_on_a_cpu(runs, tmp_path):
-    source, target = (tmp_path / f"dense/seed{seed}" for seed in (0, 1))
-    imp, aligned = tmp_path / "imp/seed0", tmp_path / "align/activation/seed0-seed1"
-    sparse, gpu = tmp_path / "sparse/permuted/seed0-seed1", "--device cuda"
-    succeed(*stage1(tmp_path / "dense", "--seed 0 1 --parallel 2", gpu))
-    succeed(*stage2(source, imp, gpu))
-    succeed(*stage3(source, target, imp, aligned, gpu))
-    last = call(*stage4("permuted", target, aligned, sparse, "--parallel auto", gpu))
-    assert last.code == 0 and "slower" not in last.err, last.err
+    for command in (stage1(tmp_path / "dense", "--seed 0 1"), *pipeline(tmp_path, 0, 1)):
+        beside = "--parallel 2" * ("align_mask" not in command[0])
+        outcome = call(*command, beside, "--device cuda")
+        assert outcome.code == 0 and "slower" not in outcome.err, outcome.err
 
-    last = paths.final_file(sparse / "s0.70_k001")
-    for path in (target / "epoch_0003.pt", imp / "sparse_0.70.pt", last):
-        path = path.relative_to(tmp_path)
-        assert distance(*(weights(root / path) for root in (runs, tmp_path))) < 1e-3
-        assert result(tmp_path / path.parent)["device"].startswith("cuda")
-    ends = (weights(folder / "epoch_0003.pt") for folder in (source, target))
-    assert distance(*ends) > 0.1  # what the tolerance can tell apart
-    for path in (imp / "mask_0.50.pt", aligned / "mask_0.50.pt"):
-        assert alike(path.relative_to(tmp_path), runs, tmp_path)
+    for name in (
+        "dense/seed1/epoch_0003.pt",
+        "imp/seed0/sparse_0.70.pt",
+        "sparse/permuted/seed0-seed1/s0.70_k001/final.pt",
+    ):
+        assert distance(*(weights(root / name) for root in (runs, tmp_path))) < 1e-3
+        assert result((tmp_path / name).parent)["device"].startswith("cuda")
+    # What the tolerance can tell apart.
+    assert distance(*(weights(runs / f"dense/seed{n}/epoch_0003.pt") for n in (0, 1))) > 0.1
+    for folder in ("imp/seed0", "align/activation/seed0-seed1"):
+        assert alike(f"{folder}/mask_0.50.pt", runs, tmp_path)
 
 
 @pytest.mark.parametrize("method", ["weight", "masked"])

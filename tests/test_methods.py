@@ -24,10 +24,10 @@ def test_overlap_by_hand():
     assert row == expected | {"shared": 2, "chance": 1.5}
 
 
-def align_and_train(root, a, b, name, *flags):
+def align_and_train(root, a, b, name, flags):
     source, target = root / f"dense/seed{a}", root / f"dense/seed{b}"
     out = root / f"align/{name}/seed{a}-seed{b}"
-    succeed(*stage3(source, target, root / f"imp/seed{a}", out, *flags))
+    succeed(*stage3(source, target, root / f"imp/seed{a}", out, flags))
     succeed(*stage4("permuted", target, out, root / f"sparse/permuted/{name}/seed{a}-seed{b}"))
 
 
@@ -124,12 +124,8 @@ def test_two_match_epochs_below_one_root_are_kept_apart(compared, tmp_path):
     cell = "sparsity == 0.7 and k == 0"
     table = pd.read_csv(root / "methods.csv").query(cell).fillna({"match_epoch": 0})
     table = table.set_index(["match_epoch", "method"])
-    assert sorted(table.index) == [
-        (0, "naive"),
-        (1, "activation"),
-        (3, "activation"),
-        (3, "masked"),
-    ]
+    expected = [(0, "naive"), (1, "activation"), (3, "activation"), (3, "masked")]
+    assert sorted(table.index) == expected
     early = "arm == 'permuted' and match_epoch == 1 and sparsity == 0.7 and rewind == 0"
     accuracy = sparse_runs(root).query(early)["test_acc"].item()
     assert table.loc[(1, "activation"), "accuracy"] == pytest.approx(accuracy)

@@ -32,6 +32,12 @@ def run(arm, source, target, accuracy, **more):
     return {"arm": arm, "test_acc": accuracy} | seeds | more
 
 
+def rows_of(text, **more):
+    """Runs, each told as "arm source target accuracy"."""
+    found = [one.split() for one in text.split(", ")]
+    return [run(arm, int(a), int(b), float(accuracy), **more) for arm, a, b, accuracy in found]
+
+
 def grid(pairs=PAIRS, levels=LEVELS, **more):
     """A run of each arm for every pair; LTH once for each source."""
     runs = {
@@ -93,8 +99,8 @@ def test_the_interval_of_a_ratio():
 
 
 def test_summary_by_hand():
-    rows = [run("lth", 0, 0, 90.0), run("naive", 0, 1, 80.0), run("permuted", 0, 1, 83.0)]
-    rows += [run("lth", 2, 2, 92.0), run("naive", 2, 3, 78.0), run("permuted", 2, 3, 83.0)]
+    rows = rows_of("lth 0 0 90, naive 0 1 80, permuted 0 1 83")
+    rows += rows_of("lth 2 2 92, naive 2 3 78, permuted 2 3 83")
     table = summary(*rows)
     assert table.loc["lth", ["mean", "std", "gap_closed"]].tolist() == [91, 2**0.5, 100]
     found = table.loc["permuted", ["difference", "difference_se", "pairs", "gap_closed"]]
@@ -111,9 +117,9 @@ def test_summary_by_hand():
 
 
 def test_variants_are_kept_apart_and_paired_with_their_seeds():
-    rows = [run("lth", 0, 0, 90.0), run("imp-target", 1, 1, 91.0), run("imp-target", 5, 5, 50.0)]
-    rows += [run("naive", 0, 1, 80.0), run("naive", 0, 3, 70.0), run("permuted", 0, 1, 83.0)]
-    rows += [run("permuted", 0, 1, 84.0, method="masked"), run("permuted", 0, 1, 88.0, signs=True)]
+    rows = rows_of("lth 0 0 90, imp-target 1 1 91, imp-target 5 5 50")
+    rows += rows_of("naive 0 1 80, naive 0 3 70, permuted 0 1 83")
+    rows += rows_of("permuted 0 1 84", method="masked") + rows_of("permuted 0 1 88", signs=True)
     pairs = finished.by_pair(frame(*rows))
     permuted = {"permuted", "permuted (masked)", "permuted + signs"}
     assert set(pairs) == {"lth", "imp-target", "naive"} | permuted
@@ -127,9 +133,8 @@ def test_variants_are_kept_apart_and_paired_with_their_seeds():
 
 
 def test_early_matches_and_masks_of_another_data_set_are_variants_of_their_own():
-    rows = [run("naive", 0, 1, 50.0), run("permuted", 0, 1, 51.0, match_epoch=200)]
-    other = {"mask_dataset": "e"}
-    more = [run("naive", 0, 1, 60.0, **other), run("permuted", 0, 1, 64.0, **other)]
+    rows = rows_of("naive 0 1 50") + rows_of("permuted 0 1 51", match_epoch=200)
+    more = rows_of("naive 0 1 60, permuted 0 1 64", mask_dataset="e")
     early = run("permuted", 0, 1, 48.0, match_epoch=5)
     # Each with its own naive use.
     expected = {"permuted": 1.0, "permuted @5": -2.0, "permuted [e mask]": 4.0}
@@ -140,7 +145,7 @@ def test_early_matches_and_masks_of_another_data_set_are_variants_of_their_own()
 
 
 def test_a_tagged_variant_is_compared_with_the_naive_runs_of_its_tag():
-    plain = [run("lth", 0, 0, 90.0), run("naive", 0, 1, 70.0), run("permuted", 0, 1, 75.0)]
+    plain = rows_of("lth 0 0 90, naive 0 1 70, permuted 0 1 75")
     tagged = [row | {"tag": "adamw", "test_acc": row["test_acc"] * 0.8} for row in plain]
     table = summary(*plain, *tagged)
     assert table.loc["permuted [adamw]", "mean"] == 60 and len(table) == 6
@@ -163,12 +168,11 @@ def test_a_tagged_variant_is_compared_with_the_naive_runs_of_its_tag():
 
 
 def test_overall_averages_each_pair_over_the_cells_that_have_every_arm():
-    levels = (("lth", 90), ("naive", 70), ("permuted", 75))
     rows = [
-        run(arm, seed, seed + (arm != "lth"), level + 10 * k + seed, rewind=k)
-        for seed in (0, 2)
+        run(arm, a, a if arm == "lth" else a + 1, level + 10 * k + a, rewind=k)
+        for arm, level in (("lth", 90), ("naive", 70), ("permuted", 75))
+        for a in (0, 2)
         for k in (0, 1)
-        for arm, level in levels
     ]
     few = run("naive", 0, 1, 5, rewind=2), run("shuffled", 0, 1, 9, rewind=1)
     runs = frame(*rows, *few)  # a cell of one arm, and an arm of one cell
@@ -191,7 +195,7 @@ def test_the_look_of_a_tagged_variant():
 
 
 def test_tables_say_when_runs_were_made_by_different_code():
-    rows = [run("lth", 0, 0, 90.0), run("lth", 2, 2, 91.0)]
+    rows = rows_of("lth 0 0 90, lth 2 2 91")
     other = run("naive", 0, 1, 70.0, code="abc+def")
     edit = {"code": "jkl", "mask_code": "o", "tag": "t"}
     masks = [run("lth", 4, 4, 80.0, mask_code="n"), run("lth", 6, 6, 80.0, **edit)]
@@ -233,10 +237,10 @@ def test_stars_and_findings_say_what_the_intervals_say(gains, said):
 
 
 def test_one_seed_has_no_spread_and_a_missing_arm_no_difference():
-    one = results.render(frame(run("lth", 0, 0, 90.0), run("naive", 0, 1, 80.0)))
+    one = results.render(frame(*rows_of("lth 0 0 90, naive 0 1 80")))
     assert "nan" not in one and "90.00 ±" not in one and "interval" not in one
     assert "90.00" in one and "+10.00 (100%)" in one
-    assert "nan" not in results.render(frame(run("lth", 0, 0, 90.0)))
+    assert "nan" not in results.render(frame(*rows_of("lth 0 0 90")))
 
 
 # ---------------------------------------------------------------- folders of runs
