@@ -58,17 +58,19 @@ def as_resnet20(root):
 
 
 def test_figures_and_their_data_are_written(root, monkeypatch):
-    monkeypatch.setattr(style.Figure, "savefig", savefig)
     succeed("analyze.accuracy", root)
     interpolation = "analyze.interpolation", root, "--points 3 --images 100 --device cpu"
-    assert "barrier" in succeed(*interpolation)
+    with monkeypatch.context() as patched:
+        patched.setattr(style.Figure, "savefig", savefig)  # one PDF, and all pixels
+        assert "barrier" in succeed(*interpolation)
+    assert (root / "figures/interpolation_activation_mlp_glyphs_k003.pdf").stat().st_size > 5000
     accuracy, lines = "accuracy_{}_mlp_glyphs", "interpolation_activation_mlp_glyphs_k003"
     figures, tables = root / "figures", {}
     for name in (accuracy.format("sparsity"), accuracy.format("rewind"), lines):
         tables[name] = pd.read_csv(figures / f"{name}.csv")
         pixels = np.asarray(Image.open(figures / f"{name}.png").convert("RGB"))
         colours = np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)
-        assert len(colours) > 20 and (figures / f"{name}.pdf").is_file()  # not an empty page
+        assert len(colours) > 20  # not an empty page
     points = tables[accuracy.format("rewind")]
     one = points.query("variant == 'naive' and sparsity == 0.7 and rewind == 1").iloc[0]
     paths = (root / f"sparse/naive/{pair}/s0.70_k001" for pair in ("seed0-seed1", "seed2-seed3"))
