@@ -1,7 +1,6 @@
 """Stages that are called again, and stages that were cut off."""
 
 import contextlib
-import io
 import json
 import os
 import shutil
@@ -9,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import types
 
 import pandas as pd
 import pytest
@@ -34,24 +34,15 @@ from tests.conftest import (
 ALIGNED = "align/activation/seed0-seed1"
 
 
-class Deadly(io.StringIO):
-    """An output that kills its process at the first line that contains a text."""
-
-    def __init__(self, seen):
-        super().__init__()
-        self.seen = seen
-
-    def write(self, text):
-        if self.seen in text:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().write(text)
-
-
 def kill_when(seen, *command):
     """Call a stage in a process of its own, which is killed at the first line that has `seen`."""
 
+    def write(text):
+        if seen in text:
+            os.kill(os.getpid(), signal.SIGKILL)
+
     def child():
-        sys.stdout = Deadly(seen)
+        sys.stdout = types.SimpleNamespace(write=write, flush=lambda: None)
         start(*command)
 
     process = fork(child)
