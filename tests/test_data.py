@@ -141,10 +141,12 @@ def test_folder_keeps_the_decoded_images_and_notices_a_change(pictures, monkeypa
     with monkeypatch.context() as patched:
         patched.setattr(folder, "read_picture", lambda _: pytest.fail("decoded again"))
         assert torch.equal(first.train, load().train)
-    Image.new("RGB", (12, 12), "red").save(pictures / "train/cat/0.png")
-    os.utime(pictures / "train/cat/0.png", (1, 1))
-    changed = load()
-    assert changed.train[0, 0, 1:-1, 1:-1].eq(255).all()
+    picture = pictures / "train/cat/0.png"
+    for channel, colour in ((0, "red"), (2, "blue")):  # of one size in bytes
+        Image.new("RGB", (12, 12), colour).save(picture)
+        os.utime(picture, (channel, channel))
+        changed = load()
+        assert changed.train[0, channel, 1:-1, 1:-1].eq(255).all()
     with pytest.raises(UserError, match="checksum differs"):
         load(expected=first.description)
     cache = pictures / ".decoded-8.pt"
