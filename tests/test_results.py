@@ -11,7 +11,7 @@ from scipy import stats
 
 from analyze import results
 from analyze.lib import runs as finished
-from analyze.lib import statistics, style
+from analyze.lib import statistics
 from tests.conftest import call, refused, succeed
 
 PAIRS = ((0, 1), (2, 3), (4, 5))
@@ -181,14 +181,6 @@ def test_overall_averages_each_pair_over_the_cells_that_have_every_arm():
     assert table.loc["permuted", ["difference", "difference_se"]].tolist() == [5, 0]
     wide = frame(*rows, *(row | {"width": 4.0, "dense_epochs": 20} for row in rows))
     assert statistics.summary(wide).query("sparsity.isna()")["width"].tolist() == 3 * [1] + 3 * [4]
-
-
-def test_the_look_of_a_tagged_variant():
-    looks = style.looks(["permuted [b]", "permuted", "lth [b]", "permuted [c]", "IMP"])
-    assert list(looks) == ["lth [b]", "permuted", "permuted [b]", "permuted [c]", "IMP"]
-    assert [look["label"] for look in looks.values()] == ["LTH [b]", *list(looks)[1:]]
-    table = pd.DataFrame(looks).T.iloc[1:4]
-    assert table[["color", "marker", "linestyle"]].nunique().tolist() == [1, 1, 3]
 
 
 # ---------------------------------------------------------------- what the tables say
