@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
@@ -25,7 +26,6 @@ from tqdm import tqdm
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from analyze.lib import style
 from common import checkpoint, cli
 from common.data import glyphs
 from common.models import build_model
@@ -35,10 +35,9 @@ from common.runtime.seeding import seeded as seeded_from
 FAST = "--batch-size 64 --precision fp32 --device cpu"
 TINY = f"--model mlp --width 0.03125 --image-size 8 --limit-train 256 {FAST}"
 
-
 glyphs.glyphs.__defaults__ = 0, (500, 200)  # seed, and so many images, which are drawn once
 glyphs.glyphs = functools.cache(glyphs.glyphs)
-savefig = style.Figure.savefig
+savefig = Figure.savefig
 os.fsync = lambda number: None  # no test outlives the machine
 
 
@@ -259,7 +258,7 @@ def quick():
 
     torch.set_num_threads(1)
     resume.EVERY = -1
-    style.Figure.savefig = save_coarsely
+    Figure.savefig = save_coarsely
 
 
 @pytest.fixture(autouse=True)
