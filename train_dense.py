@@ -26,7 +26,7 @@ def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--dataset", choices=DATASETS, default="glyphs", help="default: %(default)s (generated)")
-    add("--image-size", type=cli.number(int, 8), metavar="PX", help="resize small-image sets")
+    add("--image-size", type=cli.pixels, metavar="PX", help="resize small-image sets")
     add("--limit-train", type=cli.positive, metavar="N", help="N training images, class-balanced")
     add("--model", choices=MODELS, default="resnet20", help="default: %(default)s")
     add("--width", type=cli.above_0, default=1, help="times all channel counts")

@@ -99,6 +99,7 @@ def _parallel(text: str) -> str:
 
 natural = number(int, 0, below=2**63)
 positive = number(int, 1, below=2**63)
+pixels = number(int, 8, below=2**16)
 above_0 = number(float, above=0)
 share = number(float, above=0, below=1)
 

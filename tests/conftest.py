@@ -15,9 +15,11 @@ from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from PIL import ExifTags, Image
+from matplotlib.figure import Figure
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -30,12 +32,12 @@ from common.models import build_model
 from common.runtime import resume
 from common.runtime.seeding import seeded as seeded_from
 
-FAST = "--batch-size 64 --precision fp32 --device cpu".split()
-TINY = [*"--model mlp --width 0.03125 --image-size 8 --limit-train 256".split(), *FAST]
-IMP = ["--epochs", "1", *FAST]
+FAST = "--batch-size 64 --precision fp32 --device cpu"
+TINY = f"--model mlp --width 0.03125 --image-size 8 --limit-train 256 {FAST}"
 
-
-glyphs.glyphs = functools.cache(glyphs.glyphs)  # drawn once, not in every call of a stage
+glyphs.glyphs.__defaults__ = 0, (500, 200)  # seed, and so many images, which are drawn once
+glyphs.glyphs = functools.cache(glyphs.glyphs)
+savefig = Figure.savefig
 os.fsync = lambda number: None  # no test outlives the machine
 
 
@@ -68,10 +70,16 @@ class Outcome(NamedTuple):
     err: str
 
 
-def start(script, *arguments, torchrun=False):
+def words(*command):
+    """Those of a command, of which a part may hold several."""
+    return " ".join(map(str, command)).split()
+
+
+def start(*command, torchrun=False):
     """Run a script's main as its command line does, in this process."""
+    script, *arguments = words(*command)
     module = importlib.import_module(script)
-    sys.argv = [f"{script}.py", *map(str, arguments)]
+    sys.argv = [f"{script}.py", *arguments]
     cli.run(module.main, torchrun)
 
 
@@ -110,43 +118,43 @@ def refuse(command, *words):
 
 
 def stage1(out, *more):
-    return "train_dense", *TINY, "--epochs", 3, "--save-epochs", 1, "--out", out, *more
+    return f"train_dense {TINY} --epochs 3 --save-epochs 1 --out {out}", *more
 
 
 def stage2(dense, out, *more):
-    return "prune_imp", "--dense", dense, *IMP, "--sparsity", 0.5, 0.7, "--out", out, *more
+    return f"prune_imp --dense {dense} --epochs 1 {FAST} --sparsity 0.5 0.7 --out {out}", *more
 
 
 def stage3(source, target, masks, out, *more):
-    ends = ("--source", source, "--target", target, "--masks", masks)
-    return "align_mask", *ends, "--device", "cpu", "--out", out, *more
+    ends = f"--source {source} --target {target} --masks {masks}"
+    return f"align_mask {ends} --device cpu --out {out}", *more
 
 
 def stage4(arm, weights, masks, out, *more):
-    files = ("--weights", weights, "--masks", masks, "--out", out)
-    cells = ("--sparsity", 0.5, 0.7, "--rewind", 0, 1)
-    return "train_sparse", "--arm", arm, *files, *FAST, *cells, *more
+    files = f"--weights {weights} --masks {masks} --out {out}"
+    return f"train_sparse --arm {arm} {files} {FAST} --sparsity 0.5 0.7 --rewind 0 1", *more
 
 
-# The same for ResNet50 on `imagenet`.
-JPEGS = "--batch-size 4 --lr 0.01 --workers 0 --warmup 0 --precision fp32 --device cpu".split()
+def pipeline(root, a, b):
+    """The commands of stages 2 to 4 for a pair of seeds."""
+    source, target, masks = (
+        root / name for name in (f"dense/seed{a}", f"dense/seed{b}", f"imp/seed{a}")
+    )
+    aligned = root / f"align/activation/seed{a}-seed{b}"
+    yield stage2(source, masks, "--keep-rounds")
+    yield stage3(source, target, masks, aligned)
+    yield stage4("lth", source, masks, root / f"sparse/lth/seed{a}-seed{a}")
+    for arm, folder in (("naive", masks), ("permuted", aligned)):
+        yield stage4(arm, target, folder, root / f"sparse/{arm}/seed{a}-seed{b}")
+
+
+# The same for ResNet50 on the images of ImageNet in `root`.
+JPEGS = "--batch-size 4 --lr 0.01 --workers 0 --warmup 0 --precision fp32 --device cpu"
 
 
 def imagenet1(root, out, *more):
-    network = (
-        "--dataset imagenet --model resnet50 --width 0.0625 --epochs 2 --save-epochs 1".split()
-    )
-    return "train_dense", *network, *JPEGS, "--data-dir", root / "data", "--out", out, *more
-
-
-def imagenet2(root, out):
-    ends = ("--dense", root / "dense/seed0", "--out", out)
-    return "prune_imp", *ends, *JPEGS, "--epochs", 1, "--sparsity", 0.2
-
-
-def imagenet4(arm, weights, masks, out):
-    files = ("--weights", weights, "--masks", masks, "--out", out)
-    return "train_sparse", "--arm", arm, *files, *JPEGS, "--sparsity", 0.2, "--rewind", 1
+    network = "--dataset imagenet --model resnet50 --width 0.0625 --epochs 2 --save-epochs 1"
+    return f"train_dense {network} {JPEGS} --data-dir {root}/data --out {out}", *more
 
 
 def sparse(*arguments):
@@ -173,6 +181,20 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+def same_files(root, other):
+    """Every tensor and table below `root` is that of its namesake below `other`, but for times."""
+    paths = [path for path in root.rglob("*") if path.suffix in (".pt", ".csv")]
+    assert paths
+    for path in paths:
+        pair = path, other / path.relative_to(root)
+        if path.suffix == ".pt":
+            for key in {"state_dict", "mask", "signs", "permutation"} & state(path).keys():
+                assert same(*(state(file)[key] for file in pair)), path
+        else:
+            tables = (pd.read_csv(file).drop(columns="seconds", errors="ignore") for file in pair)
+            pd.testing.assert_frame_equal(*tables, check_exact=True, obj=str(path))
+
+
 def distance(one, other):
     """Of two state dicts, relative to the first."""
     both = [torch.cat([v.double().flatten() for v in part.values()]) for part in (one, other)]
@@ -194,26 +216,11 @@ def save_pictures(root, size=(12, 12), **counts):
     """Random images of (height, width) px in class folders cat and dog, so many in each split."""
     random = np.random.default_rng(0)
     for split, count in counts.items():
-        for name in ("cat", "dog"):
-            (root / split / name).mkdir(parents=True)
+        for folder in (root / split / "cat", root / split / "dog"):
+            folder.mkdir(parents=True)
             for number in range(count):
                 pixels = random.integers(256, size=(*size, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
-
-
-def save_jpegs(root, **counts):
-    """JPEGs of odd sizes in class folders cat and dog: RGB, grey, CMYK, and RGB turned by EXIF."""
-    random = np.random.default_rng(0)
-    for split, count in counts.items():
-        for name in ("cat", "dog"):
-            (root / split / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = random.integers(256, size=(4, 4, 3), dtype=np.uint8)
-                image = Image.fromarray(pixels).resize(random.integers(30, 300, 2).tolist())
-                exif = image.getexif()
-                exif[ExifTags.Base.Orientation] = 6 if number % 4 == 3 else 1
-                image = image.convert(("RGB", "L", "CMYK", "RGB")[number % 4])
-                image.save(root / split / name / f"{number}.JPEG", exif=exif)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
 
 
 @contextlib.contextmanager
@@ -238,9 +245,20 @@ def interrupt():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Tiny networks are fastest on one thread, and results do not depend on the machine's cores."""
+def quick():
+    """Tiny networks are fastest on one thread, on which no number depends on the machine's cores.
+
+    A run that is cut off goes on from its last epoch, however fast the epochs are. Pictures have
+    few pixels, and there is no PDF: in full they take a second a figure.
+    """
+
+    def save_coarsely(figure, file, format):
+        if format == "png":
+            savefig(figure, file, format=format, dpi=40)
+
     torch.set_num_threads(1)
+    resume.EVERY = -1
+    Figure.savefig = save_coarsely
 
 
 @pytest.fixture(autouse=True)
@@ -249,26 +267,13 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def state_after_every_epoch():
-    """A run that is cut off goes on from its last epoch, however fast the epochs are."""
-    resume.EVERY = -1
-
-
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
     """A finished pipeline: two pairs of tiny networks, all stages. Tests must not write into it."""
     root = tmp_path_factory.mktemp("runs")
-    succeed(*stage1(root / "dense", "--seed", 0, 1, 2, 3))
-    for a, b in ((0, 1), (2, 3)):
-        source, target = (root / f"dense/seed{seed}" for seed in (a, b))
-        masks = root / f"imp/seed{a}"
-        aligned = root / f"align/activation/seed{a}-seed{b}"
-        succeed(*stage2(source, masks, "--keep-rounds"))
-        succeed(*stage3(source, target, masks, aligned))
-        for arm, seed, folder in (("lth", a, masks), ("naive", b, masks), ("permuted", b, aligned)):
-            out = root / f"sparse/{arm}/seed{a}-seed{seed}"
-            succeed(*stage4(arm, root / f"dense/seed{seed}", folder, out))
+    succeed(*stage1(root / "dense", "--seed 0 1 2 3"))
+    for command in (*pipeline(root, 0, 1), *pipeline(root, 2, 3)):
+        succeed(*command)
     return root
 
 
@@ -276,25 +281,6 @@ def runs(tmp_path_factory):
 def ends(runs):
     """Source, target and the source's masks of the first pair."""
     return runs / "dense/seed0", runs / "dense/seed1", runs / "imp/seed0"
-
-
-@pytest.fixture(scope="session")
-def imagenet(tmp_path_factory):
-    """A thin ResNet50 on JPEGs of all kinds, all stages. Tests must not write into it."""
-    root = tmp_path_factory.mktemp("imagenet")
-    save_jpegs(root / "data", train=9, val=7)
-    succeed(*imagenet1(root, root / "dense", "--seed", 0, 1))
-    source, target = (root / f"dense/seed{seed}" for seed in (0, 1))
-    masks, aligned = root / "imp/seed0", root / "align/activation/seed0-seed1"
-    succeed(*imagenet2(root, root / "imp/seed0"))
-    succeed(*stage3(source, target, masks, aligned, "--workers", 0))
-    for arm, dense, folder in (
-        ("lth", source, masks),
-        ("naive", target, masks),
-        ("permuted", target, aligned),
-    ):
-        succeed(*imagenet4(arm, dense, folder, root / "sparse" / arm))
-    return root
 
 
 @pytest.fixture(scope="session")

@@ -119,7 +119,7 @@ a sparsity is missed by one weight | common/masking.py
 +return int(total * (1 - sparsity)) + 1
 
 masks of another network are taken | common/masking.py
->refusals::test_stages_refuse_files_of_another_experiment_under_the_same_seed
+>refusals::test_later_stages_refuse
 -if any((positive != (weights[name] > 0)).any() for
 +if any(False for
 
@@ -278,7 +278,7 @@ a swapped checkpoint is taken | common/checkpoint.py
 +if False:
 
 NaN weights are taken | common/checkpoint.py
->refusals::test_stage_2_refuses
+>refusals::test_later_stages_refuse
 -if not all(value.isfinite().all() for value in dense["state_dict"].values()):
 +if False:
 
@@ -301,7 +301,7 @@ result.json comes first | common/runs.py
 +    seconds
 
 an arm that contradicts its files | common/arms.py
->refusals::test_stage_4_refuses
+>refusals::test_later_stages_refuse
 -if arm not in arms:
 +if False:
 

@@ -13,8 +13,6 @@ from common.align.permutation import permute
 from tests.conftest import refuse, result, same, stage3, stage4, state, succeed, weights
 
 OTHER = {
-    "activation-pre": "--match-on pre",
-    "activation-covariance": "--statistic covariance",
     "activation-mean": "--stream mean",
     "activation-pre-covariance": "--match-on pre --statistic covariance",
 }
@@ -22,7 +20,7 @@ OTHER = {
 
 @pytest.mark.parametrize("label", OTHER)
 def test_other_statistics_give_another_permutation_and_name(runs, ends, tmp_path, label):
-    succeed(*stage3(*ends, tmp_path, *OTHER[label].split()))
+    succeed(*stage3(*ends, tmp_path, OTHER[label]))
     found = state(tmp_path / "permutation.pt")
     usual = state(runs / "align/activation/seed0-seed1/permutation.pt")
     assert found["method"] == state(tmp_path / "mask_0.70.pt")["method"] == label
@@ -36,15 +34,15 @@ def test_each_pair_has_a_random_permutation_of_its_own(runs, ends, aligned, tmp_
     other = (runs / "dense/seed2", runs / "dense/seed3", runs / "imp/seed2")
     for files in (ends, other):
         out = tmp_path / files[0].name
-        succeed(*stage3(*files, out, "--method", "random"))
+        succeed(*stage3(*files, out, "--method random"))
         assert same(state(out / "permutation.pt")["permutation"], one) == (files == ends)
 
 
 def test_a_tag_is_added_to_that_of_the_inputs_and_the_code_of_the_mask_stays(ends, tmp_path):
-    succeed(*stage3(*ends, tmp_path / "align", "--method", "identity", "--tag", "one"))
+    succeed(*stage3(*ends, tmp_path / "align", "--method identity --tag one"))
     for tag, joined in ((None, "one"), ("one", "one"), ("two", "one+two")):
-        flags = ("--sparsity", 0.5, "--rewind", 1, *(("--tag", tag) if tag else ()))
-        succeed(*stage4("permuted", ends[1], tmp_path / "align", tmp_path / f"{tag}", *flags))
+        flags = "--sparsity 0.5 --rewind 1" + (f" --tag {tag}" if tag else "")
+        succeed(*stage4("permuted", ends[1], tmp_path / "align", tmp_path / f"{tag}", flags))
         made = result(tmp_path / f"{tag}/s0.50_k001")
         assert made["arguments"]["tag"] == joined
         assert made["mask_code"] == state(ends[2] / "mask_0.50.pt")["code"]
@@ -89,15 +87,15 @@ def supplied(tmp_path_factory):
 def align(supplied, out, *more, ends=None):
     source, target = ((ends or supplied) / name for name in ("my_a.pt", "my_b.pt"))
     command = stage3(source, target, supplied / "my_a_pruned.pt", out)
-    return *command, "--model-fn", "my_nets:Net", "--method", "weight", *more
+    return *command, "--model-fn my_nets:Net --method weight", *more
 
 
 @pytest.mark.parametrize("method", ["activation", "weight", "masked"])
 def test_user_supplied_networks(supplied, tmp_path, method):
     import my_nets
 
-    images = ("--dataset", "glyphs", "--image-size", 16, "--match-images", 200)
-    command = align(supplied, tmp_path, "--method", method, *images * (method != "weight"))
+    images = "--dataset glyphs --image-size 16 --match-images 200"
+    command = align(supplied, tmp_path, "--method", method, images * (method != "weight"))
     assert "same function" in succeed(*command)
     assert "nothing to do" in succeed(*command)
     found, pruned = state(tmp_path / "mask_0.50.pt"), weights(supplied / "my_a_pruned.pt")
@@ -111,8 +109,8 @@ def test_user_supplied_networks(supplied, tmp_path, method):
     assert same(found["mask"], permute(before, axes.dims, permutation))
     made = {"source_seed": "my_a", "target_seed": "my_b", "sparsity": 0.5}
     assert made.items() <= found.items()
-    other = ("--input-shape", 3, 24, 24) if method == "weight" else ("--match-images", 100)
-    refuse((*command, *other), "another experiment", other[0][2:].replace("-", "_"))
+    other = "--input-shape 3 24 24" if method == "weight" else "--match-images 100"
+    refuse((*command, other), "another experiment", other.split()[0][2:].replace("-", "_"))
 
 
 def test_weights_of_half_precision_are_matched_as_their_values(supplied, tmp_path):
@@ -137,6 +135,21 @@ def test_a_pruned_state_dict_and_back():
     assert torch.equal(values["0.weight"], pruned["0.weight_orig"] * pruned["0.weight_mask"])
 
 
+REFUSED = """\
+--method activation | --dataset
+--masks {supplied}/my_a.pt | no masks in | my_a.pt
+--masks {spoilt} | holds no mask
+--model-fn my_nets:Nut | my_nets:Nut | package.module:function
+--target-epoch 1 | --target-epoch
+--match-images 9 | --match-images
+--model-fn nowhere | nowhere
+--model-fn math:pi | math:pi
+--model-fn builtins:dict | made a dict
+--source {spoilt}/list.pt | list.pt is no state dict
+--source {spoilt}/nan.pt | not finite
+--source {spoilt}/part.pt | part.pt does not fit my_nets:Net"""
+
+
 def test_user_supplied_networks_that_do_not_fit_are_refused(supplied, tmp_path):
     plain = state(supplied / "my_a.pt")
     for name, content in (
@@ -146,19 +159,7 @@ def test_user_supplied_networks_that_do_not_fit_are_refused(supplied, tmp_path):
         ("mask_0.50", {"mask": {}}),
     ):
         torch.save(content, tmp_path / f"{name}.pt")
-    for more, *words in (
-        (("--method", "activation"), "--dataset"),
-        (("--masks", supplied / "my_a.pt"), "no masks in", "my_a.pt"),
-        (("--masks", tmp_path), "holds no mask"),
-        (("--model-fn", "my_nets:Nut"), "my_nets:Nut", "package.module:function"),
-        (("--target-epoch", 1), "--target-epoch"),
-        (("--match-images", 9), "--match-images"),
-        (("--model-fn", "nowhere"), "nowhere"),
-        (("--model-fn", "math:pi"), "math:pi"),
-        (("--model-fn", "builtins:dict"), "made a dict"),
-        (("--source", tmp_path / "list.pt"), "list.pt is no state dict"),
-        (("--source", tmp_path / "nan.pt"), "not finite"),
-        (("--source", tmp_path / "part.pt"), "part.pt does not fit my_nets:Net"),
-    ):
-        refuse(align(supplied, tmp_path / "o", *more), *words)
+    for line in REFUSED.format(supplied=supplied, spoilt=tmp_path).splitlines():
+        flags, *said = line.split(" | ")
+        refuse(align(supplied, tmp_path / "o", flags), *said)
     assert not (tmp_path / "o").exists()

@@ -10,7 +10,6 @@ from torch import nn
 from analyze.lib import repair
 from analyze.lib.lines import barrier, interpolate, metrics_along
 from common.models import build_model
-from common.training import evaluate
 
 
 def test_barrier_by_hand():
@@ -42,22 +41,19 @@ def test_recomputed_batch_norm_is_the_cumulative_average():
 def test_rescaling_brings_every_hidden_layer_to_the_goal(name, size):
     models = [build_model(name, 0.125, 10, (3, size, size), seed).eval() for seed in (0, 1, 2)]
     images = torch.randn(40, 3, size, size)
+    first = models[0][int(name == "mlp")](images.flatten(1) if name == "mlp" else images)
+    dims = [dim for dim in range(first.dim()) if dim != 1]
     ends = [repair.rescale(model, images) for model in models[:2]]
+    by_hand = first.mean(dims), first.std(dims, correction=0)
+    assert all(map(partial(torch.allclose, atol=1e-5), next(iter(ends[0].values())), by_hand))
     goal = repair.interpolate(*ends, 0.25)
-    first, second = list(goal)[:2]
-    expected = 0.75 * ends[0][second][0] + 0.25 * ends[1][second][0]
-    assert torch.allclose(goal[second][0], expected, atol=1e-6)
     repair.rescale(models[2], images, goal)
     found = repair.rescale(models[2], images)
     layers = [layer for layer in models[2].modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
     assert len(found) == len(layers) - 1  # not the output
-    for key, wanted in goal.items():
-        assert all(map(partial(torch.allclose, atol=1e-4), found[key], wanted)), key
-    flat = name == "mlp"
-    by_hand = models[0][int(flat)](images.flatten(1) if flat else images)
-    dims = [dim for dim in range(by_hand.dim()) if dim != 1]
-    expected = by_hand.mean(dims), by_hand.std(dims, correction=0)
-    assert all(map(partial(torch.allclose, atol=1e-5), ends[0][first], expected))
+    for key, values in found.items():
+        for value, *pair in zip(values, ends[0][key], ends[1][key], strict=True):
+            assert torch.allclose(value, 0.75 * pair[0] + 0.25 * pair[1], atol=1e-4), key
 
 
 @pytest.mark.parametrize("name, width", [("mlp", 0.125), ("resnet20", 0.25)])
@@ -70,19 +66,16 @@ def test_repair_at_the_endpoints_changes_nothing_and_interpolation_meets_them(na
         key: value + 0.3 * torch.randn_like(value) if value.dim() > 1 else value
         for key, value in source.items()
     }
-    labels = torch.randint(10, (2, 40))
-    batches = {"test": [(images[:20], labels[0, :20])], "train": [(images, labels[1])]}
-    readers_of = {split: partial(iter, some) for split, some in batches.items()}
-    rows = metrics_along(model, source, target, (0.0, 0.5, 1.0), *readers_of.values())
-    table = pd.DataFrame(rows).set_index(["alpha", "repair"])
+    labels = torch.randint(10, (40,))
+
+    def along(test):
+        readers = partial(iter, [(test, labels[20:])]), partial(iter, [(images, labels)])
+        rows = metrics_along(model, source, target, (0.0, 0.5, 1.0), *readers)
+        return pd.DataFrame(rows).set_index(["alpha", "repair"])
+
+    table = along(images[:20])
     loss = table["test_loss"]
     assert loss[0.0, True] == pytest.approx(loss[0.0, False], rel=1e-4)
     assert loss[0.5, True] != pytest.approx(loss[0.5, False], rel=1e-4)
-    readers = partial(iter, [(torch.randn_like(images[:20]), labels[0, :20])]), readers_of["train"]
-    other = pd.DataFrame(metrics_along(model, source, target, (0.0, 0.5, 1.0), *readers))
     # REPAIR looks at training images alone.
-    assert other["train_loss"].tolist() == table["train_loss"].tolist()
-    model.load_state_dict(interpolate(source, target, 0.5))
-    for split, some in batches.items():
-        middle = table.loc[(0.5, False), [f"{split}_loss", f"{split}_acc"]]
-        assert middle.tolist() == pytest.approx([*map(float, evaluate(model, some))])
+    assert along(torch.randn_like(images[:20]))["train_loss"].equals(table["train_loss"])

@@ -1,60 +1,38 @@
-import contextlib
 import errno
-import json
 import multiprocessing
 import os
-import resource
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from common import checkpoint, paths, provenance
+from common import checkpoint, provenance
 from common import runs as folders
 from common.errors import UserError
-from tests.conftest import ROOT, fork, refuse, stage1, stage3, succeed
+from tests.conftest import ROOT, fork, refuse, stage1, succeed
 
 SCRIPT = str(ROOT / "train_dense.py")
 
 
-def test_labels_and_file_names(tmp_path):
-    assert [paths.label(s) for s in (0.8, 0.95, 0.995)] == ["0.80", "0.95", "0.995"]
-    assert paths.epoch_file(tmp_path, 7).name == "epoch_0007.pt"
-    assert paths.mask_file(tmp_path, 0.9).name == "mask_0.90.pt"
-
-
-def test_what_is_saved_comes_back(tmp_path):
-    content = {"x": torch.arange(3), "plain": [1, "two", None]}
-    checkpoint.save(content, tmp_path / "deep/file.pt")
-    loaded = checkpoint.load(tmp_path / "deep/file.pt", ("x", "plain"))
-    assert torch.equal(loaded.pop("x"), content.pop("x")) and loaded == content
+def test_tables_are_of_rows_that_may_lack_something(tmp_path):
     checkpoint.save_csv([{"a": 1}, {"a": 2, "b": 3}], tmp_path / "log.csv")
     assert (tmp_path / "log.csv").read_text() == "a,b\n1,\n2,3\n"
 
 
-@pytest.mark.parametrize("at", ["fsync", "replace", "the limit of a file's size"])
+@pytest.mark.parametrize("at", ["fsync", "replace"])
 def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, at):
     """Network file systems tell of a quota when a file is synchronised."""
-    path, usual = tmp_path / "file.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = tmp_path / "file.pt"
     checkpoint.save({"old": 1}, path)
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        if at in dir(os):
-            patch.setattr(os, at, full)
-        else:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, usual[1]))
-        try:
-            with pytest.raises(UserError, match=r"cannot write .*file\.pt: (No space|File too)"):
-                checkpoint.save({"new": torch.ones(5000)}, path)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    monkeypatch.setattr(os, at, full)
+    with pytest.raises(UserError, match=r"cannot write .*file\.pt: No space"):
+        checkpoint.save({"new": 1}, path)
     assert list(tmp_path.iterdir()) == [path] and checkpoint.load(path) == {"old": 1}
-    checkpoint.save({"new": 2}, path)
-    assert checkpoint.load(path) == {"new": 2}
 
 
 def test_a_machine_that_goes_down_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch):
@@ -76,18 +54,15 @@ def test_a_machine_that_goes_down_leaves_the_old_file_or_the_new_one(tmp_path, m
     assert tmp_path.stat().st_ino in safe  # the rename, too
 
 
-def test_what_a_disk_answers_is_one_line(runs, tmp_path, monkeypatch):
+def test_what_a_disk_answers_is_one_line(tmp_path, monkeypatch):
     """Of a read-only folder in the way of a stage, for one."""
+    refuse(stage1(tmp_path / ("a" * 300)), "too long")
 
     def read_only(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system", str(tmp_path / "out"))
 
     monkeypatch.setattr(Path, "mkdir", read_only)
     refuse(stage1(tmp_path / "out"), "Read-only file system")
-    refuse(
-        stage3(*(runs / f"dense/seed{n}" for n in (0, 1)), runs / "imp/seed0", "a" * 300),
-        "too long",
-    )
     assert not list(tmp_path.iterdir())
 
 
@@ -95,7 +70,7 @@ def test_what_a_run_leaves_that_is_killed_after_its_result_is_cleared(runs, tmp_
     shutil.copytree(runs / "dense", tmp_path, dirs_exist_ok=True)
     for name in ("resume.pt", ".lock", ".log.csv.elsewhere.1.tmp"):
         (tmp_path / "seed0" / name).touch()
-    assert "nothing to do" in succeed(*stage1(tmp_path, "--seed", 0))
+    assert "nothing to do" in succeed(*stage1(tmp_path, "--seed 0"))
     assert {path.name for path in (tmp_path / "seed0").iterdir()} == {
         path.name for path in (runs / "dense/seed0").iterdir()
     }
@@ -106,9 +81,6 @@ def test_what_a_run_leaves_that_is_killed_after_its_result_is_cleared(runs, tmp_
     [
         (lambda path: path.unlink(), "no such file"),
         (lambda path: path.write_bytes(path.read_bytes()[:200]), "cut off or no checkpoint"),
-        (lambda path: path.write_bytes(b""), "cut off or no checkpoint"),
-        (lambda path: path.write_text("hello"), "cut off or no checkpoint"),
-        (lambda path: torch.save([1], path), "lacks x"),
         (lambda path: torch.save({"y": 1}, path), "lacks x"),
         # Arbitrary objects are never loaded.
         (lambda path: torch.save({"x": pytest.raises}, path), "cut off or no checkpoint"),
@@ -124,29 +96,23 @@ def test_bad_files_are_named(tmp_path, spoil, words):
     assert str(path) in str(caught.value)
 
 
-def test_a_flipped_bit_in_a_tensor_is_seen(tmp_path):
-    path, value = tmp_path / "file.pt", torch.linspace(1, 2, 1200)
+def test_no_flipped_bit_changes_what_is_loaded(tmp_path):
+    """Of a tensor, and of its entry in the directory, whose flags torch obeys."""
+    path, value = tmp_path / "file.pt", torch.linspace(1, 2, 40)
     checkpoint.save({"x": value}, path)
     whole = path.read_bytes()
-    start = whole.index(value.numpy().tobytes())
-    for place in range(start, start + 4800, 400):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        assert not torch.equal(torch.load(path, weights_only=True)["x"], value)  # torch is silent
-        with pytest.raises(UserError, match=r"file\.pt cannot be read: it is damaged"):
-            checkpoint.load(path)
-
-
-def test_no_flipped_bit_of_the_directory_changes_what_is_loaded(tmp_path):
-    path, value = tmp_path / "file.pt", torch.arange(40.0)
-    checkpoint.save({"x": value}, path)
-    whole = path.read_bytes()
-    entry = whole.rindex(b"PK\x01\x02", 0, whole.rindex(b"data/0"))  # of the tensor, whose flags
-    for bit in range(8 * entry, 8 * (entry + 46)):  # torch obeys
-        content = bytearray(whole)
-        content[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(content)
-        with contextlib.suppress(UserError):
-            assert torch.equal(checkpoint.load(path, ("x",))["x"], value), bit
+    data = whole.index(value.numpy().tobytes())
+    entry = whole.rindex(b"PK\x01\x02", 0, whole.rindex(b"data/0"))
+    for place in (*range(data, data + 160, 20), *range(entry, entry + 46)):
+        for bit in range(8):
+            content = bytearray(whole)
+            content[place] ^= 1 << bit
+            path.write_bytes(content)
+            try:
+                loaded = checkpoint.load(path, ("x",))
+            except UserError:
+                continue
+            assert place >= entry and torch.equal(loaded["x"], value), (place, bit)
 
 
 def test_a_checkpoint_in_the_place_of_another_is_named(runs, tmp_path):
@@ -169,19 +135,14 @@ def test_run_folders_know_their_experiment(tmp_path):
     folder, arguments = tmp_path / "run", {"lr": 0.1, "epochs": (1, 2)}
     assert not folders.is_finished(folder, arguments) and not folder.exists()
     folders.claim(folder, arguments, SCRIPT)
-    (folder / ".log.csv.123.tmp").touch()
-    folders.claim(folder, arguments, SCRIPT)
-    assert not folders.is_finished(folder, arguments) and not list(folder.glob(".*.tmp"))
+    assert not folders.is_finished(folder, arguments)
     with pytest.raises(UserError, match="lr is 0.1 there and 0.2 here"):
         folders.is_finished(folder, arguments | {"lr": 0.2})
     checkpoint.save_json({}, folder / "result.json")
     assert folders.is_finished(folder, arguments)
-    other = tmp_path / "other"
-    other.mkdir()
-    assert not folders.is_finished(other, arguments)  # an empty folder may be used
-    (other / "thesis.txt").touch()
+    (tmp_path / "thesis.txt").touch()
     with pytest.raises(UserError, match="no run of this project"):
-        folders.is_finished(other, arguments)
+        folders.is_finished(tmp_path, arguments)
 
 
 def test_a_folder_in_which_another_process_works_is_left_alone(tmp_path):
@@ -223,13 +184,10 @@ def test_result_json_is_written_last(tmp_path, monkeypatch):
     (tmp_path / "resume.pt").touch()
     order, real = [], checkpoint.replacing
     monkeypatch.setattr(checkpoint, "replacing", lambda path: order.append(path.name) or real(path))
-    cpu, stamp = torch.device("cpu"), {"code": "abc"}
-    folders.finish(tmp_path, "train_dense", {"a": 1}, [row] * 2, cpu, stamp, precision="fp32")
+    folders.finish(tmp_path, "a stage", {}, [row] * 2, torch.device("cpu"), {"code": "abc"})
     assert order == ["log.csv", "result.json"] and not (tmp_path / "resume.pt").exists()
-    result = json.loads((tmp_path / "result.json").read_text())
-    expected = {"test_acc": 4, "seconds": 10, "arguments": {"a": 1}, "code": "abc"}
-    assert expected.items() <= result.items() and result["threads"] >= 1
-    assert (tmp_path / "log.csv").read_text().startswith("epoch,train_loss,test_acc,seconds\n")
+    result = checkpoint.load_json(tmp_path / "result.json")
+    assert {"test_acc": 4, "seconds": 10, "code": "abc"}.items() <= result.items()
 
 
 def test_docstrings_and_comments_are_no_code(tmp_path):

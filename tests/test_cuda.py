@@ -17,17 +17,17 @@ from common.runtime.graph import GraphedStep
 from common.training import cpu_state, train
 from tests.conftest import (
     ROOT,
-    TINY,
     distance,
     ending_at,
     interrupt,
     small_cnn,
     small_resnet,
+    stage1,
     weights,
+    words,
 )
 from tests.pretend_gpu import pretend_gpu
 from tests.test_data import resident
-from tests.test_parallel import jobs, trained
 from tests.test_training import SETTINGS, masked, tiny
 
 REAL = torch.cuda.is_available()
@@ -69,14 +69,11 @@ def captures(monkeypatch):
     return names
 
 
-@pytest.mark.parametrize("count, pruned", [(16, False), (16, True), (6, True)])
+@pytest.mark.parametrize("count", [16, 6])
 @pytest.mark.parametrize("precision", TOLERANCES)
-def test_a_graph_trains_as_the_plain_loop(
-    tmp_path, monkeypatch, captures, precision, count, pruned
-):
+def test_a_graph_trains_as_the_plain_loop(tmp_path, monkeypatch, captures, precision, count):
     """Also where it is cut off and goes on: place in the epoch, learning rate, momenta."""
-    settings = SETTINGS | {"precision": precision, "first_epoch": 2}
-    settings["mask"] = masked(network()) if pruned else None
+    settings = SETTINGS | {"precision": precision, "first_epoch": 2, "mask": masked(network())}
     by_graph, by_loop, data = network(), network(), data_of(count)
     expected = plain(monkeypatch, by_loop, data, RATES, **settings)
 
@@ -127,34 +124,35 @@ def test_the_host_never_waits_within_an_epoch(monkeypatch):
     assert sum(map(bool, seen)) == 4 * 3 - graph.EAGER_STEPS
 
 
-def test_networks_side_by_side_are_those_of_the_run_alone(tmp_path):
-    """On a GPU more of them than CUDA has streams to hand out."""
-    folders = [tmp_path / str(number) for number in range(10 if REAL else 1)]
-    data = data_of()
-    for run in jobs(tmp_path / "alone", data).values():
-        run()
+def test_networks_side_by_side_are_those_of_the_run_alone():
+    """On a GPU more of them than CUDA has streams to hand out, of one to three epochs."""
+    data, ends = data_of(), {}
+
+    def run(name, seed, data):
+        model, rates = small_cnn(seed), RATES[: 1 + seed]
+        train(model, data, rates, folder=None, **SETTINGS | {"seed": seed, "progress": False})
+        ends[name] = cpu_state(model)
+
+    for seed in range(3):
+        run(seed, seed, data)
     # By a kernel, for which the other streams have to wait.
     data = dataclasses.replace(data_of(), train=data.train.clone())
-    beside = {str(folder): jobs(folder, data) for folder in folders}
-    runs = {
-        f"{folder}/{name}": run for folder, jobs in beside.items() for name, run in jobs.items()
-    }
+    names = [f"{copy} of {seed}" for copy in range(10 if REAL else 1) for seed in range(3)]
+    runs = {name: partial(run, name, int(name[-1]), data) for name in names}
     parallel.side_by_side(runs, 8 if REAL else 2, data.device)
-    alone = trained(tmp_path / "alone")
-    for folder in folders:
-        assert all(distance(*ends) <= TOLERANCES["fp32"] for ends in zip(alone, trained(folder)))
-    assert distance(*alone[:2]) > 1e-2
+    assert all(distance(ends[name], ends[int(name[-1])]) <= TOLERANCES["fp32"] for name in names)
+    assert distance(ends[0], ends[1]) > 1e-2
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_train_what_one_does(tmp_path):
     """A network with BatchNorm, whose statistics are taken over both."""
-    dense = [*TINY, *"--model resnet20 --width 0.5 --device cuda --epochs 2".split()]
-    for count in ("1", "2"):
-        launch = "-m torch.distributed.run --standalone --nproc-per-node".split()
-        out = ("train_dense.py", *dense, "--out", str(tmp_path / count))
-        subprocess.run([sys.executable, *launch, count, *out], cwd=ROOT, check=True)
-    one, two = (weights(tmp_path / count / "seed0/epoch_0002.pt") for count in ("1", "2"))
+    launch = "-m torch.distributed.run --standalone --nproc-per-node"
+    for count in (1, 2):
+        script, *flags = words(*stage1(tmp_path / str(count), "--model resnet20 --device cuda"))
+        command = [sys.executable, *words(launch, count), f"{script}.py", *flags]
+        subprocess.run(command, cwd=ROOT, check=True)
+    one, two = (weights(tmp_path / count / "seed0/epoch_0003.pt") for count in "12")
     assert distance(one, two) < 1e-3
 
 

@@ -1,25 +1,22 @@
 """Stages, analyses and benchmark on a GPU, or a pretended one: the same results as on a CPU."""
 
 import contextlib
-import itertools
 import shutil
-import time
 
 import pandas as pd
 import pytest
 import torch
 
 from analyze import benchmark
-from common import masking, paths
+from common import masking
 from tests.conftest import (
     call,
     distance,
+    pipeline,
     result,
     small_cnn,
     stage1,
-    stage2,
     stage3,
-    stage4,
     state,
     succeed,
     weights,
@@ -38,46 +35,43 @@ def gpu():
         yield
 
 
-def alike(one, other):
+def alike(path, *roots):
     """Whether two masks agree but for rounding; of unlike ones at these sparsities half agree."""
+    one, other = (state(root / path)["mask"] for root in roots)
     same = sum(int((one[name] == other[name]).sum()) for name in one)
     return same >= (1 - TOLERANCE) * masking.size(one)
 
 
 def test_every_stage_on_a_gpu_does_what_it_does_on_a_cpu(runs, tmp_path):
-    source, target = (tmp_path / f"dense/seed{seed}" for seed in (0, 1))
-    imp, aligned = tmp_path / "imp/seed0", tmp_path / "align/activation/seed0-seed1"
-    sparse, gpu = tmp_path / "sparse/permuted/seed0-seed1", ("--device", "cuda")
-    succeed(*stage1(tmp_path / "dense", "--seed", 0, 1, "--parallel", 2, *gpu))
-    succeed(*stage2(source, imp, *gpu))
-    succeed(*stage3(source, target, imp, aligned, *gpu))
-    last = call(*stage4("permuted", target, aligned, sparse, "--parallel", "auto", *gpu))
-    assert last.code == 0 and "slower" not in last.err, last.err
+    for command in (stage1(tmp_path / "dense", "--seed 0 1"), *pipeline(tmp_path, 0, 1)):
+        beside = "--parallel 2" * ("align_mask" not in command[0])
+        outcome = call(*command, beside, "--device cuda")
+        assert outcome.code == 0 and "slower" not in outcome.err, outcome.err
 
-    def both(path, key):
-        return (state(root / path.relative_to(tmp_path))[key] for root in (runs, tmp_path))
-
-    last = paths.final_file(sparse / "s0.70_k001")
-    for path in (target / "epoch_0003.pt", imp / "sparse_0.70.pt", last):
-        assert distance(*both(path, "state_dict")) < 1e-3
-        assert result(path.parent)["device"].startswith("cuda")
-    ends = (weights(folder / "epoch_0003.pt") for folder in (source, target))
-    assert distance(*ends) > 0.1  # what the tolerance can tell apart
-    for path in (imp / "mask_0.50.pt", aligned / "mask_0.50.pt"):
-        assert alike(*both(path, "mask"))
+    for name in (
+        "dense/seed1/epoch_0003.pt",
+        "imp/seed0/sparse_0.70.pt",
+        "sparse/permuted/seed0-seed1/s0.70_k001/final.pt",
+    ):
+        assert distance(*(weights(root / name) for root in (runs, tmp_path))) < 1e-3
+        assert result((tmp_path / name).parent)["device"].startswith("cuda")
+    # What the tolerance can tell apart.
+    assert distance(*(weights(runs / f"dense/seed{n}/epoch_0003.pt") for n in (0, 1))) > 0.1
+    for folder in ("imp/seed0", "align/activation/seed0-seed1"):
+        assert alike(f"{folder}/mask_0.50.pt", runs, tmp_path)
 
 
 @pytest.mark.parametrize("method", ["weight", "masked"])
 def test_methods_without_images_on_a_gpu(ends, aligned, tmp_path, method):
-    succeed(*stage3(*ends, tmp_path, "--method", method, "--device", "cuda"))
-    assert alike(*(state(root / "mask_0.70.pt")["mask"] for root in (aligned / method, tmp_path)))
+    succeed(*stage3(*ends, tmp_path, "--method", method, "--device cuda"))
+    assert alike("mask_0.70.pt", aligned / method, tmp_path)
 
 
 ANALYSES = {
-    "interpolation": ("--points", 3, "--images", 100),
-    "imp_barrier": ("--points", 3, "--images", 64),
-    "landscape": ("--grid", 3, "--images", 100),
-    "diversity": (),
+    "interpolation": "--points 3 --images 100",
+    "imp_barrier": "--points 3 --images 64",
+    "landscape": "--grid 3 --images 100",
+    "diversity": "",
 }
 
 
@@ -89,30 +83,13 @@ def test_analyses_on_a_gpu(runs, tmp_path, name):
     for device in ("cpu", "cuda"):
         root = tmp_path / device
         shutil.copytree(runs, root, ignore=few)
-        succeed(f"analyze.{name}", root, *ANALYSES[name], "--device", device)
+        succeed(f"analyze.{name}", root, ANALYSES[name], "--device", device)
         (path, *_) = sorted([*root.glob(f"{name}*.csv"), *root.glob(f"figures/{name}*.csv")])
         tables.append(pd.read_csv(path))
     pd.testing.assert_frame_equal(*tables, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 # ---------------------------------------------------------------- the benchmark
-
-
-def test_networks_side_by_side_are_measured_while_all_of_them_train(monkeypatch):
-    """One that is set up early waits, or it would be measured with the device to itself."""
-    numbers, seen = itertools.count(), []
-
-    def pretend_to_train(*_, at_epoch, **settings):
-        time.sleep(0.1 * next(numbers))
-        seen.append("set up")
-        at_epoch(1)
-        seen.append("measured")
-
-    monkeypatch.setattr(benchmark, "train", pretend_to_train)
-    monkeypatch.setattr(benchmark, "BATCH", 2)
-    data = benchmark.random_images(4, 8, torch.device("cuda"))
-    assert benchmark.training_rate([small_cnn()] * 3, data) > 0
-    assert seen == ["set up"] * 3 + ["measured"] * 3
 
 
 def test_every_row_on_a_gpu(monkeypatch, tmp_path, capfd):
@@ -132,7 +109,7 @@ def test_every_row_on_a_gpu(monkeypatch, tmp_path, capfd):
     for name, value in changed.items():
         monkeypatch.setattr(benchmark, name, value)
     out = tmp_path / "table.csv"
-    text = succeed("analyze.benchmark", *TINY, "--device", "cuda", "--out", out)
+    text = succeed("analyze.benchmark", *TINY, "--device cuda --out", out)
     table = pd.read_csv(out)
     assert "cuda: " in text and len(table) == 3 * 4 + 2 + 2 + 3 and asked.count(True) == 3
     assert table[["ours /s", "baseline /s", "ratio"]].min(axis=None) > 0

@@ -1,4 +1,4 @@
-"""Stages 1 to 4 of ResNet50 on JPEGs of odd sizes, grey, CMYK and turned, in one process.
+"""ImageNet's part of all stages: JPEGs of odd sizes, grey, CMYK and turned, in one process.
 
 In two processes: tests/test_distributed.py.
 """
@@ -10,11 +10,12 @@ import signal
 import pandas as pd
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from common.data import Streamed
 from common.vision import torchvision
 from tests.conftest import (
+    JPEGS,
     ending_at,
     fork,
     forks,
@@ -22,69 +23,95 @@ from tests.conftest import (
     refuse,
     result,
     same,
+    same_files,
+    save_pictures,
+    stage2,
+    stage3,
+    stage4,
     start,
     state,
     succeed,
-    weights,
 )
 
-CPU = torch.device("cpu")
+transforms, CPU = torchvision.transforms, torch.device("cpu")
+MLP = "--model mlp --width 0.015625"
 
 
-def test_every_stage_trains_resnet50(imagenet, tmp_path):
-    shutil.copytree(imagenet, tmp_path, dirs_exist_ok=True)
-    assert "permuted" in succeed("analyze.results", tmp_path)
+def save_jpegs(root, **counts):
+    """Of odd sizes, in turn RGB, grey, CMYK, and RGB turned by EXIF."""
+    save_pictures(root, (4, 4), **counts)
+    for path in root.rglob("*.png"):
+        number = int(path.stem)
+        image = Image.open(path).resize((30 + 23 * number, 250 - 17 * number))
+        exif = image.getexif()
+        exif[ExifTags.Base.Orientation] = 6 if number % 4 == 3 else 1
+        image = image.convert(("RGB", "L", "CMYK", "RGB")[number % 4])
+        image.save(path.with_suffix(".JPEG"), exif=exif)
+        path.unlink()
+
+
+@pytest.fixture(scope="module")
+def jpegs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("jpegs")
+    save_jpegs(root / "data", train=9, val=7)
+    return root
+
+
+def test_every_stage_trains_resnet50(tmp_path):
+    save_pictures(tmp_path / "data", (30, 40), train=2, val=2)
+    source, target = (tmp_path / f"dense/seed{seed}" for seed in (0, 1))
+    imp, aligned, few = tmp_path / "imp", tmp_path / "align", f"{JPEGS} --sparsity 0.2"
+    succeed(*imagenet1(tmp_path, tmp_path / "dense", "--epochs 1 --seed 0 1"))
+    succeed(*stage2(source, imp, few))
+    succeed(*stage3(source, target, imp, aligned, "--workers 0"))
+    for arm, dense, masks in (("naive", target, imp), ("permuted", target, aligned)):
+        out = tmp_path / "sparse" / arm
+        succeed(*stage4(arm, dense, masks, out, few, "--rewind 0"))
+        final = state(out / "s0.20_k000/final.pt")
+        assert same(final["mask"], state(masks / "mask_0.20.pt")["mask"])
+    succeed("analyze.results", tmp_path)
     rows = pd.read_csv(tmp_path / "results.csv")
-    assert rows["arm"].tolist() == ["lth", "naive", "permuted"]
-    assert set(rows["model"]) == {"resnet50"} and set(rows["dataset"]) == {"imagenet"}
-    assert result(imagenet / "dense/seed0")["images"] == {"train": 18, "test": 14}
-    for arm, masks in (("naive", "imp/seed0"), ("permuted", "align/activation/seed0-seed1")):
-        final = state(imagenet / f"sparse/{arm}/s0.20_k001/final.pt")
-        assert same(final["mask"], state(imagenet / masks / "mask_0.20.pt")["mask"])
-        assert all(
-            (final["state_dict"][name][~kept] == 0).all() for name, kept in final["mask"].items()
-        )
+    assert rows["arm"].tolist() == ["naive", "permuted"] and set(rows["dataset"]) == {"imagenet"}
+    assert rows["test_top5"].tolist() == [100] * 2  # of two classes
+    assert result(source)["images"] == {"train": 4, "test": 4}
 
 
-def test_pictures_are_read_as_torchvision_reads_them_whatever_the_workers(imagenet):
+def test_pictures_are_read_as_torchvision_reads_them_whatever_the_workers(jpegs):
     """Grey and CMYK become RGB; what EXIF says of the orientation is not heeded."""
-    alone, helped = (Streamed(imagenet / "data", CPU, workers) for workers in (0, 2))
-    for split, folder in (("train", "train"), ("test", "val")):
-        ours = alone.plain[split]
-        theirs = torchvision.datasets.ImageFolder(imagenet / "data" / folder, ours.transform)
-        batches = [list(data.eval_batches(split, 5)) for data in (alone, helped)]
-        pixels = [torch.cat([images for images, _ in some]) for some in batches]
-        assert torch.equal(*pixels) and ours.samples == theirs.samples
-        assert all(torch.equal(one[0], two[0]) for one, two in zip(ours, theirs, strict=True))
-    turned = Image.open(imagenet / "data/val/cat/3.JPEG")
+    alone, helped = (Streamed(jpegs / "data", CPU, workers) for workers in (0, 2))
+    steps = [transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor()]
+    steps.append(transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    theirs = torchvision.datasets.ImageFolder(jpegs / "data/val", transforms.Compose(steps))
+    ours, again = (
+        torch.cat([x for x, _ in data.eval_batches("test", 5)]) for data in (alone, helped)
+    )
+    assert torch.equal(ours, again)
+    assert torch.allclose(ours, torch.stack([image for image, _ in theirs]), atol=1e-5)
+    turned = Image.open(jpegs / "data/val/cat/3.JPEG")
     assert ImageOps.exif_transpose(turned).size == turned.size[::-1]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_corrupt_jpeg_is_named_in_one_line(imagenet, tmp_path, workers):
-    shutil.copytree(imagenet / "data", tmp_path / "data")
+def test_a_corrupt_jpeg_is_named_in_one_line(jpegs, tmp_path):
+    """Which a worker reads."""
+    shutil.copytree(jpegs / "data", tmp_path / "data")
     corrupt = tmp_path / "data/train/dog/4.JPEG"
     corrupt.write_bytes(corrupt.read_bytes()[:-200])
-    more = ("--batch-size", 9, "--workers", workers)
-    refuse(
-        imagenet1(tmp_path, tmp_path / "dense", *more), f"{corrupt} is no image that can be read"
-    )
+    run = imagenet1(tmp_path, tmp_path / "dense", MLP, "--batch-size 9 --workers 2")
+    refuse(run, f"{corrupt} is no image that can be read")
 
 
 @forks
-def test_a_run_that_is_cut_off_within_an_epoch_goes_on_there(imagenet, tmp_path):
+def test_a_run_that_is_cut_off_within_an_epoch_goes_on_there(jpegs, tmp_path):
     """Killed beside its workers; ended by SIGTERM; and once more when only evaluation is left."""
-    run, found = imagenet1(imagenet, tmp_path, "--checkpoint-minutes", 0), []
+    cut, found = tmp_path / "cut", []
+    run = imagenet1(jpegs, cut, MLP, "--checkpoint-minutes 0")
     for step, sent in ((1, signal.SIGKILL), (2, signal.SIGTERM), (4, signal.SIGTERM)):
         with ending_at(1, step, lambda: os.kill(os.getpid(), sent)):
             process = fork(start, *run, "--workers", 2)
             process.join()
-        cut = state(tmp_path / "seed0/resume.pt")
-        found.append((process.exitcode, len(cut["rows"]), cut["step"]))
+        kept = state(cut / "seed0/resume.pt")
+        found.append((process.exitcode, len(kept["rows"]), kept["step"]))
     assert found == [(-signal.SIGKILL, 1, 1), (130, 1, 3), (130, 1, 4)]
     assert "goes on after epoch 1 and 4 steps" in succeed(*run)
-    one, two = (folder / "seed0" for folder in (imagenet / "dense", tmp_path))
-    for epoch in (1, 2):
-        assert same(*(weights(folder / f"epoch_000{epoch}.pt") for folder in (one, two)))
-    logs = [pd.read_csv(folder / "log.csv").drop(columns="seconds") for folder in (one, two)]
-    pd.testing.assert_frame_equal(*logs, check_exact=True)
+    succeed(*imagenet1(jpegs, tmp_path / "whole", MLP))
+    same_files(cut, tmp_path / "whole")

@@ -91,16 +91,7 @@ def test_assignment_by_hand():
 
 @pytest.mark.parametrize(
     "name, width, size",
-    [
-        ("mlp", 0.125, 8),
-        ("mlp", 0.25, 8),
-        ("vgg11", 0.125, 32),
-        ("vgg11", 0.25, 64),
-        ("resnet20", 0.5, 16),
-        ("resnet20", 2, 16),
-        ("resnet50", 0.125, 64),
-        ("resnet50", 0.25, 64),
-    ],
+    [("mlp", 0.25, 8), ("vgg11", 0.125, 32), ("resnet20", 0.5, 16), ("resnet50", 0.125, 64)],
 )
 def test_a_planted_permutation_is_recovered_exactly(name, width, size):
     images = torch.randn(48, 3, size, size)
@@ -131,12 +122,8 @@ def test_a_planted_permutation_is_recovered_exactly(name, width, size):
         assert row["moved"] == int((index != torch.arange(row["channels"])).sum())
 
 
-@pytest.mark.parametrize(
-    "name, width, size", [("resnet20", 0.5, 16), ("vgg11", 0.125, 32), ("mlp", 0.125, 8)]
-)
-def test_one_pass_finds_what_layer_by_layer_matching_finds(name, width, size):
-    networks = two_seeds(name, width, size)
-    batches = torch.randn(3, 64, 3, size, size)
+def test_one_pass_finds_what_layer_by_layer_matching_finds():
+    networks, batches = two_seeds("resnet20", 0.5, 16), torch.randn(3, 64, 3, 16, 16)
     one_pass, _ = match_activations(*networks, batches)
     layered = match_layer_by_layer(*networks, batches)
     assert one_pass.keys() == layered.keys()
@@ -151,7 +138,7 @@ def test_one_pass_finds_what_layer_by_layer_matching_finds(name, width, size):
 
 @pytest.mark.parametrize(
     "name, width, size",
-    [("mlp", 0.25, 8), ("vgg11", 0.25, 64), ("resnet20", 1, 16), ("resnet50", 0.25, 64)],
+    [("mlp", 0.25, 8), ("vgg11", 0.125, 64), ("resnet20", 0.5, 16), ("resnet50", 0.125, 64)],
 )
 def test_weight_matching_recovers_a_planted_permutation_and_never_loses(name, width, size):
     target = build_model(name, width, 10, (3, size, size), seed=3)
@@ -203,8 +190,7 @@ def test_a_layer_used_twice_lies_along_both_dimensions_and_still_never_loses():
 
 
 @pytest.mark.parametrize(
-    "name, width, size, pruned",
-    [("mlp", 0.25, 8, None), ("mlp", 0.25, 8, "5.weight"), ("resnet20", 1, 16, None)],
+    "name, width, size, pruned", [("mlp", 0.25, 8, "5.weight"), ("resnet20", 0.5, 16, None)]
 )
 def test_weight_matching_reaches_what_solving_every_axis_anew_reaches(name, width, size, pruned):
     *models, axes = two_seeds(name, width, size)

@@ -24,10 +24,10 @@ def test_overlap_by_hand():
     assert row == expected | {"shared": 2, "chance": 1.5}
 
 
-def align_and_train(root, a, b, name, *flags):
+def align_and_train(root, a, b, name, flags):
     source, target = root / f"dense/seed{a}", root / f"dense/seed{b}"
     out = root / f"align/{name}/seed{a}-seed{b}"
-    succeed(*stage3(source, target, root / f"imp/seed{a}", out, *flags))
+    succeed(*stage3(source, target, root / f"imp/seed{a}", out, flags))
     succeed(*stage4("permuted", target, out, root / f"sparse/permuted/{name}/seed{a}-seed{b}"))
 
 
@@ -38,7 +38,7 @@ def compared(runs, tmp_path_factory):
     shutil.copytree(runs, root)
     for a, b in ((0, 1), (2, 3)):
         succeed(*stage2(root / f"dense/seed{b}", root / f"imp/seed{b}"))
-        align_and_train(root, a, b, "masked", "--method", "masked")
+        align_and_train(root, a, b, "masked", "--method masked")
     return root
 
 
@@ -71,7 +71,7 @@ def test_masks_compares_with_imp_on_the_target(compared):
 
 
 def test_methods_puts_everything_beside_each_other(compared):
-    succeed("analyze.interpolation", compared, "--points", 3, "--images", 64, "--device", "cpu")
+    succeed("analyze.interpolation", compared, "--points 3 --images 64 --device cpu")
     succeed("analyze.methods", compared)
     table = pd.read_csv(compared / "methods.csv").query("k == 0")
     assert table.drop(columns=["minus naive", "± SE", "tag", "match_epoch"]).notna().all(axis=None)
@@ -118,18 +118,14 @@ def test_coverage_lists_networks():
 def test_two_match_epochs_below_one_root_are_kept_apart(compared, tmp_path):
     root = tmp_path / "runs"
     shutil.copytree(compared, root)
-    align_and_train(root, 0, 1, "early", "--target-epoch", 1)
+    align_and_train(root, 0, 1, "early", "--target-epoch 1")
     succeed("analyze.masks", root)
     succeed("analyze.methods", root)
     cell = "sparsity == 0.7 and k == 0"
     table = pd.read_csv(root / "methods.csv").query(cell).fillna({"match_epoch": 0})
     table = table.set_index(["match_epoch", "method"])
-    assert sorted(table.index) == [
-        (0, "naive"),
-        (1, "activation"),
-        (3, "activation"),
-        (3, "masked"),
-    ]
+    expected = [(0, "naive"), (1, "activation"), (3, "activation"), (3, "masked")]
+    assert sorted(table.index) == expected
     early = "arm == 'permuted' and match_epoch == 1 and sparsity == 0.7 and rewind == 0"
     accuracy = sparse_runs(root).query(early)["test_acc"].item()
     assert table.loc[(1, "activation"), "accuracy"] == pytest.approx(accuracy)

@@ -1,6 +1,5 @@
 """Networks in oneDNN's layout compute what they compute outside of it."""
 
-import contextlib
 import copy
 
 import pytest
@@ -13,7 +12,7 @@ from common.models import build_model
 from common.runtime import onednn
 from common.runtime.device import autocast
 from common.training import train
-from tests.conftest import small_resnet
+from tests.conftest import distance, small_resnet
 from tests.test_data import resident
 from tests.test_training import SETTINGS
 
@@ -26,36 +25,23 @@ def gradients(model, output):
     return torch.autograd.grad(output.square().sum(), [*model.parameters()], retain_graph=True)
 
 
-def test_a_step_of_resnet20_is_as_near_to_fp32_as_outside():
-    exact, images = build_model("resnet20", 0.5, 10, (3, 16, 16)), torch.randn(32, 3, 16, 16)
-    inside, outside, steps = copy.deepcopy(exact), copy.deepcopy(exact), []
-    outside_of_it = torch.autocast("cpu", torch.bfloat16)
-    ways = ((exact, contextlib.nullcontext()), (outside, outside_of_it))
-    for model, precision in (*ways, (inside, autocast(inside, CPU, "bf16"))):
-        with precision:
-            logits = model(images).float()
-        steps.append(torch.cat([*map(torch.flatten, gradients(model, logits))]))
-    as_near, near = ((step - steps[0]).norm() / steps[0].norm() for step in steps[1:])
-    assert near < 1.5 * as_near < 1 and near != as_near
-    for one, other in zip(inside.buffers(), exact.buffers()):
-        assert torch.allclose(one, other, rtol=0.02, atol=0.02)
+def test_a_step_of_a_resnet_is_near_to_that_in_fp32():
+    model, images = small_resnet(), torch.randn(64, 3, 8, 8)
+    exact = copy.deepcopy(model)
+    with autocast(model, CPU, "bf16"):
+        logits = model(images).float()
+    steps = gradients(exact, exact(images)), gradients(model, logits)
+    assert 0 < distance(*map(dict, map(enumerate, steps))) < 0.3
+    assert distance(exact.state_dict(), model.state_dict()) < 0.01  # of BatchNorm's statistics
 
 
-STAY = (
-    F.relu,
-    torch.relu,
-    lambda x: x.relu(),
-    lambda x: x + x,
-    lambda x: x.add(x),
-    lambda x: torch.add(x, x),
-)
+STAY = F.relu, torch.relu, lambda x: x.relu(), lambda x: x + x, lambda x: torch.add(x, x)
 WHOLE = nn.Conv2d(4, 4, 8, bias=False)  # of 8 px: its output is a number a channel
 LEAVE = (
     lambda x: x + WHOLE(x),
     lambda x: torch.add(x, other=x),
     lambda x: x + 1,
     lambda x: x * x,
-    lambda x: x + x.sum((2, 3), keepdim=True),
     lambda x: F.max_pool2d(x, 2),
     lambda x: torch.cat([x, x.roll(1, 1)], dim=1)[:, :3],
     nn.BatchNorm2d(4, affine=False),
@@ -98,11 +84,10 @@ def test_convolutions_of_whole_numbers_are_exact(how):
     expected = layer(images.float())
     with autocast(small_resnet(), CPU, "bf16"):
         found = layer(images.float())
-    assert found.is_mkldnn == (not {"bias", "same"} & {*how, *how.values()})
-    found = found.to_dense().float() if found.is_mkldnn else found.float()
-    assert torch.equal(found, expected)
-    ends = (gradients(layer, out.clamp(-1, 1)) for out in (found, expected))
-    assert all(map(torch.equal, *ends))
+    assert found.is_mkldnn == (how in CONVOLUTIONS[:2])
+    found = found.to_dense() if found.is_mkldnn else found
+    ends = [[out, *gradients(layer, out.float().clamp(-1, 1))] for out in (found, expected)]
+    assert all(torch.equal(one.float(), other) for one, other in zip(*ends, strict=True))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

@@ -51,46 +51,31 @@ def test_snip_by_hand():
 
 @pytest.mark.parametrize("kind", ("erk", "uniform", "magnitude", "snip"))
 def test_stage_4_trains_under_such_a_mask_and_tables_name_it(ends, tmp_path, kind):
-    _, target, _ = ends
-    command = "analyze.other_masks", target, "--kind", kind, "--rewind", 1, "--sparsity", 0.5, 0.7
-    succeed(*command, "--out", tmp_path / "masks")
-    outcome = sparse(
-        "imp-target",
-        target,
-        tmp_path / "masks",
-        tmp_path / "sparse",
-        "--sparsity",
-        0.5,
-        "--rewind",
-        1,
-    )
+    cell, masks, target = "--rewind 1 --sparsity 0.5", tmp_path / "masks", ends[1]
+    succeed("analyze.other_masks", target, "--kind", kind, cell, "--out", masks)
+    outcome = sparse("imp-target", target, masks, tmp_path / "sparse", cell)
     assert outcome.code == 0, outcome.err
     assert result(tmp_path / "sparse/s0.50_k001")["arguments"]["tag"] == kind
-    early, mask = checkpoint.load_dense(target, 1), state(tmp_path / "masks/mask_0.50.pt")["mask"]
-    data = load_described(early["dataset"])
-    model = build_model(**early["model"])
-    model.load_state_dict(early["state_dict"])
-    loss = sum(
-        nn.CrossEntropyLoss(reduction="sum")(model(x), y) for x, y in data.eval_batches("train")
-    )
-    loss.backward()
-    score = {
-        "magnitude": lambda w: w.detach().abs(),
-        "snip": lambda w: (w * w.grad).detach().abs(),
-    }.get(kind)
-    if score:  # what is kept is above what is not, over all layers
-        scores = {name: score(model.get_parameter(name)) for name in mask}
-        kept = min(float(scores[name][entry].min()) for name, entry in mask.items() if entry.any())
-        assert (
-            kept >= max(float(scores[name][~entry].max()) for name, entry in mask.items()) * 0.999
+    early, mask = checkpoint.load_dense(target, 1), state(masks / "mask_0.50.pt")["mask"]
+    if kind in ("magnitude", "snip"):  # what is kept is above what is not, over all layers
+        model = build_model(**early["model"])
+        model.load_state_dict(early["state_dict"])
+        data = load_described(early["dataset"]).eval_batches("train")
+        sum(nn.functional.cross_entropy(model(x), y, reduction="sum") for x, y in data).backward()
+        layers = {name: model.get_parameter(name) for name in mask}
+        scores = {name: (w * (w.grad if kind == "snip" else 1)).abs() for name, w in layers.items()}
+        kept, pruned = (
+            torch.cat([score[mask[name] == which] for name, score in scores.items()])
+            for which in (True, False)
         )
+        assert kept.min() >= pruned.max() * 0.999
 
 
 def test_what_the_run_has_not_is_refused(ends, tmp_path):
-    command = "analyze.other_masks", ends[1], "--kind", "erk", "--sparsity", 0.5
-    refuse((*command, "--rewind", 7, "--out", tmp_path / "masks"), "epoch")
+    command = "analyze.other_masks", ends[1], "--kind erk --sparsity 0.5"
+    refuse((*command, "--rewind 7 --out", tmp_path / "masks"), "epoch")
     assert not (tmp_path / "masks").exists()
     mask = ends[2] / "mask_0.50.pt"  # of IMP
     before = mask.read_bytes()
-    refuse((*command, "--rewind", 1, "--out", ends[2]), mask, "choose another --out")
+    refuse((*command, "--rewind 1 --out", ends[2]), mask, "choose another --out")
     assert mask.read_bytes() == before

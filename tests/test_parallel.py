@@ -1,66 +1,32 @@
 """Runs side by side: the same numbers as one run after the other."""
 
-import contextlib
 import os
 import signal
 import threading
-import time
 import types
-from functools import partial
 
 import pytest
 import torch
 
-from common import checkpoint
 from common.errors import UserError
 from common.runtime import parallel
 from common.runtime.seeding import seeded
-from common.training import cpu_state, train
 from tests.conftest import (
     fork,
     forks,
     same,
-    small_cnn,
+    same_files,
     small_resnet,
     stage1,
     stage2,
     stage4,
-    start,
     succeed,
-    weights,
 )
 from tests.test_data import resident
-from tests.test_training import SETTINGS
 
 CPU = torch.device("cpu")
 BOTH = [parallel._in_processes, parallel._in_threads]
 HOWS = [pytest.param(BOTH[0], marks=forks), BOTH[1]]
-
-
-def jobs(folder, data):
-    """Three runs of one to three epochs, each of which leaves end.pt in a folder of its own."""
-
-    def run(seed):
-        model, rates = small_cnn(seed), [0.125, 0.5, 0.25][: 1 + seed]
-        settings = SETTINGS | {"seed": seed, "progress": False, "folder": folder / str(seed)}
-        train(model, data, rates, **settings)
-        checkpoint.save(cpu_state(model), folder / f"{seed}/end.pt")
-
-    return {str(seed): partial(run, seed) for seed in range(3)}
-
-
-def trained(folder):
-    return [checkpoint.load(folder / f"{seed}/end.pt") for seed in range(3)]
-
-
-@pytest.mark.parametrize("how", HOWS)
-def test_runs_side_by_side_are_those_of_the_run_alone(tmp_path, how):
-    data = resident(count=16, pad=1)
-    for run in jobs(tmp_path / "alone", data).values():
-        run()
-    assert how(jobs(tmp_path / "beside", data), 2, CPU) == {}
-    alone, beside = trained(tmp_path / "alone"), trained(tmp_path / "beside")
-    assert all(map(same, alone, beside)) and not same(*alone[:2])
 
 
 @pytest.mark.parametrize("how", HOWS)
@@ -105,18 +71,21 @@ def test_a_run_side_by_side_has_one_thread_whatever_the_others_have():
 
 
 def test_how_many_run_side_by_side(monkeypatch):
-    def picked(asked="auto", runs=99, width=1, data=resident()):
-        return parallel.pick_count(asked, runs, width, data)
-
-    for cores, counts in ((2, {1: 1, 2: 2, 3: 3, 4: 2, 99: 2}), (16, {3: 3, 16: 16, 31: 16})):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores))
-        assert {runs: picked(runs=runs) for runs in counts} == counts
-    assert [picked("3", count) for count in (9, 2)] == [3, 2]
     gpu = resident(device="meta")  # any device that is no CPU
-    counts = {0.25: 32, 1: 16, 4: 4, 16: 1, 32: 1}
-    assert {width: picked(width=width, data=gpu) for width in counts} == counts
     streamed = types.SimpleNamespace(device=torch.device("cuda"))  # ImageNet
-    assert [picked(asked, data=streamed) for asked in ("auto", "2")] == [1, 2]
+    for cores, asked, runs, width, data, count in (
+        (2, "auto", 3, 1, resident(), 3),  # no more than a few share a few cores
+        (2, "auto", 4, 1, resident(), 2),
+        (16, "auto", 31, 1, resident(), 16),
+        (2, "3", 9, 1, resident(), 3),
+        (2, "3", 2, 1, resident(), 2),
+        (2, "auto", 99, 0.25, gpu, 32),
+        (2, "auto", 99, 4, gpu, 4),
+        (2, "auto", 99, 32, gpu, 1),
+        (2, "auto", 99, 1, streamed, 1),
+    ):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores))
+        assert parallel.pick_count(asked, runs, width, data) == count
 
 
 def test_the_generator_of_one_thread_is_not_moved_by_another():
@@ -136,36 +105,15 @@ def test_the_generator_of_one_thread_is_not_moved_by_another():
         other.join()
 
 
-def stoppable(function, *arguments):
-    os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
-    function(*arguments)
-
-
-@forks
-def test_a_stop_reaches_every_run(tmp_path, capfd):
-    endless = stage1(tmp_path, "--epochs", 100000, "--seed", 0, 1, "--parallel", 2)
-    process, deadline = fork(stoppable, start, *endless), time.monotonic() + 120
-    while len(list(tmp_path.glob("*/resume.pt"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    os.kill(process.pid, signal.SIGINT)  # to the command alone, not to its runs
-    process.join(60)
-    try:
-        assert process.exitcode == 130
-        assert "the same command goes on" in capfd.readouterr().err
-        with pytest.raises(ProcessLookupError):
-            for _ in range(100):
-                os.killpg(process.pid, 0)  # any of the group
-                time.sleep(0.1)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-
 def test_a_stop_ends_threads_too(capfd):
     """As networks side by side on a GPU are: the command does not wait for the others."""
     runs = {"waits": threading.Event().wait, "stops": lambda: os.kill(os.getpid(), signal.SIGINT)}
-    process = fork(stoppable, parallel._in_threads, runs, 2, CPU)
+
+    def stoppable():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+        parallel._in_threads(runs, 2, CPU)
+
+    process = fork(stoppable)
     process.join(60)
     process.kill()
     assert process.exitcode == 130 and "the same command goes on" in capfd.readouterr().err
@@ -174,15 +122,12 @@ def test_a_stop_ends_threads_too(capfd):
 @forks
 def test_every_stage_gives_the_same_whatever_runs_beside_it(runs, ends, tmp_path):
     """The tiny pipeline runs on one thread, as every run side by side does."""
-    _, target, masks = ends
-    succeed(*stage1(tmp_path / "dense", "--seed", 0, 1, 2, "--parallel", 2))
+    succeed(*stage1(tmp_path / "dense", "--seed 0 1 2 --parallel 2"))
     roots = (runs / "dense", tmp_path / "imp")
     chains, outs = ([root / f"seed{n}" for n in (0, 2)] for root in roots)
-    more = ("--dense", *chains, "--out", *outs, "--parallel", "auto")
+    more = ("--dense", *chains, "--out", *outs, "--parallel auto")
     succeed(*stage2(chains[0], tmp_path, *more))
-    naive = "sparse/naive/seed0-seed1"
-    succeed(*stage4("naive", target, masks, tmp_path / naive, "--parallel", 3))
-    cells = [f"{naive}/s{s}_k{k}/final.pt" for s in ("0.50", "0.70") for k in ("000", "001")]
-    epochs = [f"dense/seed{n}/epoch_000{k}.pt" for n in (0, 1, 2) for k in (0, 3)]
-    for name in (*epochs, *(f"imp/seed{n}/sparse_0.70.pt" for n in (0, 2)), *cells):
-        assert same(weights(tmp_path / name), weights(runs / name)), name
+    naive = tmp_path / "sparse/naive/seed0-seed1"
+    succeed(*stage4("naive", *ends[1:], naive, "--parallel 3"))
+    same_files(tmp_path, runs)
+    assert len([*tmp_path.rglob("final.pt")]) == 4

@@ -15,18 +15,17 @@ def gpu():
         yield
 
 
+def refused(*asked):
+    for ask in asked:
+        with pytest.raises((RuntimeError, TypeError)):
+            ask()
+
+
 def test_tensors_of_two_devices_do_not_mix():
     here, there = torch.arange(3.0), torch.arange(3.0, device="cuda")
-    assert there.device == torch.device("cuda:0") and (there + 1).is_cuda
-    assert (there * torch.tensor(2.0)).tolist() == [0, 2, 4] and torch.equal(there.cpu(), here)
-    for wrong in (
-        lambda: here + there,
-        lambda: torch.stack([here, there]),
-        lambda: here[0].add_(there[0]),
-        there.numpy,
-    ):
-        with pytest.raises((RuntimeError, TypeError)):
-            wrong()
+    assert there.device == torch.device("cuda:0") and torch.equal(there.cpu(), here)
+    assert (there * torch.tensor(2.0)).tolist() == [0, 2, 4]
+    refused(lambda: here + there, lambda: here[0].add_(there[0]), there.numpy)
 
 
 def test_what_is_captured_is_computed_when_replayed():
@@ -34,26 +33,22 @@ def test_what_is_captured_is_computed_when_replayed():
     graph, factor = torch.cuda.CUDAGraph(), torch.tensor(2.0)
     with torch.cuda.graph(graph):
         total.add_(ones * factor)
+        refused(lambda: float(total[0]), total.cpu)
     assert total.tolist() == [0, 0]
     ones.fill_(3)
     factor.fill_(5)  # a number of the host is captured as it was
     for count in (6, 12):
         graph.replay()
         assert total.tolist() == [count] * 2
-    for asks in (lambda: float(total[0]), total.cpu):
-        with pytest.raises(RuntimeError, match="capturing"), torch.cuda.graph(graph):
-            asks()
 
 
 def test_a_stream_waits_for_what_another_writes():
     ones, other = torch.ones(2, device="cuda"), torch.cuda.Stream()
-    with torch.cuda.stream(other), pytest.raises(RuntimeError, match="does not wait"):
-        ones + 1
-    other.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(other):
+        refused(lambda: ones + 1)
+        other.wait_stream(torch.cuda.default_stream())
         twos = ones + 1
-    with pytest.raises(RuntimeError, match="does not wait"):
-        twos.add_(1)
+    refused(lambda: twos.add_(1))
     torch.cuda.synchronize()
     assert (twos + 1).tolist() == [3, 3]
 

@@ -1,5 +1,6 @@
 """What is no run of ours below a folder is skipped with a line, by every analysis."""
 
+import itertools
 import json
 import shutil
 
@@ -7,7 +8,7 @@ import pandas as pd
 import pytest
 
 from analyze.lib import runs as finished
-from tests.conftest import call
+from tests.conftest import call, result
 
 METRICS = {"test_acc": 1, "test_loss": 1, "seconds": 1, "sparsity_total": 1}
 FOREIGN = (
@@ -18,6 +19,7 @@ FOREIGN = (
     {"stage": "align_mask", "arguments": {"source_seed": 7}},
     {"stage": "prune_imp"},
 )
+NEEDED = "arguments test_acc seconds sparsity rewind target_seed width".split()
 CUT = """
 imp/seed0/sparse_0.70.pt
 imp/seed0/round_01.pt
@@ -36,7 +38,14 @@ def littered(runs, tmp_path_factory):
     for number, text in enumerate(("{", "[]", *map(json.dumps, FOREIGN))):
         (root / f"foreign{number}").mkdir()
         (root / f"foreign{number}/result.json").write_text(text)
-    shutil.copytree(root / "sparse/naive/seed0-seed1/s0.70_k001", root / "unfinished")
+    run = root / "sparse/naive/seed0-seed1/s0.70_k001"
+    for number, (key, value) in enumerate(itertools.product(NEEDED, (None, "x", [], {}))):
+        spoilt = result(run)
+        inner = spoilt["arguments"] if key in spoilt["arguments"] else spoilt
+        inner[key] = value
+        (root / f"spoilt{number}").mkdir()
+        (root / f"spoilt{number}/result.json").write_text(json.dumps(spoilt))
+    shutil.copytree(run, root / "unfinished")
     (root / "unfinished/result.json").unlink()
     for path in CUT.split():
         (root / path).write_bytes((root / path).read_bytes()[:500])
@@ -48,7 +57,7 @@ def test_results_skip_what_is_no_run(littered, runs):
     outcome = call("analyze.results", littered)
     # [] and {} say nothing of a stage.
     assert outcome.code == 0 and all(f"foreign{number}" in outcome.err for number in range(5))
-    assert outcome.err.count("skipped") == 5 and outcome.err.count("\n") == 5
+    assert outcome.err.count("skipped") == outcome.err.count("\n") == 5 + 4 * len(NEEDED)
     cells = "sparsity == 0.5 and rewind == 0 or sparsity == 0.7 and rewind == 1"
     before = finished.sparse_runs(runs).query(cells).reset_index(drop=True)
     ours = finished.sparse_runs(littered)

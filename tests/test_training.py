@@ -79,39 +79,37 @@ def test_a_leaking_mask_stops_training(monkeypatch):
         train(tiny(), resident(), [0.1], folder=None, mask=masked(tiny()), **SETTINGS)
 
 
-OPTIMISERS = {
-    "sgd": sgd(0.9, 0.01),
-    "nesterov": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
-    "adamw": partial(torch.optim.AdamW, weight_decay=0.1),
-    "rmsprop": partial(torch.optim.RMSprop, centered=True),
-    "no state": torch.optim.SGD,
-}
-CASES = [(tiny, "fp32", True, "sgd"), (small_resnet, "bf16", True, "sgd")]
-CASES += [(tiny, "fp32", False, name) for name in OPTIMISERS]
+CASES = [
+    (tiny, "fp32", sgd(0.9, 0.01)),
+    (small_resnet, "bf16", sgd(0.9, 0.01)),
+    (tiny, "fp32", partial(torch.optim.AdamW, weight_decay=0.1)),
+    (tiny, "fp32", torch.optim.SGD),  # which has no state
+]
 
 
-@pytest.mark.parametrize("network, precision, pruned, optimiser", CASES)
-def test_a_run_that_was_cut_off_ends_with_the_same_numbers(
-    tmp_path, network, precision, pruned, optimiser
-):
+@pytest.mark.parametrize("network, precision, optimiser", CASES)
+def test_a_run_that_was_cut_off_ends_with_the_same_numbers(tmp_path, network, precision, optimiser):
     """Within an epoch, too, and with any optimiser's state; the schedule sets its learning rate."""
     rates, seen, data = [0.01, 0.008, 0.005, 0.002], [], resident(count=16, mean=0.1)
+    drawn = set()
 
     def noted(parameters):
-        made = OPTIMISERS[optimiser](parameters, lr=9.0)
+        made = optimiser(parameters, lr=9.0)
         made.register_step_pre_hook(lambda *_: seen.append(made.param_groups[0]["lr"]))
         return made
 
     def lighter(images, generator):
-        return images + torch.rand(1, generator=generator)
+        by = torch.rand(1, generator=generator)
+        drawn.add(float(by))
+        return images + by
 
     settings = SETTINGS | {"precision": precision, "make_optimiser": noted, "first_epoch": 3}
-    settings["augment"] = lighter
-    settings["mask"] = masked(network()) if pruned else None
+    settings |= {"augment": lighter, "mask": masked(network())}
     whole, rest, calls = network(), network(9), []  # whatever that holds, the file replaces it
     expected = train(whole, data, rates, folder=tmp_path / "whole", **settings)
     assert [row["epoch"] for row in expected] == [4, 5, 6, 7]
     assert seen == [rate for rate in rates for _ in range(data.steps(4))]
+    assert len(drawn) == len(seen)  # another draw in each step
 
     def kill(epoch):
         if epoch == 6:
@@ -148,20 +146,15 @@ def test_a_network_trained_in_bf16_is_evaluated_in_fp32():
 
 
 def test_a_resumed_run_has_the_layout_of_its_own_device(tmp_path):
-    """A run may go on elsewhere, or with --compile, where convolutions lie in memory in another
-    order than in its file.
-    """
+    """Elsewhere, or with --compile, convolutions lie in memory in another order than in a file."""
     data, whole, rest = resident(count=16, mean=0.1), small_resnet(), small_resnet()
-    train(whole, data, [0.05, 0.05], folder=tmp_path / "whole", **SETTINGS)
+    train(whole, data, [0.05] * 2, folder=None, **SETTINGS)
     train(small_resnet(), data, [0.05], folder=tmp_path, **SETTINGS)
-    cut, changed = state(tmp_path / "resume.pt"), 0
+    cut = state(tmp_path / "resume.pt")
     for kept in cut["optimiser"].values():
-        before = kept["momentum_buffer"]
-        kept["momentum_buffer"] = before.contiguous()
-        changed += before.stride() != kept["momentum_buffer"].stride()
-    assert changed > 10
+        kept["momentum_buffer"] = kept["momentum_buffer"].contiguous()
     torch.save(cut, tmp_path / "resume.pt")
-    train(rest, data, [0.05, 0.05], folder=tmp_path, **SETTINGS)
+    train(rest, data, [0.05] * 2, folder=tmp_path, **SETTINGS)
     assert same(whole.state_dict(), rest.state_dict())
 
 
@@ -176,24 +169,12 @@ def test_the_state_is_written_every_so_many_seconds_and_at_the_end(tmp_path, mon
     assert written == [2, 4, 5]
 
 
-def test_augmentation_is_drawn_from_seed_and_epoch_and_keeps_the_shape():
-    data, drawn = resident(count=8), []
-
-    def noise(images, generator):
-        drawn.append(float(torch.rand((), generator=generator, device=images.device)))
-        return images + 1
-
+def test_augmentation_that_changes_the_shape_is_named():
     def shrink(images, generator):
         return images[..., 1:]
 
-    def run(augment):
-        rows = train(tiny(), data, [0.01] * 2, folder=None, augment=augment, **SETTINGS)
-        return rows[0]["train_loss"]
-
-    assert run(noise) == run(noise) != run(None)
-    assert drawn[:4] == drawn[4:] and len(set(drawn)) == 4
     with pytest.raises(ValueError, match="shrink made"):
-        run(shrink)
+        train(tiny(), resident(), [0.1], folder=None, augment=shrink, **SETTINGS)
 
 
 def test_a_compiled_network_trains_as_the_plain_one(monkeypatch):

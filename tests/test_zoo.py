@@ -9,11 +9,10 @@ from common.models import build_model
 from tests.conftest import call, refused, succeed
 from tests.test_axes import check_axes, layout
 
+# One of each kind; docs/coverage.md has all.
 FAMILIES = (
-    "alexnet vgg11 vgg11_bn resnet18 resnet50 wide_resnet50_2 resnext50_32x4d densenet121 "
-    "squeezenet1_1 googlenet inception_v3 mobilenet_v2 mobilenet_v3_small mnasnet0_5 "
-    "efficientnet_b0 efficientnet_v2_s regnet_x_400mf regnet_y_400mf convnext_tiny "
-    "shufflenet_v2_x0_5 swin_t swin_v2_t"
+    "alexnet resnet18 densenet121 squeezenet1_1 googlenet mobilenet_v3_small regnet_y_400mf "
+    "convnext_tiny shufflenet_v2_x0_5 swin_t swin_v2_t"
 ).split()
 
 
@@ -62,7 +61,7 @@ def test_torchvision_networks_move_in_everything_but_their_classes(name):
     found = coverage.count(check_axes(coverage.build(name), (3, size, size)))
     assert found["pinned"] == coverage.CLASSES  # of thousands of channels; these and nothing else
     assert found["free"] + found["in blocks"] > 500
-    assert (found["in blocks"] > 0) == name.startswith(("resnext", "regnet", "swin"))
+    assert (found["in blocks"] > 0) == name.startswith(("regnet", "swin"))
 
 
 @pytest.mark.parametrize("name", coverage.timm_names())

@@ -47,7 +47,7 @@ def add_external(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--model-fn", metavar="M:F", help="function F() of module M that builds the network")
     add("--dataset", choices=DATASETS, help="to match activations on, by its own normalisation")
-    add("--image-size", type=cli.number(int, 8), metavar="PX", help="of that data set")
+    add("--image-size", type=cli.pixels, metavar="PX", help="of that data set")
     add("--input-shape", type=cli.positive, nargs="+", help="without --dataset (default: 3 32 32)")
 
 
