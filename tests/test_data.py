@@ -142,7 +142,7 @@ def test_folder_keeps_the_decoded_images_and_notices_a_change(pictures, monkeypa
         patched.setattr(folder, "read_picture", lambda _: pytest.fail("decoded again"))
         assert torch.equal(first.train, load().train)
     picture = pictures / "train/cat/0.png"
-    for channel, colour in ((0, "red"), (2, "blue")):  # of one size in bytes
+    for channel, colour in ((0, "red"), (1, "lime")):  # of one size in bytes
         Image.new("RGB", (12, 12), colour).save(picture)
         os.utime(picture, (channel, channel))
         changed = load()
