@@ -154,7 +154,7 @@ commands() { # of all stages, in any order
   echo "$python -m analyze.report '$OUT' $data $REPORT_FLAGS"
 }
 tests() { # in two halves; tail waits for the end of each
-  printf "$python -m pytest -q tests --ignore-glob='*/test_%s*' | tail -n 9999\n" '[!a-l]' '[a-l]'
+  printf "$python -m pytest -q tests --ignore-glob='*/test_%s*' | tail -n 9999\n" '[!a-o]' '[a-o]'
 }
 pairs=$(for p in $PAIRS; do echo "$((2 * p)) $((2 * p + 1))"; done) # lines "source target", of seeds
 [ -z "$ENSEMBLE" ] || pairs=$(seq "$ENSEMBLE" | sed 's/^/0 /')
