@@ -1,6 +1,6 @@
 """Stage 4: train a network under a mask, from the weights it had at a rewind epoch.
 
-    python train_sparse.py --arm lth --weights runs/dense/seed0 --masks runs/imp/seed0 \
+    python train_sparse.py --arm lth --weights runs/dense/seed0 --masks runs/imp/seed0 \\
         --sparsity 0.9 --rewind 0 10 25 --out runs/sparse/lth/seed0-seed0
 
 and so `--arm naive` with --weights runs/dense/seed1, and `--arm permuted` with the masks of

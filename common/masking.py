@@ -87,7 +87,7 @@ def prune_exactly(prune: Prune, weights: dict[str, Tensor], mask: Mask, keep: in
 
     Raises ValueError, naming the function, when it is not that.
     """
-    pruned, name = prune(weights, mask, keep), prune.__name__
+    pruned, name = prune(weights, mask, keep), getattr(prune, "__name__", prune)
 
     def form(mask: Mask) -> dict[str, tuple]:
         return {key: (entry.shape, entry.dtype) for key, entry in mask.items()}

@@ -44,10 +44,14 @@ class Diverged(UserError):
 def learning_rates(schedule: str, lr: float, epochs: int, warmup: int = 0) -> list[float]:
     """The learning rate of each epoch, lr times the factor of a schedule.
 
-    A linear warm-up raises it to that over the first `warmup` epochs.
+    A linear warm-up raises it to that over the first `warmup` epochs. Raises ValueError when the
+    schedule gives what is no learning rate.
     """
     warm = [min(1.0, (epoch + 1) / max(warmup, 1)) for epoch in range(epochs)]
-    return [lr * SCHEDULES[schedule](epoch, epochs) * warm[epoch] for epoch in range(epochs)]
+    rates = [lr * SCHEDULES[schedule](epoch, epochs) * warm[epoch] for epoch in range(epochs)]
+    if not all(0 <= rate < math.inf for rate in rates):
+        raise ValueError(f"the schedule {schedule} gives rates below 0, NaN or inf: {rates}")
+    return rates
 
 
 @torch.no_grad()
@@ -211,7 +215,7 @@ def augmented(augment: Augment, images: Tensor, generator: torch.Generator) -> T
     new = augment(images, generator)
     if new.shape != images.shape or new.dtype != images.dtype:
         raise ValueError(
-            f"{augment.__name__} made {tuple(new.shape)} {new.dtype} "
+            f"{getattr(augment, '__name__', augment)} made {tuple(new.shape)} {new.dtype} "
             f"of images {tuple(images.shape)} {images.dtype}: it must keep both"
         )
     return new

@@ -12,7 +12,7 @@ from common import checkpoint, masking
 from common.errors import UserError
 from common.models import build_model
 from common.runtime import resume
-from common.training import evaluate, learning_rates, train
+from common.training import SCHEDULES, evaluate, learning_rates, train
 from tests.conftest import distance, ending_at, interrupt, same, sgd, small_resnet, state
 from tests.test_data import resident
 
@@ -35,9 +35,12 @@ def masked(model):
     return masking.prune_by_magnitude(model.state_dict(), everything, half)
 
 
-def test_schedules_by_hand():
+def test_schedules_by_hand(monkeypatch):
     far, near = (0.4 * (1 + sign * math.sqrt(0.5)) for sign in (1, -1))
     assert learning_rates("cosine", 0.8, 4) == pytest.approx([0.8, far, 0.4, near])
+    monkeypatch.setitem(SCHEDULES, "falling", lambda epoch, epochs: 1 - epoch)
+    with pytest.raises(ValueError, match="falling gives rates below 0"):
+        learning_rates("falling", 0.1, 3)
     step = learning_rates("step", 0.4, 80, warmup=5)
     assert step[:6] == pytest.approx([0.08, 0.16, 0.24, 0.32, 0.4, 0.4]) and len(step) == 80
     assert [step[29], step[30], step[60]] == pytest.approx([0.4, 0.04, 0.004])

@@ -122,7 +122,9 @@ def findings(table: pd.DataFrame) -> list[str]:
     sentences = []
     for (model, width, dataset), rows in table.groupby(NETWORK):
         rows = rows[rows["variant"].str.startswith("permuted") & rows["difference"].notna()]
-        rows = rows.sort_values(["sparsity", "variant"], na_position="first")
+        # Of an edit, named in brackets as settings are not, where there is nothing else.
+        rows = rows.assign(edit=rows["variant"].str.contains(r"\[(?!\w+=)"))
+        rows = rows.sort_values(["edit", "sparsity", "variant"], na_position="first")
         text = "no permuted mask stands beside an unpermuted one yet"
         for row in rows.head(1).itertuples():
             text, shown = "whether permuting the mask helps cannot be told from these runs", ""
