@@ -111,6 +111,6 @@ def test_the_experiment_runs_on_slurm_and_the_same_call_goes_on(tmp_path):
     assert "stopped" in told
     assert "train_dense: 1 tasks" in submit().splitlines()[0]
     wait()
-    assert len((tmp_path / "results.csv").read_text().splitlines()) == 1 + 6
-    assert submit().splitlines()[0].startswith("analyses")
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 1 + 3
+    assert submit().startswith("analyze.results")
     wait()
