@@ -11,8 +11,8 @@ from torch.nn.utils import prune
 from torch.utils.data import DataLoader, default_collate
 
 from common.align.graph import export, lockstep
-from common.align.matching import Moments, Products, assign, objective, samples
-from common.align.permutation import Axes, identity, permute
+from common.align.matching import Moments, assign, objective, samples
+from common.align.permutation import Axes, by_channel, identity, permute
 from common.data import Resident
 from common.masking import Mask
 from common.runtime.parallel import cores
@@ -99,9 +99,13 @@ def match_weights_every_axis(
     while improved:
         improved = False
         for position in torch.randperm(len(names), generator=generator).tolist():
-            axis = names[position]
+            axis, size = names[position], axes.sizes[names[position]]
             moved = permute(source, axes.dims, permutation)
-            similarity = Products(axes.sizes[axis]).update(places[axis], target, moved)
+            similarity = torch.zeros(size, size, dtype=torch.float64)
+            for place in places[axis]:
+                pair = (target[place.tensor], moved[place.tensor])
+                here, there = (by_channel(one, place).flatten(1) for one in pair)
+                similarity += (here @ there.T).cpu()
             candidate = permutation | {axis: permutation[axis][assign(similarity)]}
             reached = objective(permute(source, axes.dims, candidate), target)
             if reached > best + 1e-7 * abs(best):
