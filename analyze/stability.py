@@ -53,12 +53,14 @@ def pruned(root: Path) -> pd.DataFrame:
     Of every permutation that a sparse network used, and without one.
     """
     key = [*NETWORK, "tag", "sparsity"]
-    chains = pd.DataFrame(networks.imp_networks(root, rounds=False))[[*key, "seed", "file"]]
+    left = networks.imp_networks(root, rounds=False)
+    left = {tuple(run[name] for name in (*key, "seed")): run["file"] for run in left}
     found = networks.triples(root).drop_duplicates([*key, *SEEDS, "variant"])
     for seed in SEEDS:
-        of_seed = {"seed": seed, "file": f"{seed}_file"}
-        found = found.merge(chains.rename(columns=of_seed), on=[*key, seed])
+        wanted = found[[*key, seed]].itertuples(index=False, name=None)
+        found[f"{seed}_file"] = list(map(left.get, wanted))
     ends = [f"{seed}_file" for seed in SEEDS]
+    found = found.dropna(subset=ends)
     naive = found.drop_duplicates([*key, *SEEDS]).assign(variant="naive")
     parts = ((naive, ends), (found, [ends[0], "permutation", ends[1]]))
     both = [rows.assign(files=[list(row) for row in rows[way].to_numpy()]) for rows, way in parts]
@@ -71,6 +73,8 @@ def gains(runs: pd.DataFrame, barriers: pd.DataFrame) -> pd.DataFrame:
     Of each cell's pairs, at least four; `pairs` counts them.
     """
     accuracy = by_pair(runs)
+    if "naive" not in accuracy:
+        return pd.DataFrame()
     gain = accuracy.sub(accuracy["naive"], axis=0).melt(ignore_index=False, value_name="gain")
     both = barriers.merge(gain.reset_index(), on=[*CELL, *SEEDS, "variant"]).dropna(subset="gain")
     rows = []

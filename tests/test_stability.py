@@ -43,6 +43,8 @@ def test_two_orders_and_the_way_to_the_permuted_network(runs, tmp_path):
     assert way["naive", 0.5] == files
     files.insert(1, root / "align/activation/seed0-seed1/permutation.pt")
     assert way["permuted", 0.5] == files
+    shutil.rmtree(root / "imp")
+    assert stability.pruned(root).empty
     again = stability.orders(sparse_runs(root)).query("variant == 'naive'")["files"]
     assert [*again] == [
         [
@@ -80,6 +82,7 @@ def test_barrier_and_gain_of_the_same_pairs_are_correlated():
     assert row["correlation"] == pytest.approx(0.2) and row["pairs"] == 4
     few = stability.gains(pd.DataFrame(rows[:6]), pd.DataFrame(heights[:3]))
     assert few.empty
+    assert stability.gains(pd.DataFrame(rows[1::2]), pd.DataFrame(heights)).empty  # no naive
 
 
 def test_nothing_to_compare_is_told(runs, tmp_path):
