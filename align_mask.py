@@ -3,13 +3,11 @@
     python align_mask.py --source runs/dense/seed0 --target runs/dense/seed1 \\
         --masks runs/imp/seed0 --method activation --out runs/align/activation/seed0-seed1
 
-Methods: `activation` (the paper's: correlation of activations on training images, in one pass),
-`weight` (inner product of the weights, no data), `masked` (weight matching of the pruned source,
-one permutation a sparsity, started from activation matching), and the controls `random` and
-`identity`. The permuted source must compute the same function, or the script raises. Writes
-permutation.pt (for `masked` permutation_0.90.pt, ...) and the permuted masks (mask_0.90.pt, ...)
-with their signs. Called again, it permutes the masks that have come since. Networks trained
-elsewhere are two state dicts, with `--model-fn package.module:function` to build the module.
+Methods: `activation` (the paper's: correlation of activations on training images), `weight` (inner
+product of the weights), `masked` (weight matching of the pruned source, one permutation a sparsity,
+started from activation matching), and the controls `random` and `identity`. The permuted source
+must compute the same function, or the script raises. Writes permutation.pt (for `masked` one a
+sparsity) and the permuted masks with their signs. Called again, it permutes what has come since.
 """
 
 import argparse
@@ -31,6 +29,7 @@ from common.data import Streamed, derived_seed
 from common.runtime.device import pick_device
 
 METHODS = ("activation", "weight", "masked", "random", "identity")
+USED_BY = {"match_images": ("activation", "masked"), "restarts": ("weight",)}
 
 
 def parse_args() -> argparse.Namespace:
@@ -50,7 +49,7 @@ def parse_args() -> argparse.Namespace:
     cli.add_device(parser)
     cli.add_data(parser)
     args = parser.parse_args()
-    inputs.check_flags(parser, args, needs_images=args.method in ("activation", "masked"))
+    inputs.check_flags(parser, args, needs_images=args.method in USED_BY["match_images"])
     return args
 
 
@@ -69,8 +68,9 @@ def main() -> None:
     ends = {"source": source["sha256"], "target": target["sha256"]}
     made = {"source_seed": source["seed"], "target_seed": target["seed"]}
     made |= {"method": "-".join([args.method, *variant]), "match_epoch": target["epoch"]}
-    arguments = cli.experiment(args, "masks", "target_epoch", "batch_size", *how) | ends | made
-    arguments["data_dir"] = args.data_dir if args.dataset == "folder" else None
+    unused = [flag for flag, methods in USED_BY.items() if args.method not in methods]
+    arguments = cli.experiment(args, "masks", "target_epoch", "batch_size", *how, *unused)
+    arguments |= ends | made | {"data_dir": args.data_dir if args.dataset == "folder" else None}
     finished, missing = runs.is_finished(args.out, arguments), inputs.not_permuted(masks, args.out)
     if finished and not missing:
         return runs.say_finished(args.out, __file__)
@@ -115,9 +115,10 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(4, *source["model"]["input_shape"], generator=generator)
     for name, mask in missing.items():
-        one_each, about = args.method == "masked", ends | made | stamp
+        one_each = args.method == "masked"
         path = paths.permutation_file(args.out, name if one_each else None)
-        about["unpermuted"] = mask["unpermuted"] if one_each else None
+        about = ends | made | stamp | {"unpermuted": mask["unpermuted"] if one_each else None}
+        about["matching"] = provenance.code_digest(__file__, "common/align")
         found = inputs.reusable(path, about) or find(mask["mask"])
         permuted = permute(source["state_dict"], axes.dims, found["permutation"])
         difference = check_same_function(networks[0], source["state_dict"], permuted, sample)

@@ -92,15 +92,14 @@ def prune_chain(
     `start` is a checkpoint with mask, signs, round, and the rows of all rounds so far; `rewound`
     holds the weights that every round trains from, in place of those that it prunes.
     """
-    share = 1 if arguments["one_shot"] else PRUNED_A_ROUND
-    rounds = masking.plan(masking.size(start["mask"]), goals, share)
+    total = masking.size(start["mask"])
+    rounds = masking.plan(total, goals, 1 if arguments["one_shot"] else PRUNED_A_ROUND)
     model, epochs, rewind = build_model(**start["model"]), arguments["epochs"], arguments["rewind"]
     rates = learning_rates(arguments["schedule"], arguments["lr"], epochs, arguments["warmup"])
     momentum, decay = arguments["momentum"], arguments["weight_decay"]
     optimiser = partial(torch.optim.SGD, lr=0.0, momentum=momentum, weight_decay=decay, fused=True)
-    chain = masking.latest(
-        out, start, before=min((row[0] for row in rounds if row[2]), default=inf)
-    )
+    first_goal = min((row[0] for row in rounds if row[2]), default=inf)
+    chain, reached = (masking.latest(out, start, before) for before in (first_goal, inf))
     stamp, more = runs.claim(out, arguments, __file__), {"precision": how["precision"]}
     last = paths.round_file(out, chain["round"])
     if arguments["keep_rounds"] and chain["round"] and not last.is_file():  # as it was cut off
@@ -109,14 +108,14 @@ def prune_chain(
         weights = chain["state_dict"]
         mask = masking.prune_exactly(masking.prune_by_magnitude, weights, chain["mask"], keep)
         model.load_state_dict(masking.apply(rewound["state_dict"] if rewound else weights, mask))
-        # Epochs go on counting where the dense run ended, so that no round repeats a data order.
+        # Without --rewind epochs go on counting, so that no round repeats a data order.
         log = train(
             model,
             data,
             rates[rewind or 0 :],
             make_optimiser=optimiser,
             augment=None,
-            name=f"IMP seed {start['seed']} round {number:2d} to {keep} weights",
+            name=f"IMP seed {start['seed']} round {number:2d} to {keep} of {total} weights",
             folder=out,
             seed=stage_seed(start["seed"], "imp"),
             batch_size=arguments["batch_size"],
@@ -134,13 +133,16 @@ def prune_chain(
             entry = masking.entry(network, model) | {"imp": arguments | more} | stamp
             checkpoint.save(entry, paths.mask_file(out, goal))
         else:
-            chain = network
-            checkpoint.save(chain, paths.chain_file(out))
-            if arguments["keep_rounds"]:
+            chain, again = network, number <= reached["round"]  # for a smaller sparsity
+            if not again:
+                checkpoint.save(chain, paths.chain_file(out))
+            if again or arguments["keep_rounds"]:
                 checkpoint.save(chain, paths.round_file(out, number))
     histories = [checkpoint.load(path, ("rows",))["rows"] for path in paths.imp_files(out).values()]
     by_count = {row["kept"]: row for rows in (*histories, chain["rows"]) for row in rows}
     rows = [by_count[kept] for kept in sorted(by_count, reverse=True)]
+    if not arguments["keep_rounds"]:
+        checkpoint.remove(paths.round_files(out).values())
     runs.finish(out, "prune_imp", arguments, rows, data.device, stamp, **more)
 
 

@@ -58,7 +58,7 @@ esac
 [ -z "${ENSEMBLE-}" ] || default WIDTHS=1 SPARSITY=0.9 REWIND=25 OUT="runs/$preset-ensemble" # as in Table 1
 case $preset in
   svhn) default SOURCE_DATASET=cifar10 ;;
-  quick) default DENSE_FLAGS="--image-size 16 --epochs 12 --batch-size 64 --lr 0.05 --warmup 1" \
+  quick) default DENSE_FLAGS="--image-size 16 --epochs 12 --batch-size 64 --lr 0.05" \
     IMP_FLAGS="--epochs 2 --batch-size 64 --lr 0.02" SPARSE_FLAGS="--batch-size 64 --lr 0.02" \
     REPORT_FLAGS="--only results accuracy interpolation masks methods --points 11 --images 1000" ;;
 esac

@@ -66,7 +66,8 @@ def main() -> None:
     arguments["seed"] = dense["seed"] if args.seed is None else args.seed
 
     # Read and check every input before the first run starts.
-    masks = {s: load_mask(args.masks, s, args.arm, dense) for s in sorted(set(args.sparsity))}
+    about = args.arm, dense, args.weights
+    masks = {s: load_mask(args.masks, s, *about) for s in sorted(set(args.sparsity))}
     rewound = {k: checkpoint.load_dense(args.weights, k) for k in sorted(set(args.rewind))}
     if max(rewound) >= arguments["epochs"]:
         epochs = arguments["epochs"]
@@ -77,7 +78,7 @@ def main() -> None:
         mine = arguments | {"sparsity": sparsity, "rewind": rewind}
         mine |= {key: mask[key] for key in ("mask_dataset", "source_seed", "method", "match_epoch")}
         mine |= {"weights": weights["sha256"], "mask": mask["sha256"]}
-        mine["tag"] = cli.joined_tag(mask.get("tag") or dense.get("tag"), args.tag)
+        mine["tag"] = cli.joined_tag(mask.get("tag"), dense.get("tag"), args.tag)
         if runs.is_finished(folder, mine):
             runs.say_finished(folder, __file__)
         else:
@@ -135,9 +136,9 @@ def start_weights(
     """The masked weights at the rewind epoch, with transferred signs and rescaled as asked."""
     start = masking.apply(weights, mask["mask"])
     if signs:
-        start |= masking.with_signs({name: start[name] for name in mask["mask"]}, mask["signs"])
+        start |= masking.with_signs(start, mask["signs"])
     if fan_in:
-        start |= masking.rescale_fan_in({name: start[name] for name in mask["mask"]}, mask["mask"])
+        start |= masking.rescale_fan_in(start, mask["mask"])
     return start
 
 

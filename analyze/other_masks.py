@@ -3,7 +3,7 @@
     python -m analyze.other_masks runs/dense/seed1 --kind snip --rewind 10 --sparsity 0.9 --out M
     python train_sparse.py --arm imp-target --weights runs/dense/seed1 --masks M --rewind 10 ...
 
-Writes a masks folder of the network's own, tagged with the kind, for stage 4. `erk`: random, each
+Writes a masks folder of the network's own for stage 4, tagged `erk`, `snip@10`, ... `erk`: random, each
 layer's density by Erdős-Rényi-kernel (Evci et al. 2020); `uniform`: random, of one density;
 `magnitude`: the largest weights at epoch k, over all layers; `snip`: those of the largest |weight *
 gradient| there, on training images (Lee et al. 2019). A random mask with the densities of an IMP
@@ -99,7 +99,8 @@ def main() -> None:
         mask = largest(scores, keep)
         network = {key: dense[key] for key in ("model", "dataset", "seed")}
         network |= {"mask": mask, "signs": masking.signs(dense["state_dict"], names)}
-        tag = cli.joined_tag(dense.get("tag"), args.kind)
+        early_weights = f"@{args.rewind}" * (args.kind in ("magnitude", "snip"))
+        tag = cli.joined_tag(dense.get("tag"), args.kind + early_weights)
         entry = masking.entry(network | {"tag": tag}, model) | provenance.stamp(__file__)
         checkpoint.save(entry, paths.mask_file(args.out, sparsity))
         print(f"wrote {paths.mask_file(args.out, sparsity)}")

@@ -61,7 +61,7 @@ def render(runs: pd.DataFrame, against: str | None = None) -> str:
                     lines += [f"  no naive {edit} is there: {INCLUDES}" for edit in edits]
         lines += remarks(runs[(runs[NETWORK] == list(network)).all(axis=1)])
         if block["count"].max() == 1:
-            lines += ["one seed only: there is no spread to tell an effect from chance"]
+            lines += ["one pair only: there is no spread to tell an effect from chance"]
         lines += [""]
     told = [] if against else findings(table)
     return "\n".join([*lines, *(textwrap.fill(text, 100) for text in told)])

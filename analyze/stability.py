@@ -17,7 +17,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from analyze.lib import lines, networks, panels, style
-from analyze.lib.runs import CELL, NETWORK, SEEDS, by_pair, readable, sparse_runs
+from analyze.lib.runs import CELL, NETWORK, SEEDS, by_pair, readable, shared_networks, sparse_runs
 from analyze.lib.statistics import paired
 from common import cli, paths
 from common.errors import UserError
@@ -104,7 +104,9 @@ def main() -> None:
     heights = lines.barriers(pd.concat(curves), [*KEY, *SEEDS])
     heights = heights[~heights["repair"]]
     rows = [
-        dict(zip(KEY, key)) | paired(group["test"]) | {"std": group["test"].std()}
+        dict(zip(KEY, key))
+        | paired(group["test"], not shared_networks(group))
+        | {"std": group["test"].std()}
         for key, group in heights.groupby(KEY, dropna=False)
     ]
     table = pd.DataFrame(rows).rename(columns={"difference": "mean"})

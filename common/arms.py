@@ -3,14 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-from common import masking, paths
+from common import checkpoint, masking, paths
 from common.errors import UserError
 
 ARMS = ("lth", "naive", "permuted", "shuffled", "random-permutation", "imp-target")
 
 
-def load_mask(folder: Path, sparsity: float, arm: str, dense: dict[str, Any]) -> dict[str, Any]:
-    """Read the mask of a sparsity for the weights of a checkpoint.
+def load_mask(
+    folder: Path, sparsity: float, arm: str, dense: dict[str, Any], run: Path
+) -> dict[str, Any]:
+    """Read the mask of a sparsity for the weights of a checkpoint of the dense `run`.
 
     Raises UserError when it does not fit the network or contradicts the arm.
     """
@@ -38,8 +40,12 @@ def load_mask(folder: Path, sparsity: float, arm: str, dense: dict[str, Any]) ->
             made = f"permuted onto seed {target} by {mask['method']}"
         raise UserError(
             f"--arm {arm} contradicts the files: {path} is of seed {source}, {made}, and the "
-            f"weights are of seed {seed}"
+            f"weights are of seed {seed}, which is for --arm {' or '.join(arms) or 'none'}"
         )
+    if target is not None and "align" in mask:
+        matched = paths.epoch_file(run, mask["match_epoch"])
+        if not matched.is_file() or checkpoint.digest(matched) != mask["align"]["target"]:
+            raise UserError(f"{path} was permuted onto another network of seed {seed} than {run}")
     if arm == "shuffled":
         mask["mask"] = masking.shuffle(mask["mask"], seed)
     return mask

@@ -19,6 +19,7 @@ import torch
 from common import paths
 from common.errors import UserError
 from common.models import check_fits, model_shapes
+from common.runtime.distributed import RANK, barrier
 
 WEIGHTS = ("model", "dataset", "seed", "epoch", "state_dict")
 MASKS = ("mask", "signs", "sparsity", "sparsity_total", "model", "dataset")
@@ -27,15 +28,6 @@ MODEL = ("name", "width", "classes", "input_shape")
 KINDS = {"seed": int, "epoch": int, "round": int, "rows": list}  # of these entries in any file
 KINDS |= dict.fromkeys(("model", "dataset", "state_dict", "mask", "signs", "permutation"), dict)
 
-# Of several processes of one run the first alone writes, when all have met, so that none sees what
-# is written too early: common/runtime/distributed.py sets both.
-is_writer = True
-
-
-def barrier() -> None:
-    """Nothing, in a single process."""
-
-
 # ---------------------------------------------------------------- writing
 
 
@@ -43,12 +35,12 @@ def barrier() -> None:
 def replacing(path: Path) -> Iterator[io.BufferedWriter]:
     """Open a temporary file beside `path` that takes its place when the block ends well.
 
-    Of several processes the first alone writes.
+    Of several processes the first alone writes, when all have met, so that none sees it too early.
     """
     barrier()
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
-        if not is_writer:
+        if RANK:
             yield io.BytesIO()
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +72,7 @@ def _sync_folder(folder: Path) -> None:
 def remove(paths: Iterable[Path]) -> None:
     """Delete files, those that are there."""
     barrier()
-    for path in paths if is_writer else ():
+    for path in () if RANK else paths:
         path.unlink(missing_ok=True)
     barrier()
 
@@ -162,8 +154,9 @@ def _siblings(path: Path) -> str:
     """What a folder offers in place of a missing file, for the error message."""
     if not path.parent.is_dir():
         return " (nor its folder)"
-    found = sorted(other.name for other in path.parent.glob(f"{path.name.split('_')[0]}_*.pt"))
-    return f" (there: {', '.join(found)})" if found else ""
+    kind = f"{path.name.split('_')[0]}_*.pt"
+    there = [*path.parent.glob(kind)] or [each for each in path.parent.iterdir() if each.is_dir()]
+    return f" (there: {', '.join(sorted(each.name for each in there))})" if there else ""
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -187,9 +180,12 @@ def load_dense(folder: Path, epoch: int | None = None) -> dict[str, Any]:
     """
     folder = Path(folder)
     if not (folder / "result.json").is_file():
-        begun = (folder / "arguments.json").is_file()
-        state = "is not finished: run train_dense.py again" if begun else "is no dense run"
-        raise UserError(f"{folder} {state} (no result.json)")
+        if (folder / "arguments.json").is_file():
+            raise UserError(
+                f"{folder} is not finished: run train_dense.py again, or at a lower --lr"
+            )
+        missing = folder / "result.json"
+        raise UserError(f"{folder} is no dense run: no such file: {missing}{_siblings(missing)}")
     result = load_json(folder / "result.json")
     if result.get("stage") != "train_dense":
         raise UserError(f"{folder} holds a run of {result.get('stage')}.py, not a dense run")

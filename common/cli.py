@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import os
 import sys
 from collections.abc import Callable
 from math import inf
@@ -58,7 +59,11 @@ def run(main: Callable[[], None], torchrun: bool = False) -> None:
         silent = contextlib.redirect_stdout(io.StringIO())
         with silent if distributed.RANK else contextlib.nullcontext():
             main()
+            sys.stdout.flush()
             distributed.shut_down()
+    except BrokenPipeError:  # of `| head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except Exception as error:
         distributed.let_rank_zero_speak()
         if (line := explain(error)) is None:
@@ -109,7 +114,7 @@ SETTINGS = {  # type and meaning
     "epochs": (positive, "epochs"),
     "lr": (above_0, "peak learning rate"),
     "schedule": (str, "learning rate by epoch: cosine to 0, or a tenth every 30 epochs"),
-    "warmup": (natural, "epochs of linear warm-up"),
+    "warmup": (natural, "epochs of linear warm-up, the last of them at --lr"),
     "weight_decay": (number(float, 0), "L2 penalty"),
     "batch_size": (positive, "images a step"),
     "momentum": (number(float, 0, below=1), "of SGD"),
@@ -164,9 +169,10 @@ def add_tag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tag", help=text)
 
 
-def joined_tag(inherited: str | None, own: str | None) -> str | None:
-    """The tag of a run whose inputs have one already: layerwise+adamw, or the only one there is."""
-    return "+".join(dict.fromkeys(filter(None, (*(inherited or "").split("+"), own)))) or None
+def joined_tag(*tags: str | None) -> str | None:
+    """The tag of a run with tags of its inputs and its own: layerwise+adamw, each once, or None."""
+    parts = "+".join(filter(None, tags)).split("+")
+    return "+".join(dict.fromkeys(parts)) or None
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -129,22 +129,21 @@ def signs(weights: dict[str, Tensor], names: list[str]) -> Mask:
 
 
 def with_signs(weights: dict[str, Tensor], positive: Mask) -> dict[str, Tensor]:
-    """The magnitudes of `weights`, plus where `positive` is True (cf. Oh et al. 2025)."""
-    return {
-        name: value.abs() * (2 * positive[name].to(value) - 1) for name, value in weights.items()
-    }
+    """The weights that `positive` names with their magnitudes, plus where it is True (cf. Oh et al.
+    2025).
+    """
+    sizes = {name: weights[name].abs() for name in positive}
+    return {name: torch.where(plus, sizes[name], -sizes[name]) for name, plus in positive.items()}
 
 
 def rescale_fan_in(weights: dict[str, Tensor], mask: Mask) -> dict[str, Tensor]:
-    """Scale the weights of each output unit by sqrt(fan-in / kept fan-in) (Evci et al. 2022).
-
-    A unit that keeps none stays 0.
+    """The masked weights, those of each output unit scaled by sqrt(fan-in / kept fan-in) (Evci et
+    al. 2022).
     """
     scaled = {}
-    for name, value in weights.items():
-        left = mask[name].flatten(1).sum(1)
-        factor = (mask[name][0].numel() / left.clamp_min(1)).sqrt() * (left > 0)
-        scaled[name] = value * factor.to(value).view(-1, *[1] * (value.dim() - 1))
+    for name, kept in mask.items():
+        factor = (kept[0].numel() / kept.flatten(1).sum(1).clamp_min(1)).sqrt()
+        scaled[name] = weights[name] * factor.view(-1, *[1] * (kept.dim() - 1))
     return scaled
 
 
@@ -247,8 +246,11 @@ def load_all(folder: Path, dense: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for path in paths.mask_files(folder):
         entry = load(path, dense)
         if (entry["source_seed"], entry["target_seed"]) != (dense["seed"], None):
-            made = f"made from seed {entry['source_seed']}, target {entry['target_seed']}"
-            raise UserError(f"{path} is no mask of the source: {made}")
+            onto = f" permuted onto seed {entry['target_seed']}," if entry["target_seed"] else ""
+            raise UserError(
+                f"{path} is of seed {entry['source_seed']},{onto} and --source is seed "
+                f"{dense['seed']}: give the masks that prune_imp.py made of the source"
+            )
         check_source(entry, dense, path)
         masks[path.name] = entry | {"unpermuted": entry.pop("sha256")}
     if not masks:

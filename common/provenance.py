@@ -21,13 +21,13 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @functools.cache
-def code_digest(script: str) -> str:
-    """12 hex digits of the code of a stage's script and of common/.
+def code_digest(script: str, folder: str = "common") -> str:
+    """12 hex digits of the code of a stage's script and of a folder.
 
     Of the syntax trees without docstrings, so that comments and formatting do not count.
     """
     digest = hashlib.sha256()
-    for path in [Path(script), *sorted((ROOT / "common").rglob("*.py"))]:
+    for path in [Path(script), *sorted((ROOT / folder).rglob("*.py"))]:
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from common import checkpoint, provenance
 from common.errors import UserError
+from common.runtime.distributed import RANK
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems that have none
 _locks: dict[Path, TextIO] = {}  # of the folders that this process works in
@@ -42,6 +43,8 @@ def is_finished(folder: Path, arguments: dict[str, Any]) -> bool:
     if before := recorded(folder):
         now = json.loads(json.dumps(arguments))
         keys = sorted((before.keys() | now.keys()) - {"code"})
+        # A flag that has come since, and is not set, changes nothing.
+        keys = [key for key in keys if key in before or now[key]]
         changed = [key for key in keys if before.get(key) != now.get(key)]
         if changed:
             differences = ", ".join(
@@ -110,7 +113,7 @@ def _lock(folder: Path) -> None:
     The lock is not inherited: workers that read images outlive a process that is killed.
     """
     path = folder / ".lock"
-    if not checkpoint.is_writer or path in _locks:
+    if RANK or path in _locks:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -152,6 +155,7 @@ def finish(
     checkpoint.save_json(result, folder / "result.json")
     checkpoint.remove([folder / "resume.pt"])
     _unlock(folder)
+    tqdm.write(f"wrote {folder}")
 
 
 def metrics(row: dict[str, Any]) -> dict[str, float | None]:

@@ -30,6 +30,7 @@ SCHEDULES: dict[str, Callable[[int, int], float]] = {
 
 MakeOptimiser = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Augment = Callable[[Tensor, torch.Generator], Tensor]
+LossFn = Callable[[Tensor, Tensor], Tensor]
 
 
 class Diverged(UserError):
@@ -66,8 +67,7 @@ def evaluate(
     count, loss, right = 0, 0, [0] * (1 + len(top))
     for images, labels in batches:
         with autocast(model, images.device, precision):
-            with torch.backends.cudnn.flags(allow_tf32=False, deterministic=True):
-                logits = model(images).float()
+            logits = model(images).float()
         count += len(labels)
         loss += F.cross_entropy(logits, labels, reduction="sum").double()
         for place, k in enumerate((1, *top)):
@@ -90,6 +90,7 @@ def train(
     *,
     make_optimiser: MakeOptimiser,
     augment: Augment | None = None,
+    loss_fn: LossFn = F.cross_entropy,
     name: str,
     folder: Path | None,
     seed: int,
@@ -107,6 +108,7 @@ def train(
     `make_optimiser(parameters)` gives any optimiser of torch.optim; its learning rate is set here.
     `augment(images, generator)` changes a batch of cropped, mirrored and normalised images, in the
     same shape, at random by a generator on their device, which depends on seed, epoch and step.
+    `loss_fn(logits, labels)` gives a batch's mean; evaluation is by cross-entropy in any case.
     Epochs count from `first_epoch`, and `at_epoch(k)` is called after k epochs. With a mask, the
     masked weights are zero before and after every step, and every epoch checks it. The state goes
     to `folder`/resume.pt at the ends of epochs and, within one, every `checkpoint_minutes`; the run
@@ -142,7 +144,7 @@ def train(
             images = augmented(augment, images, generator)
         with autocast(forward, device, precision):
             logits = forward(images)
-        loss = F.cross_entropy(logits.float(), labels)
+        loss = loss_fn(logits.float(), labels)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
@@ -245,6 +247,6 @@ def warn_at_chance(name: str, rows: list[dict[str, Any]], classes: int) -> None:
     guessing = math.log(classes)
     if rows and rows[-1]["train_loss"] > CHANCE * guessing:
         tqdm.write(
-            f"{name}  ends at chance: train loss {rows[-1]['train_loss']:.3f}, and guessing has "
-            f"{guessing:.3f}: try another --lr, more --warmup or more --epochs"
+            f"{name}  has hardly learned: train loss {rows[-1]['train_loss']:.3f}, and guessing "
+            f"has {guessing:.3f}: try another --lr, more --warmup or more --epochs"
         )

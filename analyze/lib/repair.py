@@ -51,7 +51,9 @@ def rescale(model: nn.Module, images: Tensor, goal: Statistics | None = None) ->
     measured: Statistics = {}
 
     def fold(layer: nn.Module, _: object, output: Tensor) -> Tensor | None:
-        measured[names[layer]] = mean, deviation = _moments(output)
+        rows = output.movedim(1, -1).flatten(0, -2)
+        deviation, mean = torch.std_mean(rows, 0, correction=0)
+        measured[names[layer]] = mean, deviation
         if goal is None or names[layer] not in goal:
             return None
         wanted_mean, wanted = goal[names[layer]]
@@ -80,13 +82,3 @@ def interpolate(source: Statistics, target: Statistics, alpha: float) -> Statist
         name: tuple(torch.lerp(a, b, alpha) for a, b in zip(source[name], target[name]))
         for name in source
     }
-
-
-def _moments(output: Tensor) -> tuple[Tensor, Tensor]:
-    """Per-channel mean and standard deviation of an (N, C, ...) tensor, in float64, two passes."""
-    rows = output.movedim(1, -1).flatten(0, -2)
-    mean = rows.mean(0, dtype=torch.float64)
-    deviation = (
-        sum((part - mean).square().sum(0) for part in rows.split(2**18)).div(len(rows)).sqrt()
-    )
-    return mean.to(rows.dtype), deviation.to(rows.dtype)

@@ -21,9 +21,9 @@ SEEDS = ["source_seed", "target_seed"]
 RUN = ["arm", "signs", "fan_in", "mask_dataset", "method", "match_epoch", *SEEDS, "seed", "tag"]
 NEEDED = {*CELL, "arm", "target_seed", "test_acc", "seconds", "sparsity_total"}
 WORDS = "tag code precision arm model dataset mask_dataset method mask_code mask path".split()
-# Of a sparse run, its dense network's, the pruning chain's and the alignment's.
-SETTINGS = """epochs lr schedule warmup weight_decay batch_size momentum precision rewind one_shot
-    data image_size limit_train match_images restarts""".split()
+# What else stands among the arguments of a stage: all others are settings, one that is added, too.
+NO_SETTINGS = {*CELL[:-1], *RUN, "match_epoch", "save_epochs", "keep_rounds", "checksum"}
+NO_SETTINGS |= {"data_dir", "dense", "source", "target", "weights", "mask", "model_fn"}
 
 
 def find_results(root: Path, stage: str) -> list[dict[str, Any]]:
@@ -121,12 +121,14 @@ def settings(result: dict[str, Any]) -> dict[str, str]:
 
     Nothing of the latter where an older result does not tell.
     """
-    parts = {"": result["arguments"] | result | {"rewind": None}}  # that is its cell
+    used = {key: result.get(key) for key in ("precision", "checksum")}
+    parts = {"": result["arguments"] | used}
     parts |= {name: result[name] for name in ("dense", "imp", "align") if result.get(name)}
     found = {}
     for name, part in parts.items():
         part = part | {"data": part.get("checksum") or part.get("data_dir")}
-        found |= {f"{name} {key}".strip(): str(part.get(key)) for key in SETTINGS}
+        keys = part.keys() - NO_SETTINGS - ({"rewind"} if not name else set())  # that is its cell
+        found |= {f"{name} {key}".strip(): str(part[key]) for key in sorted(keys)}
     return found
 
 
@@ -139,6 +141,10 @@ def with_settings(runs: pd.DataFrame) -> pd.Series:
     groups = [*(runs[key] for key in NETWORK), tag]
     made = pd.DataFrame(list(runs["settings"]), index=runs.index, dtype=object)
     for key, values in made.items():
+        part = key.rpartition(" ")[0]
+        if part != "align":  # whose methods have flags of their own
+            untold = values.isna() & made[f"{part} data".strip()].notna()
+            values = values.mask(untold, "None")
         mixed = values.groupby(groups).transform("nunique") > 1
         tag = tag + (f" {key}=" + values).where(mixed & values.notna(), "")
     return tag.str.strip()
@@ -232,18 +238,18 @@ def shared_networks(pairs: pd.DataFrame) -> list[int]:
 def remarks(runs: pd.DataFrame) -> list[str]:
     """Lines for below a table of `runs`: other code, divergence, pairs that share networks."""
 
-    def counts(values: pd.Series) -> str:  # 'abc (12 runs), def (6 runs)'
-        number = values.fillna("unknown").value_counts().items()
-        return ", ".join(f"{value} ({count} runs)" for value, count in number)
+    def variants_by(codes: pd.Series) -> str:  # 'abc (lth, naive), def (permuted)'
+        groups = runs.groupby(codes.fillna("unknown"), sort=False)["variant"].unique()
+        return ", ".join(f"{code} ({', '.join(names)})" for code, names in groups.items())
 
     lines, lost = [], runs[runs["diverged"].notna()]
     if shared := shared_networks(runs[~of_one_network(runs)]):
         seeds = ", ".join(map(str, shared))
         lines.append(f"pairs share networks (seed {seeds}) and are not independent: no intervals")
     if runs.groupby("tag")["code"].nunique().max() > 1:  # an edit is other code by intent
-        lines.append(f"these runs were made by different code: {counts(runs['code'])}")
+        lines.append(f"these runs were made by different code: {variants_by(runs['code'])}")
     if runs.groupby("tag")["mask_code"].nunique().max() > 1:
-        lines.append(f"their masks were pruned by different code: {counts(runs['mask_code'])}")
+        lines.append(f"their masks were pruned by different code: {variants_by(runs['mask_code'])}")
     if len(lost):
         names = ", ".join(f"{run.path} in epoch {run.diverged:.0f}" for run in lost.itertuples())
         lines.append(f"{len(lost)} of {len(runs)} runs diverged, and count as they ended: {names}")

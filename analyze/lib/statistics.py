@@ -92,9 +92,9 @@ def wilson(percent: float, count: int) -> tuple[float, float]:
 def summary(runs: pd.DataFrame, against: str | None = None) -> pd.DataFrame:
     """A row a cell and variant: mean, sample std and number of runs, and `against_naive`.
 
-    Of a network with several cells also a row a variant, without sparsity and rewind epoch, of each
-    pair's mean over the cells that have every variant, but for those that most cells and pairs do
-    not have. Holm's family are all rows of a network. `against` is a variant in place of naive.
+    Of a network with several cells that compare something also a row a variant that all of them
+    have, without sparsity and rewind epoch, of the means over these cells of the pairs that are in
+    each. Holm's family are all rows of a network. `against` is a variant in place of naive.
     """
     rows = []
     for network, mine in runs.groupby(NETWORK):
@@ -103,9 +103,11 @@ def summary(runs: pd.DataFrame, against: str | None = None) -> pd.DataFrame:
             compared = dict.fromkeys(mine["variant"].unique(), (against, ""))
         for cell, here in mine.groupby(CELL[3:]):
             tables[cell] = here.groupby("variant")["test_acc"], by_pair(here)
-        whole = pd.concat([pairs for _, pairs in tables.values()])
-        whole = whole.loc[:, whole.notna().mean() >= 0.5].dropna().groupby(SEEDS).mean()
-        if len(tables) > 1 and len(whole):
+        told = [pairs for _, pairs in tables.values() if against_naive(pairs, compared)]
+        if len(told) > 1:
+            whole = pd.concat(told)
+            whole = whole.loc[:, whole.notna().groupby(CELL).any().all()].dropna().groupby(SEEDS)
+            whole = whole.mean()[whole.size() == len(told)]
             tables[math.nan, None] = whole.melt().groupby("variant")["value"], whole
         for cell, (accuracy, pairs) in tables.items():
             differences = against_naive(pairs, compared)
@@ -123,8 +125,9 @@ def findings(table: pd.DataFrame) -> list[str]:
     for (model, width, dataset), rows in table.groupby(NETWORK):
         rows = rows[rows["variant"].str.startswith("permuted") & rows["difference"].notna()]
         # Of an edit, named in brackets as settings are not, where there is nothing else.
-        rows = rows.assign(edit=rows["variant"].str.contains(r"\[(?!\w+=)"))
-        rows = rows.sort_values(["edit", "sparsity", "variant"], na_position="first")
+        rows = rows.assign(edit=rows["variant"].str.contains(r"\[(?![\w ]+=)"))
+        rows = rows.assign(length=rows["variant"].str.len())
+        rows = rows.sort_values(["edit", "sparsity", "length"], na_position="first", kind="stable")
         text = "no permuted mask stands beside an unpermuted one yet"
         for row in rows.head(1).itertuples():
             text, shown = "whether permuting the mask helps cannot be told from these runs", ""
@@ -138,6 +141,7 @@ def findings(table: pd.DataFrame) -> list[str]:
                     shown += " network"
             text += f": {row.difference:+.1f} points of test accuracy over the unpermuted mask"
             text += f", 95% interval{between}" * bool(between)
+            text += ", not after Holm's correction" * (row.p < 0.05 <= row.p_holm)
             cell = cell_name(row.sparsity, row.rewind)
             text += f" ({row.variant}, {cell}; pairs of networks: {row.pairs}){shown}"
         sentences.append(f"{model} x{width:g} on {dataset}: {text}.")

@@ -217,10 +217,9 @@ def reusable(path: Path, about: dict[str, Any]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     found = checkpoint.load(path, ("permutation", "objective", "rows"))
-    for key in ("source", "target", "unpermuted", "code"):
+    for key in ("source", "target", "unpermuted", "matching"):
         if found.get(key) != about[key]:
+            made_by = "by other matching code" if key == "matching" else f"of another {key}"
             then_and_now = f"{found.get(key)} then, {about[key]} now"
-            raise UserError(
-                f"{path} was made of another {key} ({then_and_now}): choose another --out"
-            )
+            raise UserError(f"{path} was made {made_by} ({then_and_now}): choose another --out")
     return found

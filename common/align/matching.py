@@ -128,13 +128,12 @@ def similarities(
             node = place.tensor if match_on == "post" else axes.before[place.tensor]
             wanted.setdefault(node, []).append((moments[axis][-1], place))
     graph = functools.cache(functools.partial(export, target))  # holds for one number of images
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-        for images in batches:
-            images = images.float()
-            runs = [graph(images.shape).start(state, images) for state in states]
-            for node, _ in lockstep(runs):
-                for moment, place in wanted.get(node.name, ()):
-                    moment.add(*(samples(run.env[node], place) for run in runs))
+    for images in batches:
+        images = images.float()
+        runs = [graph(images.shape).start(state, images) for state in states]
+        for node, _ in lockstep(runs):
+            for moment, place in wanted.get(node.name, ()):
+                moment.add(*(samples(run.env[node], place) for run in runs))
     return {
         axis: sum(moment.result() for moment in several) / len(several)
         for axis, several in moments.items()

@@ -144,12 +144,17 @@ def check_same_function(
     def double(value: Tensor) -> Tensor:
         return value.cpu().double() if value.is_floating_point() else value.cpu()
 
-    outputs = []
-    with evaluation_mode(model):
-        for state in (before, after):
-            tensors = {**dict(model.named_buffers()), **state}  # some are not in a state dict
-            call = (model, {name: double(value) for name, value in tensors.items()}, double(inputs))
-            outputs.append(torch.func.functional_call(*call, tie_weights=False))
+    outputs, kind = [], torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)  # of tensors that the forward pass makes itself
+        with evaluation_mode(model):
+            for state in (before, after):
+                tensors = {**dict(model.named_buffers()), **state}  # some are not in a state dict
+                weights = {name: double(value) for name, value in tensors.items()}
+                call = model, weights, double(inputs)
+                outputs.append(torch.func.functional_call(*call, tie_weights=False))
+    finally:
+        torch.set_default_dtype(kind)
     one, other = outputs
     difference = float((one - other).abs().max() / one.abs().max().clamp_min(1e-30))
     if not difference < 1e-6:

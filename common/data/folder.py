@@ -81,7 +81,7 @@ def image_folders(folder: Path, tests: tuple[str, ...]) -> tuple[Any, Any]:
             for path in (folder / "train", test)
         ]
     except OSError as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"{folder}: {error}") from error
     classes, test_classes = (split.classes for split in splits)
     if odd := sorted(set(classes) ^ set(test_classes)):
         raise UserError(

@@ -32,6 +32,7 @@ def pick_device(name: str | None) -> torch.device:
             f"device {name!r} is not available here ({reason}): try --device cpu"
         ) from error
     torch.backends.cudnn.deterministic = True  # the same numbers on every run
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32; once, as it holds for all threads
     if device.type == "cpu":
         keep_freed_memory()
     distributed.initialise(device)

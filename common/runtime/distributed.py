@@ -15,7 +15,6 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from common import checkpoint
 from common.errors import UserError
 
 _launched = distributed.is_available() and distributed.is_torchelastic_launched()
@@ -144,6 +143,3 @@ def agree(*decisions: bool) -> list[bool]:
     if WORLD_SIZE == 1:
         return list(decisions)
     return [value > 0 for value in all_reduce_sum(*(RANK == 0 and each for each in decisions))]
-
-
-checkpoint.is_writer, checkpoint.barrier = RANK == 0, barrier
