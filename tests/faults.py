@@ -258,7 +258,7 @@ momenta are forgotten on the way | common/runtime/resume.py
 +{}
 
 pickles are run | common/checkpoint.py
->checkpoint::test_bad_files_are_named
+>checkpoint::test_objects_are_never_loaded
 -weights_only=True
 +weights_only=False
 
@@ -283,7 +283,7 @@ NaN weights are taken | common/checkpoint.py
 +if False:
 
 another experiment is gone on with | common/runs.py
->checkpoint::test_run_folders_know_their_experiment
+>refusals::test_stage_1_refuses_a_folder_of_another_experiment
 -        if changed:
 +        if False:
 

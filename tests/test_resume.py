@@ -89,12 +89,13 @@ def test_a_chain_goes_on_for_other_sparsities_as_if_each_were_asked_for_alone(ru
     # Going on needs the chain's latest round only; what branches off earlier starts it again.
     assert "round  1" not in succeed(*imp, "--sparsity 0.7")
     kept = (out / "mask_0.70.pt").stat().st_mtime_ns
-    assert "round  1" in succeed(*imp)
+    # Of the first two, one differs by a weight from a round of the chain, and one from 0.5.
+    assert "round  1" in succeed(*imp, "--sparsity 0.4877 0.4998 0.5 0.7")
     assert (out / "mask_0.70.pt").stat().st_mtime_ns == kept
     for name in ("sparse_0.50.pt", "sparse_0.70.pt"):
         assert same(weights(out / name), weights(runs / "imp/seed0" / name))
     logs = [pd.read_csv(folder / "log.csv")["kept"] for folder in (out, runs / "imp/seed0")]
-    assert set(logs[0]) == {*logs[1], 2621}  # of 0.3
+    assert set(logs[0]) == {*logs[1], 2621, 1918, 1873}
     assert not list(out.glob("round_*.pt"))
 
 
@@ -161,10 +162,10 @@ def test_a_stop_reaches_every_run_and_keeps_its_state(tmp_path, sent, beside, ca
 
 def test_an_evaluation_ends_early_where_sigterm_came(monkeypatch):
     monkeypatch.setattr(resume, "stopping", threading.Event())
-    batches = resume.until_stopped(iter(range(9)))
-    assert [next(batches), next(batches)] == [0, 1]
-    resume.stopping.set()
-    assert list(batches) == [] and list(resume.until_stopped(iter(range(9)))) == [0]
+    for batch in resume.until_stopped(iter(range(9))):
+        if batch == 1:
+            resume.stopping.set()
+    assert batch == 1
 
 
 def test_a_chain_whose_record_is_missing_is_finished(runs, tmp_path):
@@ -173,13 +174,3 @@ def test_a_chain_whose_record_is_missing_is_finished(runs, tmp_path):
     succeed(*stage2(runs / "dense/seed0", folder, "--keep-rounds"))
     assert (folder / "result.json").is_file()
     same_files(tmp_path, runs)
-
-
-def test_a_mask_does_not_depend_on_the_others_that_were_asked_for(tmp_path):
-    succeed(*stage1(tmp_path, "--width 0.25 --epochs 1"))
-    alone, beside, dense = tmp_path / "alone", tmp_path / "beside", tmp_path / "seed0"
-    succeed(*stage2(dense, alone, "--sparsity 0.3"))
-    # The first two differ from the chain's round and from each other by a weight or two of 58,624.
-    succeed(*stage2(dense, beside, "--sparsity 0.19998 0.29997 0.3"))
-    for name, key in (("mask_0.30.pt", "mask"), ("sparse_0.30.pt", "state_dict")):
-        assert same(state(alone / name)[key], state(beside / name)[key]), name
