@@ -43,8 +43,9 @@ os.fsync = lambda number: None  # no test outlives the machine
 
 def sgd(momentum, weight_decay):
     """What the stages train with."""
-    how = {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay, "fused": True}
-    return partial(torch.optim.SGD, **how)
+    return partial(
+        torch.optim.SGD, lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=True
+    )
 
 
 # Where there is a GPU, a process that has trained cannot fork one that trains: the stages never do,

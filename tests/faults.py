@@ -268,7 +268,7 @@ files are written in place | common/checkpoint.py
 +path.write_bytes(temporary.read_bytes())
 
 a name comes before its file | common/checkpoint.py
->checkpoint::test_a_machine_that_goes_down_leaves_the_old_file_or_the_new_one
+>checkpoint::test_a_file_is_on_the_disk_before_its_name
 -os.fsync(file.fileno())
 +pass
 
