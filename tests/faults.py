@@ -306,7 +306,7 @@ an arm that contradicts its files | common/arms.py
 +if False:
 
 processes share the first slice | common/runtime/distributed.py
->distributed::test_every_process_has_its_part_of_every_batch
+>distributed::test_two_processes_train_what_one_does
 -slice(RANK * part, (RANK + 1) * part)
 +slice(0, part)
 

@@ -96,8 +96,7 @@ class Kernels(TorchDispatchMode):
                 raise RuntimeError(f"Expected all tensors to be on the same device, in {function}")
         if waits and (thread.graph or thread.strict):
             raise RuntimeError(f"the host waits while a stream is capturing, in {function}")
-        if "device" in kwargs:
-            kwargs["device"] = torch.device("cpu")
+        kwargs.pop("device", None)
         run = thread.graph.add if thread.graph else compute
         result = run(function, *tree_map_only(Tensor, _held, (args, kwargs)))
         if waits:
@@ -188,7 +187,7 @@ def compute(function, args, kwargs):
 
 
 class Graph:
-    """What was captured: the operations in turn, and what is in their memory before each."""
+    """What was captured: the operations in turn, and what was in their memory before."""
 
     def __init__(self):
         self.work, self.before = [], {}
