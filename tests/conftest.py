@@ -4,7 +4,6 @@ import contextlib
 import functools
 import importlib
 import io
-import json
 import os
 import sys
 import threading
@@ -80,20 +79,18 @@ def start(*command, torchrun=False):
     """Run a script's main as its command line does, in this process."""
     script, *arguments = words(*command)
     module = importlib.import_module(script)
-    sys.argv = [f"{script}.py", *arguments]
-    cli.run(module.main, torchrun)
+    with mock.patch.object(sys, "argv", [f"{script}.py", *arguments]):
+        cli.run(module.main, torchrun)
 
 
 def call(*command):
     """Run a script and tell how it ended."""
-    out, err, argv, code = io.StringIO(), io.StringIO(), sys.argv, 0
+    out, err, code = io.StringIO(), io.StringIO(), 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             start(*command)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
-    finally:
-        sys.argv = argv
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
@@ -174,7 +171,7 @@ def weights(path):
 
 
 def result(folder):
-    return json.loads((folder / "result.json").read_text())
+    return checkpoint.load_json(folder / "result.json")
 
 
 def same(one, other):

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._library.utils import zip_schema
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_iter, tree_map, tree_map_only
 
 GPU = torch.device("cuda", 0)  # where a program finds a tensor
 INSIDE = torch.device("meta")  # and where torch does: it knows autograd and owns no memory
@@ -65,7 +65,7 @@ class Devices(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.device:
             return function(*args, **kwargs or {})
-        args, kwargs = map(_inside, args), {key: _inside(v) for key, v in (kwargs or {}).items()}
+        args, kwargs = tree_map(_inside, (args, kwargs or {}))
         if function is torch.tensor and kwargs.get("device") == INSIDE:
             return function(*args, **kwargs | {"device": "cpu"}).to(INSIDE)
         return function(*args, **kwargs)
@@ -229,14 +229,16 @@ export = torch.export.export
 def exported(model, images, **how):
     """The graph of a network on the CPU, by a thread without modes: fake tensors have their own."""
     model, images = copy.deepcopy(model).cpu(), tuple(value.cpu() for value in images)
-    without = mock.patch.object(torch.cuda, "is_available", lambda: False)
-    with ThreadPoolExecutor(1) as pool, without:
+    with ThreadPoolExecutor(1) as pool:
         return pool.submit(export, model, images, **how).result()
 
 
 @contextlib.contextmanager
 def pretend_gpu():
-    """Within it, torch has a GPU."""
+    """Within it, torch has a GPU: the real one, where there is one."""
+    if torch.cuda.is_available():
+        yield
+        return
     writers.clear()
     cuda = mock.patch.multiple(
         torch.cuda,
@@ -253,7 +255,5 @@ def pretend_gpu():
         CUDAGraph=Graph,
         graph=Graph.captured,
     )
-    overwrite = "torch.__future__.get_overwrite_module_params_on_conversion"
-    with cuda, mock.patch(overwrite, lambda: True), mock.patch("torch.export.export", exported):
-        with Devices(), Kernels():
-            yield
+    with cuda, mock.patch("torch.export.export", exported), Devices(), Kernels():
+        yield

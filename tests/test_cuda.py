@@ -3,7 +3,6 @@
 Where there is none, on a pretended one (tests/pretend_gpu.py), and then to the last bit.
 """
 
-import contextlib
 import dataclasses
 import subprocess
 import sys
@@ -40,7 +39,7 @@ RATES = [0.125, 0.5, 0.25, 0.0625, 0.25]
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    with contextlib.nullcontext() if REAL else pretend_gpu():
+    with pretend_gpu():
         yield
         torch.cuda.set_sync_debug_mode("default")
 

@@ -17,12 +17,12 @@ from tests.conftest import save_pictures
 CPU = torch.device("cpu")
 
 
-def resident(count=6, size=8, pad=1, flip=False, mean=0.0, std=1 / 255, device="cpu"):
-    """A set whose normalised pixels are the raw values.
+def resident(count=6, pad=1, flip=False, mean=0.0, std=1 / 255, device="cpu"):
+    """A set of 8 px whose normalised pixels are the raw values.
 
     Each image is filled with its own number but for one corner.
     """
-    images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, size, size) + 10
+    images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, 8, 8) + 10
     images[:, :, 0, 0] = 200
     padded = torch.nn.functional.pad(images, (pad,) * 4)
     description = {"name": "test", "classes": 2, "mean": [mean] * 3, "std": [std] * 3}
