@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import io
+import json
 import os
 import sys
 import threading
@@ -171,7 +172,7 @@ def weights(path):
 
 
 def result(folder):
-    return checkpoint.load_json(folder / "result.json")
+    return json.loads((folder / "result.json").read_text())
 
 
 def same(one, other):
@@ -191,6 +192,12 @@ def same_files(root, other):
         else:
             tables = (pd.read_csv(file).drop(columns="seconds", errors="ignore") for file in pair)
             pd.testing.assert_frame_equal(*tables, check_exact=True, obj=str(path))
+
+
+def snapshot(root):
+    """What changes where a file or folder below `root` is written."""
+    found = {path: path.stat() for path in root.rglob("*")}
+    return {path: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in found.items()}
 
 
 def distance(one, other):

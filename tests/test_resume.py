@@ -21,6 +21,7 @@ from tests.conftest import (
     result,
     same,
     same_files,
+    snapshot,
     stage1,
     stage2,
     stage3,
@@ -53,7 +54,7 @@ def kill_when(seen, *command):
 def test_called_again_a_stage_does_nothing_and_says_so(runs, tmp_path):
     root = shutil.copytree(runs, tmp_path / "copy")
     source, target, masks = root / "dense/seed0", root / "dense/seed1", root / "imp/seed0"
-    stamps = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+    before = snapshot(root)
     dense = stage1(root / "dense")
     naive = stage4("naive", target, masks, root / "sparse/naive/seed0-seed1")
     for command in (
@@ -64,7 +65,7 @@ def test_called_again_a_stage_does_nothing_and_says_so(runs, tmp_path):
         (*naive, "--sparsity 0.5 --seed 1"),  # the seed that is the default
     ):
         assert "nothing to do" in succeed(*command)
-    assert stamps == {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+    assert snapshot(root) == before
     refuse((*dense, "--save-epochs 1 2"), "save_epochs")
     more = succeed(*dense, "--seed 0 4")
     assert "seed0 is finished" in more and "seed 4  epoch   3/3" in more
