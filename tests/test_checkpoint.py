@@ -47,8 +47,10 @@ def test_a_file_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
     assert folder.st_ino == tmp_path.stat().st_ino and late
 
 
-def test_what_a_disk_answers_is_one_line(tmp_path):
+def test_folders_that_are_of_no_use_are_refused(tmp_path):
     refuse(stage1(tmp_path / ("a" * 300)), "too long")
+    (tmp_path / "seed0/thesis").mkdir(parents=True)
+    refuse(stage1(tmp_path), "no run of this project")
 
 
 def test_what_a_run_leaves_that_is_killed_after_its_result_is_cleared(runs, tmp_path):
@@ -98,11 +100,6 @@ def test_a_checkpoint_in_the_place_of_another_is_named(runs, tmp_path):
         checkpoint.save(content | other, path)
         with pytest.raises(UserError, match=words):
             checkpoint.load_dense(run, 1)
-
-
-def test_a_folder_of_other_files_is_no_run(tmp_path):
-    (tmp_path / "seed0/thesis").mkdir(parents=True)
-    refuse(stage1(tmp_path), "no run of this project")
 
 
 def test_a_folder_in_which_another_process_works_is_left_alone(tmp_path):
