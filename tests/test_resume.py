@@ -1,4 +1,4 @@
-"""Stages that are called again, and stages that were cut off."""
+"""Stages that are called again, and stages that were cut off; at any moment: test_kills.py."""
 
 import contextlib
 import json
@@ -66,6 +66,10 @@ def test_called_again_a_stage_does_nothing_and_says_so(runs, tmp_path):
     ):
         assert "nothing to do" in succeed(*command)
     assert snapshot(root) == before
+    shutil.rmtree(root / "sparse/naive/seed0-seed1/s0.50_k001")
+    more = succeed(*naive)
+    assert "s0.50_k001  epoch   3/3" in more and "s0.50_k000  epoch" not in more
+    same_files(root, runs)
     refuse((*dense, "--save-epochs 1 2"), "save_epochs")
     more = succeed(*dense, "--seed 0 4")
     assert "seed0 is finished" in more and "seed 4  epoch   3/3" in more
@@ -98,25 +102,6 @@ def test_a_chain_goes_on_for_other_sparsities_as_if_each_were_asked_for_alone(ru
     logs = [pd.read_csv(folder / "log.csv")["kept"] for folder in (out, runs / "imp/seed0")]
     assert set(logs[0]) == {*logs[1], 2621, 1918, 1873}
     assert not list(out.glob("round_*.pt"))
-
-
-@forks
-def test_stages_that_were_killed_go_on_and_end_with_the_same_numbers(runs, tmp_path):
-    """One after the other; at any moment, and side by side: tests/test_kills.py."""
-    source, masks = tmp_path / "dense/seed0", tmp_path / "imp/seed0"
-    goes_on = "goes on after epoch 2"
-    lth = stage4("lth", source, masks, tmp_path / "sparse/lth/seed0-seed0")
-    align = stage3(source, runs / "dense/seed1", masks, tmp_path / ALIGNED)
-    for seen, command, told, untold in (
-        ("epoch   2/3", stage1(tmp_path / "dense"), goes_on, "epoch   2/3"),
-        ("round  3", stage2(source, masks, "--keep-rounds"), "round  3", "round  2"),
-        ("s0.50_k001  epoch   2/3", lth, goes_on, "s0.50_k000  epoch"),
-        ("axis", align, "wrote", "axis"),
-    ):
-        kill_when(seen, *command)
-        out = succeed(*command)
-        assert told in out and untold not in out
-    same_files(tmp_path, runs)
 
 
 @forks
