@@ -43,8 +43,9 @@ os.fsync = lambda number: None  # no test outlives the machine
 
 def sgd(momentum, weight_decay):
     """What the stages train with."""
-    how = {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay, "fused": True}
-    return partial(torch.optim.SGD, **how)
+    return partial(
+        torch.optim.SGD, lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=True
+    )
 
 
 # Where there is a GPU, a process that has trained cannot fork one that trains: the stages never do,
@@ -79,20 +80,18 @@ def start(*command, torchrun=False):
     """Run a script's main as its command line does, in this process."""
     script, *arguments = words(*command)
     module = importlib.import_module(script)
-    sys.argv = [f"{script}.py", *arguments]
-    cli.run(module.main, torchrun)
+    with mock.patch.object(sys, "argv", [f"{script}.py", *arguments]):
+        cli.run(module.main, torchrun)
 
 
 def call(*command):
     """Run a script and tell how it ended."""
-    out, err, argv, code = io.StringIO(), io.StringIO(), sys.argv, 0
+    out, err, code = io.StringIO(), io.StringIO(), 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             start(*command)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
-    finally:
-        sys.argv = argv
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
@@ -193,6 +192,12 @@ def same_files(root, other):
         else:
             tables = (pd.read_csv(file).drop(columns="seconds", errors="ignore") for file in pair)
             pd.testing.assert_frame_equal(*tables, check_exact=True, obj=str(path))
+
+
+def snapshot(root):
+    """What changes where a file or folder below `root` is written."""
+    found = {path: path.stat() for path in root.rglob("*")}
+    return {path: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in found.items()}
 
 
 def distance(one, other):

@@ -258,7 +258,7 @@ momenta are forgotten on the way | common/runtime/resume.py
 +{}
 
 pickles are run | common/checkpoint.py
->checkpoint::test_bad_files_are_named
+>checkpoint::test_objects_are_never_loaded
 -weights_only=True
 +weights_only=False
 
@@ -268,7 +268,7 @@ files are written in place | common/checkpoint.py
 +path.write_bytes(temporary.read_bytes())
 
 a name comes before its file | common/checkpoint.py
->checkpoint::test_a_machine_that_goes_down_leaves_the_old_file_or_the_new_one
+>checkpoint::test_a_file_is_on_the_disk_before_its_name
 -os.fsync(file.fileno())
 +pass
 
@@ -283,7 +283,7 @@ NaN weights are taken | common/checkpoint.py
 +if False:
 
 another experiment is gone on with | common/runs.py
->checkpoint::test_run_folders_know_their_experiment
+>refusals::test_stage_1_refuses_a_folder_of_another_experiment
 -        if changed:
 +        if False:
 
@@ -306,7 +306,7 @@ an arm that contradicts its files | common/arms.py
 +if False:
 
 processes share the first slice | common/runtime/distributed.py
->distributed::test_every_process_has_its_part_of_every_batch
+>distributed::test_two_processes_train_what_one_does
 -slice(RANK * part, (RANK + 1) * part)
 +slice(0, part)
 

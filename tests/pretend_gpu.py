@@ -10,13 +10,15 @@ import contextlib
 import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._library.utils import zip_schema
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map
+from torch.utils._pytree import tree_iter, tree_map, tree_map_only
 
 GPU = torch.device("cuda", 0)  # where a program finds a tensor
 INSIDE = torch.device("meta")  # and where torch does: it knows autograd and owns no memory
@@ -49,121 +51,78 @@ class OnGpu(Tensor):
     def tolist(self):
         return self.cpu().tolist()
 
+    def __reduce_ex__(self, protocol):
+        return self.held.__reduce_ex__(protocol)  # a file is read onto the CPU
+
     @classmethod
     def __torch_dispatch__(cls, *_):
         raise AssertionError("a tensor of the GPU was used where there is none")
-
-
-known = {}  # by address of memory: the streams that may read what was last written there
-one_at_a_time = threading.Lock()  # for that
-
-
-class Stream:
-    """Work in turn, beside that of other streams."""
-
-    def __init__(self, device=None): ...
-
-    def wait_stream(self, other):
-        with one_at_a_time:
-            for streams in known.values():
-                if other in streams:
-                    streams.add(self)
-
-
-DEFAULT = Stream()
-
-
-class Thread(threading.local):
-    """What CUDA keeps for each thread of the host."""
-
-    stream, graph, inside, strict = DEFAULT, None, False, False
-
-
-thread = Thread()
 
 
 class Devices(TorchFunctionMode):
     """Names the device as torch knows it."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
         if function is torch.device:
-            return function(*args, **kwargs)
-        args, kwargs = tuple(map(_inside, args)), {k: _inside(v) for k, v in kwargs.items()}
-        if function in (torch.tensor, torch.as_tensor) and kwargs.get("device") == INSIDE:
+            return function(*args, **kwargs or {})
+        args, kwargs = tree_map(_inside, (args, kwargs or {}))
+        if function is torch.tensor and kwargs.get("device") == INSIDE:
             return function(*args, **kwargs | {"device": "cpu"}).to(INSIDE)
         return function(*args, **kwargs)
 
 
 def _inside(value):
-    if not isinstance(value, (str, torch.device)) or not str(value).startswith("cuda"):
-        return value
-    if str(value) not in ("cuda", "cuda:0"):
-        raise RuntimeError("invalid device ordinal")
-    return INSIDE
-
-
-def _tensors(*values):
-    return [value for value in tree_iter(values) if isinstance(value, Tensor)]
+    named = isinstance(value, (str, torch.device)) and str(value) in ("cuda", "cuda:0")
+    return INSIDE if named else value
 
 
 class Kernels(TorchDispatchMode):
     """Computes on the CPU what is asked of the GPU, and raises RuntimeError where CUDA would."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs, tensors = dict(kwargs or {}), _tensors(args, kwargs)
-        gpu = {id(value.held): value for value in tensors if isinstance(value, OnGpu)}
-        device = kwargs.get("device") or (INSIDE if gpu else None)  # of the result
-        if not gpu and device != INSIDE:
+        kwargs, packet = dict(kwargs or {}), function.overloadpacket
+        given = {id(getattr(value, "held", value)): value for value in _tensors(args, kwargs)}
+        here = [value for value in given.values() if not isinstance(value, OnGpu)]
+        on_gpu = len(here) < len(given)
+        device = kwargs.get("device") or (INSIDE if on_gpu else None)  # of the result
+        if not on_gpu and device != INSIDE:
             return function(*args, **kwargs)
-        waits = _waits(function, args, kwargs, device)
+        if packet in COPIES:
+            waits = bool(here) or device != INSIDE  # the host, until the GPU has finished this
+        else:
+            waits = packet in ASKS
+            changed = _changed(function, args, kwargs)
+            if any(value.dim() for value in here) or not all(value.is_cuda for value in changed):
+                raise RuntimeError(f"Expected all tensors to be on the same device, in {function}")
         if waits and (thread.graph or thread.strict):
             raise RuntimeError(f"the host waits while a stream is capturing, in {function}")
-        if "device" in kwargs:
-            kwargs["device"] = torch.device("cpu")
+        kwargs.pop("device", None)
         run = thread.graph.add if thread.graph else compute
-        result = run(function, *tree_map(_held, (args, kwargs)))
+        result = run(function, *tree_map_only(Tensor, _held, (args, kwargs)))
         if waits:
-            _share(lambda streams: thread.stream in streams)
-        if function.overloadpacket is aten.copy_:
-            return tensors[0]
+            finish(thread.stream)
 
         def outside(value):
-            if not isinstance(value, Tensor) or device != INSIDE:
-                return value
-            return gpu[id(value)] if id(value) in gpu else OnGpu(value)
+            return given[id(value)] if id(value) in given else OnGpu(value)
 
-        return tree_map(outside, result)
+        return tree_map_only(Tensor, outside, result) if device == INSIDE else result
+
+
+def _tensors(*values):
+    return [value for value in tree_iter(values) if isinstance(value, Tensor)]
 
 
 def _held(value):
     if isinstance(value, OnGpu):
         return value.held
     # A number of the host is captured as it is now.
-    return value.clone() if isinstance(value, Tensor) and thread.graph else value
+    return value.clone() if thread.graph else value
 
 
-def _waits(function, args, kwargs, device):
-    """Whether the host waits until the GPU has finished this.
-
-    Raises RuntimeError for tensors that do not go together.
-    """
-    packet = function.overloadpacket
-    here = [value for value in _tensors(args, kwargs) if not isinstance(value, OnGpu)]
-    if packet in COPIES:
-        return bool(here) or device != INSIDE
-    written = _written(function, args, kwargs)
-    if any(value.dim() for value in here) or any(not value.is_cuda for value in written):
-        raise RuntimeError(f"Expected all tensors to be on the same device, in {function}")
-    return packet in ASKS
-
-
-def _written(function, args, kwargs):
+def _changed(function, args, kwargs):
     """The tensors that an operation changes in place."""
-    schema = function._schema.arguments
-    given = {argument.name: value for argument, value in zip(schema, args)} | kwargs
-    changed = [arg.name for arg in schema if arg.alias_info and arg.alias_info.is_write]
-    return _tensors([given.get(name) for name in changed])
+    pairs = zip_schema(function._schema, args, kwargs)
+    return _tensors([value for at, value in pairs if at.alias_info and at.alias_info.is_write])
 
 
 def _by_address(*values):
@@ -174,45 +133,72 @@ def _made(result, given):
     return [value for address, value in _by_address(result).items() if address not in given]
 
 
-def _share(which=lambda streams: True):
-    """Any stream may read what has been written where `which` holds, because the host waited."""
-    with one_at_a_time:
-        for address in [address for address, streams in known.items() if which(streams)]:
-            del known[address]
+# ---------------------------------------------------------------- streams and graphs
+
+writers = {}  # by address of memory: the stream that wrote there, if nobody has waited for it
+
+
+class Stream:
+    """Work in turn, beside that of other streams."""
+
+    def __init__(self, device=None): ...
+
+    def wait_stream(self, other):
+        finish(other)
+
+
+DEFAULT = Stream()
+
+
+class Thread(threading.local):
+    """What CUDA keeps for each thread of the host."""
+
+    stream, graph, strict = DEFAULT, None, False
+
+
+thread = Thread()
+
+
+def set_stream(stream):
+    """As a thread of the host begins: torch keeps modes by thread."""
+    thread.stream = stream
+    Devices().__enter__(), Kernels().__enter__()
+
+
+def finish(stream):
+    """All may read what a stream wrote."""
+    for address, writer in list(writers.items()):
+        if writer is stream:
+            writers.pop(address, None)
 
 
 def compute(function, args, kwargs):
     """Compute on the current stream.
 
-    Raises RuntimeError where it has not waited for another that wrote what this reads.
+    Raises RuntimeError where nobody has waited for another that wrote what this reads.
     """
-    stream, given = thread.stream, _by_address(args, kwargs)
-    with one_at_a_time:
-        if any(stream not in known.get(address, (stream,)) for address in given):
-            raise RuntimeError(f"a stream does not wait for what another writes, in {function}")
+    given = _by_address(args, kwargs)
+    if any(writers.get(address, thread.stream) is not thread.stream for address in given):
+        raise RuntimeError(f"a stream does not wait for what another writes, in {function}")
     result = function(*args, **kwargs)
-    with one_at_a_time:
-        changed = _by_address(_made(result, given), _written(function, args, kwargs))
-        known.update((address, {stream}) for address in changed)
+    changed = _by_address(_made(result, given), _changed(function, args, kwargs))
+    writers.update(dict.fromkeys(changed, thread.stream))
     return result
 
 
 class Graph:
-    """What was captured: the operations in turn, the tensors that they read and those they made."""
+    """What was captured: the operations in turn, and what was in their memory before."""
 
     def __init__(self):
-        self.work = []
-        self.made = {}  # by address
-        self.before = {}  # memory from before the capture, and what was in it
+        self.work, self.before = [], {}
 
     def add(self, function, args, kwargs):
         given = _by_address(args, kwargs)
-        for address in given.keys() - self.made.keys() - self.before.keys():
+        for address in given.keys() - self.before.keys():
             memory = given[address].untyped_storage()
             self.before[address] = memory, memory.clone()
-        result = function(*args, **kwargs)
+        result = compute(function, args, kwargs)
         made = _made(result, given)
-        self.made |= _by_address(made)
         self.work.append((function, args, kwargs, given, made))
         return result
 
@@ -226,8 +212,9 @@ class Graph:
             thread.graph = None
             for memory, content in self.before.values():
                 memory.copy_(content)
-            for value in self.made.values():
-                value.fill_(torch.nan if value.is_floating_point() else 0)
+            for *_, made in self.work:
+                for value in made:
+                    value.zero_()
 
     @torch.no_grad()
     def replay(self):
@@ -236,63 +223,37 @@ class Graph:
                 old.copy_(new)
 
 
-@contextlib.contextmanager
-def on_stream(stream):
-    before, thread.stream = thread.stream, stream
-    try:
-        yield
-    finally:
-        thread.stream = before
-
-
-def set_stream(stream):
-    thread.stream = stream
-    if not thread.inside:  # torch keeps modes by thread
-        Devices().__enter__(), Kernels().__enter__()
-        thread.inside = True
-
-
 export = torch.export.export
 
 
 def exported(model, images, **how):
     """The graph of a network on the CPU, by a thread without modes: fake tensors have their own."""
     model, images = copy.deepcopy(model).cpu(), tuple(value.cpu() for value in images)
-    without = mock.patch.object(torch.cuda, "is_available", lambda: False)
-    with ThreadPoolExecutor(1) as pool, without:
+    with ThreadPoolExecutor(1) as pool:
         return pool.submit(export, model, images, **how).result()
 
 
 @contextlib.contextmanager
 def pretend_gpu():
-    """Within it, torch has a GPU."""
-
-    def does(value=None):  # each its own function, as torch's compiler wants
-        return lambda *_, **__: value
-
-    cuda = {name: does() for name in ("_lazy_init", "set_device", "reset_peak_memory_stats")}
-    cuda |= {
-        "is_available": does(True),
-        "is_bf16_supported": does(True),
-        "device_count": does(1),
-        "max_memory_allocated": does(0),
-        "get_device_name": does("none"),
-        "default_stream": does(DEFAULT),
-        "current_stream": lambda *_: thread.stream,
-        "synchronize": lambda *_: _share(),
-        "set_sync_debug_mode": lambda mode: setattr(thread, "strict", mode == "error"),
-        "Stream": Stream,
-        "stream": on_stream,
-        "set_stream": set_stream,
-        "CUDAGraph": Graph,
-        "graph": Graph.captured,
-    }
-    overwrite = "torch.__future__.get_overwrite_module_params_on_conversion"
-    thread.inside = True
-    try:
-        with mock.patch.multiple(torch.cuda, **cuda), mock.patch(overwrite, does(True)):
-            with mock.patch("torch.export.export", exported), Devices(), Kernels():
-                yield
-    finally:
-        thread.inside = thread.strict = False
-        known.clear()
+    """Within it, torch has a GPU: the real one, where there is one."""
+    if torch.cuda.is_available():
+        yield
+        return
+    writers.clear()
+    cuda = mock.patch.multiple(
+        torch.cuda,
+        is_available=lambda: True,
+        is_bf16_supported=lambda **_: True,
+        get_device_name=lambda _: "none",
+        default_stream=lambda *_: DEFAULT,
+        current_stream=lambda *_: thread.stream,
+        synchronize=lambda *_: writers.clear(),
+        set_sync_debug_mode=lambda mode: setattr(thread, "strict", mode == "error"),
+        Stream=Stream,
+        stream=partial(mock.patch.object, thread, "stream"),
+        set_stream=set_stream,
+        CUDAGraph=Graph,
+        graph=Graph.captured,
+    )
+    with cuda, mock.patch("torch.export.export", exported), Devices(), Kernels():
+        yield

@@ -3,7 +3,6 @@ import torch
 
 from common.masking import layer_weights, prunable
 from common.models import build_model
-from common.vision import torchvision
 from tests.conftest import same
 
 
@@ -12,7 +11,7 @@ def count(model, names):
 
 
 def test_resnet20_has_the_papers_layers_and_counts():
-    model = build_model("resnet20", 1, 10, (3, 32, 32))
+    model = build_model("resnet20")
     # By hand: stem; stages 6*2304, 4608+5*9216, 18432+5*36864; linear; 3x3 shortcuts.
     pruned, shortcuts = 432 + 13824 + 50688 + 202752 + 640, 4608 + 18432
     assert count(model, prunable(model)) == pruned
@@ -21,15 +20,21 @@ def test_resnet20_has_the_papers_layers_and_counts():
     assert 0.95 * pruned / (pruned + shortcuts) == pytest.approx(0.875, abs=1e-3)
 
 
-def test_width_multiplies_every_channel_count():
-    assert build_model("resnet20", 4).fc.in_features == 256
-    assert build_model("mlp", 0.5, 10, (3, 8, 8))[1].weight.shape == (256, 192)
-    last = build_model("vgg11", 0.25, 7, (3, 64, 64))[-1]
-    assert last.weight.shape == (7, 128 * 4)  # 2x2 places are left of 64 px
-    wide = build_model("resnet50", 0.5).state_dict()
-    assert list(wide) == list(torchvision.models.resnet50().state_dict())
-    assert wide["conv1.weight"].shape == (32, 3, 7, 7) and wide["fc.weight"].shape == (10, 1024)
-    assert wide["layer4.2.conv2.weight"].shape == (256, 256, 3, 3)
+# The network, its width, px of its images; and the shape of a weight.
+WIDE = """\
+resnet20 4 32 fc.weight 10 256
+mlp 0.5 8 1.weight 256 192
+vgg11 0.25 64 22.weight 10 512
+resnet50 0.5 224 conv1.weight 32 3 7 7
+resnet50 0.5 224 layer4.2.conv2.weight 256 256 3 3
+resnet50 0.5 224 fc.weight 10 1024"""  # 2x2 places of 64 px are left in vgg11
+
+
+@pytest.mark.parametrize("line", WIDE.splitlines())
+def test_width_multiplies_every_channel_count(line):
+    name, width, pixels, weight, *shape = line.split()
+    model = build_model(name, float(width), 10, (3, int(pixels), int(pixels)))
+    assert model.get_parameter(weight).shape == tuple(map(int, shape))
 
 
 def test_resnet50_prunes_all_but_the_shortcuts():
@@ -41,8 +46,8 @@ def test_resnet50_prunes_all_but_the_shortcuts():
 @pytest.mark.parametrize("name", ["mlp", "vgg11", "resnet20", "resnet50"])
 def test_initialisation_depends_on_the_seed_alone(name):
     before = torch.random.get_rng_state()
-    one, again, other = (build_model(name, 0.125, seed=seed).state_dict() for seed in (3, 3, 4))
+    one, again, other = (build_model(name, 0.125, seed=seed) for seed in (3, 3, 4))
     assert torch.equal(before, torch.random.get_rng_state())  # the caller's is left alone
-    assert same(one, again)
-    for weight in layer_weights(build_model(name, 0.125)):
-        assert not torch.equal(one[weight], other[weight])
+    assert same(one.state_dict(), again.state_dict())
+    for weight in layer_weights(one):
+        assert not torch.equal(one.get_parameter(weight), other.get_parameter(weight))

@@ -57,35 +57,37 @@ def test_a_killed_process_is_named(capfd, sent, kind):
 
 
 def test_a_run_side_by_side_has_one_thread_whatever_the_others_have():
-    def run():
-        assert torch.get_num_threads() == 1
-
-    threads, runs = torch.get_num_threads(), {"a": run, "b": run}
+    runs = {name: lambda: 1 / (torch.get_num_threads() == 1) for name in "ab"}
     try:
         torch.set_num_threads(2)
-        for how, count in ((parallel._in_processes, 1), *((how, 2) for how in BOTH)):
+        for how, count in ((BOTH[0], 1), (BOTH[0], 2), (BOTH[1], 2)):
             assert how(runs, count, CPU) == {}
         assert torch.get_num_threads() == 2
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)
 
 
-def test_how_many_run_side_by_side(monkeypatch):
-    gpu = resident(device="meta")  # any device that is no CPU
-    streamed = types.SimpleNamespace(device=torch.device("cuda"))  # ImageNet
-    for cores, asked, runs, width, data, count in (
-        (2, "auto", 3, 1, resident(), 3),  # no more than a few share a few cores
-        (2, "auto", 4, 1, resident(), 2),
-        (16, "auto", 31, 1, resident(), 16),
-        (2, "3", 9, 1, resident(), 3),
-        (2, "3", 2, 1, resident(), 2),
-        (2, "auto", 99, 0.25, gpu, 32),
-        (2, "auto", 99, 4, gpu, 4),
-        (2, "auto", 99, 32, gpu, 1),
-        (2, "auto", 99, 1, streamed, 1),
-    ):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores))
-        assert parallel.pick_count(asked, runs, width, data) == count
+# Cores, --parallel, runs, width, where the data are; and how many runs go side by side. No more
+# than a few share a few cores.
+COUNTS = """\
+2 auto 3 1 cpu 3
+2 auto 4 1 cpu 2
+16 auto 31 1 cpu 16
+2 3 9 1 cpu 3
+2 3 2 1 cpu 2
+2 auto 99 0.25 gpu 32
+2 auto 99 4 gpu 4
+2 auto 99 32 gpu 1
+2 auto 99 1 imagenet 1"""
+
+
+@pytest.mark.parametrize("line", COUNTS.splitlines())
+def test_how_many_run_side_by_side(monkeypatch, line):
+    cores, asked, runs, width, where, count = line.split()
+    imagenet = types.SimpleNamespace(device=torch.device("cuda"))
+    data = {"cpu": resident(), "gpu": resident(device="meta"), "imagenet": imagenet}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(int(cores)))
+    assert parallel.pick_count(asked, int(runs), float(width), data[where]) == int(count)
 
 
 def test_the_generator_of_one_thread_is_not_moved_by_another():
