@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from common import checkpoint, cli, paths, runs
 from common.data import DATASETS, load_data, stage_seed
@@ -95,6 +96,7 @@ def main() -> None:
             rates,
             make_optimiser=optimiser,
             augment=None,
+            loss_fn=nn.functional.cross_entropy,
             name=f"{args.model}x{args.width:g} seed {seed}",
             folder=folder,
             seed=stage_seed(seed, "dense"),

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import checkpoint, cli, masking, paths, runs
 from common.arms import ARMS, load_mask
@@ -105,6 +105,7 @@ def main() -> None:
                 learning_rates(schedule, lr, arguments["epochs"] - rewind, warmup),
                 make_optimiser=optimiser,
                 augment=None,
+                loss_fn=nn.functional.cross_entropy,
                 name=f"{args.arm} {mask['source_seed']}-{dense['seed']} {folder.name}",
                 folder=folder,
                 seed=stage_seed(arguments["seed"], "sparse"),

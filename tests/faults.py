@@ -312,7 +312,7 @@ processes share the first slice | common/runtime/distributed.py
 
 every process writes | common/checkpoint.py
 >distributed::test_the_first_process_alone_writes_and_deletes
--if not is_writer:
+-if RANK:
 +if False:
 
 REPAIR of BatchNorm on test images | analyze/lib/lines.py
