@@ -44,11 +44,11 @@ default() { # NAME=value ..., of settings that neither the environment nor an ea
 }
 mode=${DRY_RUN:+dry}
 case ${1-} in status | --help | -h) mode=$1; shift ;; esac
-[ $# -le 1 ] || refuse "unexpected '$2': give one preset, and settings before the command"
+[ $# -le 1 ] || refuse "unexpected '$2': status or --help come first, then one preset; settings stand ahead"
 preset=${1:-quick} known=$(awk 'NR > 2 { print $1 }' <<< "$presets" | xargs)
 columns=$(awk -v preset="${preset/#test/quick}" 'NR == 2 { split($0, names) } NR > 2 && $1 == preset {
   for (i = 2; i <= NF; i++) print names[i] "=" $i }' <<< "$presets")
-[ -n "$columns" ] || refuse "unknown preset '$preset': choose from $known test"
+[ -n "$columns" ] || refuse "unknown preset '$preset': choose from $known test; status or --help go first"
 case ${ENSEMBLE:+ensemble-}$preset in
   ensemble-quick) default REWIND="3 6" REPORT_FLAGS="--only results diversity" ;;
   ensemble-svhn) default REWIND=20 ;;
@@ -75,7 +75,7 @@ while read -r name kind pattern meaning; do
     pattern="($pattern)( ($pattern))*" value=$(echo $(printf '%s\n' $value | awk '!seen[$0]++')) ;; esac
   [[ $value =~ ^($pattern)$ ]] || refuse "$name='$value': give $meaning$several"
   printf -v "$name" %s "$value"
-  shown+=" $name='$value'" help+=$(printf '\n  %-20s%-30s  %s' "$name" "'$value'" "$meaning")
+  shown+=${value:+" $name='$value'"} help+=$(printf '\n  %-20s%-30s  %s' "$name" "'$value'" "$meaning")
 done <<< "${settings:1}"
 case $mode in -*) echo "$help"; exit ;; esac
 case $TAG in dense | imp | align | sparse) refuse "TAG='$TAG' is the name of a folder: give another" ;; esac
