@@ -86,8 +86,8 @@ def main() -> None:
     def by_activations() -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         data = images()
         streamed = isinstance(data, Streamed)
-        count = args.match_images or cli.MATCH_IMAGES[streamed]
-        size = args.batch_size or cli.MATCH_BATCH[streamed]
+        count = args.match_images or inputs.MATCH_IMAGES[streamed]
+        size = args.batch_size or inputs.MATCH_BATCH[streamed]
         batches = (batch for batch, _ in data.eval_batches("train", size, count))
         bar = tqdm(batches, "matching", unit="batch", disable=None, leave=False)
         return matching.match_activations(*networks, axes, bar, **how)

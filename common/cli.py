@@ -31,8 +31,6 @@ PAPER: dict[str, dict[str, tuple[Any, Any]]] = {
     "sparse": {"lr": (0.02, 0.4)} | ALL,
 }
 REWIND_EPOCHS = ((0, 5, 10, 15, 20, 25, 50, 75, 100), (10, 25, 50))
-MATCH_IMAGES = (None, 12_800)
-MATCH_BATCH = (250, 32)  # what stays in a processor's cache, and what fits beside two wide networks
 
 
 class Parser(argparse.ArgumentParser):

@@ -19,6 +19,9 @@ from common.data import DATASETS, Resident, Streamed, load_data, load_described
 from common.errors import UserError
 from common.models import build_model, check_fits, shapes
 
+# Images that are matched on, and in a pass: (small images, ImageNet).
+MATCH_IMAGES = (None, 12_800)
+MATCH_BATCH = (250, 32)  # what stays in a processor's cache, and what fits beside two wide networks
 HOW = {"match_on": "post", "statistic": "correlation", "stream": "last"}  # the paper's
 
 Entry = dict[str, Any]  # the content of a checkpoint or of a mask file
