@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from analyze import status
-from tests.conftest import ROOT, call, refuse
+from tests.conftest import ROOT, Outcome, call, refuse, refused
 
 STAGES = ("train_dense.py", "prune_imp.py", "align_mask.py", "train_sparse.py")
 
@@ -22,21 +22,15 @@ def run_all(*arguments, **environment):
     usual = {"PATH": path, "HOME": os.environ.get("HOME", ""), "CUDA_VISIBLE_DEVICES": ""}
     settings = {key: value for key, value in (usual | environment).items() if value is not None}
     command = ["bash", str(ROOT / "run_all.sh"), *arguments]
-    return subprocess.run(command, env=settings, capture_output=True, text=True)
+    done = subprocess.run(command, env=settings, capture_output=True, text=True)
+    return Outcome(done.returncode, done.stdout, done.stderr)
 
 
 def dry(preset, **settings):
     """The words of the commands that a preset would run."""
     done = run_all(preset, DRY_RUN="1", **settings)
-    assert done.returncode == 0, done.stderr
-    return [shlex.split(line) for line in done.stdout.splitlines() if line]
-
-
-def refused(text, *arguments, **settings):
-    """Whether the script ends in one line that holds `text`."""
-    done = run_all(*arguments, **settings)
-    one_line = done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-    return one_line and text in done.stderr
+    assert done.code == 0, done.err
+    return [shlex.split(line) for line in done.out.splitlines()]
 
 
 def by_flag(words):
@@ -107,8 +101,7 @@ def test_the_tests_run_in_two_halves_and_fail_with_either(tmp_path):
     for failing in ("nothing", "*!a-o*", "*[[]a-o*"):
         script = f'echo "ran $*"; case "$*" in {failing}) exit 1; esac'
         done = run_all("test", PATH=command(tmp_path, "python3", script))
-        assert done.stdout.count("ran -m") == 2
-        assert bool(done.returncode) == (failing != "nothing")
+        assert done.out.count("ran -m") == 2 and bool(done.code) == (failing != "nothing")
 
 
 def test_networks_go_side_by_side_by_themselves_on_a_cpu_alone(tmp_path):
@@ -130,7 +123,7 @@ def launched(folder, script, preset, fails=False, **settings):
     path = command(folder, "python3", f'[ "$1" = -c ] || {{ {script}; }} >> {log}')
     usual = {"PATH": path, "WIDTHS": "1", "PAIRS": "0", "OUT": str(folder / "runs")}
     done = run_all(preset, **usual | settings)
-    assert bool(done.returncode) == fails, done.stderr
+    assert bool(done.code) == fails, done.err
     return [line.split() for line in log.read_text().splitlines()]
 
 
@@ -172,19 +165,20 @@ WRONG = """
 @pytest.mark.parametrize("setting", shlex.split(WRONG))
 def test_a_setting_that_makes_no_sense_is_refused_in_one_line(setting):
     name, value = setting.split("=")
-    assert refused(f"error: {name}='{value.strip()}'", "quick", DRY_RUN="1", **{name: value})
+    refused(run_all("quick", DRY_RUN="1", **{name: value}), f"error: {name}='{value.strip()}'")
 
 
 def test_unknown_presets_and_words_are_refused():
     for words in ("cifar11", "q.*", "quick DRY_RUN=1", "status cifar10 x"):
-        assert refused(f"'{words.split()[-1]}'", *words.split(), DRY_RUN="1")
-    assert refused("SPREAD='2' excludes PARALLEL='auto'", "quick", SPREAD="2", PARALLEL="auto")
+        refused(run_all(*words.split(), DRY_RUN="1"), f"'{words.split()[-1]}'")
+    settings = {"DRY_RUN": "1", "SPREAD": "2", "PARALLEL": "auto"}
+    refused(run_all("quick", **settings), "SPREAD='2' excludes PARALLEL='auto'")
 
 
 def test_help_and_the_line_before_a_run_show_every_setting():
     settings = {"TAG": "mine", "PAIRS": "3  1 3", "DENSE_FLAGS": "--lr  1"}
-    shown = run_all("--help", "vgg11", **settings).stdout
-    line = run_all("vgg11", DRY_RUN="1", **settings).stderr
+    shown = run_all("--help", "vgg11", **settings).out
+    line = run_all("vgg11", DRY_RUN="1", **settings).err
     assert line.count("\n") == 1 and "bash run_all.sh status" in shown
     expected = {"TAG": "mine", "PAIRS": "3 1", "DENSE_FLAGS": "--lr 1", "MODEL": "vgg11"}
     for name, value in (expected | {"OUT": "runs/vgg11", "IMP_FLAGS": ""}).items():
@@ -207,8 +201,8 @@ def finish(folder, seconds, ended, **arguments):
 def told(root, **settings):
     grid = {"PAIRS": "0", "WIDTHS": "1", "REWIND": "0 4", "SPARSITY": "0.5 0.9", "METHODS": ""}
     done = run_all("status", "cifar10", OUT=str(root), **(grid | settings))
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert done.code == 0, done.err
+    return done.out
 
 
 NOTHING = """\

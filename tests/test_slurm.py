@@ -32,9 +32,9 @@ def cluster(tmp_path):
 
 def test_slurm_gets_an_array_job_a_stage_each_after_the_one_before(tmp_path, cluster):
     done = run_all("quick", **cluster)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     jobs = [line.split() for line in (tmp_path / "jobs").read_text().splitlines()]
-    assert [line.split(":")[0] for line in done.stdout.splitlines()] == NAMES
+    assert [line.split(":")[0] for line in done.out.splitlines()] == NAMES
     for number, words in enumerate(jobs):
         assert {f"--job-name={NAMES[number]}", "--gres=gpu:1", "--requeue"} <= set(words)
         assert (f"--dependency=afterany:{number}" in words) == (number > 0)
@@ -55,17 +55,17 @@ def test_slurm_gets_what_is_missing_and_nothing_twice(tmp_path, cluster):
     ran = (tmp_path / "log").read_text()
     assert "--seed 0 " in ran and "--seed 1 " not in ran
     (tmp_path / "queue").write_text(f"7 {tmp_path} elsewhere\n")
-    assert run_all("quick", **cluster).returncode == 0
+    assert run_all("quick", **cluster).code == 0
     (tmp_path / "queue").write_text(f"7 {ROOT} {cluster['OUT']}\n")
-    refused = run_all("quick", **cluster)
-    assert refused.returncode == 2 and "has jobs in the queue (7)" in refused.stderr
+    busy = run_all("quick", **cluster)
+    assert busy.code == 2 and "has jobs in the queue (7)" in busy.err
 
 
 def test_a_network_on_several_nodes_has_a_torchrun_on_each(tmp_path, cluster):
     """srun starts it there, and the first node of the task is where they meet."""
     command(tmp_path, "srun", 'echo "$*" >> "$0.log"')
     nodes = {"SPREAD": "16", "SLURM_NNODES": "2", "SLURM_JOB_ID": "40007"}
-    assert run_all("quick", **cluster, **nodes).returncode == 0
+    assert run_all("quick", **cluster, **nodes).code == 0
     lines = (tmp_path / "srun.log").read_text().splitlines()
     assert len(lines) == 2 + 1 + 6 and len(set(lines)) == 9
     meet = f"--rdzv-id 40007 --rdzv-endpoint {platform.node()}:20007 train_dense.py"
@@ -91,8 +91,8 @@ def test_the_experiment_runs_on_slurm_and_the_same_call_goes_on(tmp_path):
 
     def submit():
         done = run_all("quick", **settings)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        assert done.code == 0, done.err
+        return done.out
 
     def wait(seconds=600):
         until = time.monotonic() + seconds
