@@ -19,7 +19,7 @@ from tests.conftest import call, stage1, stage2, stage3, stage4, state
 COUNT = int(os.environ.get("HOSTILE", "40"))
 WORDS = ["-1", "x", "", "nan", "inf", "1e999", "9" * 400]  # no flag takes one of these
 TEXTS = [b"", b"hello", b"[]", b"{}", b"null", b'"x"', b"\xff\xfe", b"[" * 10**5, b"\x89PNG\r\n"]
-TEXTS += [b"PK\x05\x06" + bytes(18), bytes(1000)]
+TEXTS += [b"PK\x05\x06" + bytes(18), bytes(1000), random.Random(0).randbytes(500)]
 VALUES = [None, "x", [], {}, -1, 0.5, [[1]]]  # no entry that is needed is one of these
 
 
@@ -43,6 +43,10 @@ class Evil:
 
     def __reduce__(self):
         return exec, ("raise SystemExit('code of a pickle was run')",)
+
+
+EVIL = [Evil(), {"x": Evil()}]
+THINGS = [*EVIL, *map(pickle.dumps, EVIL), [1], torch.nn.Linear(2, 2)]
 
 
 def commands(root):
@@ -87,24 +91,18 @@ def retyped(path, draw):
 
 def spoilt(path, root, draw):
     """What takes the place of a file: bytes, something to be saved, or None for a folder."""
-    kinds = ["cut", "text", "folder", "pickle", "swapped"]
-    kinds += ["retyped"] * (path.name != "arguments.json")
-    kind, whole = draw.choice(kinds), path.read_bytes()
-    if kind == "cut":
-        return whole[: draw.randrange(len(whole))]
-    if kind == "text":
-        return draw.choice([*TEXTS, draw.randbytes(500)])
-    if kind == "folder":
-        return None
-    if kind == "pickle":
-        things = [Evil(), {"x": Evil()}]
-        return draw.choice([*things, *map(pickle.dumps, things), [1], torch.nn.Linear(2, 2)])
-    if kind == "retyped":
-        return retyped(path, draw)
-    others = [other for other in sorted(root.rglob(f"*{path.suffix}")) if other != path]
+    whole, others = path.read_bytes(), set(root.rglob(f"*{path.suffix}"))
     if path.name.startswith(("chain", "round")):  # those of its own chain are as good
-        others = [other for other in others if other.parent != path.parent]
-    return draw.choice([other for other in map(Path.read_bytes, others) if other != whole])
+        others -= set(path.parent.iterdir())
+    others = map(Path.read_bytes, sorted(others))
+    made = [
+        whole[: draw.randrange(len(whole))],
+        draw.choice(TEXTS),
+        draw.choice(THINGS),
+        draw.choice([other for other in others if other != whole]),
+        None,
+    ]
+    return draw.choice(made if path.name == "arguments.json" else [*made, retyped(path, draw)])
 
 
 def snapshot(root):

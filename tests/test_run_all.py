@@ -33,16 +33,18 @@ def dry(preset, **settings):
     return [shlex.split(line) for line in done.out.splitlines()]
 
 
+def assigned(text):
+    """Settings as a shell has them: NAME=value ..."""
+    return dict(word.split("=", 1) for word in shlex.split(text))
+
+
 def by_flag(words):
-    """The words after each flag of a command; of a flag without any, itself; "": those before."""
-    found, flag = {}, ""
-    for word in words[1:]:
-        if word.startswith("--"):
-            flag = word
-            found[flag] = []
-        else:
-            found.setdefault(flag, []).append(word)
-    return {flag: after or [flag] for flag, after in found.items()}
+    """What stands after each flag of a command; of a flag alone, itself; "": what stands before."""
+    first, *flags = " ".join(words[1:]).split(" --")
+    found = {"": first}
+    for flag, _, values in (text.partition(" ") for text in flags):
+        found[f"--{flag}"] = values or f"--{flag}"
+    return found
 
 
 def command(folder, name, script):
@@ -58,10 +60,10 @@ _, *CASES = (ROOT / "tests/commands.txt").read_text().strip().split("\n\n")
 @pytest.mark.parametrize("case", CASES)
 def test_a_dry_run_prints_the_commands_in_order(case):
     _, asked, flags, *expected = case.splitlines()
-    preset, *settings = shlex.split(asked)
+    preset, _, settings = asked.partition(" ")
     found = []
-    for words in map(by_flag, dry(preset, **{"OUT": "R"} | dict(s.split("=") for s in settings))):
-        shown = [word for flag in ("", *flags.split()) for word in words.get(flag, [])]
+    for words in map(by_flag, dry(preset, **{"OUT": "R"} | assigned(settings))):
+        shown = " ".join(words[flag] for flag in ("", *flags.split()) if flag in words).split(" ")
         found.append(" ".join(word.removeprefix("R/w1/").removesuffix(".py") for word in shown))
     assert found == expected
 
@@ -144,9 +146,8 @@ def test_each_of_several_gpus_has_a_command_of_its_own(tmp_path):
 
     def used(**settings):
         settings = {"CUDA_VISIBLE_DEVICES": None, "METHODS": "", "PAIRS": "0 1 2"} | settings
-        script = 'echo "$1 ${CUDA_VISIBLE_DEVICES-all}"; [ $1 != train_dense.py ] || sleep 0.3'
-        lines = launched(tmp_path, script, "cifar10", **settings)
-        return [line[1] for line in lines if line[0] == "train_dense.py"]
+        script = '[ $1 != train_dense.py ] || { echo "$CUDA_VISIBLE_DEVICES"; sleep 0.3; }'
+        return sum(launched(tmp_path, script, "cifar10", **settings), [])
 
     assert sorted(used()) == list("001122")
     assert set(used(CUDA_VISIBLE_DEVICES="GPU-5, 7,")) == {"GPU-5", "7"}
@@ -171,17 +172,17 @@ def test_a_setting_that_makes_no_sense_is_refused_in_one_line(setting):
 def test_unknown_presets_and_words_are_refused():
     for words in ("cifar11", "q.*", "quick DRY_RUN=1", "status cifar10 x"):
         refused(run_all(*words.split(), DRY_RUN="1"), f"'{words.split()[-1]}'")
-    settings = {"DRY_RUN": "1", "SPREAD": "2", "PARALLEL": "auto"}
+    settings = assigned("DRY_RUN=1 SPREAD=2 PARALLEL=auto")
     refused(run_all("quick", **settings), "SPREAD='2' excludes PARALLEL='auto'")
 
 
 def test_help_and_the_line_before_a_run_show_every_setting():
-    settings = {"TAG": "mine", "PAIRS": "3  1 3", "DENSE_FLAGS": "--lr  1"}
+    settings = assigned("TAG=mine PAIRS='3  1 3' DENSE_FLAGS='--lr  1'")
     shown = run_all("--help", "vgg11", **settings).out
     line = run_all("vgg11", DRY_RUN="1", **settings).err
     assert line.count("\n") == 1 and "bash run_all.sh status" in shown
-    expected = {"TAG": "mine", "PAIRS": "3 1", "DENSE_FLAGS": "--lr 1", "MODEL": "vgg11"}
-    for name, value in (expected | {"OUT": "runs/vgg11", "IMP_FLAGS": ""}).items():
+    used = "TAG=mine PAIRS='3 1' DENSE_FLAGS='--lr 1' MODEL=vgg11 OUT=runs/vgg11 IMP_FLAGS="
+    for name, value in assigned(used).items():
         assert f"{name}='{value}'" in line and f"  {name:<20}'{value}'" in shown
 
 
@@ -199,7 +200,7 @@ def finish(folder, seconds, ended, **arguments):
 
 
 def told(root, **settings):
-    grid = {"PAIRS": "0", "WIDTHS": "1", "REWIND": "0 4", "SPARSITY": "0.5 0.9", "METHODS": ""}
+    grid = assigned("PAIRS=0 WIDTHS=1 REWIND='0 4' SPARSITY='0.5 0.9' METHODS=")
     done = run_all("status", "cifar10", OUT=str(root), **(grid | settings))
     assert done.code == 0, done.err
     return done.out
