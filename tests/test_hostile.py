@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from common import cli
-from tests.conftest import call, stage1, stage2, stage3, stage4, state
+from tests.conftest import call, refuse, stage1, stage2, stage3, stage4, state
 
 COUNT = int(os.environ.get("HOSTILE", "40"))
 WORDS = ["-1", "x", "", "nan", "inf", "1e999", "9" * 400]  # no flag takes one of these
 TEXTS = [b"", b"hello", b"[]", b"{}", b"null", b'"x"', b"\xff\xfe", b"[" * 10**5, b"\x89PNG\r\n"]
 TEXTS += [b"PK\x05\x06" + bytes(18), bytes(1000), random.Random(0).randbytes(500)]
-VALUES = [None, "x", [], {}, -1, 0.5, [[1]]]  # no entry that is needed is one of these
+VALUES = [None, [], {}, 0.5, [[1]]]  # no entry that is needed is one of these
 
 
 @pytest.mark.parametrize("script", ["train_dense", "prune_imp", "align_mask", "train_sparse"])
@@ -33,9 +33,7 @@ def test_no_flag_takes_a_senseless_value(script, monkeypatch):
     assert len(actions) > 5
     for flag in (action.option_strings[-1] for action in actions):
         for word in WORDS:
-            outcome = call(script, flag, word)
-            assert outcome.code == 2 and outcome.err.count("\n") == 1, (flag, word, outcome)
-            assert f"argument {flag}: " in outcome.err
+            refuse((script, flag, word), f"argument {flag}: ")
 
 
 class Evil:
@@ -110,17 +108,13 @@ def snapshot(root):
     return {path: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in found.items()}
 
 
-@pytest.fixture(scope="module")
-def victim(runs, tmp_path_factory):
-    return shutil.copytree(runs, tmp_path_factory.mktemp("victim") / "runs")
-
-
 @pytest.mark.parametrize("number", range(COUNT))
-def test_hostile_files_change_nothing_and_end_in_one_line(victim, number):
-    draw = random.Random(number)
-    command, files = draw.choice(commands(victim))
+def test_hostile_files_change_nothing_and_end_in_one_line(runs, tmp_path, number):
+    root, draw = shutil.copytree(runs, tmp_path / "runs"), random.Random(number)
+    command, files = draw.choice(commands(root))
     path = draw.choice(files)
-    kept, made = path.read_bytes(), spoilt(path, victim, draw)
+    made = spoilt(path, root, draw)
+    print(path, str(made)[:99])
     path.unlink()
     if made is None:
         path.mkdir()
@@ -128,10 +122,6 @@ def test_hostile_files_change_nothing_and_end_in_one_line(victim, number):
         path.write_bytes(made)
     else:
         torch.save(made, path)
-    before = snapshot(victim)
-    outcome, after = call(*command), snapshot(victim)
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-    path.write_bytes(kept)
-    told = command, path, str(made)[:99], outcome
-    assert outcome.code == 2 and outcome.err.count("\n") == 1, told
-    assert after == before, told
+    before = snapshot(root)
+    refuse(command)
+    assert snapshot(root) == before
