@@ -53,7 +53,7 @@ def commands(root):
     aligned, new = root / "align/activation/seed0-seed1", root / "new"
     read = [[end / "result.json", end / "epoch_0003.pt"] for end in (source, target)]
     cells = [*read[1], target / "epoch_0000.pt", target / "epoch_0001.pt"]
-    chain = [*imp.glob("round_*.pt"), imp / "chain.pt"]
+    chain = [*sorted(imp.glob("round_*.pt")), imp / "chain.pt"]
     masks, permuted = (sorted(folder.glob("mask_*.pt")) for folder in (imp, aligned))
     rounds = (source, imp, "--keep-rounds --sparsity")
     return [

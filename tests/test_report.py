@@ -221,14 +221,12 @@ def test_the_report_does_what_is_asked_for_alone(root, in_process):
     refused(call("analyze.report", root / "empty"), "no finished run")
 
 
-def test_blocks_as_markdown_and_html():
+def test_headings_and_tables_as_markdown_and_html():
     table = pd.DataFrame({"x": ["1 | <b>"]}, index=pd.Index(["one"], name="row"))
     html, markdown = pages.table(table)
     assert markdown == "| row | x |\n| --- | --- |\n| one | 1 \\| <b> |" and "1 | &lt;b&gt;" in html
     expected = '<h2 id="is-πa-b">Is π(A) &lt;B&gt;?</h2>', "## Is π(A) <B>?"
     assert pages.heading("Is π(A) <B>?") == expected
-    assert pages.block("link", "T", "#t") == ('<a href="#t">T</a>', "- [T](#t)")
-    assert pages.block("word", "k", "<e>") == ("<p><b>k</b>: &lt;e&gt;</p>", "- **k**: <e>")
 
 
 def test_the_report_runs_its_analyses_where_it_was_called(root, monkeypatch):

@@ -5,9 +5,7 @@ import sys
 
 import pandas as pd
 import pytest
-import torch
 
-import train_sparse
 from common import masking
 from common.align.axes import find_axes
 from common.align.permutation import permute
@@ -163,17 +161,18 @@ def test_controls_start_from_what_they_say(ends, aligned, tmp_path):
         ("naive", target, imp, "--signs --fan-in"),
     ):
         succeed(*stage4(arm, dense, masks, tmp_path / arm, *more, "--sparsity 0.7 --rewind 0"))
-    mask = state(imp / "mask_0.70.pt")["mask"]
-    shuffled = state(tmp_path / "shuffled/s0.70_k000/final.pt")["mask"]
+    entry, cell = state(imp / "mask_0.70.pt"), "s0.70_k000"
+    mask, shuffled = entry["mask"], state(tmp_path / f"shuffled/{cell}/final.pt")["mask"]
     assert not same(mask, shuffled)
     assert all(entry.sum() == shuffled[name].sum() for name, entry in mask.items())
     asked = {"signs": True, "fan_in": True, "mask_dataset": "glyphs"}
-    assert asked.items() <= result(tmp_path / "naive/s0.70_k000")["arguments"].items()
-    masks, first = state(aligned / "masked/mask_0.70.pt"), weights(target / "epoch_0000.pt")
-    start = train_sparse.start_weights(first, masks, signs=True, fan_in=False)
-    for name, entry in masks["mask"].items():
-        assert torch.equal(start[name][entry] > 0, masks["signs"][name][entry])
-        assert torch.equal(start[name].abs(), first[name].abs() * entry)
+    assert asked.items() <= result(tmp_path / "naive" / cell)["arguments"].items()
+    start, rates = state(target / "epoch_0000.pt"), learning_rates("cosine", 0.02, 3)
+    kept = masking.apply({name: start["state_dict"][name] for name in mask}, mask)
+    signed = masking.with_signs(kept, entry["signs"])
+    start["state_dict"] |= masking.rescale_fan_in(signed, mask)
+    expected = train_by_hand(start, 0, "sparse", rates, mask, seed=1)
+    assert same(weights(tmp_path / "naive" / cell / "final.pt"), expected)
 
 
 def test_early_matching_uses_the_targets_early_weights(runs, ends, tmp_path):
