@@ -13,7 +13,7 @@ from common.data import SMALL_IMAGES
 from common.models import build_model
 from common.runtime.seeding import seeded
 from common.vision import torchvision
-from tests.conftest import result, same, sparse, succeed
+from tests.conftest import result, same, stage4, succeed
 
 
 def patterns(_, size):
@@ -59,15 +59,15 @@ def test_a_run_that_ends_at_chance_says_so(learn, tmp_path):
 def test_a_sparse_run_that_diverges_is_a_result(runs, ends, tmp_path):
     root = shutil.copytree(runs, tmp_path / "R")
     sane, wild = (root / "sparse/naive" / name for name in ("seed0-seed1", "wild"))
-    naive = ("naive", *ends[1:], wild, "--rewind 1 --sparsity 0.7 --lr 1000000.0")
-    outcome, cell = sparse(*naive), wild / "s0.70_k001"
-    assert outcome.code == 0 and "diverged in epoch 2" in outcome.out, outcome
+    naive = stage4("naive", *ends[1:], wild, "--rewind 1 --sparsity 0.7 --lr 1000000.0")
+    assert "diverged in epoch 2" in succeed(*naive)
+    cell = wild / "s0.70_k001"
     # NaN is no JSON.
     found = json.loads((cell / "result.json").read_text(), parse_constant=pytest.fail)
     assert found["diverged"] == 2 and found["test_loss"] is None and 0 <= found["test_acc"] < 50
     assert pd.read_csv(cell / "log.csv")["epoch"].tolist() == [2]  # the last it trained
     assert not list(cell.glob("*.pt"))
-    assert "nothing to do" in sparse(*naive).out
+    assert "nothing to do" in succeed(*naive)
     assert result(sane / cell.name)["diverged"] is None
     shutil.rmtree(sane / cell.name)
     table = succeed("analyze.results", root)
@@ -84,9 +84,8 @@ def test_initial_weights_are_those_of_their_source(name):
             continue
         weights, fan_in = layer.weight.detach(), layer.weight[0].numel()
         expected = (2 / fan_in) ** 0.5
-        if name == "vgg11":
-            convolution = weights.dim() == 4
-            expected = (2 / (len(weights) * 9)) ** 0.5 if convolution else 0.01
+        if name == "vgg11":  # a convolution of 3x3, or a linear layer
+            expected = (2 / (len(weights) * 9)) ** 0.5 if weights.dim() == 4 else 0.01
         tolerance = 5 / (2 * weights.numel()) ** 0.5  # five standard errors of a deviation
         assert float(weights.std() / expected) == pytest.approx(1, abs=tolerance), layer
         if layer.bias is not None:

@@ -36,6 +36,11 @@ def test_stage_1_refuses(tmp_path, line):
     assert said == "diverged" or not list(tmp_path.iterdir())
 
 
+def test_a_file_in_the_place_of_a_run_is_named(tmp_path):
+    (tmp_path / "seed0").touch()
+    refuse(stage1(tmp_path), "no run of this project")
+
+
 # Of stages 2 to 4, in a folder with the runs of two pairs and what `prepared` adds: the flags after
 # those that a stage always needs, which later ones override, and what is said.
 OTHERS = """\

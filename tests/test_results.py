@@ -47,6 +47,10 @@ def summary(rows):
     return statistics.summary(frame(rows)).query("sparsity.notna()").set_index("variant")
 
 
+def differences(table):
+    return table["difference"].dropna().to_dict()
+
+
 def told(rows, *against):
     return results.render(frame(rows), *against)
 
@@ -109,32 +113,27 @@ def test_variants_are_kept_apart_and_paired_with_their_seeds():
     rows = rows_of("lth 0 0 90, imp-target 1 1 91, imp-target 5 5 50")
     rows += rows_of("naive 0 1 80, naive 0 3 70, permuted 0 1 83")
     rows += rows_of("permuted 0 1 84", method="masked") + rows_of("permuted 0 1 88", signs=True)
-    pairs = finished.by_pair(frame(rows))
-    permuted = {"permuted", "permuted (masked)", "permuted + signs"}
-    assert set(pairs) == {"lth", "imp-target", "naive"} | permuted
-    assert pairs["naive"].tolist() == [80, 70]
-    assert pairs["lth"].tolist() == [90, 90]  # one source, two targets
-    assert pairs["imp-target"].iloc[0] == 91 and pd.isna(pairs["imp-target"].iloc[1])
     table = summary(rows)
-    assert table.loc[["permuted (masked)", "imp-target"], "difference"].tolist() == [4, 11]
+    expected = {"lth": 15, "imp-target": 11, "permuted": 3}  # LTH beside two pairs
+    expected |= {"permuted (masked)": 4, "permuted + signs": 8}
+    assert differences(table) == expected and set(table.index) == {"naive", *expected}
+    assert table.loc["naive", ["mean", "count"]].tolist() == [75, 2]
     # One run, though it serves two pairs.
-    assert table.loc["lth", "count"] == 1 and pd.isna(table.loc["lth", "std"])
+    assert table.loc["lth", ["count", "pairs"]].tolist() == [1, 2]
+    assert pd.isna(table.loc["lth", "std"])
 
 
 def test_early_matches_and_masks_of_another_data_set_are_variants_of_their_own():
-    def differences(rows):
-        return summary(rows)["difference"].dropna().to_dict()
-
     rows = rows_of("naive 0 1 50") + rows_of("permuted 0 1 51", match_epoch=200)
     early = rows_of("permuted 0 1 48", match_epoch=5)
     more = rows_of("naive 0 1 60, permuted 0 1 64", mask_dataset="e")
     # Each with its own naive use.
     expected = {"permuted": 1.0, "permuted @5": -2.0, "permuted [e mask]": 4.0}
-    assert differences(rows + early + more) == expected
+    assert differences(summary(rows + early + more)) == expected
     assert [*frame(early)["variant"]] == ["permuted @5"]  # though no later is there
     # The same seed is another network there, so that these are a pair.
     same = rows_of("naive 0 0 60, permuted 0 0 64", mask_dataset="e")
-    assert differences(same) == {"permuted [e mask]": 4.0}
+    assert differences(summary(same)) == {"permuted [e mask]": 4.0}
 
 
 def test_a_tagged_variant_is_compared_with_the_naive_runs_of_its_tag():

@@ -5,7 +5,6 @@ import shlex
 import subprocess
 import sys
 from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -131,14 +130,15 @@ def launched(folder, script, preset, fails=False, **settings):
 
 @pytest.mark.parametrize("cores, share", [(2, 1), (3, 1), (4, 2), (7, 3)])
 def test_the_commands_of_the_grid_share_the_cores(tmp_path, cores, share):
+    def shares(**settings):
+        lines = launched(tmp_path, 'echo "$*" threads=$OMP_NUM_THREADS', "quick", **settings)
+        return [line[-3:] for line in lines if line[0].startswith("train_")]
+
     command(tmp_path, "getconf", f"echo {cores}")
-    run = partial(launched, tmp_path, 'echo "$*" threads=$OMP_NUM_THREADS', "quick")
-    lines, asked = run(), run(PARALLEL="5")
-    ends = [line[-3:] for line in lines if "train_" in line[0]]
-    assert ends[0] == ["--parallel", "auto", "threads="]  # the dense networks
-    assert ends[1:] == 3 * [["--parallel", f"{share}", f"threads={share}"]]  # of two runs each
-    ends = [line[-3:] for line in asked if "_sparse" in line[0]]
-    assert ends == 3 * [["--parallel", "5", "threads="]]
+    dense, *grid = shares()
+    assert dense == ["--parallel", "auto", "threads="]
+    assert grid == 3 * [["--parallel", f"{share}", f"threads={share}"]]  # of two runs each
+    assert shares(PARALLEL="5")[1:] == 3 * [["--parallel", "5", "threads="]]
 
 
 def test_each_of_several_gpus_has_a_command_of_its_own(tmp_path):
