@@ -1,7 +1,6 @@
 """Figures of accuracies, the paper's numbers beside ours, and the report."""
 
 import io
-import itertools
 import re
 import shutil
 import subprocess
@@ -21,7 +20,7 @@ from tests.conftest import call, edit, refused, savefig, succeed
 
 @pytest.fixture
 def root(runs, tmp_path):
-    return Path(shutil.copytree(runs, tmp_path / "runs"))
+    return shutil.copytree(runs, tmp_path / "runs")
 
 
 @pytest.fixture
@@ -122,9 +121,9 @@ def test_the_papers_curves_stand_beside_ours(root):
 
 
 def test_a_curve_a_width():
-    keys = ["width", "repair", "curve", "alpha", "seed"]
-    values = ((1.0, 4.0), (False, True), ("naive", "aligned"), (0.0, 1.0), (0, 2))
-    table = pd.DataFrame(itertools.product(*values), columns=keys)
+    every = {"width": (1.0, 4.0), "repair": (False, True), "curve": ("naive", "aligned")}
+    every |= {"alpha": (0.0, 1.0), "seed": (0, 2)}
+    table = pd.MultiIndex.from_product(every.values(), names=every).to_frame(index=False)
     table["test_loss"] = table["width"] + table["alpha"] + table["seed"]
     figure = panels.widths(table, "")
     assert [axis.get_title() for axis in figure.axes] == ["without REPAIR", "with REPAIR"]
