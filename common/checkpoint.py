@@ -26,6 +26,7 @@ MASKS = ("mask", "signs", "sparsity", "sparsity_total", "model", "dataset")
 MASKS += ("source_seed", "target_seed", "method", "match_epoch")
 MODEL = ("name", "width", "classes", "input_shape")
 KINDS = {"seed": int, "epoch": int, "round": int, "rows": list}  # of these entries in any file
+KINDS["source_seed"] = (int, str)  # a name where a network was trained elsewhere
 KINDS |= dict.fromkeys(("model", "dataset", "state_dict", "mask", "signs", "permutation"), dict)
 
 # ---------------------------------------------------------------- writing
@@ -190,7 +191,8 @@ def load_dense(folder: Path, epoch: int | None = None) -> dict[str, Any]:
     if result.get("stage") != "train_dense":
         raise UserError(f"{folder} holds a run of {result.get('stage')}.py, not a dense run")
     arguments = result.get("arguments")
-    numbers = [dict(arguments or {}).get(key) for key in ("epochs", "seed")]
+    arguments = arguments if isinstance(arguments, dict) else {}
+    numbers = [arguments.get(key) for key in ("epochs", "seed")]
     if "precision" not in result or not all(isinstance(number, int) for number in numbers):
         lost = "it lacks arguments or precision"
         raise UserError(f"{folder}/result.json is not as train_dense.py wrote it: {lost}")

@@ -210,6 +210,8 @@ def check_fits(mask: Mask, weights: dict[str, Tensor], path: object) -> None:
 
 def check_parts(entry: dict[str, Any], dense: dict[str, Any], path: Path) -> None:
     """Raise UserError unless mask and signs, read from `path`, fit a network and each other."""
+    if entry["model"] != dense["model"]:
+        raise UserError(f"{path} is for {entry['model']}, and the network is {dense['model']}")
     for part in ("mask", "signs"):
         check_fits(entry[part], dense["state_dict"], path)
     if entry["mask"].keys() != entry["signs"].keys():
@@ -222,8 +224,6 @@ def load(path: Path, dense: dict[str, Any]) -> dict[str, Any]:
     Raises UserError when it is no mask file or is for another network.
     """
     entry = checkpoint.load(path, checkpoint.MASKS)
-    if entry["model"] != dense["model"]:
-        raise UserError(f"{path} is for {entry['model']}, and the network is {dense['model']}")
     check_parts(entry, dense, path)
     return entry | {"sha256": checkpoint.digest(path)}
 
@@ -265,7 +265,7 @@ def latest(folder: Path, start: dict[str, Any], before: int) -> dict[str, Any]:
     """
     found = [start]
     for path in paths.chain_files(folder):
-        network = checkpoint.load(path, ("round", "rows", "state_dict", "mask", "signs"))
+        network = checkpoint.load(path, (*checkpoint.WEIGHTS, "round", "rows", "mask", "signs"))
         check_parts(network, start, path)
         check_source(network, start, path)
         found += [network] * (network["round"] < before)

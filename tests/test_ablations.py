@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import io
+import itertools
 import json
 import re
 import shutil
@@ -41,35 +42,35 @@ SMALLER = (  # in every copy: few images, and a block a stage in ResNet20
     ("common/models.py", "for _ in range(2)]", "for _ in range(0)]"),
 )
 CHECKS = {  # of the mask file of stage 2
-    "prune shortcuts too": lambda mask: abs(mask["sparsity"] - mask["sparsity_total"]) < 1e-9,
-    "prune layer by layer": lambda mask: (
-        all(  # two rounds, and a weight a round is left to rounding
-            abs(int(entry.sum()) - 0.7 * entry.numel()) < 3 for entry in mask["mask"].values()
-        )
+    "prune shortcuts too": lambda made: abs(made["sparsity"] - made["sparsity_total"]) < 1e-9,
+    # Two rounds, and a weight a round is left to rounding.
+    "prune layer by layer": lambda made: all(
+        abs(entry.sum() - 0.7 * entry.numel()) < 3 for entry in made["mask"].values()
     ),
+}
+NO_WAY_ON = {  # what says that a run of old code cannot be completed
+    "align_mask": "permutation.pt was made of another code",
+    "train_sparse": "was trained in fp32 by SGD and not fp32 by AdamW",
 }
 
 
 class Edit(NamedTuple):
+    file: str
     changes: str  # the first stage whose result changes
     called_with: dict  # what else the edited project needs: model, data, or flags of a stage
-    patches: list  # of each a file, a text that it holds once, and what takes its place
+    patches: list  # of each a text that the file holds once, and what takes its place
 
 
 def read_edits():
     """Those of ablations.txt, by name."""
     edits = {}
     for block in (ROOT / "tests/ablations.txt").read_text().split("\n\n")[1:]:
-        (head, *lines), patches = block.splitlines(), []
-        for line in lines:
-            if line[0] not in "-+":
-                patches.append({"file": line})
-            else:
-                patches[-1].setdefault(line[0], []).append(line[1:])
-        name, changes, called_with = head.split(" |")
-        called_with = dict([called_with.strip().split("=")] if called_with else [])
-        patches = [(patch["file"], *map("\n".join, (patch["-"], patch["+"]))) for patch in patches]
-        edits[name] = Edit(changes.strip(), called_with, patches)
+        head, *lines = block.splitlines()
+        name, file, changes, *called_with = head.split(" | ")
+        parts = itertools.groupby(lines, lambda line: line[0])
+        texts = ["\n".join(line[1:] for line in part) for _, part in parts]
+        patches = [*zip(texts[::2], texts[1::2])]
+        edits[name] = Edit(file, changes, dict(one.split("=") for one in called_with), patches)
     return edits
 
 
@@ -79,12 +80,13 @@ ROUNDING = EDITS.pop("a rule that rounds")
 # ---------------------------------------------------------------- copies and their processes
 
 
-def copied(folder, *patches):
-    """A copy of the project with `patches`; fails where the text to replace is not there once."""
+def copied(folder, edit=None):
+    """A copy of the project, edited; fails where a text to replace is not there once."""
     shutil.copytree(ROOT / "common", folder / "common", ignore=shutil.ignore_patterns("*.pyc"))
     for script in STAGES:
         shutil.copy(ROOT / f"{script}.py", folder)
-    for file, old, new in (*SMALLER, *patches):
+    edited = [(edit.file, *patch) for patch in edit.patches] if edit else []
+    for file, old, new in (*SMALLER, *edited):
         text = (folder / file).read_text()
         assert text.count(old) == 1, f"{text.count(old)} times in {file}: {old}"
         (folder / file).write_text(text.replace(old, new))
@@ -172,13 +174,14 @@ def test_an_edit_changes_its_stage_and_no_old_run_is_taken_for_the_new_one(
     stage, later = edit.changes, stages[stages.index(edit.changes) :]
     model = edit.called_with.get("of", MLP)
     folder, called_with = unedited(model), {"model": model} | edit.called_with
-    runs, new, cut = (tmp_path / part for part in ("runs", "new", "cut"))
-    for part, copy in (("runs", runs), ("runs", new), ("cut", cut)):
-        shutil.copytree(folder / part, copy)
+    old, new = tmp_path / "old", tmp_path / "new"
+    runs, cut = old / "runs", old / "cut"
+    shutil.copytree(folder, old)
+    shutil.copytree(runs, new)
     for one in later:
         shutil.rmtree(new / RESULTS[one][0].split("/")[0])
     outcomes = run(
-        copied(tmp_path / "project", *edit.patches),
+        copied(tmp_path / "project", edit),
         *(command(one, new, new, **called_with) for one in later),
         *(command(one, runs, runs, model) for one in ("train_dense", stage)),
         command(stage, runs, cut, model),
@@ -187,24 +190,22 @@ def test_an_edit_changes_its_stage_and_no_old_run_is_taken_for_the_new_one(
         assert code == 0, text
     before, after = (content(root, stage) for root in (runs, new))
     assert after[0] != before[0] and after[1] == after[2] != before[1]
-    for path in MASKS:
-        mask = torch.load(new / path, weights_only=True)
-        kept = sum(int(entry.sum()) for entry in mask["mask"].values())
-        assert kept == round(0.7 * sum(entry.numel() for entry in mask["mask"].values()))
-    for key, entry in mask["mask"].items():  # of the sparse network
-        assert not mask["state_dict"][key][~entry].any()
+    masks = [torch.load(new / path, weights_only=True) for path in MASKS]
+    for made in masks:
+        entries = torch.cat([entry.flatten() for entry in made["mask"].values()])
+        assert entries.sum() == round(0.7 * len(entries))
+    for key, entry in made["mask"].items():  # of the sparse network
+        assert not made["state_dict"][key][~entry].any()
     if name in CHECKS:
-        assert CHECKS[name](torch.load(new / MASKS[0], weights_only=True))
+        assert CHECKS[name](masks[0])
 
     (_, first), (_, finished), (code, text) = outcomes[len(later) :]
-    files = " ".join(file for file, *_ in edit.patches)
-    assert ("by other code" in first) == ("common/" in files or "train_dense" in files)
+    of_stage_1 = edit.file.startswith(("common/", "train_dense"))
+    assert ("by other code" in first) == of_stage_1
     assert "is finished, by other code" in finished
     assert before == content(folder / "runs", stage)
-    if stage == "align_mask":
-        assert code == 2 and "permutation.pt was made of another code" in text
-    elif "AdamW" in name:
-        assert code == 2 and "was trained in fp32 by SGD and not fp32 by AdamW" in text
+    if stage in NO_WAY_ON:
+        assert code == 2 and NO_WAY_ON[stage] in text
     else:
         assert code == 0 and "goes on under other code" in text, text
         assert content(cut, stage)[1:] == (f"{before[1]}+{after[1]}",) * 2
@@ -214,7 +215,7 @@ def test_an_edit_changes_its_stage_and_no_old_run_is_taken_for_the_new_one(
 
 def test_a_pruning_rule_that_rounds_is_named_at_once(unedited, tmp_path):
     runs = unedited(MLP) / "runs"
-    project = copied(tmp_path / "project", *ROUNDING.patches)
+    project = copied(tmp_path / "project", ROUNDING)
     with pytest.raises(ValueError, match="^rounding kept "):
         run(project, command("prune_imp", runs, tmp_path, MLP))
     assert not list((tmp_path / "imp").glob("*.pt"))  # not even resume.pt: nothing was trained
@@ -226,5 +227,4 @@ def test_the_readme_names_the_place_of_each_edit():
         place = re.search(rf"^\| {name} \| `(\w+)=?` in `([\w/.]+)`", table, re.MULTILINE)
         assert place, name
         name_there, file = place.groups()
-        assert {file} == {file for file, *_ in edit.patches}, name
-        assert name_there in (ROOT / file).read_text(), name
+        assert file == edit.file and name_there in (ROOT / file).read_text(), name

@@ -8,24 +8,12 @@ from analyze import benchmark
 from common.models import build_model
 from tests.conftest import succeed
 
-TINY = ("--repeats", 1)
-
-
-def small(name, width, *rest):
-    return build_model("resnet20", 0.25, *rest)
-
 
 def test_a_row_by_hand():
     rates = iter([6.0, 2.0, 1.0, 1.0, 8.0, 2.0])  # ours and the baseline's in turn
     row = benchmark.compare(("name", lambda: next(rates), lambda: next(rates)), 3)
-    assert row == {
-        "measure": "name",
-        "ours /s": 6,
-        "baseline /s": 2,
-        "ratio": 3,
-        "min": 1,
-        "max": 4,
-    }
+    expected = {"measure": "name", "ours /s": 6, "baseline /s": 2, "ratio": 3, "min": 1, "max": 4}
+    assert row == expected
 
 
 def test_a_rate_is_of_the_second_epoch_alone(monkeypatch):
@@ -45,11 +33,14 @@ def test_a_rate_is_of_the_second_epoch_alone(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="wants the GPU hidden")
 def test_every_row_on_a_cpu(tmp_path, monkeypatch):
+    def small(name, width, *rest):
+        return build_model(name, 0.25, *rest)
+
     changed = {"build_model": small, "IMAGES": 64, "SIZE": 8, "STEPS": {"cpu": 1}}
     for name, value in changed.items():
         monkeypatch.setattr(benchmark, name, value)
     out = tmp_path / "table.csv"
-    text = succeed("analyze.benchmark", *TINY, "--device", "cpu", "--out", out)
+    text = succeed("analyze.benchmark --repeats 1 --device cpu --out", out)
     table = pd.read_csv(out)
     assert table["measure"].nunique() == 9 and (table["ratio"] == table["min"]).all()
     assert table[["ours /s", "baseline /s"]].min(axis=None) > 0

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from common import cli
-from tests.conftest import call, stage1, stage2, stage3, stage4, state
+from tests.conftest import call, refuse, stage1, stage2, stage3, stage4, state
 
 COUNT = int(os.environ.get("HOSTILE", "40"))
 WORDS = ["-1", "x", "", "nan", "inf", "1e999", "9" * 400]  # no flag takes one of these
 TEXTS = [b"", b"hello", b"[]", b"{}", b"null", b'"x"', b"\xff\xfe", b"[" * 10**5, b"\x89PNG\r\n"]
-TEXTS += [b"PK\x05\x06" + bytes(18), bytes(1000)]
-VALUES = [None, "x", [], {}, -1, 0.5, [[1]]]  # no entry that is needed is one of these
+TEXTS += [b"PK\x05\x06" + bytes(18), bytes(1000), random.Random(0).randbytes(500)]
+VALUES = [None, [], {}, 0.5, [[1]]]  # no entry that is needed is one of these
 
 
 @pytest.mark.parametrize("script", ["train_dense", "prune_imp", "align_mask", "train_sparse"])
@@ -33,9 +33,7 @@ def test_no_flag_takes_a_senseless_value(script, monkeypatch):
     assert len(actions) > 5
     for flag in (action.option_strings[-1] for action in actions):
         for word in WORDS:
-            outcome = call(script, flag, word)
-            assert outcome.code == 2 and outcome.err.count("\n") == 1, (flag, word, outcome)
-            assert f"argument {flag}: " in outcome.err
+            refuse((script, flag, word), f"argument {flag}: ")
 
 
 class Evil:
@@ -45,13 +43,17 @@ class Evil:
         return exec, ("raise SystemExit('code of a pickle was run')",)
 
 
+EVIL = [Evil(), {"x": Evil()}]
+THINGS = [*EVIL, *map(pickle.dumps, EVIL), [1], torch.nn.Linear(2, 2)]
+
+
 def commands(root):
     """Commands that have something to do, and the files that each reads."""
     ends = source, target, imp = root / "dense/seed0", root / "dense/seed1", root / "imp/seed0"
     aligned, new = root / "align/activation/seed0-seed1", root / "new"
     read = [[end / "result.json", end / "epoch_0003.pt"] for end in (source, target)]
     cells = [*read[1], target / "epoch_0000.pt", target / "epoch_0001.pt"]
-    chain = [*imp.glob("round_*.pt"), imp / "chain.pt"]
+    chain = [*sorted(imp.glob("round_*.pt")), imp / "chain.pt"]
     masks, permuted = (sorted(folder.glob("mask_*.pt")) for folder in (imp, aligned))
     rounds = (source, imp, "--keep-rounds --sparsity")
     return [
@@ -87,24 +89,18 @@ def retyped(path, draw):
 
 def spoilt(path, root, draw):
     """What takes the place of a file: bytes, something to be saved, or None for a folder."""
-    kinds = ["cut", "text", "folder", "pickle", "swapped"]
-    kinds += ["retyped"] * (path.name != "arguments.json")
-    kind, whole = draw.choice(kinds), path.read_bytes()
-    if kind == "cut":
-        return whole[: draw.randrange(len(whole))]
-    if kind == "text":
-        return draw.choice([*TEXTS, draw.randbytes(500)])
-    if kind == "folder":
-        return None
-    if kind == "pickle":
-        things = [Evil(), {"x": Evil()}]
-        return draw.choice([*things, *map(pickle.dumps, things), [1], torch.nn.Linear(2, 2)])
-    if kind == "retyped":
-        return retyped(path, draw)
-    others = [other for other in sorted(root.rglob(f"*{path.suffix}")) if other != path]
+    whole, others = path.read_bytes(), set(root.rglob(f"*{path.suffix}"))
     if path.name.startswith(("chain", "round")):  # those of its own chain are as good
-        others = [other for other in others if other.parent != path.parent]
-    return draw.choice([other for other in map(Path.read_bytes, others) if other != whole])
+        others -= set(path.parent.iterdir())
+    others = map(Path.read_bytes, sorted(others))
+    made = [
+        whole[: draw.randrange(len(whole))],
+        draw.choice(TEXTS),
+        draw.choice(THINGS),
+        draw.choice([other for other in others if other != whole]),
+        None,
+    ]
+    return draw.choice(made if path.name == "arguments.json" else [*made, retyped(path, draw)])
 
 
 def snapshot(root):
@@ -112,17 +108,13 @@ def snapshot(root):
     return {path: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in found.items()}
 
 
-@pytest.fixture(scope="module")
-def victim(runs, tmp_path_factory):
-    return shutil.copytree(runs, tmp_path_factory.mktemp("victim") / "runs")
-
-
 @pytest.mark.parametrize("number", range(COUNT))
-def test_hostile_files_change_nothing_and_end_in_one_line(victim, number):
-    draw = random.Random(number)
-    command, files = draw.choice(commands(victim))
+def test_hostile_files_change_nothing_and_end_in_one_line(runs, tmp_path, number):
+    root, draw = shutil.copytree(runs, tmp_path / "runs"), random.Random(number)
+    command, files = draw.choice(commands(root))
     path = draw.choice(files)
-    kept, made = path.read_bytes(), spoilt(path, victim, draw)
+    made = spoilt(path, root, draw)
+    print(path, str(made)[:99])
     path.unlink()
     if made is None:
         path.mkdir()
@@ -130,10 +122,6 @@ def test_hostile_files_change_nothing_and_end_in_one_line(victim, number):
         path.write_bytes(made)
     else:
         torch.save(made, path)
-    before = snapshot(victim)
-    outcome, after = call(*command), snapshot(victim)
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-    path.write_bytes(kept)
-    told = command, path, str(made)[:99], outcome
-    assert outcome.code == 2 and outcome.err.count("\n") == 1, told
-    assert after == before, told
+    before = snapshot(root)
+    refuse(command)
+    assert snapshot(root) == before

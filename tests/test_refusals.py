@@ -20,17 +20,13 @@ WRONG = """\
 --device abacus | --device cpu
 --device meta | meta
 --epochs 0 | --epochs
---lr nan | --lr
 --lr 1e6 | diverged
---width x | --width
 --width 1e307 | --width
 --limit-train 10000000 | --limit-train
 --batch-size 300 | --batch-size 300
 --save-epochs 5 | --save-epochs
 --momentum 1 | --momentum
---seed 1000000000000000000000000000000 | --seed
---parallel 0 | --parallel
---parallel many | --parallel"""
+--parallel 0 | --parallel"""
 
 
 @pytest.mark.parametrize("line", WRONG.splitlines())
@@ -40,9 +36,8 @@ def test_stage_1_refuses(tmp_path, line):
     assert said == "diverged" or not list(tmp_path.iterdir())
 
 
-def test_stage_1_refuses_a_folder_of_another_experiment(runs, tmp_path):
-    refuse(stage1(runs / "dense", "--lr 0.5"), "lr is 0.08 there and 0.5 here", "--out")
-    (tmp_path / "seed0").write_text("a file")
+def test_a_file_in_the_place_of_a_run_is_named(tmp_path):
+    (tmp_path / "seed0").touch()
     refuse(stage1(tmp_path), "no run of this project")
 
 
@@ -51,8 +46,6 @@ def test_stage_1_refuses_a_folder_of_another_experiment(runs, tmp_path):
 OTHERS = """\
 prune_imp --dense nowhere | nowhere | no dense run
 prune_imp --dense imp/seed0 | prune_imp
-prune_imp --dense cut | epoch_0003.pt | cut off
-prune_imp --dense lacking | state_dict
 prune_imp --dense nan | diverged
 prune_imp --dense unfinished | not finished
 prune_imp --sparsity 1.5 | 1.5
@@ -105,15 +98,12 @@ def prepared(runs, aligned, tmp_path_factory):
     succeed(*stage1(root / "wide", "--width 0.0625 --epochs 1 --seed 0 1"))
     succeed(*stage1(root / "other", "--epochs 2 --lr 0.03 --seed 0 1"))
     succeed(*stage2(root / "dense/seed0", root / "one-shot", "--sparsity 0.5 --one-shot"))
-    for name in ("cut", "lacking", "nan", "unfinished"):
+    for name in ("nan", "unfinished"):
         shutil.copytree(root / "dense/seed0", root / name)
     (root / "unfinished/result.json").unlink()
-    last = root / "nan/epoch_0003.pt"
-    (root / "cut" / last.name).write_bytes(last.read_bytes()[:500])
-    torch.save({"weights": 1}, root / "lacking" / last.name)
-    diverged = state(last)
+    diverged = state(root / "nan/epoch_0003.pt")
     next(iter(diverged["state_dict"].values())).fill_(math.nan)
-    torch.save(diverged, last)
+    torch.save(diverged, root / "nan/epoch_0003.pt")
     entry = state(root / "imp/seed0/mask_0.70.pt")
     (root / "masks").mkdir()
     torch.save(entry, root / "masks/mask_0.50.pt")  # a mask under the name of another sparsity

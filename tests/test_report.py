@@ -1,7 +1,6 @@
 """Figures of accuracies, the paper's numbers beside ours, and the report."""
 
-import itertools
-import json
+import io
 import re
 import shutil
 import subprocess
@@ -14,14 +13,14 @@ import pytest
 from PIL import Image
 
 from analyze import report
-from analyze.lib import pages, panels, paper_numbers, statistics, style
+from analyze.lib import lines, pages, panels, paper_numbers, statistics, style
 from analyze.lib import runs as finished
-from tests.conftest import call, refused, savefig, succeed
+from tests.conftest import call, edit, refused, savefig, succeed
 
 
 @pytest.fixture
 def root(runs, tmp_path):
-    return Path(shutil.copytree(runs, tmp_path / "runs"))
+    return shutil.copytree(runs, tmp_path / "runs")
 
 
 @pytest.fixture
@@ -39,21 +38,11 @@ def drawn(axis):
     return [list(line.get_ydata()) for line in axis.lines]
 
 
-def edit(root, stage="*", **values):
-    """Change what finished runs below `root` say of themselves."""
-    for path in root.rglob(f"{stage}/**/result.json"):
-        result = json.loads(path.read_text())
-        result |= {key: value for key, value in values.items() if key in ("test_acc", "test_top5")}
-        result["arguments"] |= {key: value for key, value in values.items() if key not in result}
-        path.write_text(json.dumps(result))
-
-
-def as_resnet20(root):
-    """Let the finished runs below `root` be of the paper's network, in cells of its tables."""
-    about = {"model": "resnet20", "width": 1.0, "dataset": "cifar10", "mask_dataset": "cifar10"}
-    edit(root, **about, test_acc=90.0)
+def as_in_the_paper(root, model, dataset, rewinds, **metrics):
+    """Let the finished runs below `root` be in cells of the paper's tables."""
+    edit(root, model=model, width=1.0, dataset=dataset, mask_dataset=dataset, **metrics)
     for sparsity, now in ((0.5, 0.8), (0.7, 0.9)):
-        for rewind, then in ((0, 0), (1, 20)):
+        for rewind, then in enumerate(rewinds):
             edit(root, f"s{sparsity:.2f}_k{rewind:03d}", sparsity=now, rewind=then)
 
 
@@ -63,43 +52,33 @@ def test_figures_and_their_data_are_written(root, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(style.Figure, "savefig", savefig)  # one PDF, and all pixels
         assert "barrier" in succeed(*interpolation)
-    assert (root / "figures/interpolation_activation_mlp_glyphs_k003.pdf").stat().st_size > 5000
-    accuracy, lines = "accuracy_{}_mlp_glyphs", "interpolation_activation_mlp_glyphs_k003"
-    figures, tables = root / "figures", {}
-    for name in (accuracy.format("sparsity"), accuracy.format("rewind"), lines):
-        tables[name] = pd.read_csv(figures / f"{name}.csv")
+    figures, along = root / "figures", "interpolation_activation_mlp_glyphs_k003"
+    assert (figures / f"{along}.pdf").stat().st_size > 5000
+    tables = {path.stem: pd.read_csv(path) for path in figures.glob("*.csv")}
+    assert tables.keys() == {along, "accuracy_sparsity_mlp_glyphs", "accuracy_rewind_mlp_glyphs"}
+    for name in tables:
         pixels = np.asarray(Image.open(figures / f"{name}.png").convert("RGB"))
         colours = np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)
         assert len(colours) > 20  # not an empty page
-    points = tables[accuracy.format("rewind")]
-    one = points.query("variant == 'naive' and sparsity == 0.7 and rewind == 1").iloc[0]
-    paths = (root / f"sparse/naive/{pair}/s0.70_k001" for pair in ("seed0-seed1", "seed2-seed3"))
-    by_hand = [json.loads((path / "result.json").read_text())["test_acc"] for path in paths]
-    expected = [np.mean(by_hand), np.std(by_hand, ddof=1), 2]
-    assert one[["mean", "std", "count"]].tolist() == pytest.approx(expected)
+    points = tables["accuracy_rewind_mlp_glyphs"]
+    cell = "variant == 'naive' and sparsity == 0.7 and rewind == 1"
+    naive = finished.sparse_runs(root).query(cell)["test_acc"]
+    found = points.query(cell)[["mean", "std", "count"]].iloc[0].tolist()
+    assert found == pytest.approx([naive.mean(), naive.std(), 2])
     dense = finished.dense_runs(root).set_index("seed")["test_acc"]
     level = points[points["variant"] == "dense"]
     assert level["rewind"].isna().all() and level["mean"].item() == pytest.approx(dense.mean())
     for alpha, end in ((0, "source_seed"), (1, "target_seed")):  # permuted or not
-        rows = tables[lines].query(f"alpha == {alpha} and not repair")
+        rows = tables[along].query(f"alpha == {alpha} and not repair")
         assert rows["test_acc"].tolist() == pytest.approx(rows[end].map(dense).tolist())
-    stamps = {path: path.stat().st_mtime_ns for path in root.rglob("line_*.csv")}
-    assert len(stamps) == 4  # a curve of A itself and one of π(A) for each pair
-    succeed(*interpolation)
-    assert stamps == {path: path.stat().st_mtime_ns for path in root.rglob("line_*.csv")}
+    assert len([*root.rglob("line_*.csv")]) == 4  # of A itself and of π(A), for each pair
+    monkeypatch.setattr(lines, "metrics_along", None)
+    succeed(*interpolation)  # by what is kept
 
 
 def test_dense_networks_of_two_settings_have_levels_of_their_own(root):
     edit(root / "dense", "seed0", lr="other")
     assert sorted(finished.dense_runs(root)["tag"]) == 3 * ["lr=0.08"] + ["lr=other"]
-
-
-def test_imagenet_has_figures_of_its_five_best_guesses(root):
-    edit(root, "dense", test_top5=90.0)
-    edit(root, "sparse", test_top5=90.0)
-    succeed("analyze.accuracy", root)
-    table = pd.read_csv(root / "figures/top5_rewind_mlp_glyphs.csv")
-    assert (table["mean"] == 90).all() and set(table["variant"]) > {"dense", "lth"}
 
 
 # ---------------------------------------------------------------- the paper's numbers
@@ -111,10 +90,8 @@ def test_the_papers_numbers_by_our_names():
     assert table["resnet20", 1, "cifar10", 0.8, 0, "lth"] == 90.41
     assert table["resnet20", 1, "svhn", 0.97, 20, "permuted [cifar10 mask]"] == 92.61
     assert len(table) == 661 and table.index.is_unique and table.between(0, 100).all()
-    names = set(table.index.get_level_values("variant"))
-    assert names == {
-        arm + mask for arm in ("naive", "permuted") for mask in ("", " [cifar10 mask]")
-    } | {"lth"}
+    masks = {"naive [cifar10 mask]", "permuted [cifar10 mask]"}
+    assert {*table.index.get_level_values("variant")} == {"lth", "naive", "permuted"} | masks
 
 
 def test_the_papers_figures_are_drawn_from_its_numbers(tmp_path, monkeypatch):
@@ -133,7 +110,7 @@ def test_the_papers_figures_are_drawn_from_its_numbers(tmp_path, monkeypatch):
 def test_the_papers_curves_stand_beside_ours(root):
     out = succeed("analyze.accuracy", root, "--paper")
     assert "the paper has no accuracies of mlp on glyphs" in out
-    as_resnet20(root)
+    as_in_the_paper(root, "resnet20", "cifar10", (0, 20), test_acc=90.0)
     succeed("analyze.accuracy", root, "--paper")
     points = pd.read_csv(root / "figures/accuracy_rewind_resnet20_cifar10.csv")
     assert len(points) == 2 * (4 * 3 + 1)  # in the same cells, and the dense level
@@ -144,9 +121,9 @@ def test_the_papers_curves_stand_beside_ours(root):
 
 
 def test_a_curve_a_width():
-    keys = ["width", "repair", "curve", "alpha", "seed"]
-    values = ((1.0, 4.0), (False, True), ("naive", "aligned"), (0.0, 1.0), (0, 2))
-    table = pd.DataFrame(itertools.product(*values), columns=keys)
+    every = {"width": (1.0, 4.0), "repair": (False, True), "curve": ("naive", "aligned")}
+    every |= {"alpha": (0.0, 1.0), "seed": (0, 2)}
+    table = pd.MultiIndex.from_product(every.values(), names=every).to_frame(index=False)
     table["test_loss"] = table["width"] + table["alpha"] + table["seed"]
     figure = panels.widths(table, "")
     assert [axis.get_title() for axis in figure.axes] == ["without REPAIR", "with REPAIR"]
@@ -155,62 +132,64 @@ def test_a_curve_a_width():
         assert len({(line.get_color(), line.get_linestyle()) for line in axis.lines}) == 4
 
 
-def test_a_table_of_the_paper_stands_beside_ours_as_text_csv_and_latex(root):
+def test_tables_of_the_paper_stand_beside_ours_as_text_csv_and_latex(root, in_process):
     refused(call("analyze.paper", "--table 15", root), "Table 15", "resnet20", "0.95", "rewind 20")
-    as_resnet20(root)
-    out = succeed("analyze.paper", "--table 5", root)
-    lines = [line.split() for line in out.splitlines()]
-    assert "k = 0" in out and "k = 20" in out and "k = 5" not in out and "nan" not in out
-    place = lines.index("80% LTH ours 90.00 ± 0.00 90.00 ± 0.00".split())
-    assert lines[place + 1] == "paper 90.41 ± 0.14 92.25 ± 0.14".split()
-    assert lines[place + 2] == "difference -0.41 -2.25".split()
+    as_in_the_paper(root, "resnet20", "cifar10", (0, 20), test_acc=90.0)
+    shown = " ".join(succeed("analyze.paper", "--table 5", root).split())
+    assert "k = 0 k = 20" in shown and "k = 5" not in shown and "nan" not in shown
+    assert "80% LTH ours 90.00 ± 0.00 90.00 ± 0.00 paper 90.41 ± 0.14 92.25 ± 0.14" in shown
+    succeed("analyze.report", root, "--only results")
+    text, page = (root / "report.md").read_text(), (root / "report.html").read_text()
+    assert "### Table 5" in text and "<h3>Table 15</h3>" in page and "Table 6" not in text
+    assert "| 80% | LTH | difference | -0.41 | -2.25 |" in text
     table = pd.read_csv(root / "tables/table_5.csv").set_index(["variant", "sparsity", "rewind"])
     assert table.loc[("permuted", 0.9, 20), ["mean", "paper"]].tolist() == [90, 89.5]
     latex = (root / "tables/table_5.tex").read_text()
     assert r"\toprule" in latex and r"80\% & LTH & ours & 90.00 $\pm$ 0.00" in latex
-    assert "permuted" in succeed("analyze.paper", "--table 15", root)
+
+
+ENSEMBLES = """\
+variant sparsity rewind metric mean
+IMP 0.9 - mean_acc 1
+naive 0.9 25 js 0.1
+naive 0.8 25 js 0.1
+dense 0 - mean_acc 93"""
 
 
 def test_table_1_stands_beside_an_ensemble_of_any_rewind_epoch():
-    about = {"model": "resnet20", "width": 1.0, "dataset": "cifar10", "std": None}
-    ours = [("IMP", 0.9, None, "mean_acc", 1.0), ("naive", 0.9, 25, "js", 0.1)]
-    ours += [("naive", 0.8, 25, "js", 0.1), ("dense", 0, None, "mean_acc", 93.0)]
-    ours = pd.DataFrame(ours, columns=["variant", "sparsity", "rewind", "metric", "mean"])
-    found = paper_numbers.beside(1, ours.assign(**about)).set_index("variant")
+    ours = pd.read_csv(io.StringIO(ENSEMBLES), sep=" ", na_values="-")
+    ours = ours.assign(model="resnet20", width=1.0, dataset="cifar10", std=None)
+    found = paper_numbers.beside(1, ours).set_index("variant")
     assert found["paper"].to_dict() == {"dense": 92.76, "IMP": 91.09, "naive": 0.089}
-    shown = paper_numbers.layout(paper_numbers.beside(1, ours.assign(**about)))
-    assert (
-        shown.columns.tolist() == ["test accuracy (%)", "JS (nats)"]
-        and "nan" not in shown.to_string()
-    )
+    shown = paper_numbers.layout(found.reset_index())
+    assert shown.columns.tolist() == ["test accuracy (%)", "JS (nats)"]
+    assert "nan" not in shown.to_string()
 
 
-def test_table_10_has_the_best_five_guesses_too(root):
-    about = {"model": "resnet50", "width": 1, "dataset": "imagenet", "mask_dataset": "imagenet"}
-    edit(root, "sparse", **about, test_acc=70.0, test_top5=90.0)
-    edit(root, "s0.50_k000", sparsity=0.8, rewind=10)
+def test_imagenet_has_the_best_five_guesses_too(root):
+    as_in_the_paper(root, "resnet50", "imagenet", (10, 25), test_acc=70.0, test_top5=90.0)
+    succeed("analyze.accuracy", root)
+    table = pd.read_csv(root / "figures/top5_rewind_resnet50_imagenet.csv")
+    assert (table["mean"] == 90).all() and set(table["variant"]) > {"dense", "lth"}
     found = paper_numbers.beside(10, paper_numbers.measured(root))
-    found = found.set_index(["variant", "metric"])[["mean", "paper"]]
-    assert found.loc[("lth", "test_acc")].tolist() == [70, 72.87]
-    assert found.loc[("naive", "test_top5")].tolist() == [90, 88.85]
+    found = found.query("sparsity == 0.8 and rewind == 10").set_index(["variant", "metric"])
+    for key, both in ((("lth", "test_acc"), [70, 72.87]), (("naive", "test_top5"), [90, 88.85])):
+        assert found.loc[key, ["mean", "paper"]].tolist() == both
 
 
 # ---------------------------------------------------------------- the report
 
 
 def test_the_report_holds_what_there_is_and_names_what_is_missing(root, in_process):
-    path = root / "sparse/naive/seed0-seed1/s0.50_k000/result.json"
-    path.write_text("{")  # cut off
-    for path in root.glob("dense/*/result.json"):
-        facts = {"images": {"train": 256, "test": 60}, "classes": 10, "test_acc": 100.0}
-        path.write_text(json.dumps(json.loads(path.read_text()) | facts))
-    flags = "--device cpu --grid 3 --points 3 --images 100"
-    out = succeed("analyze.report", root, flags)
+    edit(root / "dense", images={"train": 256, "test": 60}, test_acc=50.0)
+    (root / "sparse/naive/seed0-seed1/s0.50_k000/result.json").write_text("{")  # cut off
+    out = succeed("analyze.report", root, "--device cpu --grid 3 --points 3 --images 100")
     assert re.search(r"^results +\d+ s", out, re.M) and out.endswith(f"{root / 'report.html'}\n")
     text, page = (root / "report.md").read_text(), (root / "report.html").read_text()
     finding = statistics.findings(statistics.summary(finished.sparse_runs(root)))[0]
     assert text.splitlines()[2] == finding and "pairs of networks: 2" in finding
-    assert "lies between 94.0% and 100.0%" in text and "One test image is 1.7 points" in text
+    # (p + w / 2 ± sqrt(w p (1 - p) + w² / 4)) / (1 + w) for p = 0.5 and w = 1.96² / 60.
+    assert "lies between 37.7% and 62.3%" in text and "One test image is 1.7 points" in text
     assert "- **Early matching (Table 15)**: no permuted runs matched at two epochs" in text
     assert "![accuracy_rewind_mlp_glyphs](figures/accuracy_rewind_mlp_glyphs.png)" in text
     assert page.count("data:image/png;base64,") >= 4 and "<svg" in page and "<script" not in page
@@ -221,9 +200,8 @@ def test_the_report_holds_what_there_is_and_names_what_is_missing(root, in_proce
     for target in re.findall(r'href="([^"]+)"', page):  # contents and files are where links lead
         there = f'id="{target[1:]}"' in page if target[0] == "#" else (root / target).is_file()
         assert there or target.startswith("https:"), target
-    assert (
-        re.search(r"\| precision \| fp32 \| fp32 \| +\| fp32 \|", text) and "weight_decay" in page
-    )
+    assert re.search(r"\| precision \| fp32 \| fp32 \| +\| fp32 \|", text)
+    assert "weight_decay" in page
     assert finished.sparse_runs(root)["code"].iloc[0] in text
 
 
@@ -241,22 +219,12 @@ def test_the_report_does_what_is_asked_for_alone(root, in_process):
     refused(call("analyze.report", root / "empty"), "no finished run")
 
 
-def test_the_report_has_the_papers_tables_by_their_names(root, in_process):
-    as_resnet20(root)
-    succeed("analyze.report", root, "--only results")
-    text, page = (root / "report.md").read_text(), (root / "report.html").read_text()
-    assert "### Table 5" in text and "<h3>Table 15</h3>" in page and "Table 6" not in text
-    assert "| 80% | LTH | difference | -0.41 | -2.25 |" in text
-
-
-def test_blocks_as_markdown_and_html():
+def test_headings_and_tables_as_markdown_and_html():
     table = pd.DataFrame({"x": ["1 | <b>"]}, index=pd.Index(["one"], name="row"))
     html, markdown = pages.table(table)
     assert markdown == "| row | x |\n| --- | --- |\n| one | 1 \\| <b> |" and "1 | &lt;b&gt;" in html
     expected = '<h2 id="is-πa-b">Is π(A) &lt;B&gt;?</h2>', "## Is π(A) <B>?"
     assert pages.heading("Is π(A) <B>?") == expected
-    assert pages.block("link", "T", "#t") == ('<a href="#t">T</a>', "- [T](#t)")
-    assert pages.block("word", "k", "<e>") == ("<p><b>k</b>: &lt;e&gt;</p>", "- **k**: <e>")
 
 
 def test_the_report_runs_its_analyses_where_it_was_called(root, monkeypatch):

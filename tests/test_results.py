@@ -1,6 +1,5 @@
 """The runs below a folder as one table, its statistics, and what analyze.results says of them."""
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -12,46 +11,48 @@ from scipy import stats
 from analyze import results
 from analyze.lib import runs as finished
 from analyze.lib import statistics
-from tests.conftest import call, refused, succeed
+from tests.conftest import call, edit, refused, result, succeed
 
 PAIRS = ((0, 1), (2, 3), (4, 5))
-LEVELS = {"lth": 90.0, "naive": 70.0, "permuted": 80.0}
-
-
-def frame(*rows):
-    common = {"model": "m", "width": 1.0, "dataset": "d", "mask_dataset": "d", "sparsity": 0.9}
-    common |= {"rewind": 0, "match_epoch": None, "method": "activation", "signs": False, "tag": ""}
-    common |= {"fan_in": False, "code": "abc", "mask_code": "m", "dense_epochs": 200}
-    common |= {"diverged": None, "path": "somewhere", "settings": {}}
-    table = pd.DataFrame([common | row for row in rows])
-    return table.assign(variant=finished.variants(table))
-
-
-def run(arm, source, target, accuracy, **more):
-    seeds = {"source_seed": source, "target_seed": target}
-    return {"arm": arm, "test_acc": accuracy} | seeds | more
+USUAL = {"model": "m", "width": 1.0, "dataset": "d", "mask_dataset": "d", "sparsity": 0.9}
+USUAL |= {"rewind": 0, "match_epoch": None, "method": "activation", "signs": False, "tag": ""}
+USUAL |= {"fan_in": False, "code": "abc", "mask_code": "m", "dense_epochs": 200}
+USUAL |= {"diverged": None, "path": "somewhere", "settings": {}}
 
 
 def rows_of(text, **more):
     """Runs, each told as "arm source target accuracy"."""
-    found = [one.split() for one in text.split(", ")]
-    return [run(arm, int(a), int(b), float(accuracy), **more) for arm, a, b, accuracy in found]
+    found = []
+    for arm, source, target, accuracy in map(str.split, text.split(", ")):
+        seeds = {"source_seed": int(source), "target_seed": int(target)}
+        found.append(USUAL | {"arm": arm, "test_acc": float(accuracy)} | seeds | more)
+    return found
 
 
-def grid(pairs=PAIRS, levels=LEVELS, **more):
-    """A run of each arm for every pair; LTH once for each source."""
-    runs = {
-        (arm, a, a if arm == "lth" else b): level for a, b in pairs for arm, level in levels.items()
-    }
-    return [run(*key, level + key[1] / 10 + key[2] / 7, **more) for key, level in runs.items()]
+def grid(pairs=PAIRS, gains=(9, 10, 11), **more):
+    """Runs of three arms for every pair, of which permuting gains so many points."""
+    text = [
+        f"lth {a} {a} {90 + a / 10}, naive {a} {b} 70, permuted {a} {b} {70 + gain}"
+        for (a, b), gain in zip(pairs, gains)
+    ]
+    return rows_of(", ".join(text), **more)
 
 
-def summary(*rows):
-    return statistics.summary(frame(*rows)).query("sparsity.notna()").set_index("variant")
+def frame(rows):
+    table = pd.DataFrame(rows)
+    return table.assign(variant=finished.variants(table))
 
 
-def differences(*rows):
-    return summary(*rows)["difference"].dropna().to_dict()
+def summary(rows):
+    return statistics.summary(frame(rows)).query("sparsity.notna()").set_index("variant")
+
+
+def differences(table):
+    return table["difference"].dropna().to_dict()
+
+
+def told(rows, *against):
+    return results.render(frame(rows), *against)
 
 
 # ---------------------------------------------------------------- statistics by hand
@@ -61,12 +62,11 @@ def test_a_paired_difference_by_hand():
     found = statistics.paired(pd.Series([1.0, 2.0, 3.0]))
     error = 3**-0.5
     half = 4.302653 * error  # t(0.975, 2)
-    ends = {"difference_low": 2 - half, "difference_high": 2 + half}
-    expected = {"difference": 2, "difference_se": error, **ends, "pairs": 3}
-    # Two-sided, t = 3.4641; the noncentral t exceeds t(0.975, 2) in 80% of experiments.
-    expected |= {"p": 0.074180, "detectable": found["detectable"]}
-    assert found == pytest.approx(expected, abs=1e-5)
-    assert stats.nct.sf(4.302653, 2, found["detectable"] / error) == pytest.approx(0.8, abs=1e-5)
+    # The noncentral t exceeds t(0.975, 2) in 80% of experiments.
+    assert stats.nct.sf(4.302653, 2, found.pop("detectable") / error) == pytest.approx(0.8)
+    # Two-sided, t = 3.4641.
+    expected = [2, error, 2 - half, 2 + half, 0.074180, 3]
+    assert [*found.values()] == pytest.approx(expected, abs=1e-5)
     for lonely in ((pd.Series([1.0]),), (pd.Series([1.0, 2]), False)):
         left = {key for key, value in statistics.paired(*lonely).items() if not math.isnan(value)}
         assert left == {"difference", "pairs"}
@@ -77,11 +77,6 @@ def test_holm_by_hand():
     p = pd.Series({"a": 0.01, "b": 0.04, "c": 0.03, "d": math.nan, "e": 0.9})
     expected = {"a": 0.04, "b": 0.09, "c": 0.09, "e": 0.9}  # 4 x 0.01, 3 x 0.03, 2 x 0.04 is less
     assert statistics.holm(p).dropna().to_dict() == pytest.approx(expected)
-
-
-def test_the_interval_of_a_share_of_images():
-    assert statistics.wilson(100, 60) == pytest.approx((93.98, 100), abs=0.01)
-    assert statistics.wilson(50, 100) == pytest.approx((40.38, 59.62), abs=0.01)
 
 
 def test_the_interval_of_a_ratio():
@@ -99,18 +94,16 @@ def test_the_interval_of_a_ratio():
 
 
 def test_summary_by_hand():
-    rows = rows_of("lth 0 0 90, naive 0 1 80, permuted 0 1 83")
-    rows += rows_of("lth 2 2 92, naive 2 3 78, permuted 2 3 83")
-    table = summary(*rows)
+    others = rows_of("naive 0 1 80, permuted 0 1 83, naive 2 3 78, permuted 2 3 83")
+    rows = others + rows_of("lth 0 0 90, lth 2 2 92")
+    table = summary(rows)
     assert table.loc["lth", ["mean", "std", "gap_closed"]].tolist() == [91, 2**0.5, 100]
     found = table.loc["permuted", ["difference", "difference_se", "pairs", "gap_closed"]]
     assert found.tolist() == pytest.approx([4, 1, 2, 100 * 4 / 12])  # of 3 and 5
     # t(0.975, 1) = 12.706; noncentral t with noncentrality 16.33 exceeds it in 80% of cases.
-    text = results.render(frame(*rows))
-    assert "91.00 ± 1.41" in text and "+4.00 [-8.7, 16.7] (33%; 16.3)" in text
-    behind = [row | {"test_acc": 70.0 - row["target_seed"]} for row in rows if row["arm"] == "lth"]
-    shares = ["gap_closed", "gap_low", "gap_high"]  # without a gap there are none
-    assert summary(*behind, *rows[1::3], *rows[2::3]).loc["permuted", shares].isna().all()
+    assert "91.00 ± 1.41" in told(rows) and "+4.00 [-8.7, 16.7] (33%; 16.3)" in told(rows)
+    behind = summary(others + rows_of("lth 0 0 70, lth 2 2 68")).loc["permuted"]
+    assert behind[["gap_closed", "gap_low", "gap_high"]].isna().all()  # there is no gap
 
 
 # ---------------------------------------------------------------- what is compared with what
@@ -120,67 +113,68 @@ def test_variants_are_kept_apart_and_paired_with_their_seeds():
     rows = rows_of("lth 0 0 90, imp-target 1 1 91, imp-target 5 5 50")
     rows += rows_of("naive 0 1 80, naive 0 3 70, permuted 0 1 83")
     rows += rows_of("permuted 0 1 84", method="masked") + rows_of("permuted 0 1 88", signs=True)
-    pairs = finished.by_pair(frame(*rows))
-    permuted = {"permuted", "permuted (masked)", "permuted + signs"}
-    assert set(pairs) == {"lth", "imp-target", "naive"} | permuted
-    assert pairs["naive"].tolist() == [80, 70]
-    assert pairs["lth"].tolist() == [90, 90]  # one source, two targets
-    assert pairs["imp-target"].iloc[0] == 91 and pd.isna(pairs["imp-target"].iloc[1])
-    table = summary(*rows)
-    assert table.loc[["permuted (masked)", "imp-target"], "difference"].tolist() == [4, 11]
+    table = summary(rows)
+    expected = {"lth": 15, "imp-target": 11, "permuted": 3}  # LTH beside two pairs
+    expected |= {"permuted (masked)": 4, "permuted + signs": 8}
+    assert differences(table) == expected and set(table.index) == {"naive", *expected}
+    assert table.loc["naive", ["mean", "count"]].tolist() == [75, 2]
     # One run, though it serves two pairs.
-    assert table.loc["lth", "count"] == 1 and pd.isna(table.loc["lth", "std"])
+    assert table.loc["lth", ["count", "pairs"]].tolist() == [1, 2]
+    assert pd.isna(table.loc["lth", "std"])
 
 
 def test_early_matches_and_masks_of_another_data_set_are_variants_of_their_own():
     rows = rows_of("naive 0 1 50") + rows_of("permuted 0 1 51", match_epoch=200)
+    early = rows_of("permuted 0 1 48", match_epoch=5)
     more = rows_of("naive 0 1 60, permuted 0 1 64", mask_dataset="e")
-    early = run("permuted", 0, 1, 48.0, match_epoch=5)
     # Each with its own naive use.
     expected = {"permuted": 1.0, "permuted @5": -2.0, "permuted [e mask]": 4.0}
-    assert differences(*rows, *more, early) == expected
-    assert finished.variants(frame(early)).tolist() == ["permuted @5"]  # though no later is there
+    assert differences(summary(rows + early + more)) == expected
+    assert [*frame(early)["variant"]] == ["permuted @5"]  # though no later is there
     # The same seed is another network there, so that these are a pair.
-    assert differences(*(row | {"target_seed": 0} for row in more)) == {"permuted [e mask]": 4.0}
+    same = rows_of("naive 0 0 60, permuted 0 0 64", mask_dataset="e")
+    assert differences(summary(same)) == {"permuted [e mask]": 4.0}
 
 
 def test_a_tagged_variant_is_compared_with_the_naive_runs_of_its_tag():
     plain = rows_of("lth 0 0 90, naive 0 1 70, permuted 0 1 75")
-    tagged = [row | {"tag": "adamw", "test_acc": row["test_acc"] * 0.8} for row in plain]
-    table = summary(*plain, *tagged)
-    assert table.loc["permuted [adamw]", "mean"] == 60 and len(table) == 6
-    columns = ["baseline", "difference", "gap_closed"]
+    tagged = rows_of("lth 0 0 72, naive 0 1 56, permuted 0 1 60", tag="adamw")
+    columns, table = ["baseline", "difference", "gap_closed"], summary(plain + tagged)
     assert table.loc["permuted [adamw]", columns].tolist() == ["naive [adamw]", 4, 25]
-    assert table.loc["permuted", columns].tolist() == ["naive", 5, 25]
-    alone = [*plain, tagged[2]]  # no naive run of its tag
-    row = summary(*alone).loc["permuted [adamw]"]
-    assert row[columns].tolist() == ["naive", -10, -50]
-    text = results.render(frame(*alone))
-    assert (
-        "compared with naive: LTH, permuted, permuted [adamw]\n  no naive [adamw] is there" in text
-    )
-    # Other settings are no comparison.
-    other = tagged[2] | {"settings": {"lr": "0.1"}}
-    row = summary(*(one | {"settings": {"lr": "0.2"}} for one in plain), other)
-    assert row.loc["permuted [adamw]", columns].isna().all()
-    text = results.render(frame(*plain, *tagged))
+    assert table.loc["permuted", columns].tolist() == ["naive", 5, 25] and len(table) == 6
+    text = told(plain + tagged)
     assert "compared with naive [adamw]: LTH [adamw]" in text and "no naive" not in text
+    alone = plain + tagged[2:]  # no naive run of its tag
+    assert summary(alone).loc["permuted [adamw]", columns].tolist() == ["naive", -10, -50]
+    line = "compared with naive: LTH, permuted, permuted [adamw]\n  no naive [adamw] is there"
+    assert line in told(alone)
+    # Other settings are no comparison.
+    alone[-1] |= {"settings": {"lr": "0.1"}}
+    for row in plain:
+        row["settings"] = {"lr": "0.2"}
+    assert summary(alone).loc["permuted [adamw]", columns].isna().all()
 
 
 def test_overall_averages_each_pair_over_the_cells_that_have_every_arm():
-    rows = [
-        run(arm, a, a if arm == "lth" else a + 1, level + 10 * k + a, rewind=k)
-        for arm, level in (("lth", 90), ("naive", 70), ("permuted", 75))
-        for a in (0, 2)
-        for k in (0, 1)
-    ]
-    few = run("naive", 0, 1, 5, rewind=2), run("shuffled", 0, 1, 9, rewind=1)
-    runs = frame(*rows, *few)  # a cell of one arm, and an arm of one cell
-    table = statistics.summary(runs).query("sparsity.isna()").set_index("variant")
-    assert table.loc["naive", "mean"] == pytest.approx(70 + 5 + 1) and "shuffled" not in table.index
-    assert table.loc["permuted", ["difference", "difference_se"]].tolist() == [5, 0]
-    wide = frame(*rows, *(row | {"width": 4.0, "dense_epochs": 20} for row in rows))
-    assert statistics.summary(wide).query("sparsity.isna()")["width"].tolist() == 3 * [1] + 3 * [4]
+    rows = grid() + grid(gains=(11, 14, 11), rewind=1)
+    # A cell of one arm, and an arm of one cell.
+    few = rows_of("naive 0 1 5", rewind=2) + rows_of("shuffled 0 1 9", rewind=1)
+    table = statistics.summary(frame(rows + few)).query("sparsity.isna()").set_index("variant")
+    assert table["mean"].to_dict() == pytest.approx({"lth": 90.2, "naive": 70, "permuted": 81})
+    found = table.loc["permuted", ["difference", "difference_se"]]
+    assert found.tolist() == pytest.approx([11, 3**-0.5])  # of 10, 12 and 11
+    wide = rows + [row | {"width": 4.0, "dense_epochs": 20} for row in rows]
+    assert statistics.summary(frame(wide)).query("sparsity.isna()")["width"].tolist() == (
+        3 * [1] + 3 * [4]
+    )
+
+
+def test_differences_to_another_variant():
+    table = statistics.summary(frame(grid()), "permuted").set_index("variant")
+    assert table.loc["naive", "difference"] == -10 and table["gap_closed"].isna().all()
+    assert table.loc["lth", "baseline"] == "permuted"
+    assert "minus permuted, in points" in told(grid(), "permuted")
+    assert "of the gap" not in told(grid(), "permuted")
 
 
 # ---------------------------------------------------------------- what the tables say
@@ -188,27 +182,29 @@ def test_overall_averages_each_pair_over_the_cells_that_have_every_arm():
 
 def test_tables_say_when_runs_were_made_by_different_code():
     rows = rows_of("lth 0 0 90, lth 2 2 91")
-    other = run("naive", 0, 1, 70.0, code="abc+def")
-    edit = {"code": "jkl", "mask_code": "o", "tag": "t"}
-    masks = [run("lth", 4, 4, 80.0, mask_code="n"), run("lth", 6, 6, 80.0, **edit)]
-    elsewhere = run("naive", 0, 1, 70.0, code="ghi", model="n")  # is compared with none of these
-    for more in ([], [elsewhere], [masks[1]]):
-        assert " by different code" not in results.render(frame(*rows, *more))
-    assert "different code: abc (2 runs), abc+def (1 runs)" in results.render(frame(*rows, other))
-    text = results.render(frame(*rows, *masks))
+    edited = rows_of("lth 6 6 80", code="jkl", mask_code="o", tag="t")
+    elsewhere = rows_of("naive 0 1 70", code="ghi", model="n")  # is compared with none of these
+    for more in ([], elsewhere, edited):
+        assert " by different code" not in told(rows + more)
+    text = told(rows + rows_of("naive 0 1 70", code="abc+def"))
+    assert "different code: abc (2 runs), abc+def (1 runs)" in text
+    text = told(rows + rows_of("lth 4 4 80", mask_code="n") + edited)
     assert "masks were pruned by different code: m (2 runs), n (1 runs), o (1 runs)" in text
 
 
-@pytest.mark.parametrize("pairs", [((0, 1), (0, 3), (0, 5)), ((0, 1), (2, 1)), ((0, 1), (1, 2))])
+SHARING = (((0, 1), (0, 3), (0, 5)), ((0, 1), (2, 1), (4, 5)), ((0, 1), (1, 2), (4, 5)))
+
+
+@pytest.mark.parametrize("pairs", SHARING)
 def test_pairs_that_share_a_network_have_no_interval_and_a_line_says_so(pairs):
     uncertain = ["difference_low", "difference_se", "p", "p_holm", "detectable", "gap_low"]
-    found = summary(*grid(pairs)).loc["permuted"]
-    assert found["difference"] == pytest.approx(10) and found[uncertain].isna().all()
-    assert summary(*grid()).loc["permuted", uncertain].notna().all()
-    text = results.render(frame(*grid(pairs)))
+    found = summary(grid(pairs)).loc["permuted"]
+    assert found["difference"] == 10 and found[uncertain].isna().all()
+    assert summary(grid()).loc["permuted", uncertain].notna().all()
+    text = told(grid(pairs))
     assert "share networks" in text and "cannot be told from these runs: +10.0 points" in text
     assert not any(word in text for word in ("*", "[", "95%", "Holm", "80%"))
-    assert "share networks" not in results.render(frame(*grid()))
+    assert "share networks" not in told(grid())
 
 
 @pytest.mark.parametrize(
@@ -221,78 +217,33 @@ def test_pairs_that_share_a_network_have_no_interval_and_a_line_says_so(pairs):
     ],
 )
 def test_stars_and_findings_say_what_the_intervals_say(gains, said):
-    rows = [run("naive", a, b, 70.0) for a, b in PAIRS]
-    rows += [run("permuted", a, b, 70 + gain) for (a, b), gain in zip(PAIRS, gains)]
-    rows += [run("lth", a, a, 90.0 + a / 10) for a, _ in PAIRS]
-    text = results.render(frame(*rows)).replace("\n", " ")
+    text = told(grid(gains=gains)).replace("\n", " ")
     assert all(one in text for one in said.split("|"))
 
 
 def test_a_finding_is_not_of_an_edit_where_there_is_more():
-    edited = grid(levels=LEVELS | {"permuted": LEVELS["naive"]}, tag="an edit")
-    assert "+10.0 points" in results.render(frame(*edited, *grid(tag="lr=0.1")))
-    assert "+0.0 points" in results.render(frame(*edited))
+    edited = grid(gains=(-1, 0, 1), tag="an edit")
+    assert "+10.0 points" in told(edited + grid(tag="lr=0.1"))
+    assert "+0.0 points" in told(edited)
 
 
 def test_one_seed_has_no_spread_and_a_missing_arm_no_difference():
-    one = results.render(frame(*rows_of("lth 0 0 90, naive 0 1 80")))
+    one = told(rows_of("lth 0 0 90, naive 0 1 80"))
     assert "nan" not in one and "90.00 ±" not in one and "interval" not in one
     assert "90.00" in one and "+10.00 (100%)" in one
-    assert "nan" not in results.render(frame(*rows_of("lth 0 0 90")))
-
-
-# ---------------------------------------------------------------- folders of runs
-
-
-def edit(folder, pattern="*", part="arguments", **values):
-    """Change what the results of some runs hold of themselves, or of the part `dense` or `imp`."""
-    for path in folder.rglob(f"{pattern}/result.json"):
-        result = json.loads(path.read_text())
-        (result[part] if part else result).update(values)
-        path.write_text(json.dumps(result))
-
-
-def test_results_lists_every_finished_run_once(runs, tmp_path):
-    """Found by result.json, whatever the folders are called."""
-    root = tmp_path / "runs"
-    shutil.copytree(runs / "sparse", root / "somewhere/else")
-    (root / "somewhere/else/lth/seed0-seed0/s0.50_k000/result.json").unlink()  # unfinished
-    refused(call("analyze.results", root, "--against nothing"), "give one of LTH, naive, permuted")
-    assert "minus LTH" in succeed("analyze.results", root, "--against LTH")
-    out = succeed("analyze.results", root)
-    assert "50%" in out and "minus naive" in out
-    drawn = pd.read_csv(root / "figures/gains_mlpx0.03125_glyphs.csv")
-    assert drawn["cell"].nunique() == 4 and set(drawn["variant"]) == {"lth", "permuted"}
-    table = pd.read_csv(root / "results.csv")
-    assert list(table) == finished.COLUMNS and len(table) == 2 * 3 * 4 - 1
-    assert table["tag"].isna().all() and set(table["arm"]) == {"lth", "naive", "permuted"}
-    # A whole number, though naive runs have none.
-    assert ",activation,3," in (root / "results.csv").read_text()
-    assert table.loc[table["arm"] != "permuted", ["method", "match_epoch"]].isna().all(axis=None)
-    row = table.iloc[0]
-    result = json.loads((Path(row["path"]) / "result.json").read_text())
-    expected = [result["test_acc"], result["code"], "fp32", 3]
-    assert row[["test_acc", "code", "precision", "epochs"]].tolist() == expected
-
-
-def test_differences_to_another_variant():
-    table = statistics.summary(frame(*grid()), "permuted").set_index("variant")
-    assert table.loc["naive", "difference"] == -summary(*grid()).loc["permuted", "difference"]
-    assert table.loc["lth", "baseline"] == "permuted" and table["gap_closed"].isna().all()
-    text = results.render(frame(*grid()), "permuted")
-    assert "minus permuted, in points" in text and "of the gap" not in text
+    assert "nan" not in told(rows_of("lth 0 0 90"))
 
 
 def test_gains_are_drawn_with_their_intervals():
-    rows = (
-        statistics.summary(frame(*grid(PAIRS))).assign(cell="90%, k=5").dropna(subset="difference")
-    )
+    rows = statistics.summary(frame(grid())).assign(cell="90%, k=5").dropna(subset="difference")
     (axis,) = results.plot(rows, "title").axes
     assert [label.get_text() for label in axis.get_yticklabels()] == ["LTH", "permuted"]
     ends = [bar.get_segments()[0][:, 0].tolist() for bar in axis.collections]
     expected = rows.sort_values("variant")[["difference_low", "difference_high"]]
     assert ends == [pytest.approx(row) for row in expected.to_numpy().tolist()]
 
+
+# ---------------------------------------------------------------- settings and folders of runs
 
 TRAINED = "epochs lr schedule warmup weight_decay batch_size momentum precision"
 
@@ -307,20 +258,42 @@ TRAINED = "epochs lr schedule warmup weight_decay batch_size momentum precision"
     ],
 )
 def test_runs_of_two_settings_have_columns_of_their_own(part, keys):
+    made = {name: {"seed": 0} for name in ("arguments", "dense", "imp", "align")}
     for key in keys.split():
-        made = {name: {"precision": None} for name in ("arguments", "dense", "imp", "align")}
         other = made | {part: {key: "other"}}
-        if (part, key) == ("arguments", "precision"):  # that was used counts, not that asked for
-            other = made | {key: "other"}
-        rows = grid(PAIRS[:1], settings=finished.settings(made))
-        table = frame(*rows, *grid(PAIRS[1:], settings=finished.settings(other)))
+        rows = rows_of("lth 0 0 90", settings=finished.settings(made))
+        rows += rows_of("lth 2 2 90", settings=finished.settings(other))
         name = {"data_dir": "data", "checksum": "data"}.get(key, key)
         expected = f"{part} {name}=other".removeprefix("arguments ")
-        assert finished.with_settings(table).tolist().count(expected) == 6, key
-    # A place of its own is no other data.
-    moved = {"arguments": {}, "dense": {"checksum": "c", "data_dir": "elsewhere"}}
-    here = {"arguments": {}, "dense": {"checksum": "c", "data_dir": "here"}}
-    assert finished.settings(moved) == finished.settings(here)
+        assert finished.with_settings(frame(rows))[1] == expected
+
+
+def test_a_place_of_its_own_is_no_other_data():
+    places = ({"checksum": "c", "data_dir": place} for place in ("here", "elsewhere"))
+    here, elsewhere = (finished.settings({"arguments": {}, "dense": dense}) for dense in places)
+    assert here == elsewhere
+
+
+def test_results_lists_every_finished_run_once(runs, tmp_path):
+    """Found by result.json, whatever the folders are called."""
+    shutil.copytree(runs / "sparse", tmp_path / "somewhere/else")
+    (tmp_path / "somewhere/else/lth/seed0-seed0/s0.50_k000/result.json").unlink()  # unfinished
+    refused(call("analyze.results", tmp_path, "--against nothing"), "give one of LTH, naive, perm")
+    assert "minus LTH" in succeed("analyze.results", tmp_path, "--against LTH")
+    out = succeed("analyze.results", tmp_path)
+    assert "50%" in out and "minus naive" in out
+    drawn = pd.read_csv(tmp_path / "figures/gains_mlpx0.03125_glyphs.csv")
+    assert drawn["cell"].nunique() == 4 and set(drawn["variant"]) == {"lth", "permuted"}
+    table = pd.read_csv(tmp_path / "results.csv")
+    assert list(table) == finished.COLUMNS and len(table) == 2 * 3 * 4 - 1
+    assert table["tag"].isna().all() and set(table["arm"]) == {"lth", "naive", "permuted"}
+    # A whole number, though naive runs have none.
+    assert ",activation,3," in (tmp_path / "results.csv").read_text()
+    assert table.loc[table["arm"] != "permuted", ["method", "match_epoch"]].isna().all(axis=None)
+    row = table.iloc[0]
+    made = result(Path(row["path"]))
+    expected = [made["test_acc"], made["code"], "fp32", 3]
+    assert row[["test_acc", "code", "precision", "epochs"]].tolist() == expected
 
 
 def test_a_sceptical_referee_accepts_what_is_printed(runs, tmp_path):
@@ -329,7 +302,7 @@ def test_a_sceptical_referee_accepts_what_is_printed(runs, tmp_path):
     shutil.copytree(runs / "sparse/permuted", tmp_path / "tagged")
     edit(tmp_path / "tagged", tag="adamw")
     edit(tmp_path / "plain/naive/seed2-seed3", "s0.70_k001", lr=0.5)
-    edit(tmp_path / "plain/lth/seed2-seed2", part="", precision="bf16")
+    edit(tmp_path / "plain/lth/seed2-seed2", precision="bf16")
     text, used = succeed("analyze.results", tmp_path), "lr=0.02 precision=fp32"
     for label in ("LTH", "naive", "permuted"):
         assert f"{label} [{used}]" in text  # never named without its settings
@@ -339,8 +312,8 @@ def test_a_sceptical_referee_accepts_what_is_printed(runs, tmp_path):
     assert set(table["variant"]) == {f"lth [{used}]", f"permuted [{used}]"}
     assert (table["pairs"] <= 2).all() and f"compared with naive [{used}]" in text
     assert table["p_holm"].dropna().ge(table["p"].dropna()).all()
-    told = set(pd.read_csv(tmp_path / "results.csv")["tag"])
-    assert told == {"adamw", used, "lr=0.5 precision=fp32", "lr=0.02 precision=bf16"}
+    tags = set(pd.read_csv(tmp_path / "results.csv")["tag"])
+    assert tags == {"adamw", used, "lr=0.5 precision=fp32", "lr=0.02 precision=bf16"}
 
 
 def test_runs_that_repeat_others_are_refused_unless_a_tag_tells_them_apart(runs, tmp_path):

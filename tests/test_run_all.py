@@ -5,13 +5,12 @@ import shlex
 import subprocess
 import sys
 from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from analyze import status
-from tests.conftest import ROOT, call, refuse
+from tests.conftest import ROOT, Outcome, call, refuse, refused
 
 STAGES = ("train_dense.py", "prune_imp.py", "align_mask.py", "train_sparse.py")
 
@@ -22,33 +21,29 @@ def run_all(*arguments, **environment):
     usual = {"PATH": path, "HOME": os.environ.get("HOME", ""), "CUDA_VISIBLE_DEVICES": ""}
     settings = {key: value for key, value in (usual | environment).items() if value is not None}
     command = ["bash", str(ROOT / "run_all.sh"), *arguments]
-    return subprocess.run(command, env=settings, capture_output=True, text=True)
+    done = subprocess.run(command, env=settings, capture_output=True, text=True)
+    return Outcome(done.returncode, done.stdout, done.stderr)
 
 
 def dry(preset, **settings):
     """The words of the commands that a preset would run."""
     done = run_all(preset, DRY_RUN="1", **settings)
-    assert done.returncode == 0, done.stderr
-    return [shlex.split(line) for line in done.stdout.splitlines() if line]
+    assert done.code == 0, done.err
+    return [shlex.split(line) for line in done.out.splitlines()]
 
 
-def refused(text, *arguments, **settings):
-    """Whether the script ends in one line that holds `text`."""
-    done = run_all(*arguments, **settings)
-    one_line = done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-    return one_line and text in done.stderr
+def assigned(text):
+    """Settings as a shell has them: NAME=value ..."""
+    return dict(word.split("=", 1) for word in shlex.split(text))
 
 
 def by_flag(words):
-    """The words after each flag of a command; of a flag without any, itself; "": those before."""
-    found, flag = {}, ""
-    for word in words[1:]:
-        if word.startswith("--"):
-            flag = word
-            found[flag] = []
-        else:
-            found.setdefault(flag, []).append(word)
-    return {flag: after or [flag] for flag, after in found.items()}
+    """What stands after each flag of a command; of a flag alone, itself; "": what stands before."""
+    first, *flags = " ".join(words[1:]).split(" --")
+    found = {"": first}
+    for flag, _, values in (text.partition(" ") for text in flags):
+        found[f"--{flag}"] = values or f"--{flag}"
+    return found
 
 
 def command(folder, name, script):
@@ -64,10 +59,10 @@ _, *CASES = (ROOT / "tests/commands.txt").read_text().strip().split("\n\n")
 @pytest.mark.parametrize("case", CASES)
 def test_a_dry_run_prints_the_commands_in_order(case):
     _, asked, flags, *expected = case.splitlines()
-    preset, *settings = shlex.split(asked)
+    preset, _, settings = asked.partition(" ")
     found = []
-    for words in map(by_flag, dry(preset, **{"OUT": "R"} | dict(s.split("=") for s in settings))):
-        shown = [word for flag in ("", *flags.split()) for word in words.get(flag, [])]
+    for words in map(by_flag, dry(preset, **{"OUT": "R"} | assigned(settings))):
+        shown = " ".join(words[flag] for flag in ("", *flags.split()) if flag in words).split(" ")
         found.append(" ".join(word.removeprefix("R/w1/").removesuffix(".py") for word in shown))
     assert found == expected
 
@@ -107,8 +102,7 @@ def test_the_tests_run_in_two_halves_and_fail_with_either(tmp_path):
     for failing in ("nothing", "*!a-o*", "*[[]a-o*"):
         script = f'echo "ran $*"; case "$*" in {failing}) exit 1; esac'
         done = run_all("test", PATH=command(tmp_path, "python3", script))
-        assert done.stdout.count("ran -m") == 2
-        assert bool(done.returncode) == (failing != "nothing")
+        assert done.out.count("ran -m") == 2 and bool(done.code) == (failing != "nothing")
 
 
 def test_networks_go_side_by_side_by_themselves_on_a_cpu_alone(tmp_path):
@@ -130,20 +124,21 @@ def launched(folder, script, preset, fails=False, **settings):
     path = command(folder, "python3", f'[ "$1" = -c ] || {{ {script}; }} >> {log}')
     usual = {"PATH": path, "WIDTHS": "1", "PAIRS": "0", "OUT": str(folder / "runs")}
     done = run_all(preset, **usual | settings)
-    assert bool(done.returncode) == fails, done.stderr
+    assert bool(done.code) == fails, done.err
     return [line.split() for line in log.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("cores, share", [(2, 1), (3, 1), (4, 2), (7, 3)])
 def test_the_commands_of_the_grid_share_the_cores(tmp_path, cores, share):
+    def shares(**settings):
+        lines = launched(tmp_path, 'echo "$*" threads=$OMP_NUM_THREADS', "quick", **settings)
+        return [line[-3:] for line in lines if line[0].startswith("train_")]
+
     command(tmp_path, "getconf", f"echo {cores}")
-    run = partial(launched, tmp_path, 'echo "$*" threads=$OMP_NUM_THREADS', "quick")
-    lines, asked = run(), run(PARALLEL="5")
-    ends = [line[-3:] for line in lines if "train_" in line[0]]
-    assert ends[0] == ["--parallel", "auto", "threads="]  # the dense networks
-    assert ends[1:] == 3 * [["--parallel", f"{share}", f"threads={share}"]]  # of two runs each
-    ends = [line[-3:] for line in asked if "_sparse" in line[0]]
-    assert ends == 3 * [["--parallel", "5", "threads="]]
+    dense, *grid = shares()
+    assert dense == ["--parallel", "auto", "threads="]
+    assert grid == 3 * [["--parallel", f"{share}", f"threads={share}"]]  # of two runs each
+    assert shares(PARALLEL="5")[1:] == 3 * [["--parallel", "5", "threads="]]
 
 
 def test_each_of_several_gpus_has_a_command_of_its_own(tmp_path):
@@ -151,9 +146,8 @@ def test_each_of_several_gpus_has_a_command_of_its_own(tmp_path):
 
     def used(**settings):
         settings = {"CUDA_VISIBLE_DEVICES": None, "METHODS": "", "PAIRS": "0 1 2"} | settings
-        script = 'echo "$1 ${CUDA_VISIBLE_DEVICES-all}"; [ $1 != train_dense.py ] || sleep 0.3'
-        lines = launched(tmp_path, script, "cifar10", **settings)
-        return [line[1] for line in lines if line[0] == "train_dense.py"]
+        script = '[ $1 != train_dense.py ] || { echo "$CUDA_VISIBLE_DEVICES"; sleep 0.3; }'
+        return sum(launched(tmp_path, script, "cifar10", **settings), [])
 
     assert sorted(used()) == list("001122")
     assert set(used(CUDA_VISIBLE_DEVICES="GPU-5, 7,")) == {"GPU-5", "7"}
@@ -172,22 +166,23 @@ WRONG = """
 @pytest.mark.parametrize("setting", shlex.split(WRONG))
 def test_a_setting_that_makes_no_sense_is_refused_in_one_line(setting):
     name, value = setting.split("=")
-    assert refused(f"error: {name}='{value.strip()}'", "quick", DRY_RUN="1", **{name: value})
+    refused(run_all("quick", DRY_RUN="1", **{name: value}), f"error: {name}='{value.strip()}'")
 
 
 def test_unknown_presets_and_words_are_refused():
     for words in ("cifar11", "q.*", "quick DRY_RUN=1", "status cifar10 x"):
-        assert refused(f"'{words.split()[-1]}'", *words.split(), DRY_RUN="1")
-    assert refused("SPREAD='2' excludes PARALLEL='auto'", "quick", SPREAD="2", PARALLEL="auto")
+        refused(run_all(*words.split(), DRY_RUN="1"), f"'{words.split()[-1]}'")
+    settings = assigned("DRY_RUN=1 SPREAD=2 PARALLEL=auto")
+    refused(run_all("quick", **settings), "SPREAD='2' excludes PARALLEL='auto'")
 
 
 def test_help_and_the_line_before_a_run_show_every_setting():
-    settings = {"TAG": "mine", "PAIRS": "3  1 3", "DENSE_FLAGS": "--lr  1"}
-    shown = run_all("--help", "vgg11", **settings).stdout
-    line = run_all("vgg11", DRY_RUN="1", **settings).stderr
+    settings = assigned("TAG=mine PAIRS='3  1 3' DENSE_FLAGS='--lr  1'")
+    shown = run_all("--help", "vgg11", **settings).out
+    line = run_all("vgg11", DRY_RUN="1", **settings).err
     assert line.count("\n") == 1 and "bash run_all.sh status" in shown
-    expected = {"TAG": "mine", "PAIRS": "3 1", "DENSE_FLAGS": "--lr 1", "MODEL": "vgg11"}
-    for name, value in (expected | {"OUT": "runs/vgg11", "IMP_FLAGS": ""}).items():
+    used = "TAG=mine PAIRS='3 1' DENSE_FLAGS='--lr 1' MODEL=vgg11 OUT=runs/vgg11 IMP_FLAGS="
+    for name, value in assigned(used).items():
         assert f"{name}='{value}'" in line and f"  {name:<20}'{value}'" in shown
 
 
@@ -205,10 +200,10 @@ def finish(folder, seconds, ended, **arguments):
 
 
 def told(root, **settings):
-    grid = {"PAIRS": "0", "WIDTHS": "1", "REWIND": "0 4", "SPARSITY": "0.5 0.9", "METHODS": ""}
+    grid = assigned("PAIRS=0 WIDTHS=1 REWIND='0 4' SPARSITY='0.5 0.9' METHODS=")
     done = run_all("status", "cifar10", OUT=str(root), **(grid | settings))
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert done.code == 0, done.err
+    return done.out
 
 
 NOTHING = """\

@@ -1,24 +1,23 @@
 """What is no run of ours below a folder is skipped with a line, by every analysis."""
 
 import itertools
-import json
 import shutil
 
 import pandas as pd
 import pytest
 
 from analyze.lib import runs as finished
-from tests.conftest import call, result
+from tests.conftest import call, edit
 
-METRICS = {"test_acc": 1, "test_loss": 1, "seconds": 1, "sparsity_total": 1}
-FOREIGN = (
-    {},
-    {"stage": "train_sparse"},
-    {"stage": "train_sparse", "arguments": {"arm": "lth"}} | METRICS,
-    {"stage": "train_dense", "arguments": {}},
-    {"stage": "align_mask", "arguments": {"source_seed": 7}},
-    {"stage": "prune_imp"},
-)
+FOREIGN = """\
+{
+[]
+{}
+{"stage": "train_sparse"}
+{"stage": "train_sparse", "arguments": {"arm": "lth"}, "test_acc": 1, "test_loss": 1, "seconds": 1}
+{"stage": "train_dense", "arguments": {}}
+{"stage": "align_mask", "arguments": {"source_seed": 7}}
+{"stage": "prune_imp"}"""
 NEEDED = "arguments test_acc seconds sparsity rewind target_seed width".split()
 CUT = """
 imp/seed0/sparse_0.70.pt
@@ -35,16 +34,13 @@ def littered(runs, tmp_path_factory):
     root = tmp_path_factory.mktemp("littered") / "runs"
     few = shutil.ignore_patterns("round_0[2-5].pt", "s0.50_k001", "s0.70_k000")
     shutil.copytree(runs, root, ignore=few)
-    for number, text in enumerate(("{", "[]", *map(json.dumps, FOREIGN))):
+    for number, text in enumerate(FOREIGN.splitlines()):
         (root / f"foreign{number}").mkdir()
         (root / f"foreign{number}/result.json").write_text(text)
     run = root / "sparse/naive/seed0-seed1/s0.70_k001"
     for number, (key, value) in enumerate(itertools.product(NEEDED, (None, "x", [], {}))):
-        spoilt = result(run)
-        inner = spoilt["arguments"] if key in spoilt["arguments"] else spoilt
-        inner[key] = value
-        (root / f"spoilt{number}").mkdir()
-        (root / f"spoilt{number}/result.json").write_text(json.dumps(spoilt))
+        shutil.copytree(run, root / f"spoilt{number}")
+        edit(root, f"spoilt{number}", **{key: value})
     shutil.copytree(run, root / "unfinished")
     (root / "unfinished/result.json").unlink()
     for path in CUT.split():

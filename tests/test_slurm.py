@@ -10,9 +10,9 @@ import time
 import pytest
 
 from tests.conftest import ROOT
-from tests.test_run_all import by_flag, command, dry, run_all
+from tests.test_run_all import assigned, by_flag, command, dry, run_all
 
-SETTINGS = {"LAUNCH": "slurm", "PAIRS": "0", "SPARSITY": "0.5 0.8", "SBATCH": "--gres=gpu:1"}
+SETTINGS = assigned("LAUNCH=slurm PAIRS=0 SPARSITY='0.5 0.8' SBATCH=--gres=gpu:1")
 NAMES = ["train_dense", "prune_imp", "align_mask", "train_sparse", "analyze.results"]
 NAMES += ["analyze.report"]
 
@@ -32,19 +32,17 @@ def cluster(tmp_path):
 
 def test_slurm_gets_an_array_job_a_stage_each_after_the_one_before(tmp_path, cluster):
     done = run_all("quick", **cluster)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     jobs = [line.split() for line in (tmp_path / "jobs").read_text().splitlines()]
-    assert [line.split(":")[0] for line in done.stdout.splitlines()] == NAMES
+    assert [line.split(":")[0] for line in done.out.splitlines()] == NAMES
     for number, words in enumerate(jobs):
         assert {f"--job-name={NAMES[number]}", "--gres=gpu:1", "--requeue"} <= set(words)
         assert (f"--dependency=afterany:{number}" in words) == (number > 0)
     expected = dry("quick", **cluster)
     ran = (tmp_path / "log").read_text().splitlines()
-    assert [line.split() for line in ran] == [
-        [word for word in words[1:] if word] for words in expected
-    ]
+    assert [line.split() for line in ran] == [words[1:] for words in expected]
     arms = [words for words in expected if words[1] == "train_sparse.py"]
-    assert [by_flag(words)["--sparsity"] for words in arms] == [["0.5"], ["0.8"]] * 3
+    assert [by_flag(words)["--sparsity"] for words in arms] == ["0.5", "0.8"] * 3
 
 
 def test_slurm_gets_what_is_missing_and_nothing_twice(tmp_path, cluster):
@@ -55,17 +53,17 @@ def test_slurm_gets_what_is_missing_and_nothing_twice(tmp_path, cluster):
     ran = (tmp_path / "log").read_text()
     assert "--seed 0 " in ran and "--seed 1 " not in ran
     (tmp_path / "queue").write_text(f"7 {tmp_path} elsewhere\n")
-    assert run_all("quick", **cluster).returncode == 0
+    assert run_all("quick", **cluster).code == 0
     (tmp_path / "queue").write_text(f"7 {ROOT} {cluster['OUT']}\n")
-    refused = run_all("quick", **cluster)
-    assert refused.returncode == 2 and "has jobs in the queue (7)" in refused.stderr
+    busy = run_all("quick", **cluster)
+    assert busy.code == 2 and "has jobs in the queue (7)" in busy.err
 
 
 def test_a_network_on_several_nodes_has_a_torchrun_on_each(tmp_path, cluster):
     """srun starts it there, and the first node of the task is where they meet."""
     command(tmp_path, "srun", 'echo "$*" >> "$0.log"')
-    nodes = {"SPREAD": "16", "SLURM_NNODES": "2", "SLURM_JOB_ID": "40007"}
-    assert run_all("quick", **cluster, **nodes).returncode == 0
+    nodes = assigned("SPREAD=16 SLURM_NNODES=2 SLURM_JOB_ID=40007")
+    assert run_all("quick", **cluster, **nodes).code == 0
     lines = (tmp_path / "srun.log").read_text().splitlines()
     assert len(lines) == 2 + 1 + 6 and len(set(lines)) == 9
     meet = f"--rdzv-id 40007 --rdzv-endpoint {platform.node()}:20007 train_dense.py"
@@ -75,6 +73,13 @@ def test_a_network_on_several_nodes_has_a_torchrun_on_each(tmp_path, cluster):
     assert aligned.startswith("align_mask.py")  # in a single process
 
 
+SHORT = """
+    LAUNCH=slurm SBATCH=--cpus-per-task=1 MODEL=mlp WIDTHS=0.25 PAIRS=0 REWIND=1
+    DENSE_FLAGS='--image-size 8 --limit-train 256 --batch-size 64 --epochs 200'
+    IMP_FLAGS='--batch-size 64 --epochs 1' SPARSE_FLAGS='--batch-size 64 --epochs 3'
+"""
+
+
 def has_slurm():
     asked = shutil.which("sinfo") and subprocess.run(["sinfo"], capture_output=True)
     return bool(asked) and asked.returncode == 0
@@ -82,17 +87,12 @@ def has_slurm():
 
 @pytest.mark.skipif(not has_slurm(), reason="needs a running SLURM")
 def test_the_experiment_runs_on_slurm_and_the_same_call_goes_on(tmp_path):
-    flags = "--image-size 8 --limit-train 256 --batch-size 64"
-    settings = {"LAUNCH": "slurm", "MODEL": "mlp", "WIDTHS": "0.25", "PAIRS": "0", "REWIND": "1"}
-    settings |= {"OUT": str(tmp_path), "SBATCH": "--cpus-per-task=1"}
-    settings |= {"DENSE_FLAGS": f"{flags} --epochs 200", "IMP_FLAGS": "--batch-size 64 --epochs 1"}
-    settings |= {"SPARSE_FLAGS": "--batch-size 64 --epochs 3"}
-    settings |= {key: value for key, value in os.environ.items() if key.startswith("SLURM_")}
+    own = {key: value for key, value in os.environ.items() if key.startswith("SLURM_")}
 
     def submit():
-        done = run_all("quick", **settings)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        done = run_all("quick", **assigned(SHORT), **own, OUT=str(tmp_path))
+        assert done.code == 0, done.err
+        return done.out
 
     def wait(seconds=600):
         until = time.monotonic() + seconds

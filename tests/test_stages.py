@@ -5,9 +5,7 @@ import sys
 
 import pandas as pd
 import pytest
-import torch
 
-import train_sparse
 from common import masking
 from common.align.axes import find_axes
 from common.align.permutation import permute
@@ -35,10 +33,6 @@ ALIGNED = "align/activation/seed0-seed1"
 RATES = learning_rates("cosine", 0.08, 3)  # of the dense runs
 
 
-def files(folder, pattern="*"):
-    return {path.name for path in folder.glob(pattern)}
-
-
 def train_by_hand(start, epoch, stage, rates, mask=None, seed=0):
     """The weights of a checkpoint that a stage trained on, as it should, from an epoch on."""
     model, data = build_model(**start["model"]), load_described(start["dataset"])
@@ -52,7 +46,7 @@ def train_by_hand(start, epoch, stage, rates, mask=None, seed=0):
 def test_dense_runs_keep_the_initialisation_the_asked_epochs_and_the_last(runs):
     folder = runs / "dense/seed1"
     kept = "epoch_0000.pt epoch_0001.pt epoch_0003.pt arguments.json log.csv result.json"
-    assert files(folder) == set(kept.split())
+    assert {path.name for path in folder.iterdir()} == set(kept.split())
     first, last = (state(folder / f"epoch_000{epoch}.pt") for epoch in (0, 3))
     assert set(first) == {*"model dataset seed epoch state_dict code commit tag".split()}
     assert [(one["seed"], one["epoch"]) for one in (first, last)] == [(1, 0), (1, 3)]
@@ -71,23 +65,23 @@ def test_imp_prunes_20_percent_a_round_and_branches_off_to_each_sparsity(runs):
     log = pd.read_csv(folder / "log.csv")
     assert log["kept"].tolist() == sorted(chain[1:] + [1872, 1123], reverse=True)
     names = [*state(folder / "mask_0.50.pt")["mask"]]
-    networks = [dense | {"mask": masking.dense_mask(dense["state_dict"], names)}]
+    networks = [dense | {"mask": masking.dense_mask(dense["state_dict"], names), "round": 0}]
     networks += [state(folder / f"round_{number:02d}.pt") for number in range(1, 6)]
-    steps = [(number, networks[number + 1], chain[number + 1]) for number in range(5)]
+    steps = [*zip(networks, networks[1:], chain[1:])]
     # Off the last round that keeps more.
-    for sparsity, number, keep in (("0.50", 3, 1872), ("0.70", 5, 1123)):
+    for sparsity, last, keep in (("0.50", networks[3], 1872), ("0.70", networks[5], 1123)):
         masks, network = (state(folder / f"{kind}_{sparsity}.pt") for kind in ("mask", "sparse"))
-        steps.append((number, network, keep))
+        steps.append((last, network, keep))
         assert same(masks["mask"], network["mask"])
-        assert (masks["source_seed"], masks["target_seed"]) == (0, None)
-        assert masks["sparsity"] == 1 - keep / chain[0]
+        made = {"source_seed": 0, "target_seed": None, "sparsity": 1 - keep / chain[0]}
+        assert made.items() <= masks.items()
         assert same(masks["signs"], masking.signs(dense["state_dict"], names))
-    for number, network, keep in steps:
-        before = networks[number]
+    for before, network, keep in steps:
+        number = network["round"]
         mask = masking.prune_by_magnitude(before["state_dict"], before["mask"], keep)
-        assert network["round"] == number + 1 and same(network["mask"], mask)
+        assert number == before["round"] + 1 and same(network["mask"], mask)
         # On an epoch that no round before it, nor the dense run, has seen.
-        assert same(network["state_dict"], train_by_hand(before, 3 + number, "imp", [0.01], mask))
+        assert same(network["state_dict"], train_by_hand(before, 2 + number, "imp", [0.01], mask))
 
 
 def test_no_stage_sees_the_batches_of_another():
@@ -95,11 +89,10 @@ def test_no_stage_sees_the_batches_of_another():
 
 
 def test_imp_with_rewinding_trains_from_epoch_k_on_the_dense_schedule(runs, tmp_path):
-    dense = f"--dense {runs}/dense/seed0 --sparsity 0.2 --rewind 1"
-    succeed(
-        "prune_imp", dense, f"--device cpu --precision fp32 --out {tmp_path}/imp"
-    )  # batch size and all else are the dense run's
-    found = state(tmp_path / "imp/sparse_0.20.pt")
+    flags = "--sparsity 0.2 --rewind 1 --device cpu --precision fp32"
+    # Batch size and all else are the dense run's.
+    succeed("prune_imp", flags, f"--dense {runs}/dense/seed0 --out {tmp_path}")
+    found = state(tmp_path / "sparse_0.20.pt")
     assert same(found["mask"], state(runs / "imp/seed0/round_01.pt")["mask"])
     start = state(runs / "dense/seed0/epoch_0001.pt")
     expected = train_by_hand(start, 1, "imp", RATES[1:], found["mask"])
@@ -108,11 +101,8 @@ def test_imp_with_rewinding_trains_from_epoch_k_on_the_dense_schedule(runs, tmp_
 
 def test_one_shot_prunes_in_a_single_round(runs, tmp_path):
     succeed(*stage2(runs / "dense/seed0", tmp_path, "--one-shot"))
-    dense = weights(runs / "dense/seed0/epoch_0003.pt")
-    mask = state(tmp_path / "mask_0.70.pt")["mask"]
-    everything = masking.dense_mask(dense, [*mask])
-    assert same(mask, masking.prune_by_magnitude(dense, everything, 1123))
-    assert pd.read_csv(tmp_path / "log.csv")["round"].tolist() == [1, 1]
+    log = pd.read_csv(tmp_path / "log.csv")
+    assert log[["round", "kept"]].to_numpy().tolist() == [[1, 1872], [1, 1123]]
 
 
 def test_every_method_permutes_masks_and_signs_by_the_saved_permutation(runs, ends, aligned):
@@ -164,17 +154,18 @@ def test_controls_start_from_what_they_say(ends, aligned, tmp_path):
         ("naive", target, imp, "--signs --fan-in"),
     ):
         succeed(*stage4(arm, dense, masks, tmp_path / arm, *more, "--sparsity 0.7 --rewind 0"))
-    mask = state(imp / "mask_0.70.pt")["mask"]
-    shuffled = state(tmp_path / "shuffled/s0.70_k000/final.pt")["mask"]
+    entry, cell = state(imp / "mask_0.70.pt"), "s0.70_k000"
+    mask, shuffled = entry["mask"], state(tmp_path / f"shuffled/{cell}/final.pt")["mask"]
     assert not same(mask, shuffled)
     assert all(entry.sum() == shuffled[name].sum() for name, entry in mask.items())
     asked = {"signs": True, "fan_in": True, "mask_dataset": "glyphs"}
-    assert asked.items() <= result(tmp_path / "naive/s0.70_k000")["arguments"].items()
-    masks, first = state(aligned / "masked/mask_0.70.pt"), weights(target / "epoch_0000.pt")
-    start = train_sparse.start_weights(first, masks, signs=True, fan_in=False)
-    for name, entry in masks["mask"].items():
-        assert torch.equal(start[name][entry] > 0, masks["signs"][name][entry])
-        assert torch.equal(start[name].abs(), first[name].abs() * entry)
+    assert asked.items() <= result(tmp_path / "naive" / cell)["arguments"].items()
+    start, rates = state(target / "epoch_0000.pt"), learning_rates("cosine", 0.02, 3)
+    kept = masking.apply({name: start["state_dict"][name] for name in mask}, mask)
+    signed = masking.with_signs(kept, entry["signs"])
+    start["state_dict"] |= masking.rescale_fan_in(signed, mask)
+    expected = train_by_hand(start, 0, "sparse", rates, mask, seed=1)
+    assert same(weights(tmp_path / "naive" / cell / "final.pt"), expected)
 
 
 def test_early_matching_uses_the_targets_early_weights(runs, ends, tmp_path):
@@ -188,8 +179,8 @@ def test_the_seed_of_stage_4_changes_the_data_order(runs, ends, tmp_path):
     command = stage4("naive", *ends[1:], tmp_path, "--sparsity 0.5 --rewind 1 --seed 7")
     succeed(*command)
     cell = "s0.50_k001/final.pt"
-    before, after = (root / cell for root in (runs / "sparse/naive/seed0-seed1", tmp_path))
-    assert not same(weights(before), weights(after))
+    usual = runs / "sparse/naive/seed0-seed1"
+    assert not same(weights(usual / cell), weights(tmp_path / cell))
     refuse((*command, "--seed 1"), "seed is 7 there")
 
 
