@@ -48,9 +48,11 @@ CHECKS = {  # of the mask file of stage 2
         abs(entry.sum() - 0.7 * entry.numel()) < 3 for entry in made["mask"].values()
     ),
 }
+OTHER_MATCHING = "permutation.pt was made by other matching code"
 NO_WAY_ON = {  # what says that a run of old code cannot be completed
-    "align_mask": "permutation.pt was made of another code",
-    "train_sparse": "was trained in fp32 by SGD and not fp32 by AdamW",
+    "an own similarity": OTHER_MATCHING,
+    "fewer matching images": OTHER_MATCHING,
+    "AdamW in the sparse stage": "was trained in fp32 by SGD and not fp32 by AdamW",
 }
 
 
@@ -204,8 +206,8 @@ def test_an_edit_changes_its_stage_and_no_old_run_is_taken_for_the_new_one(
     assert ("by other code" in first) == of_stage_1
     assert "is finished, by other code" in finished
     assert before == content(folder / "runs", stage)
-    if stage in NO_WAY_ON:
-        assert code == 2 and NO_WAY_ON[stage] in text
+    if name in NO_WAY_ON:
+        assert code == 2 and NO_WAY_ON[name] in text
     else:
         assert code == 0 and "goes on under other code" in text, text
         assert content(cut, stage)[1:] == (f"{before[1]}+{after[1]}",) * 2

@@ -1,0 +1,79 @@
+"""Run folders and the command line: what is the same experiment, and whose files fit together."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from common import cli, runs
+from common.errors import UserError
+from common.runtime.device import pick_device
+from tests.conftest import ROOT, refuse, same_files, stage1, stage2, stage3, stage4, start, succeed
+
+
+def test_a_flag_that_has_come_since_and_is_not_set_is_no_other_experiment(tmp_path):
+    (tmp_path / "arguments.json").write_text(json.dumps({"lr": 0.1, "code": ["a"]}))
+    for smoothing in (None, False, 0.0):
+        assert not runs.is_finished(tmp_path, {"lr": 0.1, "smoothing": smoothing})
+    with pytest.raises(UserError, match="smoothing is None there and 0.1 here"):
+        runs.is_finished(tmp_path, {"lr": 0.1, "smoothing": 0.1})
+    with pytest.raises(UserError, match="lr is 0.1 there and None here"):
+        runs.is_finished(tmp_path, {"lr": None})
+
+
+def test_tags_of_all_inputs_are_joined_each_once():
+    assert cli.joined_tag(None, None) is cli.joined_tag() is None
+    assert cli.joined_tag("b", None, "a") == "b+a"
+    assert cli.joined_tag("layerwise+wide", "wide", "adamw") == "layerwise+wide+adamw"
+
+
+def test_output_that_nobody_reads_on_ends_without_a_traceback():
+    talks = "from common import cli; cli.run(lambda: print('x\\n' * 100_000))"
+    command = subprocess.Popen(
+        [sys.executable, "-c", talks], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert command.stdout.readline() == b"x\n"
+    command.stdout.close()
+    assert command.stderr.read() == b"" and command.wait() == 141
+
+
+def test_a_device_computes_fp32_as_fp32_by_cudnn_and_the_same_each_time(monkeypatch):
+    """Set once for all threads, of which another might be amid a step."""
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "allow_tf32", True)
+    monkeypatch.setattr(cudnn, "deterministic", False)
+    pick_device("cpu")
+    assert (cudnn.enabled, cudnn.deterministic, cudnn.allow_tf32) == (True, True, False)
+
+
+def test_a_mask_permuted_onto_another_network_of_the_seed_is_refused(ends, aligned, tmp_path):
+    other, masks = tmp_path / "dense/seed1", aligned / "activation"
+    shutil.copytree(ends[1], other)
+    state = torch.load(other / "epoch_0003.pt", weights_only=True)
+    torch.save(state | {"commit": "another"}, other / "epoch_0003.pt")
+    command = stage4("permuted", other, masks, tmp_path / "out")
+    refuse(command, "permuted onto another network of seed 1 than", str(other))
+    assert not (tmp_path / "out").exists()
+
+
+def test_flags_that_a_method_does_not_use_are_no_part_of_the_experiment(ends, runs, tmp_path):
+    command = stage3(*ends, runs / "imp/seed0", tmp_path / "out")
+    succeed(*command, "--restarts 7")
+    assert "restarts" not in json.loads((tmp_path / "out/arguments.json").read_text())
+    assert "is finished: nothing to do" in succeed(*command, "--restarts 8")
+
+
+def test_a_smaller_sparsity_later_leaves_the_chain_where_it_is(tmp_path):
+    start(stage1(tmp_path / "dense", "--epochs 1 --seed 0"))
+    dense, at_once, later = tmp_path / "dense/seed0", tmp_path / "at-once", tmp_path / "later"
+    start(stage2(dense, at_once, "--sparsity 0.3 0.6 0.7"))
+    for sparsity in (0.6, 0.3):
+        start(stage2(dense, later, f"--sparsity {sparsity}"))
+    chain = torch.load(later / "chain.pt", weights_only=True)["round"]
+    assert chain == 4 and not list(later.glob("round_*.pt"))  # 0.8 ** 4 = 0.41, then 0.6
+    start(stage2(dense, later, "--sparsity 0.7"))
+    for name in ("mask_0.30.pt", "mask_0.60.pt", "mask_0.70.pt"):
+        assert same_files(at_once / name, later / name)
