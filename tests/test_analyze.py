@@ -1,23 +1,15 @@
 import copy
 from functools import partial
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 from analyze.lib import repair
-from analyze.lib.lines import barrier, interpolate, metrics_along
+from analyze.lib.lines import interpolate, metrics_along
 from common.masking import layer_weights
 from common.models import build_model
-
-
-def test_barrier_by_hand():
-    alphas = np.array([0, 0.25, 0.5, 0.75, 1.0])
-    # The line from 1 to 3 is 1, 1.5, 2, 2.5, 3: the excesses are 0, 0.5, 2, 0.5, 0.
-    assert barrier(np.array([1, 2, 4, 3, 3.0]), alphas) == pytest.approx(2)
-    assert barrier(np.array([1, 1, 1, 1, 3.0]), alphas) == 0  # below the line there is no barrier
 
 
 def test_line_by_hand():

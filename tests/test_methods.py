@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.nn.utils import parameters_to_vector
 
 from analyze import methods
 from analyze.lib import cache, lines, networks, overlap
@@ -51,19 +52,18 @@ def test_masks_says_what_is_missing(runs, tmp_path):
 
 
 def test_masks_compares_with_imp_on_the_target(compared):
-    out = succeed("analyze.masks", compared)
+    assert "ratio" in succeed("analyze.masks", compared)
     table = pd.read_csv(compared / "masks.csv")
-    assert set(table["method"]) == {"naive", "activation", "masked"} and "ratio" in out
     # A row, layer and method recomputed from the files.
     row = table.query("method == 'activation' and sparsity == 0.7 and source_seed == 2").iloc[1]
     files = "align/activation/seed2-seed3/mask_0.70.pt", "imp/seed3/mask_0.70.pt"
     ours, reference = (state(compared / file)["mask"][row["layer"]] for file in files)
     assert row["shared"] == int((ours & reference).sum()) and row["target_seed"] == 3
-    assert row["chance"] == pytest.approx(int(ours.sum()) * int(reference.sum()) / ours.numel())
     shares = overlap.summary(table)
     assert (shares["pairs"] == 2).all() and shares["chance"].between(0, 100).all()
     # Permuting keeps the sparsity of every layer.
     chance = shares.pivot(index="sparsity", columns="method", values="chance")
+    assert {*chance} == {"naive", "activation", "masked"}
     assert chance["naive"].tolist() == pytest.approx(chance["activation"].tolist())
     layers = pd.read_csv(compared / "layer_sparsity.csv").query("sparsity == 0.7")
     kept = layers["weights"] * (1 - layers["layer_sparsity"])
@@ -76,8 +76,9 @@ def test_methods_puts_everything_beside_each_other(compared):
     table = pd.read_csv(compared / "methods.csv").query("k == 0")
     assert table.drop(columns=["minus naive", "± SE", "tag", "match_epoch"]).notna().all(axis=None)
     for _, group in table.groupby("sparsity"):
-        by_method = group.set_index("method")
-        naive, activation, masked = (by_method.loc[m] for m in ("naive", "activation", "masked"))
+        naive, activation, masked = (
+            group[group["method"] == name].squeeze() for name in ("naive", "activation", "masked")
+        )
         assert masked["masked_cosine"] >= activation["masked_cosine"] > naive["masked_cosine"]
         assert activation["cosine"] > naive["cosine"] and pd.isna(naive["minus naive"])
         gain = activation["accuracy"] - naive["accuracy"]
@@ -100,19 +101,10 @@ def test_cosines_are_of_the_masks_that_were_permuted(compared):
     naive = methods.measures(run)[0]
     mask = state(compared / "imp/seed0/mask_0.50.pt")["mask"]
     ends = masking.apply(weights(run["source"]), mask), weights(run["target"])
-    a, b = (torch.cat([value.flatten() for value in end.values()]) for end in ends)
-    by_hand = torch.cosine_similarity(a.double(), b.double(), 0).item()
+    a, b = map(parameters_to_vector, (end.values() for end in ends))
     assert (naive["sparsity"], naive["method"]) == (0.5, "naive")
+    by_hand = torch.cosine_similarity(a, b, 0).item()
     assert naive["masked_cosine"] == pytest.approx(by_hand, abs=1e-6)
-
-
-def test_coverage_lists_networks():
-    lines = [
-        line.split() for line in succeed("analyze.coverage", "resnet18", "swin_t").splitlines()
-    ]
-    assert lines[0][:3] == ["model", "axes", "free"]
-    assert lines[1][:5] == ["resnet18", "12", "2,880", "0", "10"]
-    assert lines[2][:5] == ["swin_t", "52", "19,104", "8,970", "10"]
 
 
 def test_two_match_epochs_below_one_root_are_kept_apart(compared, tmp_path):
@@ -138,26 +130,24 @@ def test_the_finest_curve_gives_the_barrier(tmp_path):
     files = [tmp_path / "a.pt", tmp_path / "b.pt"]
     for file in files:
         file.touch()
-    for points, peak in ((5, 9.0), (21, 1.0)):
-        curve = pd.DataFrame({"alpha": np.linspace(0, 1, points), "repair": False, "images": 100})
-        curve = curve.assign(test_loss=peak * (curve["alpha"] == 0.5), train_loss=0, test_acc=0)
-        curve.to_csv(lines.curve_file(files, points, 100), index=False)
+    about = {"repair": False, "images": 100, "train_loss": 0, "test_acc": 0}
+    for losses in ([0, 9.0, 0], [0, 0, 1.0, 0, 0], [0, 8.0, 0, 0]):
+        curve = pd.DataFrame({"alpha": np.linspace(0, 1, len(losses)), "test_loss": losses})
+        curve.assign(**about).to_csv(lines.curve_file(files, len(losses), 100), index=False)
     assert lines.kept_barriers(files) == {"barrier": 1}
     assert lines.kept_barriers(files[::-1]) == {}
 
 
 def test_what_is_kept_is_named_by_the_code_that_made_it(tmp_path, monkeypatch):
-    shutil.copytree(Path(cache.__file__).parent, tmp_path / "lib")
-    monkeypatch.setattr(cache, "__file__", str(tmp_path / "lib/cache.py"))
+    lib = shutil.copytree(Path(cache.__file__).parent, tmp_path / "lib")
+    monkeypatch.setattr(cache, "__file__", str(lib / "cache.py"))
 
-    def digest(name, text):
-        with open(tmp_path / "lib" / name, "a") as file:
-            file.write(text)
+    def digest(script=lines, **edits):
+        for name, text in edits.items():
+            (lib / f"{name}.py").write_text(text)
         cache.code_digest.cache_clear()
-        return cache.code_digest(lines.__file__)
+        return cache.code_digest(script.__file__)
 
-    first = digest("repair.py", "# a remark\n")
-    assert digest("repair.py", "# another\n") == digest("style.py", "RED = 1\n") == first
-    assert digest("repair.py", "EDITED = True\n") != first
-    cache.code_digest.cache_clear()
-    assert cache.code_digest(lines.__file__) != cache.code_digest(methods.__file__)
+    first = digest(repair="x = 1  # a remark")
+    assert digest(repair="x = 1") == digest(style="RED = 1") == first
+    assert digest(methods) != first != digest(repair="x = 2")
