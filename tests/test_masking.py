@@ -77,8 +77,7 @@ def test_apply_signs_fan_in_by_hand():
     assert torch.allclose(scaled.amax(1), expected) and torch.equal(scaled > 0, kept["a"])
 
 
-def test_shuffling_keeps_the_count_of_each_layer():
-    mask = {"a": torch.arange(100) < 30, "b": torch.arange(50).view(5, 10) < 40}
-    shuffled, again, other = (masking.shuffle(mask, seed) for seed in (1, 1, 2))
-    assert [masking.kept({name: shuffled[name]}) for name in mask] == [30, 40]
-    assert same(again, shuffled) and not same(mask, shuffled) and not same(other, shuffled)
+def test_a_shuffled_mask_depends_on_the_seed_alone():
+    mask = {"a": torch.arange(100) < 30}
+    one, again, other = (masking.shuffle(mask, seed) for seed in (1, 1, 2))
+    assert same(one, again) and not same(one, other)

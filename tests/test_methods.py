@@ -13,7 +13,7 @@ from analyze import methods
 from analyze.lib import cache, lines, networks, overlap
 from analyze.lib.runs import sparse_runs
 from common import masking
-from tests.conftest import call, refused, stage2, stage3, stage4, state, succeed, weights
+from tests.conftest import align_and_train, call, refused, stage2, state, succeed, weights
 
 
 def test_overlap_by_hand():
@@ -23,13 +23,6 @@ def test_overlap_by_hand():
     # 3 and 4 of 8 are kept, 2 by both; by chance 3 * 4 / 8.
     expected = {"layer": "w", "weights": 8, "kept": 3, "kept_reference": 4}
     assert row == expected | {"shared": 2, "chance": 1.5}
-
-
-def align_and_train(root, a, b, name, flags):
-    source, target = root / f"dense/seed{a}", root / f"dense/seed{b}"
-    out = root / f"align/{name}/seed{a}-seed{b}"
-    succeed(*stage3(source, target, root / f"imp/seed{a}", out, flags))
-    succeed(*stage4("permuted", target, out, root / f"sparse/permuted/{name}/seed{a}-seed{b}"))
 
 
 @pytest.fixture(scope="module")
