@@ -69,8 +69,6 @@ def test_apply_signs_fan_in_by_hand():
     assert as_lists(masked) == {"a": [[1, 0], [0, -4]], "b": [0.5, -5]}
     signs = masking.signs(WEIGHTS, ["a"])
     assert as_lists(signs) == {"a": [[True, False], [True, False]]}
-    signed = masking.with_signs({"a": WEIGHTS["a"]}, {"a": ~DIAGONAL})
-    assert signed["a"].tolist() == [[-1, 2], [3, -4]]
     kept = {"a": torch.tensor([[True, True, False, False], [False] * 4, [True] * 4])}
     scaled = masking.rescale_fan_in({"a": 3.0 * kept["a"]}, kept)["a"]
     expected = torch.tensor([3 * 2**0.5, 0, 3])  # a row with none stays 0
