@@ -33,12 +33,12 @@ def test_diversity_by_hand():
 
 
 def test_the_plane_by_hand():
-    corners = [torch.tensor([1.0, 1, 1]), torch.tensor([1.0, 1, 3]), torch.tensor([5.0, 1, 2])]
+    corners = [torch.tensor([1.0, 1, 1]), torch.tensor([1.0, 1, 3]), torch.tensor([5.0, 1, 0])]
     directions, points = landscape.plane(corners)
     assert directions.tolist() == [[0, 0, 1], [1, 0, 0]]
-    assert points.tolist() == [[0, 0], [2, 0], [1, 4]]
+    assert points.tolist() == [[0, 0], [2, 0], [-1, 4]]
     xs, ys = landscape.grid(points, 4)
-    assert xs.tolist() == [-0.5, 0.5, 1.5, 2.5] and ys.tolist() == [-1, 1, 3, 5]
+    assert xs.tolist() == [-1.75, -0.25, 1.25, 2.75] and ys.tolist() == [-1, 1, 3, 5]
     with pytest.raises(ValueError):
         landscape.plane([corners[0], corners[1], 2 * corners[1] - corners[0]])
 

@@ -11,7 +11,7 @@ from tests.test_axes import check_axes, layout
 
 # One of each kind; docs/coverage.md has all.
 FAMILIES = (
-    "alexnet resnet18 densenet121 squeezenet1_1 googlenet mobilenet_v3_small regnet_y_400mf "
+    "resnet18 densenet121 squeezenet1_1 googlenet mobilenet_v3_small regnet_y_400mf "
     "convnext_tiny shufflenet_v2_x0_5 swin_t swin_v2_t"
 ).split()
 
