@@ -147,6 +147,14 @@ def pipeline(root, a, b):
         yield stage4(arm, target, folder, root / f"sparse/{arm}/seed{a}-seed{b}")
 
 
+def align_and_train(root, a, b, name, flags):
+    """Stages 3 and 4 for a pair of seeds in a finished pipeline, once more in some other way."""
+    source, target, pair = root / f"dense/seed{a}", root / f"dense/seed{b}", f"seed{a}-seed{b}"
+    out = root / f"align/{name}/{pair}"
+    succeed(*stage3(source, target, root / f"imp/seed{a}", out, flags))
+    succeed(*stage4("permuted", target, out, root / f"sparse/permuted/{name}/{pair}"))
+
+
 # The same for ResNet50 on the images of ImageNet in `root`.
 JPEGS = "--batch-size 4 --lr 0.01 --workers 0 --warmup 0 --precision fp32 --device cpu"
 

@@ -326,7 +326,7 @@ REPAIR by rescaling on test images | analyze/lib/lines.py
 +torch.cat([batch for batch, _ in test()])
 
 the barrier is the largest loss | analyze/lib/lines.py
->analyze::test_barrier_by_hand
+>networks::test_barriers_are_excesses_over_the_line_between_the_ends
 -losses - ((1 - alphas) * losses[0] + alphas * losses[-1])
 +losses
 

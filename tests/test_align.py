@@ -73,21 +73,18 @@ def supplied(tmp_path_factory):
     sys.path.insert(0, str(folder))
     import my_nets
 
-    for seed, name in enumerate(("my_a", "my_b")):
-        torch.manual_seed(seed)
-        torch.save(my_nets.Net().state_dict(), folder / f"{name}.pt")
-    pruned = my_nets.Net()
-    pruned.load_state_dict(state(folder / "my_a.pt"))
-    prune.l1_unstructured(pruned.conv, "weight", 0.5)
-    torch.save({"state_dict": pruned.state_dict()}, folder / "my_a_pruned.pt")
+    for name in ("my_b", "my_a"):
+        network = my_nets.Net()
+        torch.save(network.state_dict(), folder / f"{name}.pt")
+    prune.l1_unstructured(network.conv, "weight", 0.5)
+    torch.save({"state_dict": network.state_dict()}, folder / "my_a_pruned.pt")
     yield folder
     sys.path.remove(str(folder))
 
 
-def align(supplied, out, *more, ends=None):
-    source, target = ((ends or supplied) / name for name in ("my_a.pt", "my_b.pt"))
-    command = stage3(source, target, supplied / "my_a_pruned.pt", out)
-    return *command, "--model-fn my_nets:Net --method weight", *more
+def align(supplied, out, *more):
+    files = (supplied / f"{name}.pt" for name in ("my_a", "my_b", "my_a_pruned"))
+    return *stage3(*files, out), "--model-fn my_nets:Net --method weight", *more
 
 
 @pytest.mark.parametrize("method", ["activation", "weight", "masked"])
@@ -114,25 +111,21 @@ def test_user_supplied_networks(supplied, tmp_path, method):
 
 
 def test_weights_of_half_precision_are_matched_as_their_values(supplied, tmp_path):
+    found = []
     for kind in (torch.half, torch.float):
-        folder = tmp_path / str(kind)
-        folder.mkdir()
-        for name, dtype in (("my_a", kind), ("my_b", torch.float)):
-            entries = state(supplied / f"{name}.pt").items()
-            values = {key: value.half().to(dtype) for key, value in entries}
-            torch.save(values, folder / f"{name}.pt")
-        succeed(*align(supplied, folder / "out", ends=folder))
-    assert same(*(state(file)["permutation"] for file in tmp_path.glob("*/out/permutation.pt")))
+        file, out = tmp_path / f"{kind}.pt", tmp_path / str(kind)
+        values = {name: value.half() for name, value in state(supplied / "my_a.pt").items()}
+        torch.save({name: value.to(kind) for name, value in values.items()}, file)
+        succeed(*align(supplied, out, "--source", file))
+        found.append(state(out / "permutation.pt")["permutation"])
+    assert same(*found)
 
 
-def test_a_pruned_state_dict_and_back():
-    module = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-    prune.random_unstructured(module[0], "weight", 5)
-    pruned = module.state_dict()
-    values, mask = masking.from_prune(pruned)
-    assert values.keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
-    assert masking.kept(mask) == 12 - 5
-    assert torch.equal(values["0.weight"], pruned["0.weight_orig"] * pruned["0.weight_mask"])
+def test_the_weights_and_the_mask_of_a_pruned_network():
+    layer = prune.random_unstructured(nn.Linear(4, 3), "weight", 5)
+    values, mask = masking.from_prune(layer.state_dict())
+    assert values.keys() == {"weight", "bias"} and masking.kept(mask) == 12 - 5
+    assert torch.equal(values["weight"], layer.weight)
 
 
 REFUSED = """\

@@ -1,30 +1,22 @@
 import copy
 from functools import partial
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 from analyze.lib import repair
-from analyze.lib.lines import barrier, interpolate, metrics_along
+from analyze.lib.lines import interpolate, metrics_along
+from common.masking import layer_weights
 from common.models import build_model
-
-
-def test_barrier_by_hand():
-    alphas = np.array([0, 0.25, 0.5, 0.75, 1.0])
-    # The line from 1 to 3 is 1, 1.5, 2, 2.5, 3: the excesses are 0, 0.5, 2, 0.5, 0.
-    assert barrier(np.array([1, 2, 4, 3, 3.0]), alphas) == pytest.approx(2)
-    assert barrier(np.array([1, 1, 1, 1, 3.0]), alphas) == 0  # below the line there is no barrier
 
 
 def test_line_by_hand():
     source = {"w": torch.tensor([0.0, 4.0]), "n": torch.tensor(3)}
     target = {"w": torch.tensor([1.0, 0.0]), "n": torch.tensor(5)}
-    for alpha, expected in ((0.0, [0, 4]), (0.25, [0.25, 3]), (1.0, [1, 0])):
-        found = interpolate(source, target, alpha)
-        assert found["w"].tolist() == expected and found["n"] == 5
+    found = interpolate(source, target, 0.25)
+    assert found["w"].tolist() == [0.25, 3] and found["n"] == 5
 
 
 def test_recomputed_batch_norm_is_the_cumulative_average():
@@ -41,19 +33,22 @@ def test_recomputed_batch_norm_is_the_cumulative_average():
 def test_rescaling_brings_every_hidden_layer_to_the_goal(name, size):
     models = [build_model(name, 0.125, 10, (3, size, size), seed).eval() for seed in (0, 1, 2)]
     images = torch.randn(40, 3, size, size)
-    first = models[0][int(name == "mlp")](images.flatten(1) if name == "mlp" else images)
-    dims = [dim for dim in range(first.dim()) if dim != 1]
     ends = [repair.rescale(model, images) for model in models[:2]]
-    by_hand = first.mean(dims), first.std(dims, correction=0)
-    assert all(map(partial(torch.allclose, atol=1e-5), next(iter(ends[0].values())), by_hand))
     goal = repair.interpolate(*ends, 0.25)
     repair.rescale(models[2], images, goal)
     found = repair.rescale(models[2], images)
-    layers = [layer for layer in models[2].modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
-    assert len(found) == len(layers) - 1  # not the output
+    assert len(found) == len(layer_weights(models[2])) - 1  # not the output
     for key, values in found.items():
         for value, *pair in zip(values, ends[0][key], ends[1][key], strict=True):
             assert torch.allclose(value, 0.75 * pair[0] + 0.25 * pair[1], atol=1e-4), key
+
+
+def test_statistics_of_a_layer_by_hand():
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten(), nn.Linear(2, 1))
+    model[0].weight.data, model[0].bias.data = torch.full((1, 1, 1, 1), 2.0), torch.ones(1)
+    # 3, 5, 7 and 9 come out.
+    found = repair.rescale(model, torch.tensor([[1.0, 2], [3, 4]]).view(2, 1, 1, 2))["0"]
+    assert [float(one) for one in found] == pytest.approx([6, 5**0.5])
 
 
 @pytest.mark.parametrize("name, width", [("mlp", 0.125), ("resnet20", 0.25)])
@@ -61,16 +56,16 @@ def test_repair_at_the_endpoints_changes_nothing_and_interpolation_meets_them(na
     model, images = build_model(name, width, 10, (3, 8, 8)), torch.randn(40, 3, 8, 8)
     if name == "resnet20":
         repair.recompute_batch_norm(model, [images])
-    source = copy.deepcopy(model.state_dict())
-    target = {
-        key: value + 0.3 * torch.randn_like(value) if value.dim() > 1 else value
+    source, labels = copy.deepcopy(model.state_dict()), torch.randint(10, (40,))
+    noisy = {
+        key: value + 0.3 * torch.randn_like(value)
         for key, value in source.items()
+        if value.dim() > 1
     }
-    labels = torch.randint(10, (40,))
 
     def along(test):
         readers = partial(iter, [(test, labels[20:])]), partial(iter, [(images, labels)])
-        rows = metrics_along(model, source, target, (0.0, 0.5, 1.0), *readers)
+        rows = metrics_along(model, source, source | noisy, (0.0, 0.5), *readers)
         return pd.DataFrame(rows).set_index(["alpha", "repair"])
 
     table = along(images[:20])
@@ -78,4 +73,4 @@ def test_repair_at_the_endpoints_changes_nothing_and_interpolation_meets_them(na
     assert loss[0.0, True] == pytest.approx(loss[0.0, False], rel=1e-4)
     assert loss[0.5, True] != pytest.approx(loss[0.5, False], rel=1e-4)
     # REPAIR looks at training images alone.
-    assert along(torch.randn_like(images[:20]))["train_loss"].equals(table["train_loss"])
+    assert along(torch.randn(20, 3, 8, 8))["train_loss"].equals(table["train_loss"])

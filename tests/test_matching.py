@@ -1,27 +1,32 @@
 import copy
 import itertools
+from itertools import permutations
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from analyze.lib.baselines import match_layer_by_layer, match_weights_every_axis
-from common.align import matching
 from common.align.axes import find_axes
 from common.align.matching import (
     Moments,
+    Summed,
     assign,
     assign_blocks,
+    describe,
     match_activations,
     match_weights,
+    match_weights_best,
+    matched_sum,
     objective,
     similarities,
 )
 from common.align.permutation import inverse, permute, random_permutation
 from common.models import build_model
 from tests.conftest import same
-from tests.test_axes import Network, tell_apart, used_twice
+from tests.test_axes import Network, ours, tell_apart
 
 
 def two_seeds(name, width, size):
@@ -35,9 +40,9 @@ def matched(axes, *models):
     return [{name: model.state_dict()[name] for name in axes.weights} for model in models]
 
 
-def planted(target, axes, seed=2):
+def planted(target, axes):
     """A copy of `target` with permuted channels, and the permutation that undoes it."""
-    source, permutation = copy.deepcopy(target), random_permutation(axes, seed)
+    source, permutation = copy.deepcopy(target), random_permutation(axes, seed=2)
     source.load_state_dict(permute(target.state_dict(), axes.dims, permutation))
     return source, inverse(permutation)
 
@@ -52,8 +57,8 @@ def test_correlation_equals_numpy_on_batches_of_different_size():
     source = target[:, [2, 0, 3]] * [1, -2, 0.5] + rng.normal(0, 0.3, (700, 3))
     source[:, 2] = 7  # without variance: correlates 0
     moments = Moments()
-    for part in (slice(0, 100), slice(100, 650), slice(650, 700)):
-        moments.add(*(torch.tensor(values[part]).float() for values in (target, source)))
+    for pair in zip(*(torch.tensor(x).float().split([100, 550, 50]) for x in (target, source))):
+        moments.add(*pair)
     with np.errstate(invalid="ignore"):
         expected = np.nan_to_num(np.corrcoef(target.T, source.T)[:4, 4:])
     assert np.abs(moments.correlation().numpy() - expected).max() < 1e-4
@@ -64,22 +69,18 @@ def test_a_similarity_is_summed_over_batches_and_told_when_it_is_none():
     def products(target, source):
         return target.T @ source
 
-    def rows_alone(target, source):
-        return target.sum(1)
-
     def logarithms(target, source):
         return products(target, source).log()
 
     target, source = torch.ones(4, 2), torch.tensor([[1.0, 2, -3]]).expand(4, 3)
-    matching.SIMILARITIES["products"] = products
-    summed = matching.new_similarity("products")
-    del matching.SIMILARITIES["products"]
+    summed = Summed(products)
     for _ in range(2):
         summed.add(target, source)
     assert summed.result().tolist() == 2 * [[8, 16, -24]]
-    for wrong, words in ((rows_alone, "rows_alone made a"), (logarithms, "logarithms made NaN")):
-        with pytest.raises(ValueError, match=words):
-            matching.Summed(wrong).add(target, source)
+    with pytest.raises(ValueError, match="logarithms made NaN"):
+        Summed(logarithms).add(target, source)
+    with pytest.raises(ValueError, match=r"sub made a \(4, 3\) tensor"):
+        Summed(torch.sub).add(source, source)
 
 
 def test_assignment_by_hand():
@@ -89,37 +90,30 @@ def test_assignment_by_hand():
     assert assign(three).tolist() == [1, 2, 0]
 
 
-@pytest.mark.parametrize(
-    "name, width, size",
-    [("mlp", 0.25, 8), ("vgg11", 0.125, 32), ("resnet20", 0.5, 16), ("resnet50", 0.125, 64)],
-)
-def test_a_planted_permutation_is_recovered_exactly(name, width, size):
+@ours
+def test_a_planted_permutation_is_undone(name, width, size):
+    """Exactly by weights, whose objective never falls, and by activations as far as they tell."""
     images = torch.randn(48, 3, size, size)
     target = tell_apart(build_model(name, width, 10, (3, size, size)), images)
     axes = find_axes(target, (3, size, size))
     source, undone = planted(target, axes)
+    ends = matched(axes, source, target)
+    found, history = match_weights(*ends, axes)
+    assert same(found, undone)
+    assert never_falls(history) and history[-1] > history[0] == pytest.approx(objective(*ends))
+    assert history[-1] == pytest.approx(objective(ends[1], ends[1]))
+    assert match_weights(*ends, axes, start=found)[1][-1] == pytest.approx(history[-1])
     networks, batches = (source, target, axes), images.split(32)
-    matrices, (found, rows) = (
-        similarities(*networks, batches),
-        match_activations(*networks, batches),
-    )
-    alive = 0
-    for axis, index in found.items():
+    found, _ = match_activations(*networks, batches)
+    for axis, matrix in similarities(*networks, batches).items():
         # Dead channels, and those that only the same one image wakes, may go anywhere among their
         # like.
-        alike = matrices[axis] > matrices[axis].max(1, keepdim=True).values - 1e-6
-        varies = alike.sum(1) == 1
-        assert torch.equal(index[varies], undone[axis][varies]), axis
-        alive += int(varies.sum())
-    assert alive > 0.5 * sum(axes.sizes.values())
-    restored = permute(source.state_dict(), axes.dims, found)
-    source.load_state_dict(restored)
+        best = matched_sum(matrix, undone[axis])
+        assert matched_sum(matrix, found[axis]) == pytest.approx(best), axis
+        assert best > 0.5 * len(matrix)
+    source.load_state_dict(permute(source.state_dict(), axes.dims, found))
     with torch.no_grad():
         assert torch.allclose(source(images), target(images), rtol=1e-3, atol=1e-4)
-    for row in rows:
-        index = found[row["axis"]]
-        assert row["after"] >= row["before"]
-        assert row["moved"] == int((index != torch.arange(row["channels"])).sum())
 
 
 def test_one_pass_finds_what_layer_by_layer_matching_finds():
@@ -127,29 +121,9 @@ def test_one_pass_finds_what_layer_by_layer_matching_finds():
     one_pass, _ = match_activations(*networks, batches)
     layered = match_layer_by_layer(*networks, batches)
     assert one_pass.keys() == layered.keys()
-    for axis, matrix in similarities(*networks, batches).items():
-        one, other = one_pass[axis], layered[axis]
-        alive = matrix.abs().sum(0) > 0  # dead channels are interchangeable
-        placed = (alive[one] | alive[other]) & (matrix.abs().sum(1) > 0)
-        assert torch.equal(one[placed], other[placed]), axis
-        assert placed.sum() > len(placed) / 2
-    assert any(not torch.equal(index, torch.arange(len(index))) for index in one_pass.values())
-
-
-@pytest.mark.parametrize(
-    "name, width, size",
-    [("mlp", 0.25, 8), ("vgg11", 0.125, 64), ("resnet20", 0.5, 16), ("resnet50", 0.125, 64)],
-)
-def test_weight_matching_recovers_a_planted_permutation_and_never_loses(name, width, size):
-    target = build_model(name, width, 10, (3, size, size), seed=3)
-    axes = find_axes(target, (3, size, size))
-    source, undone = planted(target, axes, seed=4)
-    ends = matched(axes, source, target)
-    found, history = match_weights(*ends, axes, seed=0)
-    assert same(found, undone)
-    assert never_falls(history) and history[-1] > history[0] == pytest.approx(objective(*ends))
-    assert history[-1] == pytest.approx(objective(ends[1], ends[1]))
-    assert match_weights(*ends, axes, start=found)[1][-1] == pytest.approx(history[-1])
+    for axis, matrix in similarities(*networks, batches).items():  # of dead channels any is as good
+        found, best = (matched_sum(matrix, way[axis]) for way in (one_pass, layered))
+        assert found == pytest.approx(best) and found > float(matrix.trace()), axis
 
 
 def test_activations_are_matched_by_cudnn_in_whole_fp32():
@@ -173,15 +147,23 @@ def test_weight_matching_by_hand():
     source, target = ({"0.weight": weight} | rest for weight in first)
     found, history = match_weights(source, target, axes)
     assert found["0"].tolist() == [1, 2, 0]
+    assert describe(found) == [{"axis": "0", "channels": 3, "moved": 3}]
     # 3 + 2 + 6 = 11 before and 1 + 4 + 9 = 14 after, beside 3 of the last weights and 49 of the
     # output bias.
     assert history[0] == 63 and history[-1] == 66
 
 
+def repeated(net, x):
+    """The layer `two` comes twice: its weight lies along one axis in both dimensions."""
+    return net.fc(F.relu(net.two(F.relu(net.two(F.relu(net.one(x)))))))
+
+
 def test_a_layer_used_twice_lies_along_both_dimensions_and_still_never_loses():
     for seed in range(5):
-        torch.manual_seed(seed)
-        source, target = used_twice(8), used_twice(8)
+        source, target = (
+            Network(repeated, one=nn.Linear(3, 8), two=nn.Linear(8, 8), fc=nn.Linear(8, 2))
+            for _ in range(2)
+        )
         axes = find_axes(source, (3,))
         ends = matched(axes, source, target)
         found, history = match_weights(*ends, axes, seed=seed)
@@ -210,9 +192,10 @@ def brute_force(within, fixed, blocks):
     """The best score over all orders of blocks and of channels inside them."""
 
     def best_inside(block, free):
-        size = len(block)
-        orders = itertools.permutations(range(size)) if free else [range(size)]
-        return max(float(block[range(size), list(order)].sum()) for order in orders)
+        order = [*range(len(block))]
+        return max(
+            matched_sum(block, list(one)) for one in (permutations(order) if free else [order])
+        )
 
     return max(
         sum(
@@ -221,7 +204,7 @@ def brute_force(within, fixed, blocks):
             for similarity in matrices
             for here, there in enumerate(order)
         )
-        for order in itertools.permutations(range(blocks))
+        for order in permutations(range(blocks))
     )
 
 
@@ -231,10 +214,9 @@ def brute_force(within, fixed, blocks):
 )
 def test_assignment_in_blocks_is_the_best_there_is(blocks, sizes, free):
     matrices = [torch.rand(size, size, dtype=torch.float64) for size in sizes]
-    found = assign_blocks(matrices[:free], matrices[free:], blocks)
-    pairs = zip(matrices, found)
-    score = sum(float(matrix[range(len(matrix)), index].sum()) for matrix, index in pairs)
-    assert score == pytest.approx(brute_force(matrices[:free], matrices[free:], blocks))
+    parts = matrices[:free], matrices[free:]
+    found = assign_blocks(*parts, blocks)
+    assert sum(map(matched_sum, matrices, found)) == pytest.approx(brute_force(*parts, blocks))
     orders = [index.view(blocks, -1) * blocks // len(index) for index in found]
     for order in orders:  # every axis moves the same blocks
         assert (order == orders[0][:, :1]).all()
@@ -242,8 +224,7 @@ def test_assignment_in_blocks_is_the_best_there_is(blocks, sizes, free):
         assert (index.view(blocks, -1).diff(dim=1) == 1).all()
 
 
-@pytest.mark.parametrize("match", ["activation", "weight"])
-def test_a_planted_permutation_of_grouped_channels_is_recovered(match):
+def test_a_planted_permutation_of_grouped_channels_is_recovered():
     target = nn.Sequential(
         nn.Conv2d(3, 16, 3),
         nn.ReLU(),
@@ -259,15 +240,12 @@ def test_a_planted_permutation_of_grouped_channels_is_recovered(match):
     axes = find_axes(target, (3, 8, 8))
     assert dict(axes.groups) == {("0", "2"): 4, ("4",): 4}
     source, undone = planted(target, axes)
-    if match == "activation":
-        found, _ = match_activations(source, target, axes, [torch.randn(64, 3, 8, 8)])
-    else:
-        ends = matched(axes, source, target)
-        tries = [match_weights(*ends, axes, seed=seed) for seed in range(5)]
-        assert all(never_falls(history) for _, history in tries)
-        found, history = max(tries, key=lambda one: one[1][-1])
-        assert history[-1] == pytest.approx(objective(ends[1], ends[1]))
+    assert (undone["2"].view(4, 6)[:, 0] // 6).tolist() != [0, 1, 2, 3]  # blocks are permuted, too
+    found, _ = match_activations(source, target, axes, [torch.randn(64, 3, 8, 8)])
     assert same(found, undone)
+    ends = matched(axes, source, target)
+    assert same(match_weights_best(*ends, axes, restarts=5), undone)
+    assert all(never_falls(match_weights(*ends, axes, seed=seed)[1]) for seed in range(5))
 
 
 # ---------------------------------------------------------------- which values are compared
@@ -294,14 +272,12 @@ def test_values_before_the_nonlinearity_and_over_the_stream_by_hand():
         both = (first, second) if match_on == "pre" else (first.relu(), second.relu())
         return [value.T.numpy() for value in both]
 
-    references = {"correlation": np.corrcoef, "covariance": lambda a, b: np.cov(a, b, bias=True)}
-    for match_on, statistic in itertools.product(("pre", "post"), references):
-        with np.errstate(invalid="ignore"):  # a unit that never varies correlates 0
-            first, last = (
-                np.nan_to_num(references[statistic](there, here)[:3, 3:])
-                for here, there in zip(values(source, match_on), values(target, match_on))
-            )
+    for match_on in ("pre", "post"):
+        first, last = (
+            np.cov(there, here, bias=True)[:3, 3:]
+            for here, there in zip(values(source, match_on), values(target, match_on))
+        )
         for stream, expected in (("last", last), ("mean", (first + last) / 2)):
-            how = match_on, statistic, stream
+            how = match_on, "covariance", stream
             found = similarities(source, target, axes, [x[:20], x[20:]], *how)
             assert np.abs(found["stem"].numpy() - expected).max() < 1e-5, how

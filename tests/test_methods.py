@@ -7,12 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.nn.utils import parameters_to_vector
 
 from analyze import methods
 from analyze.lib import cache, lines, networks, overlap
 from analyze.lib.runs import sparse_runs
 from common import masking
-from tests.conftest import call, refused, stage2, stage3, stage4, state, succeed, weights
+from tests.conftest import align_and_train, call, refused, stage2, state, succeed, weights
 
 
 def test_overlap_by_hand():
@@ -24,21 +25,14 @@ def test_overlap_by_hand():
     assert row == expected | {"shared": 2, "chance": 1.5}
 
 
-def align_and_train(root, a, b, name, flags):
-    source, target = root / f"dense/seed{a}", root / f"dense/seed{b}"
-    out = root / f"align/{name}/seed{a}-seed{b}"
-    succeed(*stage3(source, target, root / f"imp/seed{a}", out, flags))
-    succeed(*stage4("permuted", target, out, root / f"sparse/permuted/{name}/seed{a}-seed{b}"))
-
-
 @pytest.fixture(scope="module")
 def compared(runs, tmp_path_factory):
-    """The pipeline with IMP on both targets, and a second method."""
-    root = tmp_path_factory.mktemp("compared") / "runs"
-    shutil.copytree(runs, root)
+    """The pipeline with IMP on both targets, a second method, and matches to early targets."""
+    root = shutil.copytree(runs, tmp_path_factory.mktemp("compared") / "runs")
     for a, b in ((0, 1), (2, 3)):
         succeed(*stage2(root / f"dense/seed{b}", root / f"imp/seed{b}"))
         align_and_train(root, a, b, "masked", "--method masked")
+        align_and_train(root, a, b, "early", "--target-epoch 1")
     return root
 
 
@@ -51,20 +45,18 @@ def test_masks_says_what_is_missing(runs, tmp_path):
 
 
 def test_masks_compares_with_imp_on_the_target(compared):
-    out = succeed("analyze.masks", compared)
+    assert "ratio" in succeed("analyze.masks", compared)
     table = pd.read_csv(compared / "masks.csv")
-    assert set(table["method"]) == {"naive", "activation", "masked"} and "ratio" in out
     # A row, layer and method recomputed from the files.
-    row = table.query("method == 'activation' and sparsity == 0.7 and source_seed == 2").iloc[1]
-    files = "align/activation/seed2-seed3/mask_0.70.pt", "imp/seed3/mask_0.70.pt"
+    row = table.query("match_epoch == 1 and sparsity == 0.7 and source_seed == 2").iloc[1]
+    files = "align/early/seed2-seed3/mask_0.70.pt", "imp/seed3/mask_0.70.pt"
     ours, reference = (state(compared / file)["mask"][row["layer"]] for file in files)
     assert row["shared"] == int((ours & reference).sum()) and row["target_seed"] == 3
-    assert row["chance"] == pytest.approx(int(ours.sum()) * int(reference.sum()) / ours.numel())
     shares = overlap.summary(table)
-    assert (shares["pairs"] == 2).all() and shares["chance"].between(0, 100).all()
+    assert len(shares) == 2 * 4 and (shares["pairs"] == 2).all()
+    assert set(shares["method"]) == {"naive", "activation", "masked"}
     # Permuting keeps the sparsity of every layer.
-    chance = shares.pivot(index="sparsity", columns="method", values="chance")
-    assert chance["naive"].tolist() == pytest.approx(chance["activation"].tolist())
+    assert (shares.groupby("sparsity")["chance"].std() < 1e-9).all()
     layers = pd.read_csv(compared / "layer_sparsity.csv").query("sparsity == 0.7")
     kept = layers["weights"] * (1 - layers["layer_sparsity"])
     assert 1 - kept.sum() / layers["weights"].sum() == pytest.approx(0.7, abs=1e-3)
@@ -75,13 +67,18 @@ def test_methods_puts_everything_beside_each_other(compared):
     succeed("analyze.methods", compared)
     table = pd.read_csv(compared / "methods.csv").query("k == 0")
     assert table.drop(columns=["minus naive", "± SE", "tag", "match_epoch"]).notna().all(axis=None)
-    for _, group in table.groupby("sparsity"):
-        by_method = group.set_index("method")
-        naive, activation, masked = (by_method.loc[m] for m in ("naive", "activation", "masked"))
+    for sparsity, group in table.groupby("sparsity"):
+        rows = group.fillna({"match_epoch": 0}).set_index(["method", "match_epoch"]).sort_index()
+        (_, early), (_, activation), (_, masked), (_, naive) = rows.iterrows()
+        keys = [("activation", 1), ("activation", 3), ("masked", 3), ("naive", 0)]
+        assert [*rows.index] == keys
         assert masked["masked_cosine"] >= activation["masked_cosine"] > naive["masked_cosine"]
         assert activation["cosine"] > naive["cosine"] and pd.isna(naive["minus naive"])
         gain = activation["accuracy"] - naive["accuracy"]
-        assert gain == pytest.approx(activation["minus naive"]) and len(group) == 3
+        assert gain == pytest.approx(activation["minus naive"])
+        cell = f"match_epoch == 1 and sparsity == {sparsity} and rewind == 0"
+        accuracies = sparse_runs(compared).query(cell)["test_acc"]
+        assert early["accuracy"] == pytest.approx(accuracies.mean()) and len(accuracies) == 2
 
 
 def test_methods_takes_what_there_is(runs, tmp_path):
@@ -96,68 +93,42 @@ def test_methods_takes_what_there_is(runs, tmp_path):
 
 
 def test_cosines_are_of_the_masks_that_were_permuted(compared):
-    run = next(run for run in networks.alignments(compared) if run["method"] == "activation")
-    naive = methods.measures(run)[0]
+    late = {"method": "activation", "match_epoch": 3}
+    runs = [run for run in networks.alignments(compared) if late.items() <= run.items()]
+    rows = [methods.measures(run)[0] for run in runs]
     mask = state(compared / "imp/seed0/mask_0.50.pt")["mask"]
-    ends = masking.apply(weights(run["source"]), mask), weights(run["target"])
-    a, b = (torch.cat([value.flatten() for value in end.values()]) for end in ends)
-    by_hand = torch.cosine_similarity(a.double(), b.double(), 0).item()
-    assert (naive["sparsity"], naive["method"]) == (0.5, "naive")
-    assert naive["masked_cosine"] == pytest.approx(by_hand, abs=1e-6)
-
-
-def test_coverage_lists_networks():
-    lines = [
-        line.split() for line in succeed("analyze.coverage", "resnet18", "swin_t").splitlines()
-    ]
-    assert lines[0][:3] == ["model", "axes", "free"]
-    assert lines[1][:5] == ["resnet18", "12", "2,880", "0", "10"]
-    assert lines[2][:5] == ["swin_t", "52", "19,104", "8,970", "10"]
-
-
-def test_two_match_epochs_below_one_root_are_kept_apart(compared, tmp_path):
-    root = tmp_path / "runs"
-    shutil.copytree(compared, root)
-    align_and_train(root, 0, 1, "early", "--target-epoch 1")
-    succeed("analyze.masks", root)
-    succeed("analyze.methods", root)
-    cell = "sparsity == 0.7 and k == 0"
-    table = pd.read_csv(root / "methods.csv").query(cell).fillna({"match_epoch": 0})
-    table = table.set_index(["match_epoch", "method"])
-    expected = [(0, "naive"), (1, "activation"), (3, "activation"), (3, "masked")]
-    assert sorted(table.index) == expected
-    early = "arm == 'permuted' and match_epoch == 1 and sparsity == 0.7 and rewind == 0"
-    accuracy = sparse_runs(root).query(early)["test_acc"].item()
-    assert table.loc[(1, "activation"), "accuracy"] == pytest.approx(accuracy)
-    # Naive is beside the latest B.
-    before = methods.table(compared).query(cell + " and method == 'naive'")["cosine"].item()
-    assert table.loc[(0, "naive"), "cosine"] == pytest.approx(before)
+    ends = masking.apply(weights(runs[0]["source"]), mask), weights(runs[0]["target"])
+    a, b = (parameters_to_vector(end.values()) for end in ends)
+    assert (rows[0]["sparsity"], rows[0]["method"]) == (0.5, "naive")
+    by_hand = torch.cosine_similarity(a, b, 0).item()
+    assert rows[0]["masked_cosine"] == pytest.approx(by_hand, abs=1e-6)
+    # In the table, a mean over pairs, naive is beside the latest B.
+    found = methods.table(compared).query("method == 'naive' and sparsity == 0.5 and k == 0")
+    assert found["cosine"].item() == pytest.approx(np.mean([row["cosine"] for row in rows]))
 
 
 def test_the_finest_curve_gives_the_barrier(tmp_path):
     files = [tmp_path / "a.pt", tmp_path / "b.pt"]
     for file in files:
         file.touch()
-    for points, peak in ((5, 9.0), (21, 1.0)):
-        curve = pd.DataFrame({"alpha": np.linspace(0, 1, points), "repair": False, "images": 100})
-        curve = curve.assign(test_loss=peak * (curve["alpha"] == 0.5), train_loss=0, test_acc=0)
-        curve.to_csv(lines.curve_file(files, points, 100), index=False)
+    about = {"repair": False, "images": 100, "train_loss": 0, "test_acc": 0}
+    for losses in ([0, 0, 1.0, 0, 0], [0, 9.0, 0]):
+        curve = pd.DataFrame({"alpha": np.linspace(0, 1, len(losses)), "test_loss": losses})
+        curve.assign(**about).to_csv(lines.curve_file(files, len(losses), 100), index=False)
     assert lines.kept_barriers(files) == {"barrier": 1}
     assert lines.kept_barriers(files[::-1]) == {}
 
 
 def test_what_is_kept_is_named_by_the_code_that_made_it(tmp_path, monkeypatch):
-    shutil.copytree(Path(cache.__file__).parent, tmp_path / "lib")
-    monkeypatch.setattr(cache, "__file__", str(tmp_path / "lib/cache.py"))
+    lib = shutil.copytree(Path(cache.__file__).parent, tmp_path / "lib")
+    monkeypatch.setattr(cache, "__file__", str(lib / "cache.py"))
 
-    def digest(name, text):
-        with open(tmp_path / "lib" / name, "a") as file:
-            file.write(text)
+    def digest(script=lines, **edits):
+        for name, text in edits.items():
+            (lib / f"{name}.py").write_text(text)
         cache.code_digest.cache_clear()
-        return cache.code_digest(lines.__file__)
+        return cache.code_digest(script.__file__)
 
-    first = digest("repair.py", "# a remark\n")
-    assert digest("repair.py", "# another\n") == digest("style.py", "RED = 1\n") == first
-    assert digest("repair.py", "EDITED = True\n") != first
-    cache.code_digest.cache_clear()
-    assert cache.code_digest(lines.__file__) != cache.code_digest(methods.__file__)
+    first = digest(repair="x = 1  # a remark")
+    assert digest(repair="x = 1") == digest(style="RED = 1") == first
+    assert digest(methods) != first != digest(repair="x = 2")

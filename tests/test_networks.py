@@ -1,76 +1,63 @@
 """Analyses that evaluate networks: definitions by hand, and every command on tiny runs."""
 
-import math
 import shutil
 
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import entropy
 
 from analyze import diversity, landscape
 from analyze.lib import lines, networks, repair
 from analyze.lib import runs as finished
 from common.data import reader, resident
-from tests.conftest import call, refused, sparse, stage1, stage2, stage3, succeed
+from tests.conftest import align_and_train, call, refused, stage1, stage2, stage3, succeed
 
 CPU = "--device cpu"
 READ = reader(None, torch.device("cpu"), 0)
-
-
-def stamps(root, pattern):
-    """When each of the files that analyses keep was written."""
-    return {path: path.stat().st_mtime_ns for path in root.rglob(pattern)}
 
 
 def test_diversity_by_hand():
     # Two members, two images: they agree on the first, which adds nothing, not on the second.
     p, q = torch.tensor([[0.8, 0.2], [0.6, 0.4]]), torch.tensor([[0.8, 0.2], [0.1, 0.9]])
     found = diversity.diversity([p.log(), q.log()], torch.tensor([0, 1]))
-
-    def kl(one, other):
-        return sum(a * math.log(a / b) for a, b in zip(one, other))
-
     first, second, middle = (0.6, 0.4), (0.1, 0.9), (0.35, 0.65)  # by the mean it is right
     expected = {"members": 2, "mean_acc": 75, "std_acc": 100 * 0.125**0.5, "ensemble_acc": 100}
-    expected |= {"disagreement": 0.5, "kl": (kl(first, second) + kl(second, first)) / 2 / 2}
-    assert found == pytest.approx(expected | {"js": (kl(first, middle) + kl(second, middle)) / 4})
+    expected["disagreement"] = 0.5
+    expected["kl"] = (entropy(first, second) + entropy(second, first)) / 2 / 2
+    expected["js"] = (entropy(first, middle) + entropy(second, middle)) / 2 / 2
+    assert found == pytest.approx(expected)
     three = diversity.diversity([p.log(), q.log(), q.log()], torch.tensor([0, 1]))
-    pairs = [2 / 3 * found[name] for name in ("disagreement", "js")]
-    assert [three["disagreement"], three["js"]] == pytest.approx(pairs)
+    for name in ("disagreement", "js"):  # two of three pairs differ
+        assert three[name] == pytest.approx(found[name] * 2 / 3)
 
 
 def test_the_plane_by_hand():
-    corners = [torch.tensor([1.0, 1, 1]), torch.tensor([1.0, 1, 3]), torch.tensor([5.0, 1, 2])]
+    corners = [torch.tensor([1.0, 1, 1]), torch.tensor([1.0, 1, 3]), torch.tensor([5.0, 1, 0])]
     directions, points = landscape.plane(corners)
     assert directions.tolist() == [[0, 0, 1], [1, 0, 0]]
-    assert points.tolist() == [[0, 0], [2, 0], [1, 4]]
-    for corner, (x, y) in zip(corners, points):  # the plane goes through all three
-        assert torch.allclose(corners[0] + x * directions[0] + y * directions[1], corner.double())
-    xs, ys = landscape.grid(points, 5)
-    assert (xs[0], xs[-1], ys[0], ys[-1]) == (-0.5, 2.5, -1, 5) and len(xs) == len(ys) == 5
+    assert points.tolist() == [[0, 0], [2, 0], [-1, 4]]
+    xs, ys = landscape.grid(points, 4)
+    assert xs.tolist() == [-1.75, -0.25, 1.25, 2.75] and ys.tolist() == [-1, 1, 3, 5]
     with pytest.raises(ValueError):
         landscape.plane([corners[0], corners[1], 2 * corners[1] - corners[0]])
 
 
-def test_barriers_in_loss_and_error():
+def test_barriers_are_excesses_over_the_line_between_the_ends():
+    """By hand: over 1.5 nats, and 15%; below the line there is none."""
     curve = {"alpha": [0, 0.5, 1], "test_loss": [1.0, 4.0, 2.0], "train_loss": [1.0, 1.0, 3.0]}
-    curve = pd.DataFrame(curve | {"test_acc": [90.0, 50.0, 80.0], "repair": True})
-    curves = pd.concat([curve.assign(seed=0), curve.assign(seed=1), curve.assign(seed=1, repair=0)])
-    found = lines.barriers(curves, ["seed"])
-    assert found[["test", "train", "error"]].to_numpy().tolist() == 3 * [[2.5, 0.0, 35.0]]
-    assert found[["seed", "repair"]].to_numpy().tolist() == [[0, True], [1, 0], [1, True]]
+    curve = pd.DataFrame(curve | {"test_acc": [90.0, 50.0, 80.0], "repair": True, "seed": 0})
+    found = lines.barriers(pd.concat([curve, curve.assign(seed=1, repair=False)]), ["seed"])
+    values = found[["seed", "repair", "test", "train", "error"]].to_numpy().tolist()
+    assert values == [[0, True, 2.5, 0, 35], [1, False, 2.5, 0, 35]]
 
 
 @pytest.fixture(scope="module")
 def matched_early(runs, tmp_path_factory):
     """The pipeline with masks that were matched to an early target as well."""
-    root = tmp_path_factory.mktemp("early") / "runs"
-    shutil.copytree(runs, root)
+    root = shutil.copytree(runs, tmp_path_factory.mktemp("early") / "runs")
     for a, b in ((0, 1), (2, 3)):
-        pair, target = f"early/seed{a}-seed{b}", root / f"dense/seed{b}"
-        files = root / f"dense/seed{a}", target, root / f"imp/seed{a}", root / f"align/{pair}"
-        succeed(*stage3(*files, "--target-epoch 1"))
-        sparse("permuted", target, files[-1], root / f"sparse/permuted/{pair}")
+        align_and_train(root, a, b, "early", "--target-epoch 1")
     return root
 
 
@@ -83,7 +70,6 @@ def test_early_matching_by_epoch(matched_early, runs):
     runs_then = finished.sparse_runs(matched_early).query(f"{cell} and match_epoch == 1")
     row = table.query(cell).loc[("permuted", 1)]
     assert row["mean"] == pytest.approx(runs_then["test_acc"].mean()) and len(runs_then) == 2
-    assert (matched_early / "figures/early_matching_mlp_glyphs_k001.png").is_file()
     refused(call("analyze.early_matching", runs), "--target-epoch")
 
 
@@ -92,9 +78,9 @@ def test_diversity_reads_every_kind_of_network_once(matched_early):
     table = pd.read_csv(matched_early / "diversity.csv")
     assert set(table["variant"]) == {"dense", "IMP", "lth", "naive", "permuted", "permuted @1"}
     assert (table["members"] == table["variant"].map({"dense": 4}).fillna(2)).all()
-    kept = stamps(matched_early, "logits_*.pt")
+    kept = {path: path.stat().st_mtime_ns for path in matched_early.rglob("logits_*.pt")}
     assert kept and succeed("analyze.diversity", matched_early, CPU) == first
-    assert kept == stamps(matched_early, "logits_*.pt")
+    assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
     # A member's accuracy from its logits is that of its run.
     cell = "variant == 'naive' and sparsity == 0.7 and rewind == 0"
     runs = finished.sparse_runs(matched_early).query(cell.replace("variant", "arm"))
@@ -118,12 +104,11 @@ def test_imp_barrier_says_of_which_networks_it_is(runs, tmp_path):
     for part in ("dense", "imp"):
         shutil.copytree(runs / part, tmp_path / part)
     command = "analyze.imp_barrier", tmp_path, "--points 3 --images 64 --device cpu"
-    rounds = len(list((tmp_path / "imp/seed0").glob("round_*.pt")))
-    assert f"after each of {rounds} rounds" in succeed(*command)
+    assert "after each of 5 rounds" in succeed(*command)
     table = pd.read_csv(tmp_path / "figures/imp_barrier_mlp_glyphs.csv")
-    assert len(table) == 2 * rounds and (table["loss_barrier_count"] == 2).all()
-    assert table["loss_barrier_mean"].min() >= 0 and rounds > 2
-    assert table["sparsity"].min() == pytest.approx(0.2, abs=1e-3)
+    reached = [1 - 0.8**number for number in range(1, 6)]
+    assert table["sparsity"].tolist() == pytest.approx(2 * reached, abs=1e-3)
+    assert (table["loss_barrier_count"] == 2).all()
     for path in tmp_path.rglob("round_*.pt"):
         path.unlink()
     assert "at the asked sparsities, not after every round" in succeed(*command)
@@ -132,31 +117,23 @@ def test_imp_barrier_says_of_which_networks_it_is(runs, tmp_path):
 
 
 def test_landscape_passes_through_its_three_networks(matched_early):
-    figures = matched_early / "figures"
-
-    def drawn(*more):
-        shutil.rmtree(figures, ignore_errors=True)
-        usual = "--grid 3 --images 100 --device cpu"
-        out = succeed("analyze.landscape", matched_early, usual, *more)
-        return out, [*figures.glob("*.csv")]
-
-    out, (path,) = drawn()  # the first pair of a middle cell, matched to B as it ended
-    assert path.stem == "landscape_mlpx0.03125_glyphs_activation_s0.50_k001_0-1_matched3"
-    table = pd.read_csv(path)
+    command = "analyze.landscape", matched_early, "--grid 3 --images 100 --device cpu"
+    out = succeed(*command)  # of the first pair of a middle cell, matched to B as it ended
+    name = "landscape_mlpx0.03125_glyphs_activation_s0.50_k001_0-1_matched3.csv"
+    table = pd.read_csv(matched_early / "figures" / name)
     assert len(table) == 9 + 3 and table["network"].dropna().tolist() == [*landscape.CORNERS]
     barrier = table.set_index("network")["loss_barrier"].dropna()
     assert barrier.index == ["permuted"] and f"loss barrier {barrier.item():.3f} nats" in out
-    kept = stamps(matched_early, "plane_*")
-    assert drawn() == (out, [path]) and stamps(matched_early, "plane_*") == kept and len(kept) == 1
-    assert table.equals(pd.read_csv(path))
-    (chosen,) = drawn("--sparsity 0.7 --rewind 0")[1]
-    assert "s0.70_k000_0-1" in chosen.stem
-    refused(call("analyze.landscape", matched_early, "--rewind 5"), "no permuted network")
-    found = networks.triples(matched_early)
-    assert len(found) == 16  # two pairs, two matches, four cells
-    assert "lth/seed0-seed0" in str(found["lth"].iloc[0])
-    early = found["permutation"].map(str).str.contains("/early/")  # that made the run's mask
-    assert early.sum() == 8 and found["permuted"].map(str).str.contains("/early/").equals(early)
+    assert out.count("loss barrier") == len([*matched_early.rglob("plane_*")]) == 1
+    assert "sparsity 0.70, k = 0" in succeed(*command, "--sparsity 0.7 --rewind 0")
+    refused(call(*command, "--rewind 5"), "no permuted network")
+
+
+def test_a_permuted_network_is_beside_the_permutation_that_made_its_mask(matched_early):
+    files = networks.triples(matched_early)[["permutation", "permuted"]].to_numpy()
+    early = [["/early/" in str(file) for file in row] for row in files]
+    # Two pairs in four cells, late matches first.
+    assert early == 8 * [[False, False]] + 8 * [[True, True]]
 
 
 def test_curves_and_planes_do_not_depend_on_how_many_images_a_device_takes(
@@ -183,4 +160,4 @@ def test_a_curve_a_width_needs_no_sparse_run(runs, tmp_path):
     succeed("analyze.interpolation", tmp_path, "--points 3 --images 64", CPU)
     path = tmp_path / "figures/interpolation_widths_activation_mlp_glyphs_k003.csv"
     counts = pd.read_csv(path).groupby(["width", "curve", "repair", "alpha"])["source_seed"]
-    assert counts.nunique().tolist() == 12 * [2] + 12 * [1] and path.with_suffix(".png").is_file()
+    assert counts.nunique().tolist() == 12 * [2] + 12 * [1]

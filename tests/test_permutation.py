@@ -2,28 +2,28 @@ import torch
 
 from common.align.permutation import Place, permute
 
-SHAPES = (3, (3, 1)), (2, (2, 1)), (4, (2, 2))
+
+def place(axis, dim, positions):
+    return Place("", dim, axis, torch.tensor(positions))
 
 
 def test_permute_by_hand():
     tensors = {"w": torch.tensor([[1, 2], [3, 4], [5, 6]]), "v": torch.tensor([10, 11, 12, 13])}
-    out, columns, twice = (torch.arange(n).view(shape) for n, shape in SHAPES)
     dims = {
-        "w": [Place("w", 0, "out", out), Place("w", 1, "in", columns)],
-        "v": [Place("v", 0, "in", twice)],
+        "w": [place("out", 0, [[0], [1], [2]]), place("in", 1, [[0], [1]])],
+        "v": [place("in", 0, [[0, 1], [2, 3]])],  # channels of two entries each
     }
-    rows, columns = {"out": torch.tensor([2, 0, 1])}, {"in": torch.tensor([1, 0])}
-    moved = permute(tensors, dims, rows | columns)
+    rows = {"out": torch.tensor([2, 0, 1])}
+    moved = permute(tensors, dims, rows | {"in": torch.tensor([1, 0])})
     # index[i] is the source channel that lands at i: row 2 of w comes first, its columns swap.
     assert moved["w"].tolist() == [[6, 5], [2, 1], [4, 3]]
-    assert moved["v"].tolist() == [12, 13, 10, 11]  # channels of two entries each
+    assert moved["v"].tolist() == [12, 13, 10, 11]
     assert tensors["w"].tolist() == [[1, 2], [3, 4], [5, 6]]
     assert permute(tensors, dims, rows)["w"].tolist() == [[5, 6], [1, 2], [3, 4]]
 
 
 def test_an_axis_that_lies_in_several_places_by_hand():
     # Channel 0 lies at 0, 1 and 5, channel 1 at 2, 3 and 6; position 4 is another axis.
-    places = torch.tensor([[0, 1, 5], [2, 3, 6]])
-    dims = {"w": [Place("w", 0, "a", places), Place("w", 0, "b", torch.tensor([[4]]))]}
+    dims = {"w": [place("a", 0, [[0, 1, 5], [2, 3, 6]]), place("b", 0, [[4]])]}
     moved = permute({"w": torch.arange(1, 8)}, dims, {"a": torch.tensor([1, 0])})
     assert moved["w"].tolist() == [3, 4, 1, 2, 5, 7, 6]
