@@ -105,8 +105,8 @@ total sparsity leaves out the shortcuts | common/masking.py
 
 fan-in over columns | common/masking.py
 >masking::test_apply_signs_fan_in_by_hand
--left = mask[name].flatten(1).sum(1)
-+left = mask[name].transpose(0, 1).flatten(1).sum(1)
+-kept.flatten(1).sum(1)
++kept.transpose(0, 1).flatten(1).sum(1)
 
 the shuffled mask is the mask | common/masking.py
 >stages::test_controls_start_from_what_they_say

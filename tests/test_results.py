@@ -159,10 +159,13 @@ def test_overall_averages_each_pair_over_the_cells_that_have_every_arm():
     rows = grid() + grid(gains=(11, 14, 11), rewind=1)
     # A cell of one arm, and an arm of one cell.
     few = rows_of("naive 0 1 5", rewind=2) + rows_of("shuffled 0 1 9", rewind=1)
-    table = statistics.summary(frame(rows + few)).query("sparsity.isna()").set_index("variant")
-    assert table["mean"].to_dict() == pytest.approx({"lth": 90.2, "naive": 70, "permuted": 81})
-    found = table.loc["permuted", ["difference", "difference_se"]]
-    assert found.tolist() == pytest.approx([11, 3**-0.5])  # of 10, 12 and 11
+    in_one_cell = rows_of("shuffled 0 1 9, shuffled 2 3 9, shuffled 4 5 9", rewind=1)
+    for more in (few, in_one_cell):
+        table = statistics.summary(frame(rows + more)).query("sparsity.isna()")
+        table = table.set_index("variant")
+        assert table["mean"].to_dict() == pytest.approx({"lth": 90.2, "naive": 70, "permuted": 81})
+        found = table.loc["permuted", ["difference", "difference_se"]]
+        assert found.tolist() == pytest.approx([11, 3**-0.5])  # of 10, 12 and 11
     wide = rows + [row | {"width": 4.0, "dense_epochs": 20} for row in rows]
     assert statistics.summary(frame(wide)).query("sparsity.isna()")["width"].tolist() == (
         3 * [1] + 3 * [4]
@@ -187,9 +190,9 @@ def test_tables_say_when_runs_were_made_by_different_code():
     for more in ([], elsewhere, edited):
         assert " by different code" not in told(rows + more)
     text = told(rows + rows_of("naive 0 1 70", code="abc+def"))
-    assert "different code: abc (2 runs), abc+def (1 runs)" in text
+    assert "different code: abc (lth), abc+def (naive)" in text
     text = told(rows + rows_of("lth 4 4 80", mask_code="n") + edited)
-    assert "masks were pruned by different code: m (2 runs), n (1 runs), o (1 runs)" in text
+    assert "masks were pruned by different code: m (lth), n (lth), o (lth [t])" in text
 
 
 SHARING = (((0, 1), (0, 3), (0, 5)), ((0, 1), (2, 1), (4, 5)), ((0, 1), (1, 2), (4, 5)))
@@ -254,18 +257,29 @@ TRAINED = "epochs lr schedule warmup weight_decay batch_size momentum precision"
         ("arguments", TRAINED),
         ("dense", f"{TRAINED} limit_train image_size data_dir checksum"),
         ("imp", f"{TRAINED} rewind one_shot"),
+        ("arguments", "added_later"),
         ("align", "match_images restarts"),
     ],
 )
 def test_runs_of_two_settings_have_columns_of_their_own(part, keys):
-    made = {name: {"seed": 0} for name in ("arguments", "dense", "imp", "align")}
+    made = {name: {"seed": 0} for name in ("arguments", "dense", "imp")}
+    made["align"] = {"match_images": 5, "restarts": 5}
     for key in keys.split():
-        other = made | {part: {key: "other"}}
+        other = made | {part: made[part] | {key: "other"}}
         rows = rows_of("lth 0 0 90", settings=finished.settings(made))
         rows += rows_of("lth 2 2 90", settings=finished.settings(other))
         name = {"data_dir": "data", "checksum": "data"}.get(key, key)
         expected = f"{part} {name}=other".removeprefix("arguments ")
         assert finished.with_settings(frame(rows))[1] == expected
+
+
+def test_a_flag_that_one_method_alone_has_is_no_setting_of_the_others():
+    ways = {}, {"restarts": 5}, {"restarts": 2}
+    made = [finished.settings({"arguments": {}, "align": way}) for way in ways]
+    rows = [one for way in made[:2] for one in rows_of("permuted 0 1 80", settings=way)]
+    assert finished.with_settings(frame(rows)).eq("").all()
+    rows += rows_of("permuted 0 1 80", settings=made[2])
+    assert [*finished.with_settings(frame(rows))] == ["", "align restarts=5", "align restarts=2"]
 
 
 def test_a_place_of_its_own_is_no_other_data():

@@ -121,7 +121,7 @@ def settings(result: dict[str, Any]) -> dict[str, str]:
 
     Nothing of the latter where an older result does not tell.
     """
-    used = {key: result.get(key) for key in ("precision", "checksum")}
+    used = {key: result[key] for key in ("precision", "checksum") if key in result}
     parts = {"": result["arguments"] | used}
     parts |= {name: result[name] for name in ("dense", "imp", "align") if result.get(name)}
     found = {}
