@@ -3,8 +3,8 @@
     python -m analyze.other_masks runs/dense/seed1 --kind snip --rewind 10 --sparsity 0.9 --out M
     python train_sparse.py --arm imp-target --weights runs/dense/seed1 --masks M --rewind 10 ...
 
-Writes a masks folder of the network's own for stage 4, tagged `erk`, `snip@10`, ... `erk`: random, each
-layer's density by Erdős-Rényi-kernel (Evci et al. 2020); `uniform`: random, of one density;
+Writes a masks folder of the network's own for stage 4, tagged `erk`, `snip@10`, ... `erk`: random,
+each layer's density by Erdős-Rényi-kernel (Evci et al. 2020); `uniform`: random, of one density;
 `magnitude`: the largest weights at epoch k, over all layers; `snip`: those of the largest |weight *
 gradient| there, on training images (Lee et al. 2019). A random mask with the densities of an IMP
 mask is stage 4's `--arm shuffled`.

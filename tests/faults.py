@@ -283,7 +283,7 @@ NaN weights are taken | common/checkpoint.py
 +if False:
 
 another experiment is gone on with | common/runs.py
->refusals::test_stage_1_refuses_a_folder_of_another_experiment
+>runs::test_another_experiment_in_a_folder_is_refused
 -        if changed:
 +        if False:
 

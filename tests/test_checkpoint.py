@@ -70,6 +70,18 @@ def test_objects_are_never_loaded(tmp_path, content):
         checkpoint.load(path)
 
 
+def test_a_file_that_is_missing_cut_off_or_another_is_named(tmp_path):
+    path = tmp_path / "epoch_0001.pt"
+    checkpoint.save({"a": torch.ones(9)}, path)
+    with pytest.raises(UserError, match=r"no such file: .*epoch_0002.pt \(there: epoch_0001.pt\)"):
+        checkpoint.load(tmp_path / "epoch_0002.pt")
+    with pytest.raises(UserError, match="not the file needed here: it lacks b"):
+        checkpoint.load(path, ("a", "b"))
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(UserError, match="damaged, cut off"):
+        checkpoint.load(path)
+
+
 def test_no_flipped_bit_changes_what_is_loaded(tmp_path):
     """Of a tensor, and of its entry in the directory, whose flags torch obeys."""
     path, value = tmp_path / "file.pt", torch.linspace(1, 2, 40)

@@ -87,19 +87,6 @@ def test_diversity_reads_every_kind_of_network_once(matched_early):
     assert table.query(cell)["mean_acc"].item() == pytest.approx(runs["test_acc"].mean(), abs=1e-9)
 
 
-def test_ensembles_are_evaluated_without_tf32_as_runs_are(ends, monkeypatch, tmp_path):
-    tf32, build = [], networks.build
-
-    def watched(*arguments):
-        model = build(*arguments)
-        model.register_forward_pre_hook(lambda *_: tf32.append(torch.backends.cudnn.allow_tf32))
-        return model
-
-    monkeypatch.setattr(diversity, "build", watched)
-    diversity.predict(shutil.copy(ends[0] / "epoch_0003.pt", tmp_path / "last.pt"), READ)
-    assert tf32 and not any(tf32)
-
-
 def test_imp_barrier_says_of_which_networks_it_is(runs, tmp_path):
     for part in ("dense", "imp"):
         shutil.copytree(runs / part, tmp_path / part)

@@ -45,6 +45,7 @@ def test_a_file_in_the_place_of_a_run_is_named(tmp_path):
 # those that a stage always needs, which later ones override, and what is said.
 OTHERS = """\
 prune_imp --dense nowhere | nowhere | no dense run
+prune_imp --dense dense | no dense run | seed0, seed1
 prune_imp --dense imp/seed0 | prune_imp
 prune_imp --dense nan | diverged
 prune_imp --dense unfinished | not finished
@@ -59,7 +60,7 @@ prune_imp --dense dense/seed0 dense/seed2 --out new new | --out
 align_mask --target wide/seed0 | source and target differ
 align_mask --source wide/seed0 --target wide/seed1 | mask_0.50.pt | 0.0625
 align_mask --target dense/seed0 | the same network
-align_mask --source dense/seed2 | no mask of the source
+align_mask --source dense/seed2 | of seed 0 | --source is seed 2
 align_mask --masks wide | no mask_*.pt
 align_mask --source other/seed0 --target other/seed1 | another network of seed 0
 align_mask --masks one-shot --out align/activation/seed0-seed1 | a permutation of another mask
@@ -73,6 +74,7 @@ train_sparse --arm permuted --weights dense/seed3 --masks align/activation/seed0
 train_sparse --masks align/activation/seed0-seed1 | naive contradicts
 train_sparse --arm random-permutation --masks align/weight | by weight
 train_sparse --arm permuted --masks align/random | by random
+train_sparse --arm permuted --weights other/seed1 --masks align/activation/seed0-seed1 | another network
 train_sparse --arm imp-target | imp-target contradicts
 train_sparse --arm shuffled --weights dense/seed0 | shuffled contradicts
 train_sparse --arm lth --weights other/seed0 | another network

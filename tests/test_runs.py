@@ -1,7 +1,6 @@
 """Run folders and the command line: what is the same experiment, and whose files fit together."""
 
 import json
-import shutil
 import subprocess
 import sys
 
@@ -11,7 +10,16 @@ import torch
 from common import cli, runs
 from common.errors import UserError
 from common.runtime.device import pick_device
-from tests.conftest import ROOT, refuse, same_files, stage1, stage2, stage3, stage4, succeed
+from common.training import evaluate
+from tests.conftest import ROOT, refuse, same_files, snapshot, stage1, stage2, stage3, succeed
+from tests.test_data import resident
+from tests.test_training import tiny
+
+
+def test_another_experiment_in_a_folder_is_refused(ends):
+    before = snapshot(ends[0])
+    refuse(stage1(ends[0].parent, "--lr 0.5"), "another experiment (lr is 0.08 there and 0.5 here)")
+    assert snapshot(ends[0]) == before
 
 
 def test_a_flag_that_has_come_since_and_is_not_set_is_no_other_experiment(tmp_path):
@@ -46,17 +54,14 @@ def test_a_device_computes_fp32_as_fp32_by_cudnn_and_the_same_each_time(monkeypa
     monkeypatch.setattr(cudnn, "allow_tf32", True)
     monkeypatch.setattr(cudnn, "deterministic", False)
     pick_device("cpu")
-    assert (cudnn.enabled, cudnn.deterministic, cudnn.allow_tf32) == (True, True, False)
+    network, seen = tiny(), []
 
+    def look(*_):
+        seen.append((cudnn.enabled, cudnn.deterministic, cudnn.allow_tf32))
 
-def test_a_mask_permuted_onto_another_network_of_the_seed_is_refused(ends, aligned, tmp_path):
-    other, masks = tmp_path / "dense/seed1", aligned / "weight"
-    shutil.copytree(ends[1], other)
-    state = torch.load(other / "epoch_0003.pt", weights_only=True)
-    torch.save(state | {"commit": "another"}, other / "epoch_0003.pt")
-    command = stage4("permuted", other, masks, tmp_path / "out")
-    refuse(command, "permuted onto another network of seed 1 than", str(other))
-    assert not (tmp_path / "out").exists()
+    network.register_forward_pre_hook(look)
+    evaluate(network, resident().eval_batches())
+    assert set(seen) == {(True, True, False)}
 
 
 def test_flags_that_a_method_does_not_use_are_no_part_of_the_experiment(ends, tmp_path):
