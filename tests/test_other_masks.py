@@ -45,12 +45,13 @@ def test_snip_by_hand():
     torch.testing.assert_close(found, (weight * logits.T * images).abs())
 
 
-@pytest.mark.parametrize("kind", ("erk", "uniform", "magnitude", "snip"))
-def test_stage_4_trains_under_such_a_mask_and_tables_name_it(ends, tmp_path, kind):
+@pytest.mark.parametrize("tag", ("erk", "uniform", "magnitude@1", "snip@1"))
+def test_stage_4_trains_under_such_a_mask_and_tables_name_it(ends, tmp_path, tag):
+    kind = tag.partition("@")[0]
     cell, masks, target = "--rewind 1 --sparsity 0.5", tmp_path / "masks", ends[1]
     succeed("analyze.other_masks", target, "--kind", kind, cell, "--out", masks)
     succeed(*stage4("imp-target", target, masks, tmp_path / "sparse", cell))
-    assert result(tmp_path / "sparse/s0.50_k001")["arguments"]["tag"] == kind
+    assert result(tmp_path / "sparse/s0.50_k001")["arguments"]["tag"] == tag
     early, mask = checkpoint.load_dense(target, 1), state(masks / "mask_0.50.pt")["mask"]
     scores = {name: early["state_dict"][name].abs() for name in mask}
     if kind == "snip":
