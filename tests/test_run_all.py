@@ -181,9 +181,10 @@ def test_help_and_the_line_before_a_run_show_every_setting():
     shown = run_all("--help", "vgg11", **settings).out
     line = run_all("vgg11", DRY_RUN="1", **settings).err
     assert line.count("\n") == 1 and "bash run_all.sh status" in shown
-    used = "TAG=mine PAIRS='3 1' DENSE_FLAGS='--lr 1' MODEL=vgg11 OUT=runs/vgg11 IMP_FLAGS="
+    used = "TAG=mine PAIRS='3 1' DENSE_FLAGS='--lr 1' MODEL=vgg11 OUT=runs/vgg11"
     for name, value in assigned(used).items():
         assert f"{name}='{value}'" in line and f"  {name:<20}'{value}'" in shown
+    assert "IMP_FLAGS" in shown and "IMP_FLAGS" not in line  # nothing is set there
 
 
 def test_a_stage_that_fails_stops_the_experiment(tmp_path):

@@ -93,8 +93,8 @@ def summary(runs: pd.DataFrame, against: str | None = None) -> pd.DataFrame:
     """A row a cell and variant: mean, sample std and number of runs, and `against_naive`.
 
     Of a network with several cells that compare something also a row a variant that all of them
-    have, without sparsity and rewind epoch, of the means over these cells of the pairs that are in
-    each. Holm's family are all rows of a network. `against` is a variant in place of naive.
+    have, without sparsity and rewind epoch, of each pair's mean over those of these cells in which
+    it is whole. Holm's family are all rows of a network. `against` is a variant in place of naive.
     """
     rows = []
     for network, mine in runs.groupby(NETWORK):
@@ -106,8 +106,8 @@ def summary(runs: pd.DataFrame, against: str | None = None) -> pd.DataFrame:
         told = [pairs for _, pairs in tables.values() if against_naive(pairs, compared)]
         if len(told) > 1:
             whole = pd.concat(told)
-            whole = whole.loc[:, whole.notna().groupby(CELL).any().all()].dropna().groupby(SEEDS)
-            whole = whole.mean()[whole.size() == len(told)]
+            whole = whole.loc[:, whole.notna().groupby(CELL).any().all()].dropna()
+            whole = whole.groupby(SEEDS).mean()
             tables[math.nan, None] = whole.melt().groupby("variant")["value"], whole
         for cell, (accuracy, pairs) in tables.items():
             differences = against_naive(pairs, compared)
