@@ -98,8 +98,6 @@ class ResNet20(nn.Module):
     PyTorch draws it.
     """
 
-    in_onednn = True  # on a CPU, where that is 1.15 times as fast (common/runtime/onednn.py)
-
     def __init__(self, width: float, classes: int, input_shape: tuple[int, int, int]):
         super().__init__()
         first, second, third = (channels(base, width) for base in (16, 32, 64))
