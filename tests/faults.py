@@ -9,7 +9,6 @@ should so that no test ran. tests/test_faults.py sees to it that the texts are s
 
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -375,15 +374,11 @@ def failed(folder: Path, *tests: str) -> int:
 
 
 def main() -> None:
-    words = sys.argv[1:] or [""]
+    words, caught = sys.argv[1:] or [""], 0
     chosen = [fault for fault in faults() if any(word in fault.what for word in words)]
-    caught = 0
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder)
-        files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-        for file in map(Path, files.stdout.splitlines()):
-            (copy / file.parent).mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / file, copy / file)
+        copy, aside = Path(folder) / "copy", {".git", ".venv", "data", "runs"}
+        shutil.copytree(ROOT, copy, ignore=lambda here, _: aside if Path(here) == ROOT else ())
         if failed(copy, *{fault.test for fault in chosen}):
             sys.exit("the tests fail without any fault")
         for fault in chosen:
