@@ -246,10 +246,10 @@ def load_all(folder: Path, dense: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for path in paths.mask_files(folder):
         entry = load(path, dense)
         if (entry["source_seed"], entry["target_seed"]) != (dense["seed"], None):
-            onto = f" permuted onto seed {entry['target_seed']}," if entry["target_seed"] else ""
+            of = f"of seed {entry['source_seed']}, target {entry['target_seed']}"
             raise UserError(
-                f"{path} is of seed {entry['source_seed']},{onto} and --source is seed "
-                f"{dense['seed']}: give the masks that prune_imp.py made of the source"
+                f"{path} is {of}, and --source is seed {dense['seed']}: give the masks that "
+                "prune_imp.py made of the source"
             )
         check_source(entry, dense, path)
         masks[path.name] = entry | {"unpermuted": entry.pop("sha256")}
