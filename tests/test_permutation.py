@@ -1,6 +1,8 @@
+import pytest
 import torch
+from torch import nn
 
-from common.align.permutation import Place, permute
+from common.align.permutation import Place, check_same_function, permute
 
 
 def place(axis, dim, positions):
@@ -27,3 +29,16 @@ def test_an_axis_that_lies_in_several_places_by_hand():
     dims = {"w": [place("a", 0, [[0, 1, 5], [2, 3, 6]]), place("b", 0, [[4]])]}
     moved = permute({"w": torch.arange(1, 8)}, dims, {"a": torch.tensor([1, 0])})
     assert moved["w"].tolist() == [3, 4, 1, 2, 5, 7, 6]
+
+
+def test_a_network_that_makes_constants_is_compared_in_float64_too():
+    class Fixed(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) @ torch.eye(self.out_features)
+
+    model = Fixed(3, 2)
+    state, images = model.state_dict(), torch.randn(4, 3)
+    assert check_same_function(model, state, state, images) == 0
+    assert torch.get_default_dtype() == torch.float32
+    with pytest.raises(RuntimeError, match="another function"):
+        check_same_function(model, state, state | {"bias": state["bias"].flip(0)}, images)
