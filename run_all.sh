@@ -69,7 +69,8 @@ gpus=$(echo $(tr , '\n' <<< "$gpus" | sed '/^ *-1/d')) gpu_count=$(wc -w <<< "$g
 default OUT="runs/$preset" DATA_DIR=data PARALLEL=1 SOURCE_DATASET="$DATASET"
 shown="run_all.sh $preset:" help=$(sed -n '2,/^[^#]/s/^# \{0,1\}//p' run_all.sh)
 while read -r name kind pattern meaning; do
-  value=${!name-} several=""
+  value=${!name-} several="" one=${name%S}
+  [ "$one" = "$name" ] || [ -z "${!one+given}" ] || refuse "$one='${!one}': the setting is called $name"
   case $kind in word) value=$(echo $value) ;; words) # each once
     several=" (several with blanks between)"
     pattern="($pattern)( ($pattern))*" value=$(echo $(printf '%s\n' $value | awk '!seen[$0]++')) ;; esac

@@ -174,6 +174,7 @@ def test_unknown_presets_and_words_are_refused():
         refused(run_all(*words.split(), DRY_RUN="1"), f"'{words.split()[-1]}'")
     settings = assigned("DRY_RUN=1 SPREAD=2 PARALLEL=auto")
     refused(run_all("quick", **settings), "SPREAD='2' excludes PARALLEL='auto'")
+    refused(run_all("quick", PAIR="0", DRY_RUN="1"), "PAIR='0': the setting is called PAIRS")
 
 
 def test_help_and_the_line_before_a_run_show_every_setting():
