@@ -84,7 +84,8 @@ def load_runs(
     source = checkpoint.load_dense(source_run)
     target = checkpoint.load_dense(target_run, target_epoch)
     if source["model"] != target["model"]:
-        raise UserError(f"source and target differ: {source['model']} and {target['model']}")
+        differ = f"source and target differ: {source['model']} and {target['model']}"
+        raise UserError(f"{differ}: train both with the same --model, --width and image size")
     if (source["seed"], source["dataset"]["name"]) == (target["seed"], target["dataset"]["name"]):
         raise UserError(f"source and target are the same network, of seed {source['seed']}")
     masks = masking.load_all(masks_folder, source)
