@@ -74,7 +74,7 @@ train_sparse --arm permuted --weights dense/seed3 --masks align/activation/seed0
 train_sparse --masks align/activation/seed0-seed1 | naive contradicts
 train_sparse --arm random-permutation --masks align/weight | by weight
 train_sparse --arm permuted --masks align/random | by random
-train_sparse --arm permuted --weights other/seed1 --masks align/activation/seed0-seed1 | another network
+train_sparse --arm permuted --weights other/seed1 --masks align/weight | onto another network
 train_sparse --arm imp-target | imp-target contradicts
 train_sparse --arm shuffled --weights dense/seed0 | shuffled contradicts
 train_sparse --arm lth --weights other/seed0 | another network
