@@ -20,11 +20,12 @@ from common import cli, paths
 from common.errors import UserError
 
 MATCH = ["tag", "method", "sparsity", "match_epoch"]
+RED, GREEN = "#D55E00", "#009E73"
 LOOKS = {
-    ("naive", False): ("A to B", {"color": "#D55E00", "linestyle": ":"}),
-    ("naive", True): ("A to B, REPAIR", {"color": "#D55E00", "marker": "s", "linestyle": "-"}),
-    ("aligned", False): ("π(A) to B", {"color": "#009E73", "linestyle": ":"}),
-    ("aligned", True): ("π(A) to B, REPAIR", {"color": "#009E73", "marker": "^", "linestyle": "-"}),
+    ("naive", False): ("A to B", {"color": RED, "linestyle": ":"}),
+    ("naive", True): ("A to B, REPAIR", {"color": RED, "marker": "s", "linestyle": "-"}),
+    ("aligned", False): ("π(A) to B", {"color": GREEN, "linestyle": ":"}),
+    ("aligned", True): ("π(A) to B, REPAIR", {"color": GREEN, "marker": "^", "linestyle": "-"}),
 }
 METRICS = {"test_loss": "test loss (nats)", "test_acc": "test accuracy (%)"}
 KEY = ["width", "curve", "repair"]

@@ -3,12 +3,12 @@
     python -m analyze.landscape runs/quick
 
 For a pair of seeds, sparsity and rewind epoch that has an LTH and a permuted network: π(LTH), the
-permuted network, and π(A), the dense source, all in the frame of B. The plane lies in weight space,
+permuted network, and π(A), the dense source, all in the frame of B. The plane is in weight space,
 with orthonormal axes; every point is evaluated on all test images, after BatchNorm statistics were
 recomputed. Filled contours of the test loss and of the 0-1 loss, the three networks marked. The
-barrier between π(LTH) and the permuted network, with REPAIR, is in the title and the CSV. Draws the
-first pair of the middle cell, or of the one asked for; --all draws every pair of every cell. Writes
-figures/landscape_*; planes and lines are kept beside the permuted network.
+barrier between π(LTH) and the permuted network, with REPAIR, is in the title and the CSV. Draws
+the first pair of the middle cell, or of the one asked for; --all draws every pair of every cell.
+Writes figures/landscape_*; planes and lines are kept beside the permuted network.
 """
 
 import itertools

@@ -3,9 +3,9 @@
 A row for every method that permuted masks below the folder, means over pairs of seeds. By network:
 the cosine of π(A) and B over the matched weights, and the loss barrier between them with and
 without REPAIR (where analyze.interpolation has measured it). By sparsity: the cosine of
-π(m_A ⊙ A) and B, the weights that π(m_A) shares with IMP's mask of B over what chance gives (where
-B was pruned too), and the accuracy of sparse training minus naive with its standard error. Writes
-methods.csv; a dash stands for what is missing.
+π(m_A ⊙ A) and B, the weights that π(m_A) shares with IMP's mask of B over what chance gives
+(where B was pruned too), and the accuracy of sparse training minus naive with its standard error.
+Writes methods.csv; a dash stands for what is missing.
 """
 
 from pathlib import Path

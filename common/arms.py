@@ -42,9 +42,9 @@ def load_mask(
             f"--arm {arm} contradicts the files: {path} is of seed {source}, {made}, and the "
             f"weights are of seed {seed}, which is for --arm {' or '.join(arms) or 'none'}"
         )
-    if target is not None and "align" in mask:
-        matched = paths.epoch_file(run, mask["match_epoch"])
-        if not matched.is_file() or checkpoint.digest(matched) != mask["align"]["target"]:
+    if target is not None and isinstance(align := mask.get("align"), dict):
+        matched = paths.epoch_file(run, mask["match_epoch"] or 0)
+        if not matched.is_file() or checkpoint.digest(matched) != align.get("target"):
             raise UserError(f"{path} was permuted onto another network of seed {seed} than {run}")
     if arm == "shuffled":
         mask["mask"] = masking.shuffle(mask["mask"], seed)

@@ -27,6 +27,7 @@ MASKS += ("source_seed", "target_seed", "method", "match_epoch")
 MODEL = ("name", "width", "classes", "input_shape")
 KINDS = {"seed": int, "epoch": int, "round": int, "rows": list}  # of these entries in any file
 KINDS["source_seed"] = (int, str)  # a name where a network was trained elsewhere
+KINDS["match_epoch"] = (int, type(None))
 KINDS |= dict.fromkeys(("model", "dataset", "state_dict", "mask", "signs", "permutation"), dict)
 
 # ---------------------------------------------------------------- writing

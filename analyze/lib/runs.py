@@ -22,8 +22,8 @@ RUN = ["arm", "signs", "fan_in", "mask_dataset", "method", "match_epoch", *SEEDS
 NEEDED = {*CELL, "arm", "target_seed", "test_acc", "seconds", "sparsity_total"}
 WORDS = "tag code precision arm model dataset mask_dataset method mask_code mask path".split()
 # What else stands among the arguments of a stage: all others are settings, one that is added, too.
-NO_SETTINGS = {*CELL[:-1], *RUN, "match_epoch", "save_epochs", "keep_rounds", "checksum"}
-NO_SETTINGS |= {"data_dir", "dense", "source", "target", "weights", "mask", "model_fn"}
+NO_SETTINGS = {*CELL[:-1], *RUN, "save_epochs", "keep_rounds", "checksum", "data_dir", "dense"}
+NO_SETTINGS |= {"source", "target", "weights", "mask", "model_fn"}
 
 
 def find_results(root: Path, stage: str) -> list[dict[str, Any]]:
