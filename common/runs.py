@@ -155,7 +155,6 @@ def finish(
     checkpoint.save_json(result, folder / "result.json")
     checkpoint.remove([folder / "resume.pt"])
     _unlock(folder)
-    tqdm.write(f"wrote {folder}")
 
 
 def metrics(row: dict[str, Any]) -> dict[str, float | None]:

@@ -29,14 +29,15 @@ Data = Resident | Streamed
 
 
 def run_all(runs: dict[str, Run], asked: str | None, width: float, data: Data) -> None:
-    """Call each of `runs`, one after the other, or side by side as `--parallel` asks."""
+    """Call each of `runs`, by folder, one after the other or side by side as `--parallel` asks."""
     if distributed.WORLD_SIZE > 1 and asked is not None:
         several = "--parallel trains several networks on one GPU"
         raise UserError(f"{several}, and torchrun one network on several: choose one")
     with resume.sigterm_ends_steps():
         if asked is None:
-            for run in runs.values():
+            for folder, run in runs.items():
                 run()
+                print(f"wrote {folder}")
         else:
             side_by_side(runs, pick_count(asked, len(runs), width, data), data.device)
 
