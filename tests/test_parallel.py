@@ -60,6 +60,7 @@ def test_a_run_side_by_side_has_one_thread_whatever_the_others_have():
     runs = {name: lambda: 1 / (torch.get_num_threads() == 1) for name in "ab"}
     try:
         torch.set_num_threads(2)
+        assert torch.get_num_threads() == 2  # a thread asks for the number once, and keeps it
         for how, count in ((BOTH[0], 1), (BOTH[0], 2), (BOTH[1], 2)):
             assert how(runs, count, CPU) == {}
         assert torch.get_num_threads() == 2
