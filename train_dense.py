@@ -105,7 +105,7 @@ def main() -> None:
             **how,
         )
         more = {key: data.description[key] for key in ("classes", "images", "checksum")}
-        more |= {"precision": how["precision"], "input_shape": model["input_shape"]}
+        more |= {"precision": how["precision"], "kept": checkpoint.digests(folder)}
         runs.finish(folder, "train_dense", arguments, rows, device, stamp, **more)
 
     run_all({str(job[0]): partial(run, *job) for job in todo}, args.parallel, args.width, data)

@@ -66,8 +66,7 @@ def main() -> None:
     arguments["seed"] = dense["seed"] if args.seed is None else args.seed
 
     # Read and check every input before the first run starts.
-    about = args.arm, dense, args.weights
-    masks = {s: load_mask(args.masks, s, *about) for s in sorted(set(args.sparsity))}
+    masks = {s: load_mask(args.masks, s, args.arm, dense) for s in sorted(set(args.sparsity))}
     rewound = {k: checkpoint.load_dense(args.weights, k) for k in sorted(set(args.rewind))}
     if max(rewound) >= arguments["epochs"]:
         epochs = arguments["epochs"]

@@ -72,7 +72,7 @@ def retyped(path, draw):
     """The content of a file, with one of the entries that are needed missing or of no use."""
     if path.suffix == ".json":
         content = json.loads(path.read_text())
-        places = [(content, "stage arguments"), (content["arguments"], "epochs seed")]
+        places = [(content, "stage")]
     else:
         content = state(path)
         kind = "mask" if "mask" in content else "state_dict"
