@@ -259,17 +259,20 @@ def load_all(folder: Path, dense: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def latest(folder: Path, start: dict[str, Any], before: int) -> dict[str, Any]:
-    """The furthest network before a round, of the chain in `folder` that begins with `start`.
+    """The network of the last round below `before` in `folder`; `start`, where there is none.
 
-    Raises UserError when a file there is of another chain.
+    Raises UserError when its file is of another chain or round.
     """
-    found = [start]
-    for path in paths.chain_files(folder):
-        network = checkpoint.load(path, (*checkpoint.WEIGHTS, "round", "rows", "mask", "signs"))
-        check_parts(network, start, path)
-        check_source(network, start, path)
-        found += [network] * (network["round"] < before)
-    return max(found, key=lambda network: network["round"])
+    earlier = [path for number, path in paths.round_files(folder).items() if number < before]
+    if not earlier:
+        return start
+    path = earlier[-1]
+    network = checkpoint.load(path, (*checkpoint.WEIGHTS, "round", "rows", "mask", "signs"))
+    check_parts(network, start, path)
+    check_source(network, start, path)
+    if path != paths.round_file(folder, network["round"]):
+        raise UserError(f"{path} holds round {network['round']}: remove it")
+    return network
 
 
 def from_prune(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Mask]:

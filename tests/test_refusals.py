@@ -120,6 +120,13 @@ def test_later_stages_refuse(prepared, monkeypatch, line):
     assert not (prepared / "new").exists()
 
 
+def test_a_round_in_the_place_of_another_is_named(runs, tmp_path):
+    imp = shutil.copytree(runs / "imp/seed0", tmp_path / "imp")
+    shutil.copy(imp / "round_04.pt", imp / "round_05.pt")
+    command = stage2(runs / "dense/seed0", imp, "--keep-rounds --sparsity 0.8")
+    refuse(command, "round_05.pt holds round 4")
+
+
 def test_a_sparsity_that_keeps_few_weights_is_met(runs, tmp_path):
     succeed(*stage2(runs / "dense/seed0", tmp_path, "--sparsity 0.999"))
     mask = state(tmp_path / "mask_0.999.pt")["mask"]  # 20% of the last few weights is still one
