@@ -18,7 +18,7 @@ import torch
 
 from common import paths
 from common.errors import UserError
-from common.models import check_fits, model_shapes
+from common.models import build_model, check_fits
 from common.runtime.distributed import RANK, barrier
 
 WEIGHTS = ("model", "dataset", "seed", "epoch", "state_dict")
@@ -199,9 +199,7 @@ def load_dense(folder: Path, epoch: int | None = None) -> dict[str, Any]:
     dense = load(path, WEIGHTS) | {"result": result, "kept": kept, "sha256": digest(path)}
     if dense["sha256"] != kept[str(epoch)]:
         raise UserError(f"{path} is not as the run wrote it: train it again in another --out")
-    model = dense["model"]
-    expected = model_shapes(**model | {"input_shape": tuple(model["input_shape"])})
-    check_fits(dense["state_dict"], expected, path, model["name"])
+    check_fits(dense["state_dict"], build_model(**dense["model"]), path, dense["model"]["name"])
     return dense
 
 

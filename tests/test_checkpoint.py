@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from common import checkpoint, provenance
+from common import checkpoint, models, provenance
 from common import runs as folders
 from common.errors import UserError
 from tests.conftest import ROOT, fork, refuse, stage1, succeed
@@ -108,6 +108,12 @@ def test_a_run_that_does_not_tell_what_it_kept_is_taken_as_it_is_now(runs, tmp_p
     assert checkpoint.load_dense(run, 1)["kept"] == kept
     with pytest.raises(UserError, match=r"no weights after epoch 2: it has 0, 1, 3 \(see"):
         checkpoint.load_dense(run, 2)
+
+
+def test_weights_of_a_model_that_was_edited_since_are_named(ends, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "mlp", lambda width, *of: models.mlp(2 * width, *of))
+    with pytest.raises(UserError, match=r"epoch_0003.pt does not fit mlp: size mismatch for 1\.w"):
+        checkpoint.load_dense(ends[0])
 
 
 def test_a_folder_in_which_another_process_works_is_left_alone(tmp_path):

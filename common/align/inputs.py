@@ -17,7 +17,7 @@ from common.align.matching import SIMILARITIES
 from common.align.permutation import Axes
 from common.data import DATASETS, Resident, Streamed, load_data, load_described
 from common.errors import UserError
-from common.models import build_model, check_fits, shapes
+from common.models import build_model, check_fits
 
 # Images that are matched on, and in a pass: (small images, ImageNet).
 MATCH_IMAGES = (None, 12_800)
@@ -169,7 +169,7 @@ def load_weights(path: Path, name: str, model: nn.Module, input_shape: list[int]
     """
     weights, _ = _read(path)
     weights = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
-    check_fits(weights, shapes(model.state_dict()), path, name)
+    check_fits(weights, model, path, name)
     if not all(value.isfinite().all() for value in weights.values()):
         raise UserError(f"the weights of {path} are not finite")
     about = {"model": {"name": name, "input_shape": input_shape}, "dataset": None}
