@@ -140,7 +140,8 @@ def main() -> None:
     found = {path.stem: checkpoint.load(path) for path in paths.permutation_files(args.out)}
     rows = [{"permutation": name} | row for name, one in found.items() for row in one["rows"]]
     # Masks that were permuted earlier took their time, too.
-    before = checkpoint.load_json(args.out / "result.json")["seconds"] if finished else 0
+    record = args.out / "result.json"
+    before = checkpoint.load_json(record)["seconds"] if record.is_file() else 0
     more = {"objective": {name: one["objective"] for name, one in found.items()}}
     more["seconds"] = before + time.perf_counter() - start
     runs.finish(args.out, "align_mask", arguments, rows, device, stamp, **more)

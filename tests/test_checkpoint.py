@@ -12,7 +12,7 @@ import torch
 from common import checkpoint, models, provenance
 from common import runs as folders
 from common.errors import UserError
-from tests.conftest import ROOT, fork, refuse, stage1, succeed
+from tests.conftest import ROOT, call, fork, refuse, same_files, stage1, succeed
 
 SCRIPT = str(ROOT / "train_dense.py")
 
@@ -54,13 +54,15 @@ def test_folders_that_are_of_no_use_are_refused(tmp_path):
     refuse(stage1(tmp_path), "no run of this project")
 
 
-def test_what_a_run_leaves_that_is_killed_after_its_result_is_cleared(runs, tmp_path):
-    run = shutil.copytree(runs / "dense/seed0", tmp_path / "seed0")
-    files = {*run.iterdir()}
-    for name in ("resume.pt", ".lock", ".log.csv.elsewhere.1.tmp"):
-        (run / name).touch()
-    assert "nothing to do" in succeed(*stage1(tmp_path))
-    assert {*run.iterdir()} == files
+def test_a_run_that_is_killed_after_its_result_is_finished_without_training(runs, tmp_path):
+    command, run, whole = stage1(tmp_path), tmp_path / "seed0", runs / "dense/seed0"
+    with mock.patch.object(folders, "_unlock", side_effect=KeyboardInterrupt):
+        call(*command)
+    assert (run / "result.json").is_file() and (run / "resume.pt").is_file()
+    (run / ".lock").rename(tmp_path / "lock")  # it was unlocked, too
+    assert "3/3" not in succeed(*command) and "nothing to do" in succeed(*command)
+    assert {path.name for path in run.iterdir()} == {path.name for path in whole.iterdir()}
+    same_files(run, whole)
 
 
 @pytest.mark.parametrize("content", [{"x": pytest.raises}, torch.nn.Linear(2, 2)])
