@@ -68,7 +68,7 @@ def main() -> None:
             runs.say_finished(out, __file__)
             continue
         data = read(dense["dataset"])
-        data.steps(settings["batch_size"])
+        data.steps(settings["batch_size"])  # a UserError where the images are too few
         names, weights = masking.prunable(build_model(**dense["model"])), dense["state_dict"]
         start = {key: dense[key] for key in ("model", "dataset", "seed", "epoch", "state_dict")}
         start |= {"mask": masking.dense_mask(weights, names), "round": 0, "rows": []}
@@ -100,7 +100,7 @@ def prune_chain(
     optimiser = partial(torch.optim.SGD, lr=0.0, momentum=momentum, weight_decay=decay, fused=True)
     first_goal = min((row[0] for row in rounds if row[2]), default=inf)
     chain = masking.latest(out, start, first_goal)
-    stamp, more = runs.claim(out, arguments, __file__), {"precision": how["precision"]}
+    stamp, extra = runs.claim(out, arguments, __file__), {"precision": how["precision"]}
     for number, keep, goal in [row for row in rounds if row[0] > chain["round"]]:
         weights = chain["state_dict"]
         mask = masking.prune_exactly(masking.prune_by_magnitude, weights, chain["mask"], keep)
@@ -127,7 +127,7 @@ def prune_chain(
         network["rows"] = [*chain["rows"], row]
         if goal:
             checkpoint.save(network, paths.imp_file(out, goal))
-            entry = masking.entry(network, model) | {"imp": arguments | more} | stamp
+            entry = masking.entry(network, model) | {"imp": arguments | extra} | stamp
             checkpoint.save(entry, paths.mask_file(out, goal))
         else:
             chain = network
@@ -138,7 +138,7 @@ def prune_chain(
     if not arguments["keep_rounds"]:
         # But for the last: higher sparsities go on from there.
         checkpoint.remove([*paths.round_files(out).values()][:-1])
-    runs.finish(out, "prune_imp", arguments, rows, data.device, stamp, **more)
+    runs.finish(out, "prune_imp", arguments, rows, data.device, stamp, **extra)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import argparse
 import functools
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +203,16 @@ def load_masks(path: Path, source: Entry, model: nn.Module) -> dict[str, Entry]:
         name = paths.mask_file(path, round(entry["sparsity"], 4)).name
         masks[file.name if path.is_dir() else name] = entry
     return masks
+
+
+def matched_images(
+    data: Resident | Streamed, count: int | None, batch_size: int | None
+) -> Iterator[Tensor]:
+    """The training images that are matched on, in batches; the defaults depend on the data set."""
+    streamed = isinstance(data, Streamed)
+    limits = batch_size or MATCH_BATCH[streamed], count or MATCH_IMAGES[streamed]
+    for images, _ in data.eval_batches("train", *limits):
+        yield images
 
 
 def not_permuted(masks: dict[str, Entry], out: Path) -> dict[str, Entry]:
