@@ -70,7 +70,7 @@ def main() -> None:
         data = read(dense["dataset"])
         data.steps(settings["batch_size"])  # a UserError where the images are too few
         names, weights = masking.prunable(build_model(**dense["model"])), dense["state_dict"]
-        start = {key: dense[key] for key in ("model", "dataset", "seed", "epoch", "state_dict")}
+        start = {key: dense[key] for key in checkpoint.WEIGHTS}
         start |= {"mask": masking.dense_mask(weights, names), "round": 0, "rows": []}
         start |= {"signs": masking.signs(weights, names), "tag": arguments["tag"]}
         chains[str(out)] = partial(prune_chain, start, rewound, missing, out, arguments, data, how)

@@ -70,10 +70,10 @@ def _sync_folder(folder: Path) -> None:
             os.close(number)
 
 
-def remove(paths: Iterable[Path]) -> None:
+def remove(files: Iterable[Path]) -> None:
     """Delete files, those that are there."""
     barrier()
-    for path in () if RANK else paths:
+    for path in () if RANK else files:
         path.unlink(missing_ok=True)
     barrier()
 

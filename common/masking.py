@@ -73,12 +73,12 @@ def plan(total: int, goals: list[float], share: float) -> list[tuple[int, int, f
     for goal, count in counts.items():
         if not 0 < count < total:
             raise UserError(f"--sparsity {goal} keeps all or none of the {total} weights")
-    rounds, number, kept = [], 0, total
-    while kept > min(counts.values(), default=total):
-        number, before = number + 1, kept
-        kept -= max(1, round(share * kept))
-        rounds += [(number, counts[goal], goal) for goal in goals if kept <= counts[goal] < before]
-        rounds.append((number, kept, None))
+    rounds, number, left = [], 0, total
+    while left > min(counts.values(), default=total):
+        number, before = number + 1, left
+        left -= max(1, round(share * left))
+        rounds += [(number, counts[goal], goal) for goal in goals if left <= counts[goal] < before]
+        rounds.append((number, left, None))
     return rounds[:-1]  # no goal needs the last round of the chain
 
 
@@ -188,8 +188,7 @@ class Masker:
 
 def entry(network: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """What a mask file holds, of a network pruned to `mask` from the dense one of `signs`."""
-    kept = {key: network[key] for key in ("mask", "signs", "model", "dataset", "tag")}
-    return kept | {
+    return {key: network[key] for key in ("mask", "signs", "model", "dataset", "tag")} | {
         "sparsity": sparsity(network["mask"]),
         "sparsity_total": sparsity_total(network["mask"], model),
         "mask_dataset": (network["dataset"] or {}).get("name"),

@@ -65,7 +65,7 @@ def is_finished(folder: Path, arguments: dict[str, Any]) -> bool:
 
 def say_finished(folder: Path, script: str) -> None:
     """Print that there is nothing to do, and when the code was another then."""
-    then, now = made_by(folder), provenance.code_digest(script)
+    then, now = "+".join(recorded(folder).get("code", ["unknown"])), provenance.code_digest(script)
     if then == now:
         print(f"{folder} is finished: nothing to do")
     else:
@@ -73,11 +73,6 @@ def say_finished(folder: Path, script: str) -> None:
             f"{folder} is finished, by other code ({then} then, {now} now): nothing to do; "
             "to run the code as it is now, choose another --out, and a --tag to name it in tables"
         )
-
-
-def made_by(folder: Path) -> str:
-    """The digests of the code under which the run in `folder` has been, in order, joined by +."""
-    return "+".join(recorded(folder).get("code", [])) or "unknown"
 
 
 def claim(folder: Path, arguments: dict[str, Any], script: str) -> dict[str, Any]:
