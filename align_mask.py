@@ -25,7 +25,7 @@ from tqdm import tqdm
 from common import checkpoint, cli, masking, paths, provenance, runs
 from common.align import inputs, matching
 from common.align.permutation import check_same_function, identity, permute, random_permutation
-from common.data import Streamed, derived_seed
+from common.data import derived_seed
 from common.runtime.device import pick_device
 
 METHODS = ("activation", "weight", "masked", "random", "identity")
@@ -63,14 +63,15 @@ def main() -> None:
     else:
         read = inputs.load_runs(*files, args.target_epoch, *data)
     source, target, masks, networks, images = read
-    how = cli.hyper(args, *inputs.HOW)
-    variant = [how[key] for key, paper in inputs.HOW.items() if how[key] != paper]
-    ends = {"source": source["sha256"], "target": target["sha256"]}
-    made = {"source_seed": source["seed"], "target_seed": target["seed"]}
-    made |= {"method": "-".join([args.method, *variant]), "match_epoch": target["epoch"]}
+    variant = cli.hyper(args, *inputs.HOW)
+    unusual = [variant[key] for key, paper in inputs.HOW.items() if variant[key] != paper]
+    digests = {"source": source["sha256"], "target": target["sha256"]}
+    header = {"source_seed": source["seed"], "target_seed": target["seed"]}
+    header |= {"method": "-".join([args.method, *unusual]), "match_epoch": target["epoch"]}
     unused = [flag for flag, methods in USED_BY.items() if args.method not in methods]
-    arguments = cli.experiment(args, "masks", "target_epoch", "batch_size", *how, *unused)
-    arguments |= ends | made | {"data_dir": args.data_dir if args.dataset == "folder" else None}
+    arguments = cli.experiment(args, "masks", "target_epoch", "batch_size", *variant, *unused)
+    arguments |= digests | header
+    arguments["data_dir"] = args.data_dir if args.dataset == "folder" else None
     finished, missing = runs.is_finished(args.out, arguments), inputs.not_permuted(masks, args.out)
     if finished and not missing:
         return runs.say_finished(args.out, __file__)
@@ -84,13 +85,9 @@ def main() -> None:
 
     @functools.cache
     def by_activations() -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        data = images()
-        streamed = isinstance(data, Streamed)
-        count = args.match_images or inputs.MATCH_IMAGES[streamed]
-        size = args.batch_size or inputs.MATCH_BATCH[streamed]
-        batches = (batch for batch, _ in data.eval_batches("train", size, count))
+        batches = inputs.matched_images(images(), args.match_images, args.batch_size)
         bar = tqdm(batches, "matching", unit="batch", disable=None, leave=False)
-        return matching.match_activations(*networks, axes, bar, **how)
+        return matching.match_activations(*networks, axes, bar, **variant)
 
     def find(mask: dict[str, Tensor]) -> dict[str, Any]:
         """The permutation for a mask, <π(source), target> before and after, and a row an axis."""
@@ -117,33 +114,34 @@ def main() -> None:
     for name, mask in missing.items():
         one_each = args.method == "masked"
         path = paths.permutation_file(args.out, name if one_each else None)
-        about = ends | made | stamp | {"unpermuted": mask["unpermuted"] if one_each else None}
-        about["matching"] = provenance.code_digest(__file__, "common/align")
-        found = inputs.reusable(path, about) or find(mask["mask"])
+        origin = digests | header | stamp | {"unpermuted": mask["unpermuted"] if one_each else None}
+        origin["matching"] = provenance.code_digest(__file__, "common/align")
+        found = inputs.reusable(path, origin) or find(mask["mask"])
         permuted = permute(source["state_dict"], axes.dims, found["permutation"])
         difference = check_same_function(networks[0], source["state_dict"], permuted, sample)
         runs.claim(args.out, arguments, __file__)
         if not path.is_file():
-            checkpoint.save(found | about, path)
+            checkpoint.save(found | origin, path)
             table, gain = pd.DataFrame(found["rows"]), found["objective"]
             print(table.to_string(index=False, float_format="{:.3f}".format))
             print("objective <π(source), target>: {:.4g} before, {:.4g} after".format(*gain))
             print(f"same function: outputs differ by {difference:.0e} of the largest")
-        more = {"dataset": target["dataset"], "mask_code": mask.get("code"), "align": arguments}
-        more |= {"tag": cli.joined_tag(mask.get("tag"), args.tag)} | made | stamp
+        changes = {"dataset": target["dataset"], "mask_code": mask.get("code"), "align": arguments}
+        changes |= {"tag": cli.joined_tag(mask.get("tag"), args.tag)} | header | stamp
         for part in ("mask", "signs"):
-            more[part] = permute(mask[part], axes.dims, found["permutation"])
-        checkpoint.save(mask | more, args.out / name)
+            changes[part] = permute(mask[part], axes.dims, found["permutation"])
+        checkpoint.save(mask | changes, args.out / name)
         print(f"wrote {args.out / name}")
 
     runs.claim(args.out, arguments, __file__)  # where nothing but the record was missing, too
     found = {path.stem: checkpoint.load(path) for path in paths.permutation_files(args.out)}
     rows = [{"permutation": name} | row for name, one in found.items() for row in one["rows"]]
     # Masks that were permuted earlier took their time, too.
-    before = checkpoint.load_json(args.out / "result.json")["seconds"] if finished else 0
-    more = {"objective": {name: one["objective"] for name, one in found.items()}}
-    more["seconds"] = before + time.perf_counter() - start
-    runs.finish(args.out, "align_mask", arguments, rows, device, stamp, **more)
+    record = args.out / "result.json"
+    before = checkpoint.load_json(record)["seconds"] if record.is_file() else 0
+    extra = {"objective": {name: one["objective"] for name, one in found.items()}}
+    extra["seconds"] = before + time.perf_counter() - start
+    runs.finish(args.out, "align_mask", arguments, rows, device, stamp, **extra)
 
 
 if __name__ == "__main__":

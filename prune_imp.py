@@ -68,9 +68,9 @@ def main() -> None:
             runs.say_finished(out, __file__)
             continue
         data = read(dense["dataset"])
-        data.steps(settings["batch_size"])
+        data.steps(settings["batch_size"])  # a UserError where the images are too few
         names, weights = masking.prunable(build_model(**dense["model"])), dense["state_dict"]
-        start = {key: dense[key] for key in ("model", "dataset", "seed", "epoch", "state_dict")}
+        start = {key: dense[key] for key in checkpoint.WEIGHTS}
         start |= {"mask": masking.dense_mask(weights, names), "round": 0, "rows": []}
         start |= {"signs": masking.signs(weights, names), "tag": arguments["tag"]}
         chains[str(out)] = partial(prune_chain, start, rewound, missing, out, arguments, data, how)
@@ -99,11 +99,8 @@ def prune_chain(
     momentum, decay = arguments["momentum"], arguments["weight_decay"]
     optimiser = partial(torch.optim.SGD, lr=0.0, momentum=momentum, weight_decay=decay, fused=True)
     first_goal = min((row[0] for row in rounds if row[2]), default=inf)
-    chain, reached = (masking.latest(out, start, before) for before in (first_goal, inf))
-    stamp, more = runs.claim(out, arguments, __file__), {"precision": how["precision"]}
-    last = paths.round_file(out, chain["round"])
-    if arguments["keep_rounds"] and chain["round"] and not last.is_file():  # as it was cut off
-        checkpoint.save(chain, last)
+    chain = masking.latest(out, start, first_goal)
+    stamp, extra = runs.claim(out, arguments, __file__), {"precision": how["precision"]}
     for number, keep, goal in [row for row in rounds if row[0] > chain["round"]]:
         weights = chain["state_dict"]
         mask = masking.prune_exactly(masking.prune_by_magnitude, weights, chain["mask"], keep)
@@ -130,20 +127,18 @@ def prune_chain(
         network["rows"] = [*chain["rows"], row]
         if goal:
             checkpoint.save(network, paths.imp_file(out, goal))
-            entry = masking.entry(network, model) | {"imp": arguments | more} | stamp
+            entry = masking.entry(network, model) | {"imp": arguments | extra} | stamp
             checkpoint.save(entry, paths.mask_file(out, goal))
         else:
-            chain, again = network, number <= reached["round"]  # for a smaller sparsity
-            if not again:
-                checkpoint.save(chain, paths.chain_file(out))
-            if again or arguments["keep_rounds"]:
-                checkpoint.save(chain, paths.round_file(out, number))
+            chain = network
+            checkpoint.save(chain, paths.round_file(out, number))
     histories = [checkpoint.load(path, ("rows",))["rows"] for path in paths.imp_files(out).values()]
     by_count = {row["kept"]: row for rows in (*histories, chain["rows"]) for row in rows}
     rows = [by_count[kept] for kept in sorted(by_count, reverse=True)]
     if not arguments["keep_rounds"]:
-        checkpoint.remove(paths.round_files(out).values())
-    runs.finish(out, "prune_imp", arguments, rows, data.device, stamp, **more)
+        # But for the last: higher sparsities go on from there.
+        checkpoint.remove([*paths.round_files(out).values()][:-1])
+    runs.finish(out, "prune_imp", arguments, rows, data.device, stamp, **extra)
 
 
 if __name__ == "__main__":

@@ -50,27 +50,27 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    arguments = cli.experiment(args, "seed")
+    shared = cli.experiment(args, "seed")
     # Elsewhere the name says which data.
     in_folder = args.data_dir and args.dataset == "folder"
-    arguments["data_dir"] = str(Path(args.data_dir)) if in_folder else None
+    shared["data_dir"] = str(Path(args.data_dir)) if in_folder else None
     todo = []
     for seed in args.seed:
-        folder, mine = paths.dense_folder(args.out, seed), arguments | {"seed": seed}
+        folder, arguments = paths.dense_folder(args.out, seed), shared | {"seed": seed}
         before = runs.recorded(folder).get("save_epochs", [])
         if set(args.save_epochs) <= set(before):
-            mine["save_epochs"] = before  # a run that keeps more is no other experiment
-        if runs.is_finished(folder, mine):
+            arguments["save_epochs"] = before  # a run that keeps more is no other experiment
+        if runs.is_finished(folder, arguments):
             runs.say_finished(folder, __file__)
         else:
-            todo.append((folder, mine))
+            todo.append((folder, arguments))
     if not todo:
         return
 
     device = pick_device(args.device)
     where = args.data_dir, args.image_size, args.limit_train, device
     data = load_data(args.dataset, *where, workers=args.workers)
-    data.steps(args.batch_size)
+    data.steps(args.batch_size)  # a UserError where the images are too few
     rates = learning_rates(args.schedule, args.lr, args.epochs, args.warmup)
     momentum, decay = args.momentum, args.weight_decay
     optimiser = partial(torch.optim.SGD, lr=0.0, momentum=momentum, weight_decay=decay, fused=True)
@@ -82,11 +82,12 @@ def main() -> None:
         seed = arguments["seed"]
         network = build_model(**model, seed=seed)
         stamp = runs.claim(folder, arguments, __file__)
-        about = {"model": model, "dataset": data.description, "seed": seed, "tag": args.tag} | stamp
+        header = {"model": model, "dataset": data.description, "seed": seed} | stamp
+        header["tag"] = args.tag
 
         def keep(epoch: int) -> None:
             if epoch in arguments["save_epochs"]:
-                weights = about | {"epoch": epoch, "state_dict": cpu_state(network)}
+                weights = header | {"epoch": epoch, "state_dict": cpu_state(network)}
                 checkpoint.save(weights, paths.epoch_file(folder, epoch))
 
         keep(0)
@@ -104,9 +105,9 @@ def main() -> None:
             at_epoch=keep,
             **how,
         )
-        more = {key: data.description[key] for key in ("classes", "images", "checksum")}
-        more |= {"precision": how["precision"], "input_shape": model["input_shape"]}
-        runs.finish(folder, "train_dense", arguments, rows, device, stamp, **more)
+        extra = {key: data.description[key] for key in ("classes", "images", "checksum")}
+        extra |= {"precision": how["precision"], "kept": checkpoint.digests(folder)}
+        runs.finish(folder, "train_dense", arguments, rows, device, stamp, **extra)
 
     run_all({str(job[0]): partial(run, *job) for job in todo}, args.parallel, args.width, data)
 

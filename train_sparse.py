@@ -59,38 +59,38 @@ def main() -> None:
     args = parse_args()
     dense = checkpoint.load_dense(args.weights)
     model, dataset, recipe = dense["model"], dense["dataset"], dense["result"]["arguments"]
-    arguments = cli.experiment(args, "weights", "masks")
-    arguments |= cli.settings(args, "sparse", dataset["name"])
-    arguments |= {"epochs": args.epochs or recipe["epochs"], "target_seed": dense["seed"]}
-    arguments |= {"model": model["name"], "width": model["width"], "dataset": dataset["name"]}
-    arguments["seed"] = dense["seed"] if args.seed is None else args.seed
+    shared = cli.experiment(args, "weights", "masks")
+    shared |= cli.settings(args, "sparse", dataset["name"])
+    shared |= {"epochs": args.epochs or recipe["epochs"], "target_seed": dense["seed"]}
+    shared |= {"model": model["name"], "width": model["width"], "dataset": dataset["name"]}
+    shared["seed"] = dense["seed"] if args.seed is None else args.seed
 
     # Read and check every input before the first run starts.
-    about = args.arm, dense, args.weights
-    masks = {s: load_mask(args.masks, s, *about) for s in sorted(set(args.sparsity))}
+    masks = {s: load_mask(args.masks, s, args.arm, dense) for s in sorted(set(args.sparsity))}
     rewound = {k: checkpoint.load_dense(args.weights, k) for k in sorted(set(args.rewind))}
-    if max(rewound) >= arguments["epochs"]:
-        epochs = arguments["epochs"]
+    if max(rewound) >= shared["epochs"]:
+        epochs = shared["epochs"]
         raise UserError(f"--rewind {max(rewound)} leaves no epoch to train: T is {epochs}")
     todo = []
     for (sparsity, mask), (rewind, weights) in itertools.product(masks.items(), rewound.items()):
         folder = paths.sparse_folder(args.out, sparsity, rewind)
-        mine = arguments | {"sparsity": sparsity, "rewind": rewind}
-        mine |= {key: mask[key] for key in ("mask_dataset", "source_seed", "method", "match_epoch")}
-        mine |= {"weights": weights["sha256"], "mask": mask["sha256"]}
-        mine["tag"] = cli.joined_tag(mask.get("tag"), dense.get("tag"), args.tag)
-        if runs.is_finished(folder, mine):
+        of_mask = ("mask_dataset", "source_seed", "method", "match_epoch")
+        arguments = shared | {"sparsity": sparsity, "rewind": rewind}
+        arguments |= {key: mask[key] for key in of_mask}
+        arguments |= {"weights": weights["sha256"], "mask": mask["sha256"]}
+        arguments["tag"] = cli.joined_tag(mask.get("tag"), dense.get("tag"), args.tag)
+        if runs.is_finished(folder, arguments):
             runs.say_finished(folder, __file__)
         else:
-            todo.append((folder, mine, weights, mask))
+            todo.append((folder, arguments, weights, mask))
     if not todo:
         return
 
     device = pick_device(args.device)
     data = load_described(dataset, args.data_dir, device, args.workers)
-    data.steps(arguments["batch_size"])
+    data.steps(shared["batch_size"])  # a UserError where the images are too few
     how = cli.how_to_train(args, device)
-    momentum, decay = arguments["momentum"], arguments["weight_decay"]
+    momentum, decay = shared["momentum"], shared["weight_decay"]
     optimiser = partial(torch.optim.SGD, lr=0.0, momentum=momentum, weight_decay=decay, fused=True)
 
     def run(folder: Path, arguments: dict[str, Any], weights: dict, mask: dict) -> None:
@@ -114,20 +114,20 @@ def main() -> None:
                 mask=mask["mask"],
                 **how,
             )
-            about = {key: dense[key] for key in ("model", "dataset", "seed")} | stamp
-            about |= {"epoch": arguments["epochs"], "tag": arguments["tag"], "mask": mask["mask"]}
-            checkpoint.save(about | {"state_dict": cpu_state(network)}, paths.final_file(folder))
+            header = {key: dense[key] for key in ("model", "dataset", "seed")} | stamp
+            header |= {"epoch": arguments["epochs"], "tag": arguments["tag"], "mask": mask["mask"]}
+            checkpoint.save(header | {"state_dict": cpu_state(network)}, paths.final_file(folder))
         except Diverged as error:  # a result too: naive VGG11 is unstable at 95% in the paper
             print(f"{error}; this is recorded as the run's result")
             rows, diverged = error.rows, error.rows[-1]["epoch"]
-        more = {"diverged": diverged, "sparsity_total": mask["sparsity_total"]}
-        more |= {"precision": how["precision"]} | {key: mask.get(key) for key in ("imp", "align")}
-        more |= {"mask_code": mask.get("mask_code", mask.get("code"))}
+        extra = {"diverged": diverged, "sparsity_total": mask["sparsity_total"]}
+        extra |= {"precision": how["precision"]} | {key: mask.get(key) for key in ("imp", "align")}
+        extra |= {"mask_code": mask.get("mask_code", mask.get("code"))}
         made_in = {"precision": dense["result"]["precision"], "checksum": dataset["checksum"]}
-        more |= {"dense": recipe | made_in}
-        runs.finish(folder, "train_sparse", arguments, rows, device, stamp, **more)
+        extra |= {"dense": recipe | made_in}
+        runs.finish(folder, "train_sparse", arguments, rows, device, stamp, **extra)
 
-    jobs = {str(folder): partial(run, folder, *more) for folder, *more in todo}
+    jobs = {str(job[0]): partial(run, *job) for job in todo}
     run_all(jobs, args.parallel, model["width"], data)
 
 

@@ -3,16 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from common import checkpoint, masking, paths
+from common import masking, paths
 from common.errors import UserError
 
 ARMS = ("lth", "naive", "permuted", "shuffled", "random-permutation", "imp-target")
 
 
-def load_mask(
-    folder: Path, sparsity: float, arm: str, dense: dict[str, Any], run: Path
-) -> dict[str, Any]:
-    """Read the mask of a sparsity for the weights of a checkpoint of the dense `run`.
+def load_mask(folder: Path, sparsity: float, arm: str, dense: dict[str, Any]) -> dict[str, Any]:
+    """Read the mask of a sparsity for the weights of a checkpoint of a dense run.
 
     Raises UserError when it does not fit the network or contradicts the arm.
     """
@@ -43,9 +41,8 @@ def load_mask(
             f"weights are of seed {seed}, which is for --arm {' or '.join(arms) or 'none'}"
         )
     if target is not None and isinstance(align := mask.get("align"), dict):
-        matched = paths.epoch_file(run, mask["match_epoch"] or 0)
-        if not matched.is_file() or checkpoint.digest(matched) != align.get("target"):
-            raise UserError(f"{path} was permuted onto another network of seed {seed} than {run}")
+        if dense["kept"].get(str(mask["match_epoch"])) != align.get("target"):
+            raise UserError(f"{path} was permuted onto another network of seed {seed} than these")
     if arm == "shuffled":
         mask["mask"] = masking.shuffle(mask["mask"], seed)
     return mask

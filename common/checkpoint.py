@@ -18,13 +18,12 @@ import torch
 
 from common import paths
 from common.errors import UserError
-from common.models import check_fits, model_shapes
+from common.models import build_model, check_fits
 from common.runtime.distributed import RANK, barrier
 
 WEIGHTS = ("model", "dataset", "seed", "epoch", "state_dict")
 MASKS = ("mask", "signs", "sparsity", "sparsity_total", "model", "dataset")
 MASKS += ("source_seed", "target_seed", "method", "match_epoch")
-MODEL = ("name", "width", "classes", "input_shape")
 KINDS = {"seed": int, "epoch": int, "round": int, "rows": list}  # of these entries in any file
 KINDS["source_seed"] = (int, str)  # a name where a network was trained elsewhere
 KINDS["match_epoch"] = (int, type(None))
@@ -71,10 +70,10 @@ def _sync_folder(folder: Path) -> None:
             os.close(number)
 
 
-def remove(paths: Iterable[Path]) -> None:
+def remove(files: Iterable[Path]) -> None:
     """Delete files, those that are there."""
     barrier()
-    for path in () if RANK else paths:
+    for path in () if RANK else files:
         path.unlink(missing_ok=True)
     barrier()
 
@@ -177,52 +176,44 @@ def load_json(path: Path) -> dict[str, Any]:
 def load_dense(folder: Path, epoch: int | None = None) -> dict[str, Any]:
     """Read the weights after `epoch` epochs of a finished dense run, by default after the last one.
 
-    Adds `result`, the content of result.json. Raises UserError when the run is unfinished or the
-    epoch was not kept.
+    Adds `result`, the content of result.json, `kept`, the digests of all kept weights by epoch, and
+    `sha256`, that of these. Raises UserError when the run is unfinished, the epoch was not kept, or
+    the file is not as the run wrote it.
     """
     folder = Path(folder)
-    if not (folder / "result.json").is_file():
+    record = folder / "result.json"
+    if not record.is_file():
         if (folder / "arguments.json").is_file():
             raise UserError(
                 f"{folder} is not finished: run train_dense.py again, or at a lower --lr"
             )
-        missing = folder / "result.json"
-        raise UserError(f"{folder} is no dense run: no such file: {missing}{_siblings(missing)}")
-    result = load_json(folder / "result.json")
+        raise UserError(f"{folder} is no dense run: no such file: {record}{_siblings(record)}")
+    result = load_json(record)
     if result.get("stage") != "train_dense":
         raise UserError(f"{folder} holds a run of {result.get('stage')}.py, not a dense run")
-    arguments = result.get("arguments")
-    arguments = arguments if isinstance(arguments, dict) else {}
-    numbers = [arguments.get(key) for key in ("epochs", "seed")]
-    if "precision" not in result or not all(isinstance(number, int) for number in numbers):
-        lost = "it lacks arguments or precision"
-        raise UserError(f"{folder}/result.json is not as train_dense.py wrote it: {lost}")
-    epoch = arguments["epochs"] if epoch is None else epoch
-    path = paths.epoch_file(folder, epoch)
-    if not path.is_file():
-        kept = ", ".join(map(str, paths.epoch_files(folder))) or "none"
-        see = "see train_dense.py --save-epochs"
-        raise UserError(f"{folder} kept no weights after epoch {epoch}: it has {kept} ({see})")
-    dense = load(path, WEIGHTS) | {"result": result, "sha256": digest(path)}
-    told, shape = (
-        "seed {} after epoch {} of {} x{} for {} images",
-        dense["model"].get("input_shape"),
-    )
-    asked = arguments["seed"], epoch, arguments.get("model"), arguments.get("width")
-    asked = told.format(*asked, result.get("input_shape", shape))
-    held = told.format(dense["seed"], dense["epoch"], *map(dense["model"].get, MODEL[:2]), shape)
-    held += ", pruned" * ("mask" in dense)
-    if held != asked:
-        raise UserError(
-            f"{path} holds {held}, not {asked}: it is another's file, so run train_dense.py again "
-            "in another --out"
-        )
-    name, width, classes, input_shape = (dense["model"].get(key) for key in MODEL)
-    expected = model_shapes(name, width, classes, tuple(input_shape))
-    check_fits(dense["state_dict"], expected, path, name)
-    if not all(value.isfinite().all() for value in dense["state_dict"].values()):
-        raise UserError(f"the weights of {path} are not finite, it diverged: train at a lower --lr")
+    epoch = result["arguments"]["epochs"] if epoch is None else epoch
+    kept, path = kept_weights(folder, result), paths.epoch_file(folder, epoch)
+    if str(epoch) not in kept:
+        has = f"it has {', '.join(kept) or 'none'} (see train_dense.py --save-epochs)"
+        raise UserError(f"{folder} kept no weights after epoch {epoch}: {has}")
+    dense = load(path, WEIGHTS) | {"result": result, "kept": kept, "sha256": digest(path)}
+    if dense["sha256"] != kept[str(epoch)]:
+        raise UserError(f"{path} is not as the run wrote it: train it again in another --out")
+    check_fits(dense["state_dict"], build_model(**dense["model"]), path, dense["model"]["name"])
     return dense
+
+
+def kept_weights(folder: Path, result: dict[str, Any]) -> dict[str, str]:
+    """The digests of the weights that a finished dense run kept, by epoch.
+
+    Where its result.json does not tell, being older, those of the files as they are now.
+    """
+    return result.get("kept") or digests(folder)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The digests of the weights in a folder of a dense run, by epoch."""
+    return {str(epoch): digest(path) for epoch, path in paths.epoch_files(folder).items()}
 
 
 def digest(path: Path) -> str:

@@ -73,12 +73,12 @@ def plan(total: int, goals: list[float], share: float) -> list[tuple[int, int, f
     for goal, count in counts.items():
         if not 0 < count < total:
             raise UserError(f"--sparsity {goal} keeps all or none of the {total} weights")
-    rounds, number, kept = [], 0, total
-    while kept > min(counts.values(), default=total):
-        number, before = number + 1, kept
-        kept -= max(1, round(share * kept))
-        rounds += [(number, counts[goal], goal) for goal in goals if kept <= counts[goal] < before]
-        rounds.append((number, kept, None))
+    rounds, number, left = [], 0, total
+    while left > min(counts.values(), default=total):
+        number, before = number + 1, left
+        left -= max(1, round(share * left))
+        rounds += [(number, counts[goal], goal) for goal in goals if left <= counts[goal] < before]
+        rounds.append((number, left, None))
     return rounds[:-1]  # no goal needs the last round of the chain
 
 
@@ -188,8 +188,7 @@ class Masker:
 
 def entry(network: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """What a mask file holds, of a network pruned to `mask` from the dense one of `signs`."""
-    kept = {key: network[key] for key in ("mask", "signs", "model", "dataset", "tag")}
-    return kept | {
+    return {key: network[key] for key in ("mask", "signs", "model", "dataset", "tag")} | {
         "sparsity": sparsity(network["mask"]),
         "sparsity_total": sparsity_total(network["mask"], model),
         "mask_dataset": (network["dataset"] or {}).get("name"),
@@ -259,17 +258,20 @@ def load_all(folder: Path, dense: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def latest(folder: Path, start: dict[str, Any], before: int) -> dict[str, Any]:
-    """The furthest network before a round, of the chain in `folder` that begins with `start`.
+    """The network of the last round below `before` in `folder`; `start`, where there is none.
 
-    Raises UserError when a file there is of another chain.
+    Raises UserError when its file is of another chain or round.
     """
-    found = [start]
-    for path in paths.chain_files(folder):
-        network = checkpoint.load(path, (*checkpoint.WEIGHTS, "round", "rows", "mask", "signs"))
-        check_parts(network, start, path)
-        check_source(network, start, path)
-        found += [network] * (network["round"] < before)
-    return max(found, key=lambda network: network["round"])
+    earlier = [path for number, path in paths.round_files(folder).items() if number < before]
+    if not earlier:
+        return start
+    path = earlier[-1]
+    network = checkpoint.load(path, (*checkpoint.WEIGHTS, "round", "rows", "mask", "signs"))
+    check_parts(network, start, path)
+    check_source(network, start, path)
+    if path != paths.round_file(folder, network["round"]):
+        raise UserError(f"{path} holds round {network['round']}: remove it")
+    return network
 
 
 def from_prune(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Mask]:

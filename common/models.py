@@ -4,8 +4,8 @@ To add a network: write a function (width, classes, input_shape) -> module here 
 MODELS. Its permutation axes are read off its graph (common/align/axes.py).
 """
 
-import functools
 import math
+from textwrap import shorten
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -158,21 +158,10 @@ def build_model(
         return MODELS[name](width, classes, tuple(input_shape))
 
 
-def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """The shape of every entry of a state dict."""
-    return {key: tuple(value.shape) for key, value in state.items()}
-
-
-@functools.cache
-def model_shapes(name: str, width: float, classes: int, input_shape: tuple) -> dict[str, tuple]:
-    """The shapes of the state dict that `build_model` makes."""
-    return shapes(build_model(name, width, classes, input_shape).state_dict())
-
-
-def check_fits(state: dict[str, Tensor], here: dict[str, tuple], path: object, name: str) -> None:
-    """Raise UserError unless a state dict, read from `path`, has the shapes of the model `name`."""
-    there = shapes(state)
-    if odd := sorted(key for key in there | here if there.get(key) != here.get(key)):
-        key = odd[0]
-        found = f"{key} is {there.get(key)} there and {here.get(key)} in the module"
-        raise UserError(f"{path} does not fit {name}: {found}")
+def check_fits(state: dict[str, Tensor], model: nn.Module, path: object, name: str) -> None:
+    """Raise UserError unless the model `name` takes a state dict, read from `path`."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        found = shorten(str(error).partition("\n")[2], 200)
+        raise UserError(f"{path} does not fit {name}: {found}") from error

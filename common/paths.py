@@ -48,7 +48,7 @@ def round_file(folder: Path, number: int) -> Path:
 
 
 def round_files(folder: Path) -> dict[int, Path]:
-    """The networks after each round of an IMP chain that were kept, by number."""
+    """The networks after each round of an IMP chain that are there, by number."""
     return _by_number(folder, "round", int)
 
 
@@ -59,16 +59,6 @@ def _by_number(folder: Path, word: str, kind: type) -> dict[Any, Path]:
         with contextlib.suppress(ValueError):
             found[kind(path.stem.removeprefix(f"{word}_"))] = path
     return dict(sorted(found.items()))
-
-
-def chain_file(folder: Path) -> Path:
-    """The newest network of an IMP chain, from where it goes on."""
-    return Path(folder) / "chain.pt"
-
-
-def chain_files(folder: Path) -> list[Path]:
-    """Every network of an IMP chain that is there."""
-    return [*round_files(folder).values(), *folder.glob("chain.pt")]
 
 
 def permutation_file(folder: Path, mask: str | None = None) -> Path:

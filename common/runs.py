@@ -4,7 +4,6 @@ is finished.
 arguments.json is written first, and result.json last of all.
 """
 
-import contextlib
 import errno
 import fcntl
 import json
@@ -35,8 +34,9 @@ def recorded(folder: Path) -> dict[str, Any]:
 
 
 def is_finished(folder: Path, arguments: dict[str, Any]) -> bool:
-    """Whether `folder` holds the finished run that `arguments` describe.
+    """Whether `folder` holds the finished run that `arguments` describe, and nobody works there.
 
+    One that was killed after its result is none yet: it goes on, and nothing is left to be trained.
     Raises UserError when it holds a different experiment, naming the difference, or other files.
     """
     folder = Path(folder)
@@ -59,20 +59,13 @@ def is_finished(folder: Path, arguments: dict[str, Any]) -> bool:
         or any(not entry.name.endswith((".tmp", ".lock")) for entry in folder.iterdir())
     ):
         raise UserError(f"{folder} exists and holds no run of this project: choose another --out")
-    return (folder / "result.json").is_file()
+    left = (folder / ".lock").exists() or (folder / "resume.pt").exists()
+    return (folder / "result.json").is_file() and not left
 
 
 def say_finished(folder: Path, script: str) -> None:
-    """Print that there is nothing to do, and when the code was another then.
-
-    Clears what a run leaves that is killed after it wrote its result.
-    """
-    if any((*folder.glob(".*.tmp"), *folder.glob(".lock"), *folder.glob("resume.pt"))):
-        with contextlib.suppress(UserError, OSError):  # another process may be going on with it
-            _lock(folder)
-            checkpoint.remove([*folder.glob(".*.tmp"), folder / "resume.pt"])
-            _unlock(folder)
-    then, now = made_by(folder), provenance.code_digest(script)
+    """Print that there is nothing to do, and when the code was another then."""
+    then, now = "+".join(recorded(folder).get("code", ["unknown"])), provenance.code_digest(script)
     if then == now:
         print(f"{folder} is finished: nothing to do")
     else:
@@ -80,11 +73,6 @@ def say_finished(folder: Path, script: str) -> None:
             f"{folder} is finished, by other code ({then} then, {now} now): nothing to do; "
             "to run the code as it is now, choose another --out, and a --tag to name it in tables"
         )
-
-
-def made_by(folder: Path) -> str:
-    """The digests of the code under which the run in `folder` has been, in order, joined by +."""
-    return "+".join(recorded(folder).get("code", [])) or "unknown"
 
 
 def claim(folder: Path, arguments: dict[str, Any], script: str) -> dict[str, Any]:
@@ -153,8 +141,8 @@ def finish(
     result |= more | stamp | provenance.environment(device)
     result["command"] = shlex.join(["python", *sys.argv])
     checkpoint.save_json(result, folder / "result.json")
-    checkpoint.remove([folder / "resume.pt"])
     _unlock(folder)
+    checkpoint.remove([folder / "resume.pt"])  # last: without it the run would be trained again
 
 
 def metrics(row: dict[str, Any]) -> dict[str, float | None]:

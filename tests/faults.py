@@ -271,14 +271,9 @@ a name comes before its file | common/checkpoint.py
 -os.fsync(file.fileno())
 +pass
 
-a swapped checkpoint is taken | common/checkpoint.py
->checkpoint::test_a_checkpoint_in_the_place_of_another_is_named
--if held != asked:
-+if False:
-
-NaN weights are taken | common/checkpoint.py
+a changed checkpoint is taken | common/checkpoint.py
 >refusals::test_later_stages_refuse
--if not all(value.isfinite().all() for value in dense["state_dict"].values()):
+-if dense["sha256"] != kept[str(epoch)]:
 +if False:
 
 another experiment is gone on with | common/runs.py

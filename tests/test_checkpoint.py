@@ -1,5 +1,6 @@
 import contextlib
 import errno
+import json
 import multiprocessing
 import os
 import shutil
@@ -8,10 +9,10 @@ from unittest import mock
 import pytest
 import torch
 
-from common import checkpoint, provenance
+from common import checkpoint, models, provenance
 from common import runs as folders
 from common.errors import UserError
-from tests.conftest import ROOT, fork, refuse, stage1, succeed
+from tests.conftest import ROOT, call, fork, refuse, same_files, stage1, succeed
 
 SCRIPT = str(ROOT / "train_dense.py")
 
@@ -53,13 +54,15 @@ def test_folders_that_are_of_no_use_are_refused(tmp_path):
     refuse(stage1(tmp_path), "no run of this project")
 
 
-def test_what_a_run_leaves_that_is_killed_after_its_result_is_cleared(runs, tmp_path):
-    run = shutil.copytree(runs / "dense/seed0", tmp_path / "seed0")
-    files = {*run.iterdir()}
-    for name in ("resume.pt", ".lock", ".log.csv.elsewhere.1.tmp"):
-        (run / name).touch()
-    assert "nothing to do" in succeed(*stage1(tmp_path))
-    assert {*run.iterdir()} == files
+def test_a_run_that_is_killed_after_its_result_is_finished_without_training(runs, tmp_path):
+    command, run, whole = stage1(tmp_path), tmp_path / "seed0", runs / "dense/seed0"
+    with mock.patch.object(folders, "_unlock", side_effect=KeyboardInterrupt):
+        call(*command)
+    assert (run / "result.json").is_file() and (run / "resume.pt").is_file()
+    (run / ".lock").rename(tmp_path / "lock")  # it was unlocked, too
+    assert "3/3" not in succeed(*command) and "nothing to do" in succeed(*command)
+    assert {path.name for path in run.iterdir()} == {path.name for path in whole.iterdir()}
+    same_files(run, whole)
 
 
 @pytest.mark.parametrize("content", [{"x": pytest.raises}, torch.nn.Linear(2, 2)])
@@ -99,19 +102,20 @@ def test_no_flipped_bit_changes_what_is_loaded(tmp_path):
                 assert place >= entry and torch.equal(loaded, value), (place, bit)
 
 
-def test_a_checkpoint_in_the_place_of_another_is_named(runs, tmp_path):
+def test_a_run_that_does_not_tell_what_it_kept_is_taken_as_it_is_now(runs, tmp_path):
     run = shutil.copytree(runs / "dense/seed0", tmp_path / "seed0")
-    path = run / "epoch_0001.pt"
-    content = checkpoint.load(path)
-    larger = content["model"] | {"input_shape": [3, 32, 32]}
-    for other, words in (
-        ({"epoch": 0}, "seed 0 after epoch 0 of .*, not seed 0 after epoch 1"),
-        ({"seed": 1}, "holds seed 1 after epoch 1"),
-        ({"model": larger}, r"for \[3, 32, 32\] images, not .* for \[3, 8, 8\] images"),
-    ):
-        checkpoint.save(content | other, path)
-        with pytest.raises(UserError, match=words):
-            checkpoint.load_dense(run, 1)
+    told = json.loads((run / "result.json").read_text())
+    kept = told.pop("kept")
+    (run / "result.json").write_text(json.dumps(told))
+    assert checkpoint.load_dense(run, 1)["kept"] == kept
+    with pytest.raises(UserError, match=r"no weights after epoch 2: it has 0, 1, 3 \(see"):
+        checkpoint.load_dense(run, 2)
+
+
+def test_weights_of_a_model_that_was_edited_since_are_named(ends, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "mlp", lambda width, *of: models.mlp(2 * width, *of))
+    with pytest.raises(UserError, match=r"epoch_0003.pt does not fit mlp: size mismatch for 1\.w"):
+        checkpoint.load_dense(ends[0])
 
 
 def test_a_folder_in_which_another_process_works_is_left_alone(tmp_path):

@@ -53,7 +53,7 @@ def commands(root):
     aligned, new = root / "align/activation/seed0-seed1", root / "new"
     read = [[end / "result.json", end / "epoch_0003.pt"] for end in (source, target)]
     cells = [*read[1], target / "epoch_0000.pt", target / "epoch_0001.pt"]
-    chain = [*sorted(imp.glob("round_*.pt")), imp / "chain.pt"]
+    chain = [imp / "round_05.pt"]
     masks, permuted = (sorted(folder.glob("mask_*.pt")) for folder in (imp, aligned))
     rounds = (source, imp, "--keep-rounds --sparsity")
     return [
@@ -72,7 +72,7 @@ def retyped(path, draw):
     """The content of a file, with one of the entries that are needed missing or of no use."""
     if path.suffix == ".json":
         content = json.loads(path.read_text())
-        places = [(content, "stage arguments"), (content["arguments"], "epochs seed")]
+        places = [(content, "stage")]
     else:
         content = state(path)
         kind = "mask" if "mask" in content else "state_dict"
@@ -89,10 +89,7 @@ def retyped(path, draw):
 
 def spoilt(path, root, draw):
     """What takes the place of a file: bytes, something to be saved, or None for a folder."""
-    whole, others = path.read_bytes(), set(root.rglob(f"*{path.suffix}"))
-    if path.name.startswith(("chain", "round")):  # those of its own chain are as good
-        others -= set(path.parent.iterdir())
-    others = map(Path.read_bytes, sorted(others))
+    whole, others = path.read_bytes(), map(Path.read_bytes, sorted(root.rglob(f"*{path.suffix}")))
     made = [
         whole[: draw.randrange(len(whole))],
         draw.choice(TEXTS),

@@ -1,6 +1,5 @@
 """What a user can get wrong ends in one line, exit code 2, and nothing half-written."""
 
-import math
 import shutil
 
 import numpy
@@ -47,7 +46,7 @@ OTHERS = """\
 prune_imp --dense nowhere | nowhere | no dense run
 prune_imp --dense dense | no dense run | seed0, seed1
 prune_imp --dense imp/seed0 | prune_imp
-prune_imp --dense nan | diverged
+prune_imp --dense changed | epoch_0003.pt is not as the run wrote it
 prune_imp --dense unfinished | not finished
 prune_imp --sparsity 1.5 | 1.5
 prune_imp --sparsity 0 | above 0
@@ -100,12 +99,10 @@ def prepared(runs, aligned, tmp_path_factory):
     succeed(*stage1(root / "wide", "--width 0.0625 --epochs 1 --seed 0 1"))
     succeed(*stage1(root / "other", "--epochs 2 --lr 0.03 --seed 0 1"))
     succeed(*stage2(root / "dense/seed0", root / "one-shot", "--sparsity 0.5 --one-shot"))
-    for name in ("nan", "unfinished"):
+    for name in ("changed", "unfinished"):
         shutil.copytree(root / "dense/seed0", root / name)
     (root / "unfinished/result.json").unlink()
-    diverged = state(root / "nan/epoch_0003.pt")
-    next(iter(diverged["state_dict"].values())).fill_(math.nan)
-    torch.save(diverged, root / "nan/epoch_0003.pt")
+    shutil.copy(root / "dense/seed2/epoch_0003.pt", root / "changed")
     entry = state(root / "imp/seed0/mask_0.70.pt")
     (root / "masks").mkdir()
     torch.save(entry, root / "masks/mask_0.50.pt")  # a mask under the name of another sparsity
@@ -121,6 +118,13 @@ def test_later_stages_refuse(prepared, monkeypatch, line):
     stage, flags = command.split(maxsplit=1)
     refuse((stage, USUAL[stage], flags), *said)
     assert not (prepared / "new").exists()
+
+
+def test_a_round_in_the_place_of_another_is_named(runs, tmp_path):
+    imp = shutil.copytree(runs / "imp/seed0", tmp_path / "imp")
+    shutil.copy(imp / "round_04.pt", imp / "round_05.pt")
+    command = stage2(runs / "dense/seed0", imp, "--keep-rounds --sparsity 0.8")
+    refuse(command, "round_05.pt holds round 4")
 
 
 def test_a_sparsity_that_keeps_few_weights_is_met(runs, tmp_path):

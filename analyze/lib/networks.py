@@ -88,8 +88,8 @@ def imp_networks(root: Path, rounds: bool) -> list[dict[str, Any]]:
     that cannot be read is skipped.
     """
     found = []
-    for _, about in with_dense(root, "prune_imp", "dense"):
-        kept = rounds and paths.round_files(about["path"])
+    for arguments, about in with_dense(root, "prune_imp", "dense"):
+        kept = rounds and arguments.get("keep_rounds") and paths.round_files(about["path"])
         for sparsity, path in (kept or paths.imp_files(about["path"])).items():
             if entry := readable(checkpoint.load, path, ("mask", *checkpoint.WEIGHTS)):
                 reached = masking.sparsity(entry["mask"]) if kept else sparsity

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from common import checkpoint, cli
+from common import checkpoint, cli, paths
 from common.errors import UserError
 
 COLUMNS = """tag code precision epochs arm signs fan_in model width dataset mask_dataset sparsity
@@ -152,8 +152,13 @@ def with_settings(runs: pd.DataFrame) -> pd.Series:
 
 def dense_files(root: Path) -> dict[str, Path]:
     """The weights that dense runs below `root` kept, by their digest, which later stages record."""
-    kept = (path for run in dense_runs(root)["path"] for path in run.glob("epoch_*.pt"))
-    return {checkpoint.digest(path): path for path in kept}
+    found = {}
+    for run in find_results(root, "train_dense"):
+        for epoch, digest in checkpoint.kept_weights(run["path"], run).items():
+            path = paths.epoch_file(run["path"], int(epoch))
+            if path.is_file():
+                found[digest] = path
+    return found
 
 
 def with_tag(name: Any, tag: pd.Series) -> pd.Series:

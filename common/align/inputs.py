@@ -4,7 +4,7 @@ import argparse
 import functools
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from common.align.matching import SIMILARITIES
 from common.align.permutation import Axes
 from common.data import DATASETS, Resident, Streamed, load_data, load_described
 from common.errors import UserError
-from common.models import build_model, check_fits, shapes
+from common.models import build_model, check_fits
 
 # Images that are matched on, and in a pass: (small images, ImageNet).
 MATCH_IMAGES = (None, 12_800)
@@ -169,7 +169,7 @@ def load_weights(path: Path, name: str, model: nn.Module, input_shape: list[int]
     """
     weights, _ = _read(path)
     weights = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
-    check_fits(weights, shapes(model.state_dict()), path, name)
+    check_fits(weights, model, path, name)
     if not all(value.isfinite().all() for value in weights.values()):
         raise UserError(f"the weights of {path} are not finite")
     about = {"model": {"name": name, "input_shape": input_shape}, "dataset": None}
@@ -203,6 +203,16 @@ def load_masks(path: Path, source: Entry, model: nn.Module) -> dict[str, Entry]:
         name = paths.mask_file(path, round(entry["sparsity"], 4)).name
         masks[file.name if path.is_dir() else name] = entry
     return masks
+
+
+def matched_images(
+    data: Resident | Streamed, count: int | None, batch_size: int | None
+) -> Iterator[Tensor]:
+    """The training images that are matched on, in batches; the defaults depend on the data set."""
+    streamed = isinstance(data, Streamed)
+    limits = batch_size or MATCH_BATCH[streamed], count or MATCH_IMAGES[streamed]
+    for images, _ in data.eval_batches("train", *limits):
+        yield images
 
 
 def not_permuted(masks: dict[str, Entry], out: Path) -> dict[str, Entry]:
