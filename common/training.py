@@ -73,7 +73,7 @@ def evaluate(
         for place, k in enumerate((1, *top)):
             largest = logits.topk(min(k, logits.shape[1])).indices
             right[place] += (largest == labels[:, None]).sum()
-    count, loss, *right = distributed.all_reduce_sum(count, loss, *right)
+    count, loss, *right = distributed.gathered(count, loss, *right).sum(0).tolist()
     return [loss / count, *(100 * hits / count for hits in right)]
 
 
@@ -188,7 +188,7 @@ def train(
             exact = "fp32" if epoch + 1 == last else precision
             test = evaluate(model, until_stopped(data.eval_batches("test")), top, exact)
             resume.save(steps)
-            loss, right = distributed.gathered(sums).sum(0).tolist()
+            loss, right = distributed.gathered(*sums).sum(0).tolist()
             row = {
                 "epoch": epoch + 1,
                 "lr": rate,

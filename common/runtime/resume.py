@@ -77,7 +77,9 @@ class Resume:
         self.step, every = step, self.within if step else EVERY
         due = last or time.perf_counter() - self.saved > every
         # Several processes write together, when the clock of the first says so.
-        due, stop = distributed.agree(due, stopping.is_set() and not last)
+        stop = stopping.is_set() and not last
+        if distributed.WORLD_SIZE > 1:
+            due, stop = distributed.gathered(due, stop)[0]
         if self.path and (due or stop):
             self._write()
         if stop:
@@ -87,7 +89,7 @@ class Resume:
         weights = {key: value.cpu().contiguous() for key, value in self.model.state_dict().items()}
         state = {"name": self.name, "how": self.how, "state_dict": weights}
         state |= {"optimiser": self.optimiser.state_dict()["state"], "rows": self.rows}
-        state |= {"step": self.step, "sums": distributed.gathered(self.sums)}
+        state |= {"step": self.step, "sums": distributed.gathered(*self.sums)}
         state["seconds"] = time.perf_counter() - self.started
         checkpoint.save(state, self.path)
         self.saved = time.perf_counter()
