@@ -17,21 +17,30 @@ from common.errors import UserError
 from common.runtime import distributed
 
 EVERY = 30  # seconds between two writings of resume.pt at the ends of epochs
-stopping = threading.Event()  # set by SIGTERM: runs stop after their step
+stopping = threading.Event()  # set by a signal: runs stop after their step
 
 
 @contextlib.contextmanager
-def sigterm_ends_steps() -> Iterator[None]:
-    """Within it SIGTERM, as a scheduler sends it ahead of the end, lets runs finish their step."""
-    before = signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+def signals_end_steps() -> Iterator[None]:
+    """Within it SIGTERM, as a scheduler sends it ahead of the end, and Ctrl-C let runs finish their
+    step; a second Ctrl-C ends them at once.
+    """
+
+    def stop(number: int, _: Any) -> None:
+        if stopping.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stopping.set()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def until_stopped(batches: Iterator[Any]) -> Iterator[Any]:
-    """The first of `batches`, and more until SIGTERM comes: an evaluation that nobody will see."""
+    """The first of `batches`, and more until a signal comes: an evaluation that nobody will see."""
     for batch in batches:
         yield batch
         if stopping.is_set():
@@ -70,7 +79,7 @@ class Resume:
             self._load()
 
     def save(self, step: int = 0, last: bool = False) -> None:
-        """Write the state, `step` steps into an epoch, if it is due; stop where SIGTERM came.
+        """Write the state, `step` steps into an epoch, if it is due; stop where a signal came.
 
         After the `last` epoch it is due, and nothing is left to be stopped.
         """
