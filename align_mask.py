@@ -63,7 +63,7 @@ def main() -> None:
     else:
         read = inputs.load_runs(*files, args.target_epoch, *data)
     source, target, masks, networks, images = read
-    how = cli.hyper(args, *inputs.HOW)
+    how = {name: getattr(args, name) for name in inputs.HOW}
     variant = [how[key] for key, paper in inputs.HOW.items() if how[key] != paper]
     ends = {"source": source["sha256"], "target": target["sha256"]}
     made = {"source_seed": source["seed"], "target_seed": target["seed"]}

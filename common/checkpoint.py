@@ -81,12 +81,12 @@ def save(content: Any, path: Path) -> None:
     """Write tensors and plain values; raises UserError when the disk does not take them."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    with replacing(Path(path)) as file:
+    with replacing(path) as file:
         file.write(buffer.getbuffer())
 
 
 def save_text(text: str, path: Path) -> None:
-    with replacing(Path(path)) as file:
+    with replacing(path) as file:
         file.write(text.encode())
 
 

@@ -11,16 +11,7 @@ import torch
 from common.errors import UserError
 from common.runtime import parallel
 from common.runtime.seeding import seeded
-from tests.conftest import (
-    forks,
-    same,
-    same_files,
-    small_resnet,
-    stage1,
-    stage2,
-    stage4,
-    succeed,
-)
+from tests.conftest import forks, same, same_files, small_resnet, stage1, stage2, stage4, succeed
 from tests.test_data import resident
 
 CPU = torch.device("cpu")

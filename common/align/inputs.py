@@ -58,7 +58,8 @@ def check_flags(
     parser: argparse.ArgumentParser, args: argparse.Namespace, needs_images: bool
 ) -> None:
     """Whether the flags of runs, or those of networks trained elsewhere, are complete."""
-    if not needs_images and (cli.hyper(args, *HOW) != HOW or args.match_images):
+    other = [name for name, paper in HOW.items() if getattr(args, name) != paper]
+    if not needs_images and (other or args.match_images):
         flags = "--match-on, --statistic, --stream or --match-images"
         parser.error(f"--method {args.method} takes no {flags}")
     if args.model_fn and args.target_epoch is not None:

@@ -67,7 +67,7 @@ class Resume:
         minutes: float,
     ):
         """`minutes` are those between two writings within an epoch."""
-        self.path = Path(folder) / "resume.pt" if folder else None
+        self.path = folder / "resume.pt" if folder else None
         self.name, self.model, self.optimiser, self.sums = name, model, optimiser, sums
         self.how = f"{precision} by {type(optimiser).__name__}"
         self.rows: list[dict[str, Any]] = []
@@ -78,7 +78,7 @@ class Resume:
         if self.path and self.path.is_file():
             self._load()
 
-    def save(self, step: int = 0, last: bool = False) -> None:
+    def save_or_stop(self, step: int = 0, last: bool = False) -> None:
         """Write the state, `step` steps into an epoch, if it is due; stop where a signal came.
 
         After the `last` epoch it is due, and nothing is left to be stopped.
@@ -104,7 +104,7 @@ class Resume:
         self.saved = time.perf_counter()
 
     def _load(self) -> None:
-        keys = ("name", "how", "state_dict", "optimiser", "rows")
+        keys = ("name", "how", "state_dict", "optimiser", "rows", "step")
         try:
             state = checkpoint.load(self.path, keys)
         except UserError as error:
@@ -124,7 +124,7 @@ class Resume:
                 if torch.is_tensor(value) and value.shape == parameter.shape:
                     # In the layout of the weights: fused optimisers pair them by memory.
                     kept[key] = torch.empty_like(parameter).copy_(value)
-        self.rows, self.step = state["rows"], state.get("step", 0)
+        self.rows, self.step = state["rows"], state["step"]
         done = [f"epoch {self.rows[-1]['epoch']}"] if self.rows else []
         if self.step:
             # Also where other processes than these had summed.
