@@ -63,7 +63,7 @@ def main() -> None:
     else:
         read = inputs.load_runs(*files, args.target_epoch, *data)
     source, target, masks, networks, images = read
-    variant = cli.hyper(args, *inputs.HOW)
+    variant = {name: getattr(args, name) for name in inputs.HOW}
     unusual = [variant[key] for key, paper in inputs.HOW.items() if variant[key] != paper]
     digests = {"source": source["sha256"], "target": target["sha256"]}
     header = {"source_seed": source["seed"], "target_seed": target["seed"]}

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from common import checkpoint, cli, masking, paths, runs
-from common.data import Resident, Streamed, reader, stage_seed
+from common.data import Resident, Streamed, load_described, stage_seed
 from common.errors import UserError
 from common.models import build_model
 from common.runtime.device import pick_device
@@ -52,7 +52,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     device = pick_device(args.device)
-    read, how = reader(args.data_dir, device, args.workers), cli.how_to_train(args, device)
+    how = cli.how_to_train(args, device)
     chains = {}
     for folder, out in zip(args.dense, args.out):
         dense = checkpoint.load_dense(folder)
@@ -67,7 +67,7 @@ def main() -> None:
         if runs.is_finished(out, arguments) and not missing:
             runs.say_finished(out, __file__)
             continue
-        data = read(dense["dataset"])
+        data = load_described(dense["dataset"], args.data_dir, device, args.workers)
         data.steps(settings["batch_size"])  # a UserError where the images are too few
         names, weights = masking.prunable(build_model(**dense["model"])), dense["state_dict"]
         start = {key: dense[key] for key in checkpoint.WEIGHTS}

@@ -68,8 +68,8 @@ def main() -> None:
         return
 
     device = pick_device(args.device)
-    where = args.data_dir, args.image_size, args.limit_train, device
-    data = load_data(args.dataset, *where, workers=args.workers)
+    wanted = {"name": args.dataset, "image_size": args.image_size, "limit_train": args.limit_train}
+    data = load_data(wanted, args.data_dir, device, args.workers)
     data.steps(args.batch_size)  # a UserError where the images are too few
     rates = learning_rates(args.schedule, args.lr, args.epochs, args.warmup)
     momentum, decay = args.momentum, args.weight_decay

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from common import checkpoint, cli, masking, paths, runs
 from common.arms import ARMS, load_mask
-from common.data import load_described, stage_seed
+from common.data import load_data, stage_seed
 from common.errors import UserError
 from common.models import build_model
 from common.runtime.device import pick_device
@@ -87,7 +87,7 @@ def main() -> None:
         return
 
     device = pick_device(args.device)
-    data = load_described(dataset, args.data_dir, device, args.workers)
+    data = load_data(dataset, args.data_dir, device, args.workers)
     data.steps(shared["batch_size"])  # a UserError where the images are too few
     how = cli.how_to_train(args, device)
     momentum, decay = shared["momentum"], shared["weight_decay"]

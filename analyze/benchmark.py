@@ -55,7 +55,7 @@ def random_images(count: int, size: int, device: torch.device) -> Resident:
     images = torch.randint(256, (count + 8, 3, size, size), dtype=torch.uint8)
     labels, classes = torch.arange(count + 8) % 10, [*map(str, range(10))]
     parts = images[8:], labels[8:], images[:8], labels[:8], classes
-    return make_resident("random", None, *parts, None, None, device, None)
+    return make_resident({"name": "random"}, *parts, None, device)
 
 
 def network(data: Resident, width: float = 1, seed: int = 0) -> nn.Module:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import checkpoint, cli, masking, paths, provenance
-from common.data import Batches, load_described
+from common.data import Batches, load_data
 from common.errors import UserError
 from common.masking import Mask
 from common.models import build_model
@@ -86,7 +86,7 @@ def main() -> None:
     weights = {name: early["state_dict"][name] for name in names}
     shapes = {name: weight.shape for name, weight in weights.items()}
     if args.kind == "snip":
-        data = load_described(dense["dataset"], args.data_dir, workers=args.workers)
+        data = load_data(dense["dataset"], args.data_dir, workers=args.workers)
         scores = snip(model, names, data.eval_batches("train", limit=IMAGES))
     for sparsity in args.sparsity:
         keep = masking.keep_count(sum(map(torch.Size.numel, shapes.values())), sparsity)

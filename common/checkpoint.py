@@ -1,10 +1,8 @@
 """Files: atomic writing and safe loading."""
 
 import contextlib
-import csv
 import hashlib
 import io
-import itertools
 import json
 import os
 import platform
@@ -82,12 +80,12 @@ def save(content: Any, path: Path) -> None:
     """Write tensors and plain values; raises UserError when the disk does not take them."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    with replacing(Path(path)) as file:
+    with replacing(path) as file:
         file.write(buffer.getbuffer())
 
 
 def save_text(text: str, path: Path) -> None:
-    with replacing(Path(path)) as file:
+    with replacing(path) as file:
         file.write(text.encode())
 
 
@@ -97,11 +95,9 @@ def save_json(content: Any, path: Path) -> None:
 
 def save_csv(rows: list[dict[str, Any]], path: Path) -> None:
     """Write dicts as a CSV file with a header; a row may lack what others have."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, dict.fromkeys(itertools.chain(*rows)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    save_text(text.getvalue(), path)
+    import pandas as pd  # here, because it takes a second that most calls need not pay
+
+    save_text(pd.DataFrame(rows).to_csv(index=False), path)
 
 
 # ---------------------------------------------------------------- reading

@@ -186,11 +186,6 @@ def add_data(
     parser.add_argument("--workers", type=natural, default=8, help=text)
 
 
-def hyper(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """The named arguments as a dict, for a run's record of itself."""
-    return {name: getattr(args, name) for name in names}
-
-
 def experiment(args: argparse.Namespace, *inputs: str) -> dict[str, Any]:
     """All arguments but `inputs` and where and how fast a run goes: a flag that is added counts."""
     no_part = (*inputs, "out", "device", "data_dir", "workers", "parallel", "compile")

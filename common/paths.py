@@ -16,7 +16,7 @@ def dense_folder(out: Path, seed: int) -> Path:
 
 def epoch_file(folder: Path, epoch: int) -> Path:
     """Weights of a dense run after `epoch` epochs."""
-    return Path(folder) / f"epoch_{epoch:04d}.pt"
+    return folder / f"epoch_{epoch:04d}.pt"
 
 
 def epoch_files(folder: Path) -> dict[int, Path]:
@@ -25,7 +25,7 @@ def epoch_files(folder: Path) -> dict[int, Path]:
 
 
 def mask_file(folder: Path, sparsity: float) -> Path:
-    return Path(folder) / f"mask_{label(sparsity)}.pt"
+    return folder / f"mask_{label(sparsity)}.pt"
 
 
 def mask_files(folder: Path) -> list[Path]:
@@ -34,7 +34,7 @@ def mask_files(folder: Path) -> list[Path]:
 
 def imp_file(folder: Path, sparsity: float) -> Path:
     """The network that IMP pruned to a sparsity."""
-    return Path(folder) / f"sparse_{label(sparsity)}.pt"
+    return folder / f"sparse_{label(sparsity)}.pt"
 
 
 def imp_files(folder: Path) -> dict[float, Path]:
@@ -77,7 +77,7 @@ def sparse_folder(out: Path, sparsity: float, rewind: int) -> Path:
 
 def final_file(folder: Path) -> Path:
     """The network of a finished run of stage 4; one that diverged has none."""
-    return Path(folder) / "final.pt"
+    return folder / "final.pt"
 
 
 def sparsity_of(path: Path) -> float | None:

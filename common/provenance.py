@@ -39,16 +39,12 @@ def code_digest(script: str, folder: str = "common") -> str:
 @functools.cache
 def commit() -> str | None:
     """The git commit of this checkout, with `-dirty` where it was changed; None outside of git."""
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        if Path(_git("rev-parse", "--show-toplevel")).resolve() == ROOT:
-            changed = _git("status", "--porcelain", "--untracked-files=no")
-            return _git("rev-parse", "--short=12", "HEAD") + "-dirty" * bool(changed)
+    if not (ROOT / ".git").exists():  # but, it may be, a repository above, of somebody else's
+        return None
+    command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     return None
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(ROOT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def stamp(script: str) -> dict[str, Any]:

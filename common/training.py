@@ -20,6 +20,7 @@ from common.runtime import distributed, graph
 from common.runtime.device import autocast, in_onednn_layout
 from common.runtime.resume import Resume, until_stopped
 
+BAR = {"unit": "img", "unit_scale": True, "leave": False, "dynamic_ncols": True}
 CHANCE = 0.97  # of the loss of guessing: a run that ends above it has learned next to nothing
 
 # By the name that --schedule takes: the factor of the learning rate in an epoch, of so many.
@@ -73,7 +74,7 @@ def evaluate(
         for place, k in enumerate((1, *top)):
             largest = logits.topk(min(k, logits.shape[1])).indices
             right[place] += (largest == labels[:, None]).sum()
-    count, loss, *right = distributed.all_reduce_sum(count, loss, *right)
+    count, loss, *right = distributed.gathered(count, loss, *right).sum(0).tolist()
     return [loss / count, *(100 * hits / count for hits in right)]
 
 
@@ -119,14 +120,8 @@ def train(
     Raises RuntimeError when a pruned weight is not zero, Diverged when a weight is not finite
     after an epoch, and UserError when `compiled` finds no compiler.
     """
-    if compiled and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        raise UserError("--compile needs a C++ compiler: install g++ or leave --compile out")
     device, last = data.device, first_epoch + len(rates)
-    forward = torch.compile(model) if compiled else model
-    onednn_layout = in_onednn_layout(forward, device, precision)
-    layout = torch.contiguous_format if onednn_layout else torch.channels_last
-    model.to(device, memory_format=layout)
-    forward = distributed.data_parallel(forward, device)
+    forward = prepared(model, device, precision, compiled)
     optimiser = make_optimiser(model.parameters())
     graphed = device.type == "cuda" and isinstance(data, Resident) and distributed.WORLD_SIZE == 1
     graphed = graphed and graph.capturable(optimiser, device)
@@ -157,16 +152,9 @@ def train(
     top = (5,) if data.description["name"] == "imagenet" else ()
     if graphed:
         step = graph.GraphedStep(step, data, batch_size, generator)
-    bar = tqdm(
-        total=len(rates) * images,
-        initial=len(rows) * images + resume.step * batch_size,
-        desc=name,
-        unit="img",
-        unit_scale=True,
-        disable=None if progress and distributed.RANK == 0 else True,
-        leave=False,
-        dynamic_ncols=True,
-    )
+    done = len(rows) * images + resume.step * batch_size
+    hidden = None if progress and distributed.RANK == 0 else True  # None: where nobody looks
+    bar = tqdm(desc=name, initial=done, total=len(rates) * images, disable=hidden, **BAR)
     with bar, graph.side_stream(device) if graphed else contextlib.nullcontext():
         for epoch in range(first_epoch + len(rows), last):
             rate = rates[epoch - first_epoch]
@@ -175,33 +163,26 @@ def train(
             if resume.step == 0:
                 resume.started = time.perf_counter()
                 sums.zero_()
-            where = seed, epoch, resume.step
-            batches = step.start(*where) if graphed else data.train_batches(batch_size, *where)
-            for done, batch in enumerate(batches, resume.step + 1):
+            start = seed, epoch, resume.step
+            batches = step.start(*start) if graphed else data.train_batches(batch_size, *start)
+            for number, batch in enumerate(batches, resume.step + 1):
                 if augment:
-                    generator.manual_seed(derived_seed(seed, epoch, done))
+                    generator.manual_seed(derived_seed(seed, epoch, number))
                 step(*batch)
                 bar.update(batch_size)
-                resume.save(done)
+                resume.save_or_stop(number)
             masker.check()
             # Final numbers in fp32, as analyses have them: no tie of rounded logits decides.
             exact = "fp32" if epoch + 1 == last else precision
             test = evaluate(model, until_stopped(data.eval_batches("test")), top, exact)
-            resume.save(steps)
-            loss, right = distributed.gathered(sums).sum(0).tolist()
-            row = {
-                "epoch": epoch + 1,
-                "lr": rate,
-                "train_loss": loss / images,
-                "train_acc": 100 * right / images,
-                **dict(zip(("test_loss", "test_acc", *(f"test_top{k}" for k in top)), test)),
-                "seconds": time.perf_counter() - resume.started,
-            }
+            resume.save_or_stop(steps)
+            row = {"epoch": epoch + 1, "lr": rate} | epoch_metrics(sums, images, test)
+            row["seconds"] = time.perf_counter() - resume.started
             rows.append(row)
             if not nn.utils.get_total_norm(model.parameters(), math.inf).isfinite():
                 raise Diverged(name, rows)
             at_epoch(epoch + 1)
-            resume.save(last=epoch + 1 == last)
+            resume.save_or_stop(last=epoch + 1 == last)
             bar.set_postfix(test_acc=f"{row['test_acc']:.2f}", test_loss=f"{row['test_loss']:.3f}")
             if progress:
                 tqdm.write(describe(name, row, last, images))
@@ -210,6 +191,24 @@ def train(
     warn_at_chance(name, rows, data.description["classes"])
     optimiser.zero_grad(set_to_none=True)  # gradients lie in the memory of the graph
     return rows
+
+
+def prepared(model: nn.Module, device: torch.device, precision: str, compiled: bool) -> nn.Module:
+    """Lay `model` out on `device`; the module that trains it, compiled or of several processes."""
+    if compiled and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise UserError("--compile needs a C++ compiler: install g++ or leave --compile out")
+    forward = torch.compile(model) if compiled else model
+    onednn_layout = in_onednn_layout(forward, device, precision)
+    layout = torch.contiguous_format if onednn_layout else torch.channels_last
+    model.to(device, memory_format=layout)
+    return distributed.data_parallel(forward, device)
+
+
+def epoch_metrics(sums: Tensor, images: int, test: list[float]) -> dict[str, float]:
+    """Of an epoch of `images` images, from what `sums` has of each process, and of the test set."""
+    loss, right = distributed.gathered(*sums).sum(0).tolist()
+    row = {"train_loss": loss / images, "train_acc": 100 * right / images}
+    return row | dict(zip(("test_loss", "test_acc", "test_top5"), test))
 
 
 def augmented(augment: Augment, images: Tensor, generator: torch.Generator) -> Tensor:

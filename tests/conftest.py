@@ -26,8 +26,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common import checkpoint, cli
-from common.data import glyphs
+from common import checkpoint, cli, data
 from common.models import build_model
 from common.runtime import resume
 from common.runtime.seeding import seeded as seeded_from
@@ -35,8 +34,8 @@ from common.runtime.seeding import seeded as seeded_from
 FAST = "--batch-size 64 --precision fp32 --device cpu"
 TINY = f"--model mlp --width 0.03125 --image-size 8 --limit-train 256 {FAST}"
 
-glyphs.glyphs.__defaults__ = 0, (500, 200)  # seed, and so many images, which are drawn once
-glyphs.glyphs = functools.cache(glyphs.glyphs)
+data.glyphs.TRAIN, data.glyphs.TEST = 500, 200  # images, which are drawn once
+data.read_glyphs = functools.cache(data.read_glyphs)
 savefig = Figure.savefig
 os.fsync = lambda number: None  # no test outlives the machine
 

@@ -18,8 +18,8 @@ SCRIPT = str(ROOT / "train_dense.py")
 
 
 def test_tables_are_of_rows_that_may_lack_something(tmp_path):
-    checkpoint.save_csv([{"a": 1}, {"a": 2, "b": 3}], tmp_path / "log.csv")
-    assert (tmp_path / "log.csv").read_text() == "a,b\n1,\n2,3\n"
+    checkpoint.save_csv([{"a": 1}, {"a": 2, "b": 0.1}], tmp_path / "log.csv")
+    assert (tmp_path / "log.csv").read_text() == "a,b\n1,\n2,0.1\n"
 
 
 @pytest.mark.parametrize("at", ["fsync", "replace"])

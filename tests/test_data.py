@@ -1,7 +1,6 @@
 import dataclasses
 import itertools
 import os
-from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ import torch
 from PIL import Image
 
 from common.data import Resident, Streamed, balanced, derived_seed, folder, load_data
-from common.data.glyphs import glyphs
+from common.data.glyphs import read_glyphs
 from common.errors import UserError
 from common.vision import torchvision
 from tests.conftest import save_pictures
@@ -29,6 +28,10 @@ def resident(count=6, pad=1, flip=False, mean=0.0, std=1 / 255, device="cpu"):
     labels = torch.arange(count) % 2
     tensors = (part.to(device) for part in (padded, labels, images, labels))
     return Resident(*tensors, pad, flip, description)
+
+
+def load(data_dir=None, name="folder", image_size=8, **wanted):
+    return load_data({"name": name, "image_size": image_size} | wanted, data_dir and str(data_dir))
 
 
 def epoch(data, seed, number, batch=4):
@@ -93,8 +96,8 @@ def test_balanced_takes_equally_of_every_class_and_always_the_same():
 
 def test_images_in_order_of_class_are_limited_to_batches_of_all_classes(pictures):
     """In batches of few classes activations vary less, and so would BatchNorm's statistics."""
-    small, streamed = load_data("folder", str(pictures), 8), Streamed(pictures, CPU, 0)
-    part = load_data("folder", str(pictures), 8, 8)  # whose places training draws: they stay
+    small, streamed = load(pictures), Streamed(pictures, CPU, 0)
+    part = load(pictures, limit_train=8)  # whose places training draws: they stay
     assert part.train_labels.tolist() == [0] * 4 + [1] * 4
     for data in (small, streamed):
         for limit in (8, 100):
@@ -103,14 +106,16 @@ def test_images_in_order_of_class_are_limited_to_batches_of_all_classes(pictures
 
 
 def test_glyphs_are_the_same_from_the_same_seed_and_not_flipped():
-    first, again, other = (glyphs.__wrapped__(8, seed, (40, 20)) for seed in (0, 0, 1))
-    assert all(map(np.array_equal, first, again)) and not np.array_equal(first[0], other[0])
-    images, labels, test, _ = first
-    assert not np.array_equal(images[:20], test) and np.bincount(labels).tolist() == [4] * 10
-    loaded = load_data("glyphs", image_size=8, limit_train=100)
+    first, again, other = (read_glyphs(8, seed) for seed in (0, 0, 1))
+    assert all(map(torch.equal, first[:4], again)) and not torch.equal(first[0], other[0])
+    images, labels, test, *_ = first
+    assert not torch.equal(images[:200], test) and labels.bincount().tolist() == [50] * 10
+    loaded = load(name="glyphs", limit_train=100)
     assert len(loaded.train) == 100 and not loaded.flip
-    with pytest.raises(UserError, match="not the checkpoint's"):
-        load_data("glyphs", image_size=8, expected=loaded.description | {"checksum": "another"})
+    checkpoints = loaded.description | {"mean": [0.5] * 3}
+    assert load_data(checkpoints).description == checkpoints
+    with pytest.raises(UserError, match="checksum differs"):
+        load_data(loaded.description | {"checksum": "another"})
 
 
 @pytest.fixture
@@ -120,7 +125,7 @@ def pictures(tmp_path):
 
 
 def test_folder_reads_pixels_labels_and_statistics(pictures):
-    data, paths = load_data("folder", str(pictures)), sorted(pictures.glob("train/*/*"))
+    data, paths = load(pictures, image_size=None), sorted(pictures.glob("train/*/*"))
     expected = np.stack([Image.open(path) for path in paths]).transpose(0, 3, 1, 2)
     assert np.array_equal(data.train[:, :, 1:-1, 1:-1], expected)
     assert data.train[:, :, 0].eq(0).all() and data.flip  # black around
@@ -134,33 +139,33 @@ def test_folder_reads_pixels_labels_and_statistics(pictures):
 
 
 def test_folder_keeps_the_decoded_images_and_notices_a_change(pictures, monkeypatch):
-    load, picture = partial(load_data, "folder", str(pictures), 8), pictures / "train/cat/0.png"
+    picture = pictures / "train/cat/0.png"
     Image.new("RGB", (12, 12), "red").save(picture)
-    first = load()
+    first = load(pictures)
     with monkeypatch.context() as patched:
         patched.setattr(folder, "read_picture", lambda _: pytest.fail("decoded again"))
-        assert torch.equal(first.train, load().train)
+        assert torch.equal(first.train, load(pictures).train)
     Image.new("RGB", (12, 12), "lime").save(picture)  # as many bytes
     os.utime(picture, (0, 0))
-    changed = load()
+    changed = load(pictures)
     assert changed.train[0, 1, 1:-1, 1:-1].eq(255).all()
     cache = pictures / ".decoded-8.pt"
     cache.write_bytes(cache.read_bytes()[:100])  # a cache that was cut off is made again
-    assert torch.equal(load().train, changed.train)
+    assert torch.equal(load(pictures).train, changed.train)
     Image.new("RGB", (20, 20)).save(picture)  # of another size
     with pytest.raises(UserError, match="checksum differs"):
-        load(expected=first.description)
+        load_data(first.description | {"data_dir": "elsewhere"}, str(pictures))
 
 
 def test_folder_refuses_what_is_wrong_with_one_line(pictures):
     def refused(words, size=8):
         with pytest.raises(UserError, match=words):
-            load_data("folder", str(pictures), size)
+            load(pictures, image_size=size)
 
     cat, emu = pictures / "train/cat", pictures / "train/emu"
     Image.new("RGB", (20, 10)).save(cat / "0.png")
     refused("image-size", None)
-    assert load_data("folder", str(pictures), 8).input_shape == (3, 8, 8)
+    assert load(pictures).input_shape == (3, 8, 8)
     Image.fromarray(np.full((12, 12), 3000, np.uint16)).save(cat / "2.png")  # no 8-bit clipping
     refused(r"cat/2\.png has more than 8 bits")
     (cat / "1.png").write_bytes(b"no image")
@@ -189,7 +194,7 @@ def test_imagenet_streams_the_same_batches_whatever_the_workers(pictures):
     # The order of an epoch is its own, too.
     assert not equal(*(epoch(alone, 0, number, batch=12) for number in (1, 2)))
     with pytest.raises(UserError, match="imagenet"):
-        load_data("imagenet", str(pictures), limit_train=3)
+        load(pictures, "imagenet", 224, limit_train=3)
 
 
 @pytest.mark.parametrize("name, flip", [("cifar10", True), ("cifar100", True), ("svhn", False)])
@@ -205,11 +210,11 @@ def test_downloads_are_read_as_torchvision_holds_them(tmp_path, monkeypatch, nam
 
     kind = getattr(torchvision.datasets, name.upper())
     monkeypatch.setattr(kind, "__init__", held)
-    data = load_data(name, "nowhere")
+    data = load("nowhere", name, None)
     assert np.array_equal(data.test.numpy(), pixels) and data.test_labels.tolist() == [*range(5)]
     assert data.pad == 4 and data.flip == flip
-    assert load_data(name, "nowhere", 16).input_shape == (3, 16, 16)
+    assert load("nowhere", name, 16).input_shape == (3, 16, 16)
     monkeypatch.setattr(kind, "__init__", offline)
     with pytest.raises(UserError, match="is not in .* could not be downloaded .no network"):
-        load_data(name, str(tmp_path / "wrong/place"))
+        load(tmp_path / "wrong/place", name)
     assert not list(tmp_path.iterdir())

@@ -77,8 +77,8 @@ def test_a_run_goes_on_with_another_number_of_processes(monkeypatch, tmp_path):
     """What three had summed up within an epoch is shared by two."""
     model, sums = torch.nn.Linear(1, 1), torch.tensor([[1.0], [2], [4]])
     settings = tmp_path, "test", "fp32", model, torch.optim.SGD(model.parameters(), 0.1)
-    monkeypatch.setattr(distributed, "gathered", lambda _: sums)
-    Resume(*settings, torch.zeros(1), minutes=0).save(step=3)
+    monkeypatch.setattr(distributed, "gathered", lambda *_: sums)
+    Resume(*settings, torch.zeros(1), minutes=0).save_or_stop(step=3)
 
     def goes_on():
         mine = torch.zeros(1)

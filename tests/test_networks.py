@@ -10,11 +10,10 @@ from scipy.stats import entropy
 from analyze import diversity, landscape
 from analyze.lib import lines, networks, repair
 from analyze.lib import runs as finished
-from common.data import reader, resident
+from common.data import load_described, resident
 from tests.conftest import align_and_train, call, refused, stage1, stage2, stage3, succeed
 
 CPU = "--device cpu"
-READ = reader(None, torch.device("cpu"), 0)
 
 
 def test_diversity_by_hand():
@@ -129,9 +128,9 @@ def test_curves_and_planes_do_not_depend_on_how_many_images_a_device_takes(
     monkeypatch.setitem(resident.EVAL_BATCH, "cpu", -1)  # an error where it is used
     monkeypatch.setattr(repair, "has_batch_norm", lambda _: True)
     triple = networks.triples(matched_early).iloc[0]
-    table = landscape.measure(triple, 3, 90, READ)
+    table = landscape.measure(triple, 3, 90, load_described)
     files = [triple[name] for name in ("lth", "permutation", "permuted")]
-    repaired = lines.curve(files, 11, 90, READ).query("repair")
+    repaired = lines.curve(files, 11, 90, load_described).query("repair")
     barrier = lines.barrier(*repaired[["test_loss", "alpha"]].to_numpy().T)
     assert table["loss_barrier"].dropna().tolist() == [pytest.approx(barrier)]
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from analyze import other_masks
 from common import checkpoint
-from common.data import load_described
+from common.data import load_data
 from common.models import build_model
 from tests.conftest import refuse, result, same, stage4, state, succeed
 
@@ -57,7 +57,7 @@ def test_stage_4_trains_under_such_a_mask_and_tables_name_it(ends, tmp_path, tag
     if kind == "snip":
         model = build_model(**early["model"])
         model.load_state_dict(early["state_dict"])
-        data = load_described(early["dataset"]).eval_batches("train")
+        data = load_data(early["dataset"]).eval_batches("train")
         scores = other_masks.snip(model, [*mask], data)
     # Whether what is kept is above what is not, over all layers.
     kept, pruned = (

@@ -11,17 +11,7 @@ import torch
 from common.errors import UserError
 from common.runtime import parallel
 from common.runtime.seeding import seeded
-from tests.conftest import (
-    fork,
-    forks,
-    same,
-    same_files,
-    small_resnet,
-    stage1,
-    stage2,
-    stage4,
-    succeed,
-)
+from tests.conftest import forks, same, same_files, small_resnet, stage1, stage2, stage4, succeed
 from tests.test_data import resident
 
 CPU = torch.device("cpu")
@@ -106,20 +96,6 @@ def test_the_generator_of_one_thread_is_not_moved_by_another():
     finally:
         stop.set()
         other.join()
-
-
-def test_a_stop_ends_threads_too(capfd):
-    """As networks side by side on a GPU are: the command does not wait for the others."""
-    runs = {"waits": threading.Event().wait, "stops": lambda: os.kill(os.getpid(), signal.SIGINT)}
-
-    def stoppable():
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
-        parallel._in_threads(runs, 2, CPU)
-
-    process = fork(stoppable)
-    process.join(60)
-    process.kill()
-    assert process.exitcode == 130 and "the same command goes on" in capfd.readouterr().err
 
 
 @forks

@@ -9,7 +9,7 @@ import pytest
 from common import masking
 from common.align.axes import find_axes
 from common.align.permutation import permute
-from common.data import load_described, stage_seed
+from common.data import load_data, stage_seed
 from common.models import build_model
 from common.training import learning_rates, train
 from tests.conftest import (
@@ -35,7 +35,7 @@ RATES = learning_rates("cosine", 0.08, 3)  # of the dense runs
 
 def train_by_hand(start, epoch, stage, rates, mask=None, seed=0):
     """The weights of a checkpoint that a stage trained on, as it should, from an epoch on."""
-    model, data = build_model(**start["model"]), load_described(start["dataset"])
+    model, data = build_model(**start["model"]), load_data(start["dataset"])
     model.load_state_dict(masking.apply(start["state_dict"], mask or {}))
     settings = {"name": "by hand", "folder": None, "batch_size": 64, "precision": "fp32"}
     settings |= {"make_optimiser": sgd(0.9, 5e-4), "seed": stage_seed(seed, stage)}

@@ -22,7 +22,7 @@ from analyze.lib.runs import (
     sparse_runs,
 )
 from common import checkpoint, cli, masking, paths
-from common.data import Resident, Streamed, reader
+from common.data import Resident, Streamed, load_described
 from common.errors import UserError
 from common.models import build_model
 from common.runtime.device import pick_device
@@ -50,7 +50,8 @@ def arguments(doc: str, **defaults: Any) -> argparse.Namespace:
     cli.add_device(parser)
     cli.add_data(parser)
     args = parser.parse_args()
-    args.read = reader(args.data_dir, pick_device(args.device), args.workers)
+    device = pick_device(args.device)
+    args.read = lambda dataset: load_described(dataset, args.data_dir, device, args.workers)
     return args
 
 

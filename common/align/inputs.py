@@ -15,7 +15,7 @@ from common import checkpoint, cli, masking, paths
 from common.align.axes import find_axes
 from common.align.matching import SIMILARITIES
 from common.align.permutation import Axes
-from common.data import DATASETS, Resident, Streamed, load_data, load_described
+from common.data import DATASETS, Resident, Streamed, load_data
 from common.errors import UserError
 from common.models import build_model, check_fits
 
@@ -58,7 +58,8 @@ def check_flags(
     parser: argparse.ArgumentParser, args: argparse.Namespace, needs_images: bool
 ) -> None:
     """Whether the flags of runs, or those of networks trained elsewhere, are complete."""
-    if not needs_images and (cli.hyper(args, *HOW) != HOW or args.match_images):
+    other = [name for name, paper in HOW.items() if getattr(args, name) != paper]
+    if not needs_images and (other or args.match_images):
         flags = "--match-on, --statistic, --stream or --match-images"
         parser.error(f"--method {args.method} takes no {flags}")
     if args.model_fn and args.target_epoch is not None:
@@ -90,7 +91,7 @@ def load_runs(
         raise UserError(f"source and target are the same network, of seed {source['seed']}")
     masks = masking.load_all(masks_folder, source)
     networks = [build_model(**entry["model"], seed=entry["seed"]) for entry in (source, target)]
-    images = functools.partial(load_described, target["dataset"], data_dir, device, workers)
+    images = functools.partial(load_data, target["dataset"], data_dir, device, workers)
     return source, target, masks, networks, images
 
 
@@ -109,7 +110,8 @@ def load_external(
     """State dicts and masks, ours or of torch.nn.utils.prune, by default in the source's file."""
     networks, images = [build(model_fn), build(model_fn)], None
     if dataset:
-        images = load_data(dataset, data_dir, image_size, None, device, workers=workers)
+        wanted = {"name": dataset, "image_size": image_size}
+        images = load_data(wanted, data_dir, device, workers)
     shape = list(images.input_shape) if images else input_shape or [3, 32, 32]
     source, target = (
         load_weights(path, model_fn, network, shape)

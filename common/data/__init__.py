@@ -5,9 +5,9 @@ checkpoints. Where several processes train one network (common/runtime/distribut
 each process its share. The order and augmentation of an epoch depend on (seed, stage, epoch) alone.
 """
 
+import functools
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ __all__ = [
     "derived_seed",
     "load_data",
     "load_described",
-    "reader",
     "stage_seed",
 ]
 
@@ -39,82 +38,51 @@ __all__ = [
 # classes, and a checksum of data that are not the same everywhere, else None.
 SMALL_IMAGES: dict[str, Callable[[str, int | None], tuple]] = {
     "glyphs": lambda data_dir, image_size: read_glyphs(image_size or 32),
-    "cifar10": partial(read_torchvision, "CIFAR10"),
-    "cifar100": partial(read_torchvision, "CIFAR100"),
-    "svhn": partial(read_torchvision, "SVHN"),
+    "cifar10": functools.partial(read_torchvision, "CIFAR10"),
+    "cifar100": functools.partial(read_torchvision, "CIFAR100"),
+    "svhn": functools.partial(read_torchvision, "SVHN"),
     "folder": lambda data_dir, image_size: read_folder(Path(data_dir), image_size),
 }
 DATASETS = (*SMALL_IMAGES, "imagenet")
 
 
 def load_data(
-    name: str,
+    wanted: dict[str, Any],
     data_dir: str | None = None,
-    image_size: int | None = None,
-    limit_train: int | None = None,
     device: torch.device | str = "cpu",
-    expected: dict[str, Any] | None = None,
     workers: int = 8,
 ) -> Resident | Streamed:
-    """Load a data set onto `device`; image_size in px, limit_train in images.
+    """Load a data set onto `device`, from `data_dir` or where it was.
 
-    `expected` is the description in a checkpoint: its normalisation is taken over.
-    Raises UserError when the data are missing, malformed, or not those of `expected`.
+    `wanted` is the `dataset` of a checkpoint, whose normalisation is taken over, or has `name` and,
+    if at all, `image_size` in px and `limit_train` in images. Raises UserError when the data are
+    missing, malformed, or not the checkpoint's.
     """
-    device = torch.device(device)
-    data_dir = data_dir or "data"
+    device, name = torch.device(device), wanted["name"]
+    data_dir = data_dir or wanted.get("data_dir") or "data"
+    size, limit = wanted.get("image_size"), wanted.get("limit_train")
     if name == "imagenet":
-        if limit_train or image_size:
+        if limit or size not in (None, Streamed.input_shape[-1]):
             raise UserError(
                 "--limit-train and --image-size are for the small-image sets, not for imagenet"
             )
         data = Streamed(Path(data_dir), device, workers)
     else:
-        parts = SMALL_IMAGES[name](data_dir, image_size)
-        where = None if name == "glyphs" else data_dir
-        data = make_resident(name, where, *parts, limit_train, device, expected)
-    if expected:
-        for key in ("classes", "class_names", "checksum"):
-            if data.description.get(key) != expected.get(key):
-                if name == "glyphs":
-                    raise UserError(
-                        "these glyphs are not the checkpoint's: other versions of Pillow or "
-                        "matplotlib drew them"
-                    )
-                raise UserError(
-                    f"{name} in {data_dir} is not the data of the checkpoint: its {key} differs"
-                )
+        where = {"data_dir": None if name == "glyphs" else data_dir}
+        data = make_resident(wanted | where, *SMALL_IMAGES[name](data_dir, size), device)
+    for key in ("class_names", "checksum"):
+        if key in wanted and wanted[key] != data.description[key]:
+            raise UserError(
+                f"{name} in {data_dir} is not the data of the checkpoint: its {key} differs"
+            )
     return data
 
 
-def load_described(
-    description: dict[str, Any],
-    data_dir: str | None = None,
-    device: torch.device | str = "cpu",
-    workers: int = 8,
-) -> Resident | Streamed:
-    """Load the data set that a checkpoint describes; only its place may differ."""
-    return load_data(
-        description["name"],
-        data_dir or description["data_dir"],
-        description["image_size"] if description["name"] != "imagenet" else None,
-        description["limit_train"],
-        device,
-        expected=description,
-        workers=workers,
-    )
+def load_described(description: dict[str, Any], *where: Any) -> Resident | Streamed:
+    """As `load_data`, with each data set read once."""
+    return _load_once(json.dumps(description), *where)
 
 
-def reader(
-    data_dir: str | None, device: torch.device, workers: int
-) -> Callable[[dict[str, Any]], Resident | Streamed]:
-    """As `load_described`, with each data set read once."""
-    loaded: dict[str, Resident | Streamed] = {}
-
-    def read(description: dict[str, Any]) -> Resident | Streamed:
-        key = json.dumps(description)
-        if key not in loaded:
-            loaded[key] = load_described(description, data_dir, device, workers)
-        return loaded[key]
-
-    return read
+@functools.cache
+def _load_once(description: str, *where: Any) -> Resident | Streamed:
+    return load_data(json.loads(description), *where)

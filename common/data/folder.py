@@ -23,9 +23,10 @@ def read_folder(folder: Path, size: int | None) -> tuple:
     Without a size they must be squares of one size. Raises UserError for what is no such image.
     """
     train, test = image_folders(folder, ("test", "val"))
+    samples = train.samples + test.samples
     # The listing tells one set of files from another wherever it lies, the times an old cache.
     listing, times = hashlib.sha256(), 0
-    for path, label in train.samples + test.samples:
+    for path, label in samples:
         with _named(path):
             status = os.stat(path)
         listing.update(f"{path.removeprefix(str(folder))} {label} {status.st_size}\n".encode())
@@ -37,19 +38,19 @@ def read_folder(folder: Path, size: int | None) -> tuple:
             kept = checkpoint.load(cache, ("stamp", "parts"))
             if kept["stamp"] == stamp:
                 return *kept["parts"], train.classes, checksum
-    side, parts = size or read_picture(train.samples[0][0]).width, []
-    for split in (train, test):
-        images = np.empty((len(split), 3, side, side), np.uint8)
-        paths = tqdm(split.samples, f"decoding {folder}", unit="img", disable=None, leave=False)
-        for row, (path, _) in enumerate(paths):
-            image = read_picture(path)
-            if image.size != (side, side):
-                if size is None:
-                    shape = f"{image.width}x{image.height} px, and not all images are {side}x{side}"
-                    raise UserError(f"{path} is {shape}: set --image-size to crop and resize them")
-                image = ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
-            images[row] = np.asarray(image).transpose(2, 0, 1)
-        parts += [torch.from_numpy(images), torch.tensor(split.targets)]
+    side = size or read_picture(samples[0][0]).width
+    images = np.empty((len(samples), 3, side, side), np.uint8)
+    bar = tqdm(samples, f"decoding {folder}", unit="img", disable=None, leave=False)
+    for row, (path, _) in enumerate(bar):
+        image = read_picture(path)
+        if size is None and image.size != (side, side):
+            shape = f"{image.width}x{image.height} px, and not all images are {side}x{side}"
+            raise UserError(f"{path} is {shape}: set --image-size to crop and resize them")
+        square = ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
+        images[row] = np.asarray(square).transpose(2, 0, 1)
+    parts = []
+    for split, pixels in zip((train, test), np.split(images, [len(train)])):
+        parts += [torch.from_numpy(pixels), torch.tensor(split.targets)]
     # Of several processes, one might find what another command has just written.
     if distributed.WORLD_SIZE == 1:
         with contextlib.suppress(UserError):  # a read-only data folder only costs time
@@ -70,14 +71,9 @@ def image_folders(folder: Path, tests: tuple[str, ...]) -> tuple[Any, Any]:
     if not (folder / "train").is_dir() or test is None:
         wanted = f"train/ and {' or '.join(f'{name}/' for name in tests)}"
         raise UserError(f"{folder} needs {wanted}, each with one folder of images a class")
-    endings = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif")
-
-    def is_image(path: str) -> bool:
-        return path.lower().endswith(endings)
-
     try:
         splits = [
-            torchvision.datasets.ImageFolder(str(path), loader=read_picture, is_valid_file=is_image)
+            torchvision.datasets.ImageFolder(str(path), loader=read_picture)
             for path in (folder / "train", test)
         ]
     except OSError as error:

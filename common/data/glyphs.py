@@ -23,23 +23,16 @@ NOISE = 30  # largest absolute noise, of 255
 CONTRAST = (20, 126)  # of ink above paper in each colour
 
 
-def read_glyphs(size: int) -> tuple:
-    """Images of `size` px and labels, the names of the classes, and a checksum."""
-    parts = glyphs(size)
-    # They depend on library versions: later stages must see the very same ones.
-    checksum = hashlib.sha256(parts[0].tobytes() + parts[2].tobytes()).hexdigest()[:16]
-    return *map(torch.from_numpy, parts), list("0123456789"), checksum
-
-
-def glyphs(
-    size: int, seed: int = 0, counts: tuple[int, int] = (TRAIN, TEST)
-) -> tuple[np.ndarray, ...]:
-    """Training images, their labels, test images, their labels: uint8 (N, 3, size, size), int64."""
+def read_glyphs(size: int, seed: int = 0) -> tuple:
+    """Images of `size` px and labels, for training and testing, class names, and a checksum."""
     templates, parts = _templates(), []
-    for part, count in enumerate(counts):
+    for part, count in enumerate((TRAIN, TEST)):
         labels = np.arange(count) % 10
-        parts += [_draw(templates, labels, size, np.random.default_rng([seed, part, size])), labels]
-    return tuple(parts)
+        images = _draw(templates, labels, size, np.random.default_rng([seed, part, size]))
+        parts += [torch.from_numpy(images), torch.from_numpy(labels)]
+    # They depend on library versions: later stages must see the very same ones.
+    checksum = hashlib.sha256(b"".join(images.numpy().tobytes() for images in parts[::2]))
+    return *parts, list("0123456789"), checksum.hexdigest()[:16]
 
 
 def _templates() -> list[list[Image.Image]]:

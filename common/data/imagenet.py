@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,11 @@ class Streamed:
     def train_batches(self, batch_size: int, seed: int, epoch: int, first_step: int = 0) -> Batches:
         """Shuffled, cropped, flipped and normalised batches (images fp32 channels-last, labels)."""
         generator = torch.Generator().manual_seed(derived_seed(seed, epoch))
-        order = torch.randperm(len(self.augmented), generator=generator).tolist()
-        images = _Seeded(self.augmented, order, seed, epoch)
-        part = distributed.local_slice(batch_size)
-        batches = torch.arange(self.steps(batch_size) * batch_size).view(-1, batch_size)
-        mine = batches[first_step:, part].flatten().tolist()
-        yield from self._load(torch.utils.data.Subset(images, mine), part.stop - part.start)
+        order = torch.randperm(len(self.augmented), generator=generator)
+        places = torch.arange(self.steps(batch_size) * batch_size).view(-1, batch_size)
+        own = places[first_step:, distributed.local_slice(batch_size)]
+        keys = ((seed, epoch, place + 1, int(order[place])) for place in own.flatten().tolist())
+        yield from self._load(_Seeded(self.augmented), keys, own.shape[1])
 
     def eval_batches(
         self, split: str = "test", batch_size: int = 250, limit: int | None = None
@@ -67,13 +67,15 @@ class Streamed:
         chosen = torch.arange(len(images))
         if limit is not None:
             chosen = balanced(torch.tensor(images.targets), limit)
-        mine = chosen[distributed.RANK :: distributed.WORLD_SIZE].tolist()
-        yield from self._load(torch.utils.data.Subset(images, mine), batch_size)
+        own = chosen[distributed.RANK :: distributed.WORLD_SIZE].tolist()
+        yield from self._load(images, own, batch_size)
 
-    def _load(self, items: Any, batch_size: int) -> Batches:
+    def _load(self, images: Any, keys: Iterable, batch_size: int) -> Batches:
+        """Batches of images[key] for each of `keys`, in their order."""
         loader = torch.utils.data.DataLoader(
-            items,
+            images,
             batch_size,
+            sampler=keys,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # other threads may draw from the global one
@@ -88,14 +90,12 @@ class Streamed:
 
 
 class _Seeded(torch.utils.data.Dataset):
-    """Images in a given order, each augmented from a seed of its own, whatever the workers."""
+    """Images by numbers that seed the augmentation, whatever the workers, and by their index."""
 
-    def __init__(self, images: Any, order: list[int], seed: int, epoch: int):
-        self.images, self.order, self.seed, self.epoch = images, order, seed, epoch
+    def __init__(self, images: Any):
+        self.images = images
 
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, position: int) -> Any:
-        with seeded(derived_seed(self.seed, self.epoch, position + 1)):
-            return self.images[self.order[position]]
+    def __getitem__(self, key: tuple[int, ...]) -> Any:
+        *numbers, index = key
+        with seeded(derived_seed(*numbers)):
+            return self.images[index]

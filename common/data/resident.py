@@ -1,6 +1,5 @@
 """Small images: a whole data set as uint8 tensors on the device."""
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ EVAL_BATCH = {"cpu": 500, "cuda": 2500}  # a GPU waits for launches where a batc
 Draw = tuple[Tensor, ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Resident:
     """Small images as uint8 tensors on the device, augmented by a few tensor operations there."""
 
@@ -32,7 +31,7 @@ class Resident:
     description: dict[str, Any]
 
     def __post_init__(self) -> None:
-        self._scale  # now: networks side by side on a GPU would not wait for the one that makes it
+        self._scale = pixel_scale(self.description, self.device)
 
     @property
     def device(self) -> torch.device:
@@ -88,34 +87,31 @@ class Resident:
         for some, their_labels in batches[distributed.RANK :: distributed.WORLD_SIZE]:
             yield normalise(some, *self._scale), their_labels
 
-    @functools.cached_property
-    def _scale(self) -> tuple[Tensor, Tensor]:
-        return pixel_scale(self.description, self.device)
-
 
 def make_resident(
-    name: str,
-    data_dir: str | None,
+    wanted: dict[str, Any],
     train: Tensor,
     train_labels: Tensor,
     test: Tensor,
     test_labels: Tensor,
     class_names: list[str],
     checksum: str | None,
-    limit: int | None,
     device: torch.device,
-    expected: dict[str, Any] | None,
 ) -> Resident:
-    """A data set of so many training images, normalised by their own moments or the `expected`."""
+    """The data set of a description, normalised by its moments or, where it has none, by its own.
+
+    Raises UserError when there are fewer images than its `limit_train`.
+    """
+    name, limit = wanted["name"], wanted.get("limit_train")
     if limit is not None and limit > len(train):
         raise UserError(f"--limit-train {limit} is more than the {len(train)} images of {name}")
-    moments = expected or pixel_moments(train)
+    moments = wanted if "mean" in wanted else pixel_moments(train)
     description = {
         "name": name,
-        "data_dir": data_dir,
+        "data_dir": wanted.get("data_dir"),
         "image_size": test.shape[-1],
         "limit_train": limit,
-        "images": {"train": len(train_labels) if limit is None else limit, "test": len(test)},
+        "images": {"train": len(train) if limit is None else limit, "test": len(test)},
         "classes": len(class_names),
         "class_names": class_names,
         "mean": moments["mean"],

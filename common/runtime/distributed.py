@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from common.errors import UserError
@@ -68,38 +67,33 @@ def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model)
 
 
-class _Mean(torch.autograd.Function):
-    """The mean over all processes; so is its gradient."""
+class _Gather(torch.autograd.Function):
+    """The batches of all processes, in their order; of the gradients each gets that of its part."""
 
     @staticmethod
-    def forward(context: Any, values: Tensor) -> Tensor:
-        values = values.clone()
-        distributed.all_reduce(values)
-        return values / WORLD_SIZE
+    def forward(context: Any, images: Tensor) -> Tensor:
+        parts = [torch.empty_like(images) for _ in range(WORLD_SIZE)]
+        distributed.all_gather(parts, images)
+        return torch.cat(parts)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> Tensor:
-        return _Mean.apply(gradient)
+        gradient = gradient.contiguous()
+        distributed.all_reduce(gradient)
+        return gradient.chunk(WORLD_SIZE)[RANK]
 
 
 class _SyncBatchNorm(_BatchNorm):
     """BatchNorm over the batch of all processes, on CPUs."""
 
+    def _check_input_dim(self, images: Tensor) -> None:
+        """Images of any dimensions."""
+
     def forward(self, images: Tensor) -> Tensor:
         if not self.training:
-            statistics = self.running_mean, self.running_var
-            return F.batch_norm(images, *statistics, self.weight, self.bias, eps=self.eps)
-        images, kind = images.float(), images.dtype
-        dims = [dim for dim in range(images.dim()) if dim != 1]
-        mean = _Mean.apply(images.mean(dims, keepdim=True))
-        variance = _Mean.apply((images - mean).square().mean(dims, keepdim=True))
-        count = images.numel() // images.shape[1] * WORLD_SIZE
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.flatten(), self.momentum)
-            self.running_var.lerp_(variance.flatten() * count / (count - 1), self.momentum)
-        weight, bias = (value.view_as(mean) for value in (self.weight, self.bias))
-        return ((images - mean) * (variance + self.eps).rsqrt() * weight + bias).to(kind)
+            return super().forward(images)
+        whole = super().forward(_Gather.apply(images.float().contiguous()))
+        return whole.chunk(WORLD_SIZE)[RANK].to(images.dtype)
 
 
 def local_slice(batch_size: int) -> slice:
@@ -110,36 +104,21 @@ def local_slice(batch_size: int) -> slice:
     return slice(RANK * part, (RANK + 1) * part)
 
 
-def all_reduce_sum(*values: Tensor | float) -> list[float]:
-    """The sum of each value over all processes that have joined."""
-    sums = torch.tensor([float(value) for value in values], dtype=torch.float64)
-    if WORLD_SIZE > 1 and distributed.is_initialized():
-        distributed.all_reduce(sums)
-    return sums.tolist()
-
-
 def let_rank_zero_speak() -> None:
     """Before an error is told: the first process tells most, and torchrun then ends the others."""
     if RANK:
         time.sleep(ERROR_DELAY)
 
 
-def barrier() -> None:
-    """Until every process is here."""
-    all_reduce_sum(0)
-
-
-def gathered(values: Tensor) -> Tensor:
-    """`values` (N,) of every process, as rows in their order, in float64 on the CPU."""
+def gathered(*values: Tensor | float) -> Tensor:
+    """The values of all processes that have joined, a row each, in float64 on the CPU."""
     rows = torch.zeros(WORLD_SIZE, len(values), dtype=torch.float64)
-    rows[RANK] = values.cpu()
+    rows[RANK] = torch.tensor([float(value) for value in values], dtype=torch.float64)
     if WORLD_SIZE > 1 and distributed.is_initialized():
         distributed.all_reduce(rows)
     return rows
 
 
-def agree(*decisions: bool) -> list[bool]:
-    """The decisions of the first process, in all of them."""
-    if WORLD_SIZE == 1:
-        return list(decisions)
-    return [value > 0 for value in all_reduce_sum(*(RANK == 0 and each for each in decisions))]
+def barrier() -> None:
+    """Until every process is here."""
+    gathered(0)

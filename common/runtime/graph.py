@@ -69,8 +69,8 @@ class GraphedStep:
 
     def start(self, seed: int, epoch: int, first_step: int = 0) -> Iterator[tuple]:
         """Set the tensors to a step of an epoch; an empty batch for it and each that follows."""
-        for mine, drawn in zip(self.draw, self.data.draw(seed, epoch)):
-            mine.copy_(drawn)
+        for held, drawn in zip(self.draw, self.data.draw(seed, epoch)):
+            held.copy_(drawn)
         first = first_step * self.batch_size
         torch.arange(first, first + self.batch_size, out=self.rows)
         return itertools.repeat((), self.steps - first_step)

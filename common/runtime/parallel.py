@@ -33,7 +33,7 @@ def run_all(runs: dict[str, Run], asked: str | None, width: float, data: Data) -
     if distributed.WORLD_SIZE > 1 and asked is not None:
         several = "--parallel trains several networks on one GPU"
         raise UserError(f"{several}, and torchrun one network on several: choose one")
-    with resume.sigterm_ends_steps():
+    with resume.signals_end_steps():
         if asked is None:
             for folder, run in runs.items():
                 run()
@@ -132,13 +132,7 @@ def _in_threads(runs: dict[str, Run], count: int, device: torch.device) -> dict[
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # the data were written on another stream
     with ThreadPoolExecutor(count, initializer=prepare) as pool:
-        try:
-            codes = dict(zip(runs, pool.map(_outcome, runs, runs.values())))
-        except KeyboardInterrupt:
-            # Threads cannot be stopped, but files are written whole or not at all.
-            said = "stopped; the same command goes on"
-            print(said, file=sys.stderr, flush=True)
-            os._exit(130)
+        codes = dict(zip(runs, pool.map(_outcome, runs, runs.values())))
     return {name: code for name, code in codes.items() if code}
 
 

@@ -17,21 +17,30 @@ from common.errors import UserError
 from common.runtime import distributed
 
 EVERY = 30  # seconds between two writings of resume.pt at the ends of epochs
-stopping = threading.Event()  # set by SIGTERM: runs stop after their step
+stopping = threading.Event()  # set by a signal: runs stop after their step
 
 
 @contextlib.contextmanager
-def sigterm_ends_steps() -> Iterator[None]:
-    """Within it SIGTERM, as a scheduler sends it ahead of the end, lets runs finish their step."""
-    before = signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+def signals_end_steps() -> Iterator[None]:
+    """Within it SIGTERM, as a scheduler sends it ahead of the end, and Ctrl-C let runs finish their
+    step; a second Ctrl-C ends them at once.
+    """
+
+    def stop(number: int, _: Any) -> None:
+        if stopping.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stopping.set()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def until_stopped(batches: Iterator[Any]) -> Iterator[Any]:
-    """The first of `batches`, and more until SIGTERM comes: an evaluation that nobody will see."""
+    """The first of `batches`, and more until a signal comes: an evaluation that nobody will see."""
     for batch in batches:
         yield batch
         if stopping.is_set():
@@ -58,7 +67,7 @@ class Resume:
         minutes: float,
     ):
         """`minutes` are those between two writings within an epoch."""
-        self.path = Path(folder) / "resume.pt" if folder else None
+        self.path = folder / "resume.pt" if folder else None
         self.name, self.model, self.optimiser, self.sums = name, model, optimiser, sums
         self.how = f"{precision} by {type(optimiser).__name__}"
         self.rows: list[dict[str, Any]] = []
@@ -69,15 +78,17 @@ class Resume:
         if self.path and self.path.is_file():
             self._load()
 
-    def save(self, step: int = 0, last: bool = False) -> None:
-        """Write the state, `step` steps into an epoch, if it is due; stop where SIGTERM came.
+    def save_or_stop(self, step: int = 0, last: bool = False) -> None:
+        """Write the state, `step` steps into an epoch, if it is due; stop where a signal came.
 
         After the `last` epoch it is due, and nothing is left to be stopped.
         """
         self.step, every = step, self.within if step else EVERY
         due = last or time.perf_counter() - self.saved > every
         # Several processes write together, when the clock of the first says so.
-        due, stop = distributed.agree(due, stopping.is_set() and not last)
+        stop = stopping.is_set() and not last
+        if distributed.WORLD_SIZE > 1:
+            due, stop = distributed.gathered(due, stop)[0]
         if self.path and (due or stop):
             self._write()
         if stop:
@@ -87,13 +98,13 @@ class Resume:
         weights = {key: value.cpu().contiguous() for key, value in self.model.state_dict().items()}
         state = {"name": self.name, "how": self.how, "state_dict": weights}
         state |= {"optimiser": self.optimiser.state_dict()["state"], "rows": self.rows}
-        state |= {"step": self.step, "sums": distributed.gathered(self.sums)}
+        state |= {"step": self.step, "sums": distributed.gathered(*self.sums)}
         state["seconds"] = time.perf_counter() - self.started
         checkpoint.save(state, self.path)
         self.saved = time.perf_counter()
 
     def _load(self) -> None:
-        keys = ("name", "how", "state_dict", "optimiser", "rows")
+        keys = ("name", "how", "state_dict", "optimiser", "rows", "step")
         try:
             state = checkpoint.load(self.path, keys)
         except UserError as error:
@@ -113,7 +124,7 @@ class Resume:
                 if torch.is_tensor(value) and value.shape == parameter.shape:
                     # In the layout of the weights: fused optimisers pair them by memory.
                     kept[key] = torch.empty_like(parameter).copy_(value)
-        self.rows, self.step = state["rows"], state.get("step", 0)
+        self.rows, self.step = state["rows"], state["step"]
         done = [f"epoch {self.rows[-1]['epoch']}"] if self.rows else []
         if self.step:
             # Also where other processes than these had summed.
