@@ -3,8 +3,9 @@
     python -m analyze.results runs/quick
 
 Writes results.csv, a row a run, and table.txt: the test accuracy of each arm, mean ± sample
-standard deviation, and its difference to naive, paired by seeds, with its 95% interval, the share
-of the LTH-naive gap that it closes, and the smallest difference that so many pairs could show.
+standard deviation, and its difference to naive of the same tag, paired by seeds, with its 95%
+interval, the share of the LTH-naive gap that it closes, and the smallest difference that so many
+pairs could show.
 summary.csv has all of these as numbers, figures/gains_* are the differences with their intervals.
 `--against "permuted (masked)"` prints the differences to another variant than naive, and writes
 nothing.
@@ -29,7 +30,6 @@ AGAINST = """minus {}, in points [95% interval, Student, paired by seeds] (the s
 that so many pairs show with a probability of 80%)"""
 STARS = """*  the interval excludes 0
 ** so it does after Holm's correction for the {} differences of this table"""
-INCLUDES = "the difference includes what that edit does to any mask"
 
 
 def render(runs: pd.DataFrame, against: str | None = None) -> str:
@@ -52,13 +52,6 @@ def render(runs: pd.DataFrame, against: str | None = None) -> str:
                 heading = AGAINST.format(style.label(against))
             lines += ["", heading, _grid(differences, _difference)]
             lines += [STARS.format(tests)] if tests else []
-            if not against and differences["variant"].str.contains("[", regex=False).any():
-                for naive, rows in differences.groupby("baseline"):
-                    names = ", ".join(map(style.label, rows["variant"].unique()))
-                    lines += [f"compared with {style.label(naive)}: {names}"]
-                    others = rows.loc[~rows["variant"].str.startswith("imp-target"), "variant"]
-                    edits = sorted({*others.map(_edit)} - {_edit(naive), ""})
-                    lines += [f"  no naive {edit} is there: {INCLUDES}" for edit in edits]
         lines += remarks(runs[(runs[NETWORK] == list(network)).all(axis=1)])
         if block["count"].max() == 1:
             lines += ["one pair only: there is no spread to tell an effect from chance"]
@@ -75,11 +68,6 @@ def _grid(table: pd.DataFrame, show: Callable[[Any], str]) -> str:
     grid = grid.loc[table["cell"].unique(), names].rename(columns=style.label)
     grid = grid.rename_axis(index=None, columns=None)
     return (grid if len(names) <= 4 else grid.T).to_string()
-
-
-def _edit(variant: str) -> str:
-    """For example '[adamw]' of 'permuted [adamw]'."""
-    return "".join(variant.partition("[")[1:])
 
 
 def _difference(row: Any) -> str:

@@ -139,20 +139,13 @@ def test_early_matches_and_masks_of_another_data_set_are_variants_of_their_own()
 def test_a_tagged_variant_is_compared_with_the_naive_runs_of_its_tag():
     plain = rows_of("lth 0 0 90, naive 0 1 70, permuted 0 1 75")
     tagged = rows_of("lth 0 0 72, naive 0 1 56, permuted 0 1 60", tag="adamw")
-    columns, table = ["baseline", "difference", "gap_closed"], summary(plain + tagged)
-    assert table.loc["permuted [adamw]", columns].tolist() == ["naive [adamw]", 4, 25]
-    assert table.loc["permuted", columns].tolist() == ["naive", 5, 25] and len(table) == 6
-    text = told(plain + tagged)
-    assert "compared with naive [adamw]: LTH [adamw]" in text and "no naive" not in text
+    columns, table = ["difference", "gap_closed"], summary(plain + tagged)
+    assert table.loc["permuted [adamw]", columns].tolist() == [4, 25]
+    assert table.loc["permuted", columns].tolist() == [5, 25] and len(table) == 6
     alone = plain + tagged[2:]  # no naive run of its tag
-    assert summary(alone).loc["permuted [adamw]", columns].tolist() == ["naive", -10, -50]
-    line = "compared with naive: LTH, permuted, permuted [adamw]\n  no naive [adamw] is there"
-    assert line in told(alone)
-    # Other settings are no comparison.
-    alone[-1] |= {"settings": {"lr": "0.1"}}
-    for row in plain:
-        row["settings"] = {"lr": "0.2"}
     assert summary(alone).loc["permuted [adamw]", columns].isna().all()
+    against = statistics.summary(frame(alone), "naive").set_index("variant")
+    assert against.loc["permuted [adamw]", "difference"] == -10
 
 
 def test_overall_averages_each_pair_over_the_cells_that_have_every_arm():
@@ -175,7 +168,8 @@ def test_overall_averages_each_pair_over_the_cells_that_have_every_arm():
 def test_differences_to_another_variant():
     table = statistics.summary(frame(grid()), "permuted").set_index("variant")
     assert table.loc["naive", "difference"] == -10 and table["gap_closed"].isna().all()
-    assert table.loc["lth", "baseline"] == "permuted"
+    assert table.loc["lth", "difference"] == pytest.approx(10.2)
+    assert pd.isna(table.loc["permuted", "difference"])
     assert "minus permuted, in points" in told(grid(), "permuted")
     assert "of the gap" not in told(grid(), "permuted")
 
@@ -270,16 +264,23 @@ def test_runs_of_two_settings_have_columns_of_their_own(part, keys):
         rows += rows_of("lth 2 2 90", settings=finished.settings(other))
         name = {"data_dir": "data", "checksum": "data"}.get(key, key)
         expected = f"{part} {name}=other".removeprefix("arguments ")
-        assert finished.with_settings(frame(rows))[1] == expected
+        place = "method" if part == "align" else "tag"
+        expected = expected.replace("align", "activation")
+        assert finished.with_settings(frame(rows))[place][1] == expected
 
 
-def test_a_flag_that_one_method_alone_has_is_no_setting_of_the_others():
+def test_settings_of_an_alignment_stand_in_the_method_and_its_runs_beside_the_same_naive():
     ways = {}, {"restarts": 5}, {"restarts": 2}
     made = [finished.settings({"arguments": {}, "align": way}) for way in ways]
     rows = [one for way in made[:2] for one in rows_of("permuted 0 1 80", settings=way)]
-    assert finished.with_settings(frame(rows)).eq("").all()
-    rows += rows_of("permuted 0 1 80", settings=made[2])
-    assert [*finished.with_settings(frame(rows))] == ["", "align restarts=5", "align restarts=2"]
+    # A flag that one method alone has is no setting of the others.
+    assert finished.with_settings(frame(rows))["method"].eq("activation").all()
+    rows += rows_of("permuted 0 1 82", settings=made[2]) + rows_of("naive 0 1 70")
+    runs = finished.with_settings(frame(rows))
+    assert runs["tag"].eq("").all()
+    table = summary(runs)
+    expected = {"permuted": 10, "permuted (activation restarts=5)": 10}
+    assert differences(table) == expected | {"permuted (activation restarts=2)": 12}
 
 
 def test_a_place_of_its_own_is_no_other_data():
@@ -322,9 +323,9 @@ def test_a_sceptical_referee_accepts_what_is_printed(runs, tmp_path):
         assert f"{label} [{used}]" in text  # never named without its settings
     assert "naive [lr=0.5 precision=fp32]" in text and "LTH [lr=0.02 precision=bf16]" in text
     table = pd.read_csv(tmp_path / "summary.csv").dropna(subset="difference")
-    assert set(table["baseline"]) == {f"naive [{used}]"}  # and only what differs in the arm alone
+    # Only what differs in the arm alone.
     assert set(table["variant"]) == {f"lth [{used}]", f"permuted [{used}]"}
-    assert (table["pairs"] <= 2).all() and f"compared with naive [{used}]" in text
+    assert (table["pairs"] <= 2).all()
     assert table["p_holm"].dropna().ge(table["p"].dropna()).all()
     tags = set(pd.read_csv(tmp_path / "results.csv")["tag"])
     assert tags == {"adamw", used, "lr=0.5 precision=fp32", "lr=0.02 precision=bf16"}

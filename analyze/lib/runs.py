@@ -18,6 +18,7 @@ COLUMNS = """tag code precision epochs arm signs fan_in model width dataset mask
 NETWORK = ["model", "width", "dataset"]
 CELL = [*NETWORK, "sparsity", "rewind"]
 SEEDS = ["source_seed", "target_seed"]
+KIND = ["arm", "tag", "mask_dataset", "signs", "fan_in", "variant"]
 RUN = ["arm", "signs", "fan_in", "mask_dataset", "method", "match_epoch", *SEEDS, "seed", "tag"]
 NEEDED = {*CELL, "arm", "target_seed", "test_acc", "seconds", "sparsity_total"}
 WORDS = "tag code precision arm model dataset mask_dataset method mask_code mask path".split()
@@ -66,8 +67,7 @@ def read_runs(root: Path, stage: str, columns: list[str], needed: set[str]) -> p
             rows.append({key: values.get(key) for key in columns} | {"settings": settings(result)})
         except (AttributeError, KeyError, TypeError) as error:
             skipped(result["path"], f"its result.json lacks {error}")
-    runs = pd.DataFrame(rows, columns=[*columns, "settings"])
-    return runs.assign(tag=with_settings(runs))
+    return with_settings(pd.DataFrame(rows, columns=[*columns, "settings"]))
 
 
 def readable(read: Callable[..., Any], *arguments: Any) -> Any:
@@ -132,22 +132,26 @@ def settings(result: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def with_settings(runs: pd.DataFrame) -> pd.Series:
-    """The tag of each run, with the settings in which runs of its network and tag differ.
+def with_settings(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs, with the settings in which runs of a network and tag differ in their tag, and those
+    of the alignment, which naive has not, in their method.
 
     So runs of two settings stand in columns of their own, and no mean is of both.
     """
-    tag = runs["tag"].astype(object).fillna("")
-    groups = [*(runs[key] for key in NETWORK), tag]
+    runs = runs.assign(tag=runs["tag"].astype(object).fillna(""))
+    groups = [runs[key] for key in (*NETWORK, "tag")]
     made = pd.DataFrame(list(runs["settings"]), index=runs.index, dtype=object)
     for key, values in made.items():
         part = key.rpartition(" ")[0]
-        if part != "align":  # whose methods have flags of their own
+        place, label = "tag", key
+        if part == "align":  # whose methods have flags of their own
+            place, label = "method", key.removeprefix("align ")
+        else:
             untold = values.isna() & made[f"{part} data".strip()].notna()
             values = values.mask(untold, "None")
         mixed = values.groupby(groups).transform("nunique") > 1
-        tag = tag + (f" {key}=" + values).where(mixed & values.notna(), "")
-    return tag.str.strip()
+        runs[place] += (f" {label}=" + values).where(mixed & values.notna(), "")
+    return runs.assign(tag=runs["tag"].str.strip())
 
 
 def dense_files(root: Path) -> dict[str, Path]:
@@ -165,9 +169,8 @@ def variants(runs: pd.DataFrame) -> pd.Series:
     """What tables and figures call each run: its arm, and what is unusual about it."""
     epoch = pd.to_numeric(runs["match_epoch"])
     early = epoch.where(epoch != pd.to_numeric(runs["dense_epochs"]))  # Table 15
-    method = runs["method"].where((runs["arm"] == "permuted") & (runs["method"] != "activation"))
     parts = {
-        " ({})": method,
+        " ({})": runs["method"].mask(runs["method"].isin(["activation", "random"])),
         " @{:g}": early,
         " [{} mask]": other_mask(runs),
         " + signs": runs["signs"].where(runs["signs"]),
@@ -194,27 +197,8 @@ def of_one_network(runs: pd.DataFrame) -> pd.Series:
     return (runs["source_seed"] == runs["target_seed"]) & other_mask(runs).isna()
 
 
-def baselines(runs: pd.DataFrame) -> dict[str, tuple[str, str]]:
-    """The (naive, lth) that each variant of a network can be compared with, where there is one.
-
-    The naive use of masks of the same data set, of the same tag or else of one that it begins with,
-    as far as the settings are the same.
-    """
-    kinds = runs.assign(mask=other_mask(runs).fillna("")).drop_duplicates("variant")
-    naive = plain(kinds[kinds["arm"] == "naive"]).sort_values("tag", key=lambda tag: tag.str.len())
-    naive["lth"] = with_tag("lth", naive["tag"])
-    found = {}
-    for kind in kinds.itertuples():
-        for one in naive[naive["mask"] == kind.mask].itertuples():
-            known = one.settings.keys() & kind.settings.keys()
-            alike = all(one.settings[key] == kind.settings[key] for key in known)
-            if alike and kind.tag.startswith(one.tag):
-                found[kind.variant] = one.variant, one.lth
-    return found
-
-
 def by_pair(runs: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy by cell and pair of seeds (source, target), a column a variant.
+    """The accuracy of every variant by cell and pair of seeds (source, target), a row each.
 
     LTH and other runs of one network stand beside every pair with that source; imp-target beside
     that target.
@@ -224,7 +208,26 @@ def by_pair(runs: pd.DataFrame) -> pd.DataFrame:
     parts = [runs[~single]]
     for key, other, alone in ((*SEEDS, ~of_target), (*SEEDS[::-1], of_target)):
         parts.append(runs[single & alone].drop(columns=other).merge(pairs, on=[*CELL, key]))
-    return pd.concat(parts).pivot_table("test_acc", [*CELL, *SEEDS], "variant")
+    return pd.concat(parts).groupby([*CELL, *SEEDS, *KIND], as_index=False)["test_acc"].mean()
+
+
+def with_gains(pairs: pd.DataFrame, against: str | None = None) -> pd.DataFrame:
+    """Rows of `by_pair` with their `gain` over naive in points, and the `gap` from naive to LTH.
+
+    In the same cell, of the same pair and tag, naive of masks of the same data set. The gain is
+    over the variant `against`, where one is given, and there is no gap then.
+    """
+    of_lth = [*CELL, *SEEDS, "tag"]
+    naive, of_naive = plain(pairs[pairs["arm"] == "naive"]), [*of_lth, "mask_dataset"]
+    lth = plain(pairs[pairs["arm"] == "lth"])
+    if against:
+        naive, of_naive, lth = pairs[pairs["variant"] == against], [*CELL, *SEEDS], lth[:0]
+    naive = naive.rename(columns={"test_acc": "naive", "variant": "baseline"})
+    lth = lth.rename(columns={"test_acc": "lth"})
+    found = pairs.merge(naive[[*of_naive, "naive", "baseline"]], "left", of_naive)
+    found = found.merge(lth[[*of_lth, "lth"]], "left", of_lth)
+    gain = (found["test_acc"] - found["naive"]).where(found["variant"] != found["baseline"])
+    return found.assign(gain=gain, gap=found["lth"] - found["naive"])
 
 
 def shared_networks(pairs: pd.DataFrame) -> list[int]:

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 from scipy.special import nctdtrinc, stdtr, stdtrit  # scipy.stats takes a second to import
 
-from analyze.lib.runs import CELL, NETWORK, SEEDS, baselines, by_pair, shared_networks
+from analyze.lib.runs import CELL, KIND, NETWORK, SEEDS, by_pair, shared_networks, with_gains
 
 PAIRED = "difference difference_se difference_low difference_high p detectable pairs".split()
-DIFFERENCES = ["baseline", *PAIRED, "p_holm", "gap_closed", "gap_low", "gap_high"]
+DIFFERENCES = [*PAIRED, "p_holm", "gap_closed", "gap_low", "gap_high"]
 
 
 def paired(differences: pd.Series, independent: bool = True) -> dict[str, float]:
@@ -35,31 +35,22 @@ def holm(p: pd.Series) -> pd.Series:
     return (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1).reindex(p.index)
 
 
-def against_naive(
-    pairs: pd.DataFrame, compared: dict[str, tuple[str, str]]
-) -> dict[str, dict[str, float]]:
-    """For every variant: its difference to naive, and the share of the LTH-naive gap closed.
+def differences(pairs: pd.DataFrame) -> dict[str, float]:
+    """Of a variant's rows of `with_gains`: the gain as `paired`, and the share of the gap closed.
 
-    `pairs` has a row a pair and a column a variant, `compared` is from `baselines`. Differences are
-    `paired`; the share is in percent, both as means over the pairs that have all three, with 95%
-    intervals; it is missing where there is no gap. Intervals are missing where pairs share a
-    network, as such pairs are not independent.
+    The share is in percent, both as means over the pairs that have a gap, with its 95% interval; it
+    is missing where there is no gap. Intervals are missing where pairs share a network, as such
+    pairs are not independent.
     """
-    found, independent = {}, not shared_networks(pairs.index.to_frame())
-    for variant, (naive, lth) in compared.items():
-        if naive == variant or not {variant, naive} <= {*pairs}:
-            continue
-        gain = (pairs[variant] - pairs[naive]).dropna()
-        if gain.empty:
-            continue
-        found[variant] = row = paired(gain, independent) | {"baseline": naive}
-        if lth in pairs:
-            gain, gap = gain.align((pairs[lth] - pairs[naive]).dropna(), join="inner")
-            if gap.mean() > 0:
-                ends = ratio_interval(gain, gap) if independent else (math.nan, math.nan)
-                shares = 100 * np.array([gain.mean() / gap.mean(), *ends])
-                row |= dict(zip(("gap_closed", "gap_low", "gap_high"), shares))
-    return found
+    independent = not shared_networks(pairs)
+    row = paired(pairs["gain"], independent)
+    pairs = pairs.dropna(subset="gap")
+    gain, gap = pairs["gain"], pairs["gap"]
+    if gap.mean() > 0:
+        ends = ratio_interval(gain, gap) if independent else (math.nan, math.nan)
+        shares = 100 * np.array([gain.mean() / gap.mean(), *ends])
+        row |= dict(zip(("gap_closed", "gap_low", "gap_high"), shares))
+    return row
 
 
 def ratio_interval(numerators: pd.Series, denominators: pd.Series) -> tuple[float, float]:
@@ -89,32 +80,42 @@ def wilson(percent: float, count: int) -> tuple[float, float]:
     return 100 * (p + w / 2 - half) / (1 + w), 100 * (p + w / 2 + half) / (1 + w)
 
 
-def summary(runs: pd.DataFrame, against: str | None = None) -> pd.DataFrame:
-    """A row a cell and variant: mean, sample std and number of runs, and `against_naive`.
+def accuracy(cell: pd.DataFrame) -> pd.DataFrame:
+    """Of a cell's runs, by arm and variant: mean, sample std and number."""
+    return cell.groupby(["arm", "variant"])["test_acc"].agg(["mean", "std", "count"])
 
-    Of a network with several cells that compare something also a row a variant that all of them
-    have, without sparsity and rewind epoch, of each pair's mean over those of these cells in which
-    it is whole. Holm's family are all rows of a network. `against` is a variant in place of naive.
+
+def overall(pairs: pd.DataFrame) -> pd.DataFrame:
+    """The accuracies of rows of `with_gains` by pair, as means over the cells of a network.
+
+    Of networks with several cells that compare something, of the variants that all of these cells
+    have: each pair's mean over those in which it has them all.
     """
-    rows = []
-    for network, mine in runs.groupby(NETWORK):
-        compared, tables = baselines(mine), {}
-        if against:
-            compared = dict.fromkeys(mine["variant"].unique(), (against, ""))
-        for cell, here in mine.groupby(CELL[3:]):
-            tables[cell] = here.groupby("variant")["test_acc"], by_pair(here)
-        told = [pairs for _, pairs in tables.values() if against_naive(pairs, compared)]
-        if len(told) > 1:
-            whole = pd.concat(told)
-            whole = whole.loc[:, whole.notna().groupby(CELL).any().all()].dropna()
-            whole = whole.groupby(SEEDS).mean()
-            tables[math.nan, None] = whole.melt().groupby("variant")["value"], whole
-        for cell, (accuracy, pairs) in tables.items():
-            differences = against_naive(pairs, compared)
-            for variant, means in accuracy.agg(["mean", "std", "count"]).iterrows():
-                row = dict(zip(CELL, (*network, *cell))) | {"variant": variant}
-                rows.append(row | means.to_dict() | differences.get(variant, {}))
-    table = pd.DataFrame(rows, columns=[*CELL, "variant", "mean", "std", "count", *DIFFERENCES])
+    told = pairs[pairs.groupby(CELL)["gain"].transform("count") > 0].copy()
+    told["cell"] = told.groupby(CELL).ngroup()
+    cells = told.groupby(NETWORK)["cell"].transform("nunique")
+    mine = told.groupby([*NETWORK, "variant"])["cell"].transform("nunique")
+    told = told[(cells > 1) & (mine == cells)]
+    variants = told.groupby(NETWORK)["variant"].transform("nunique")
+    whole = told.groupby([*CELL, *SEEDS])["variant"].transform("nunique") == variants
+    return told[whole].groupby([*NETWORK, *SEEDS, *KIND], as_index=False)["test_acc"].mean()
+
+
+def summary(runs: pd.DataFrame, against: str | None = None) -> pd.DataFrame:
+    """A row a cell and variant: mean, sample std and number of runs, and its `differences`.
+
+    The rows of `overall` have no sparsity and rewind epoch. Holm's family are all rows of a
+    network. `against` is a variant in place of naive.
+    """
+    pairs, key = by_pair(runs), [*CELL, "arm", "variant"]
+    means = overall(with_gains(pairs, against))
+    cells = pd.concat([runs, means]).groupby(CELL, dropna=False)[[*key[-2:], "test_acc"]]
+    table = cells.apply(accuracy).reset_index()
+    told = with_gains(pd.concat([pairs, means]), against).dropna(subset="gain")
+    groups = told.groupby(key, dropna=False)
+    rows = [dict(zip(key, names)) | differences(group) for names, group in groups]
+    found = pd.DataFrame(rows, columns=[*key, *DIFFERENCES]).astype(table.dtypes[key])
+    table = table.merge(found, "left", key)
     table["p_holm"] = table.groupby(NETWORK)["p"].transform(holm)
     return table.astype({"rewind": "Int64", "count": int, "pairs": "Int64"})
 
