@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from analyze.lib import cache, style
+from analyze.lib import cache
 from analyze.lib.networks import arguments, build, imp_networks
 from analyze.lib.runs import (
     CELL,
@@ -122,7 +122,6 @@ def main() -> None:
     if result.empty:
         raise UserError(f"no two finished networks of the same kind below {root}: train more seeds")
     save(result, root / "diversity.csv")
-    result["variant"] = result["variant"].map(style.label)
     for (model, width, dataset), group in result.groupby(NETWORK):
         print(f"\n{model} x{width:g} on {dataset}: accuracy in percent, KL and JS in nats")
         shown = group.drop(columns=NETWORK)

@@ -49,7 +49,7 @@ def render(runs: pd.DataFrame, against: str | None = None) -> str:
             tests = differences["p"].count()
             heading = TESTED if tests else DIFFERENCE
             if against:
-                heading = AGAINST.format(style.label(against))
+                heading = AGAINST.format(against)
             lines += ["", heading, _grid(differences, _difference)]
             lines += [STARS.format(tests)] if tests else []
         lines += remarks(runs[(runs[NETWORK] == list(network)).all(axis=1)])
@@ -65,7 +65,7 @@ def _grid(table: pd.DataFrame, show: Callable[[Any], str]) -> str:
     names = sorted(table["variant"].unique(), key=style.rank)
     shown = table.assign(text=list(map(show, table.itertuples())))
     grid = shown.pivot(index="cell", columns="variant", values="text").fillna("-")
-    grid = grid.loc[table["cell"].unique(), names].rename(columns=style.label)
+    grid = grid.loc[table["cell"].unique(), names]
     grid = grid.rename_axis(index=None, columns=None)
     return (grid if len(names) <= 4 else grid.T).to_string()
 
@@ -93,7 +93,7 @@ def plot(rows: pd.DataFrame, title: str) -> style.Figure:
             dot = look | {"linestyle": "", "capsize": 2}
             axis.errorbar(row.difference, place, xerr=half, **dot)
         axis.set(title=cell, xlabel="minus naive (points)")
-        axis.set_yticks(range(len(looks)), [look["label"] for look in looks.values()])
+        axis.set_yticks(range(len(looks)), [*looks])
         axis.set_ylim(len(looks) - 0.5, -0.5)
     figure.suptitle(title, fontsize=10)
     return figure
@@ -107,12 +107,12 @@ def main() -> None:
     args = parser.parse_args()
     root, runs = args.root, sparse_runs(args.root)
     if args.against:
-        names = {style.label(name): name for name in runs["variant"].unique()}
+        names = runs["variant"].unique()
         if args.against not in names:
             raise UserError(
                 f"no variant {args.against} below {root}: give one of {', '.join(names)}"
             )
-        print(render(runs, names[args.against]))
+        print(render(runs, args.against))
         return
     # Whole numbers, though not all runs have them.
     counts = {key: pd.to_numeric(runs[key]).astype("Int64") for key in ("match_epoch", "diverged")}

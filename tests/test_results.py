@@ -97,7 +97,7 @@ def test_summary_by_hand():
     others = rows_of("naive 0 1 80, permuted 0 1 83, naive 2 3 78, permuted 2 3 83")
     rows = others + rows_of("lth 0 0 90, lth 2 2 92")
     table = summary(rows)
-    assert table.loc["lth", ["mean", "std", "gap_closed"]].tolist() == [91, 2**0.5, 100]
+    assert table.loc["LTH", ["mean", "std", "gap_closed"]].tolist() == [91, 2**0.5, 100]
     found = table.loc["permuted", ["difference", "difference_se", "pairs", "gap_closed"]]
     assert found.tolist() == pytest.approx([4, 1, 2, 100 * 4 / 12])  # of 3 and 5
     # t(0.975, 1) = 12.706; noncentral t with noncentrality 16.33 exceeds it in 80% of cases.
@@ -114,13 +114,13 @@ def test_variants_are_kept_apart_and_paired_with_their_seeds():
     rows += rows_of("naive 0 1 80, naive 0 3 70, permuted 0 1 83")
     rows += rows_of("permuted 0 1 84", method="masked") + rows_of("permuted 0 1 88", signs=True)
     table = summary(rows)
-    expected = {"lth": 15, "imp-target": 11, "permuted": 3}  # LTH beside two pairs
+    expected = {"LTH": 15, "imp-target": 11, "permuted": 3}  # LTH beside two pairs
     expected |= {"permuted (masked)": 4, "permuted + signs": 8}
     assert differences(table) == expected and set(table.index) == {"naive", *expected}
     assert table.loc["naive", ["mean", "count"]].tolist() == [75, 2]
     # One run, though it serves two pairs.
-    assert table.loc["lth", ["count", "pairs"]].tolist() == [1, 2]
-    assert pd.isna(table.loc["lth", "std"])
+    assert table.loc["LTH", ["count", "pairs"]].tolist() == [1, 2]
+    assert pd.isna(table.loc["LTH", "std"])
 
 
 def test_early_matches_and_masks_of_another_data_set_are_variants_of_their_own():
@@ -156,7 +156,7 @@ def test_overall_averages_each_pair_over_the_cells_that_have_every_arm():
     for more in (few, in_one_cell):
         table = statistics.summary(frame(rows + more)).query("sparsity.isna()")
         table = table.set_index("variant")
-        assert table["mean"].to_dict() == pytest.approx({"lth": 90.2, "naive": 70, "permuted": 81})
+        assert table["mean"].to_dict() == pytest.approx({"LTH": 90.2, "naive": 70, "permuted": 81})
         found = table.loc["permuted", ["difference", "difference_se"]]
         assert found.tolist() == pytest.approx([11, 3**-0.5])  # of 10, 12 and 11
     wide = rows + [row | {"width": 4.0, "dense_epochs": 20} for row in rows]
@@ -168,7 +168,7 @@ def test_overall_averages_each_pair_over_the_cells_that_have_every_arm():
 def test_differences_to_another_variant():
     table = statistics.summary(frame(grid()), "permuted").set_index("variant")
     assert table.loc["naive", "difference"] == -10 and table["gap_closed"].isna().all()
-    assert table.loc["lth", "difference"] == pytest.approx(10.2)
+    assert table.loc["LTH", "difference"] == pytest.approx(10.2)
     assert pd.isna(table.loc["permuted", "difference"])
     assert "minus permuted, in points" in told(grid(), "permuted")
     assert "of the gap" not in told(grid(), "permuted")
@@ -184,9 +184,9 @@ def test_tables_say_when_runs_were_made_by_different_code():
     for more in ([], elsewhere, edited):
         assert " by different code" not in told(rows + more)
     text = told(rows + rows_of("naive 0 1 70", code="abc+def"))
-    assert "different code: abc (lth), abc+def (naive)" in text
+    assert "different code: abc (LTH), abc+def (naive)" in text
     text = told(rows + rows_of("lth 4 4 80", mask_code="n") + edited)
-    assert "masks were pruned by different code: m (lth), n (lth), o (lth [t])" in text
+    assert "masks were pruned by different code: m (LTH), n (LTH), o (LTH [t])" in text
 
 
 SHARING = (((0, 1), (0, 3), (0, 5)), ((0, 1), (2, 1), (4, 5)), ((0, 1), (1, 2), (4, 5)))
@@ -298,7 +298,7 @@ def test_results_lists_every_finished_run_once(runs, tmp_path):
     out = succeed("analyze.results", tmp_path)
     assert "50%" in out and "minus naive" in out
     drawn = pd.read_csv(tmp_path / "figures/gains_mlpx0.03125_glyphs.csv")
-    assert drawn["cell"].nunique() == 4 and set(drawn["variant"]) == {"lth", "permuted"}
+    assert drawn["cell"].nunique() == 4 and set(drawn["variant"]) == {"LTH", "permuted"}
     table = pd.read_csv(tmp_path / "results.csv")
     assert list(table) == finished.COLUMNS and len(table) == 2 * 3 * 4 - 1
     assert table["tag"].isna().all() and set(table["arm"]) == {"lth", "naive", "permuted"}
@@ -324,7 +324,7 @@ def test_a_sceptical_referee_accepts_what_is_printed(runs, tmp_path):
     assert "naive [lr=0.5 precision=fp32]" in text and "LTH [lr=0.02 precision=bf16]" in text
     table = pd.read_csv(tmp_path / "summary.csv").dropna(subset="difference")
     # Only what differs in the arm alone.
-    assert set(table["variant"]) == {f"lth [{used}]", f"permuted [{used}]"}
+    assert set(table["variant"]) == {f"LTH [{used}]", f"permuted [{used}]"}
     assert (table["pairs"] <= 2).all()
     assert table["p_holm"].dropna().ge(table["p"].dropna()).all()
     tags = set(pd.read_csv(tmp_path / "results.csv")["tag"])

@@ -176,7 +176,7 @@ def variants(runs: pd.DataFrame) -> pd.Series:
         " + signs": runs["signs"].where(runs["signs"]),
         " + fan-in": runs["fan_in"].where(runs["fan_in"]),
     }
-    name = runs["arm"]
+    name = runs["arm"].replace("lth", "LTH")
     for text, values in parts.items():
         name = name + ["" if pd.isna(value) else text.format(value) for value in values]
     return with_tag(name, runs["tag"])
