@@ -31,6 +31,7 @@ from analyze.lib.runs import (
     SEEDS,
     dense_runs,
     readable,
+    refuse_repeats,
     save,
     skipped,
     sparse_runs,
@@ -76,9 +77,7 @@ def members(root: Path) -> pd.DataFrame:
         seeds = sparse[[*SEEDS, "seed"]].astype(str).agg("-".join, axis=1)
         parts.append(sparse.assign(seed=seeds, file=sparse["path"].map(paths.final_file)))
     found = pd.concat(part for part in parts if len(part)).reindex(columns=[*SET, "seed", "file"])
-    twice = found.loc[found.duplicated([*SET, "seed"]), "file"]
-    if len(twice):
-        raise UserError(f"{twice.iloc[0]} repeats the seed of another: keep experiments apart")
+    refuse_repeats(found, [*SET, "seed"], "file")
     return found
 
 

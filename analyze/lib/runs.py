@@ -96,15 +96,19 @@ def sparse_runs(root: Path) -> pd.DataFrame:
     runs["method"] = runs["method"].where(runs["arm"].isin(["permuted", "random-permutation"]))
     runs["variant"] = variants(runs)
     runs = runs.sort_values([*CELL, *RUN], ignore_index=True)
-    repeated = runs.duplicated([*CELL, *RUN], keep=False)
-    if repeated.any():  # which of them counts?
-        count, paths = runs.duplicated([*CELL, *RUN]).sum(), map(str, runs.loc[repeated, "path"])
+    refuse_repeats(runs, [*CELL, *RUN])
+    return runs
+
+
+def refuse_repeats(table: pd.DataFrame, keys: list[str], file: str = "path") -> None:
+    """Raise UserError where rows of a table agree in all keys: which of them counts?"""
+    files = table.loc[table.duplicated(keys, keep=False), file]
+    if len(files):
+        told = f"{files.iloc[0]} and {files.iloc[1]} are of the same kind and seeds"
         raise UserError(
-            f"{count} runs below {root} repeat arm, cell and seeds of others, as "
-            f"{next(paths)} and {next(paths)}: keep experiments in folders apart, or run one "
+            f"{told} ({len(files)} in all): keep experiments in folders apart, or run one "
             "again with a --tag"
         )
-    return runs
 
 
 def dense_runs(root: Path) -> pd.DataFrame:
