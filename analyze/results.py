@@ -115,11 +115,11 @@ def main() -> None:
         print(render(runs, args.against))
         return
     # Whole numbers, though not all runs have them.
-    counts = {key: pd.to_numeric(runs[key]).astype("Int64") for key in ("match_epoch", "diverged")}
+    counts = dict.fromkeys(("match_epoch", "diverged", "dense_epochs"), "Int64")
     text = render(runs)
     checkpoint.save_text(text + "\n", root / "table.txt")
     print(f"{text}\nwrote {root / 'table.txt'}")
-    save(runs.assign(**counts)[COLUMNS], root / "results.csv")
+    save(runs[COLUMNS].astype(counts), root / "results.csv")
     save(table := summary(runs), root / "summary.csv")
     table["cell"] = list(map(cell_name, table["sparsity"], table["rewind"]))
     differences = table[table["difference"].notna() & table["sparsity"].notna()]

@@ -15,9 +15,9 @@ from tests.conftest import call, edit, refused, result, succeed
 
 PAIRS = ((0, 1), (2, 3), (4, 5))
 USUAL = {"model": "m", "width": 1.0, "dataset": "d", "mask_dataset": "d", "sparsity": 0.9}
-USUAL |= {"rewind": 0, "match_epoch": None, "method": "activation", "signs": False, "tag": ""}
+USUAL |= {"rewind": 0, "match_epoch": math.nan, "method": "activation", "signs": False, "tag": ""}
 USUAL |= {"fan_in": False, "code": "abc", "mask_code": "m", "dense_epochs": 200}
-USUAL |= {"diverged": None, "path": "somewhere", "settings": {}}
+USUAL |= {"diverged": None, "path": "somewhere"}
 
 
 def rows_of(text, **more):
@@ -249,44 +249,38 @@ TRAINED = "epochs lr schedule warmup weight_decay batch_size momentum precision"
     "part, keys",
     [
         ("arguments", TRAINED),
-        ("dense", f"{TRAINED} limit_train image_size data_dir checksum"),
+        ("dense", f"{TRAINED} limit_train image_size checksum"),
         ("imp", f"{TRAINED} rewind one_shot"),
         ("arguments", "added_later"),
         ("align", "match_images restarts"),
     ],
 )
 def test_runs_of_two_settings_have_columns_of_their_own(part, keys):
-    made = {name: {"seed": 0} for name in ("arguments", "dense", "imp")}
-    made["align"] = {"match_images": 5, "restarts": 5}
+    made = {f"{name}.seed": 0 for name in finished.PARTS}
     for key in keys.split():
-        other = made | {part: made[part] | {key: "other"}}
-        rows = rows_of("lth 0 0 90", settings=finished.settings(made))
-        rows += rows_of("lth 2 2 90", settings=finished.settings(other))
-        name = {"data_dir": "data", "checksum": "data"}.get(key, key)
-        expected = f"{part} {name}=other".removeprefix("arguments ")
+        other = made | {f"{part}.{key}": "other"}
+        rows = rows_of("permuted 0 1 90", **made) + rows_of("permuted 2 3 90", **other)
         place = "method" if part == "align" else "tag"
-        expected = expected.replace("align", "activation")
-        assert finished.with_settings(frame(rows))[place][1] == expected
+        before = {"align": "activation ", "arguments": ""}.get(part, f"{part} ")
+        expected = [f"{before}{key}={value}" for value in ("None", "other")]
+        assert [*finished.with_settings(frame(rows))[place]] == expected
 
 
 def test_settings_of_an_alignment_stand_in_the_method_and_its_runs_beside_the_same_naive():
-    ways = {}, {"restarts": 5}, {"restarts": 2}
-    made = [finished.settings({"arguments": {}, "align": way}) for way in ways]
-    rows = [one for way in made[:2] for one in rows_of("permuted 0 1 80", settings=way)]
+    rows = rows_of("naive 0 1 70") + rows_of("permuted 0 1 80", **{"align.seed": 0})
     # A flag that one method alone has is no setting of the others.
-    assert finished.with_settings(frame(rows))["method"].eq("activation").all()
-    rows += rows_of("permuted 0 1 82", settings=made[2]) + rows_of("naive 0 1 70")
+    rows += rows_of("permuted 0 1 81", method="weight", **{"align.restarts": 5})
+    assert [*finished.with_settings(frame(rows))["method"][1:]] == ["activation", "weight"]
+    rows += rows_of("permuted 0 1 82", method="weight", **{"align.restarts": 2})
     runs = finished.with_settings(frame(rows))
     assert runs["tag"].eq("").all()
-    table = summary(runs)
-    expected = {"permuted": 10, "permuted (activation restarts=5)": 10}
-    assert differences(table) == expected | {"permuted (activation restarts=2)": 12}
+    expected = {f"permuted (weight restarts={count})": gain for count, gain in ((5, 11), (2, 12))}
+    assert differences(summary(runs)) == expected | {"permuted": 10}
 
 
 def test_a_place_of_its_own_is_no_other_data():
-    places = ({"checksum": "c", "data_dir": place} for place in ("here", "elsewhere"))
-    here, elsewhere = (finished.settings({"arguments": {}, "dense": dense}) for dense in places)
-    assert here == elsewhere
+    rows = [rows_of("lth 0 0 90", **{"dense.data_dir": place})[0] for place in ("here", "there")]
+    assert finished.with_settings(frame(rows))["tag"].eq("").all()
 
 
 def test_results_lists_every_finished_run_once(runs, tmp_path):

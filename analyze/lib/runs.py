@@ -20,11 +20,15 @@ CELL = [*NETWORK, "sparsity", "rewind"]
 SEEDS = ["source_seed", "target_seed"]
 KIND = ["arm", "tag", "mask_dataset", "signs", "fan_in", "variant"]
 RUN = ["arm", "signs", "fan_in", "mask_dataset", "method", "match_epoch", *SEEDS, "seed", "tag"]
-NEEDED = {*CELL, "arm", "target_seed", "test_acc", "seconds", "sparsity_total"}
-WORDS = "tag code precision arm model dataset mask_dataset method mask_code mask path".split()
+NEEDED = [*CELL, "arm", *SEEDS, "seed", "epochs", "test_acc", "seconds", "sparsity_total"]
+WHOLE = {"rewind", *SEEDS, "seed", "epochs"}
+WORDS = (
+    "tag code precision arm model dataset mask_dataset method mask_code mask path variant".split()
+)
 # What else stands among the arguments of a stage: all others are settings, one that is added, too.
-NO_SETTINGS = {*CELL[:-1], *RUN, "save_epochs", "keep_rounds", "checksum", "data_dir", "dense"}
-NO_SETTINGS |= {"source", "target", "weights", "mask", "model_fn"}
+NO_SETTINGS = {*CELL[:-1], *RUN, "save_epochs", "keep_rounds", "data_dir", "dense"}
+NO_SETTINGS |= {"source", "target", "weights", "mask", "model_fn", "arguments.rewind"}
+PARTS = ("arguments", "dense", "imp", "align")  # of a result: they hold settings
 
 
 def find_results(root: Path, stage: str) -> list[dict[str, Any]]:
@@ -47,27 +51,27 @@ def find_results(root: Path, stage: str) -> list[dict[str, Any]]:
     return found
 
 
-def read_runs(root: Path, stage: str, columns: list[str], needed: set[str]) -> pd.DataFrame:
-    """A row a finished run of `stage` below `root`: arguments and results by name, and `settings`.
+def read_runs(root: Path, stage: str, needed: list[str]) -> pd.DataFrame:
+    """A row a finished run of `stage` below `root`: COLUMNS and `mask`, of arguments and results.
 
     The precision asked for stands in the arguments, the one that was used over it. A run that lacks
     what is needed is skipped with one line.
     """
-    rows = []
-    for result in find_results(root, stage):
-        try:
-            values = result["arguments"] | result
-            if lacking := sorted(key for key in needed if values.get(key) is None):
-                raise KeyError(*lacking)
-            values["dense_epochs"] = (values.get("dense") or {}).get("epochs")
-            for key, value in values.items():
-                kind = (str, Path) if key in WORDS else (int, float)
-                if key in columns and not isinstance(value, (*kind, type(None))):
-                    raise TypeError(f"a proper {key}")
-            rows.append({key: values.get(key) for key in columns} | {"settings": settings(result)})
-        except (AttributeError, KeyError, TypeError) as error:
-            skipped(result["path"], f"its result.json lacks {error}")
-    return with_settings(pd.DataFrame(rows, columns=[*columns, "settings"]))
+    found = pd.json_normalize(find_results(root, stage))
+    asked = found.filter(regex=r"^arguments\.").rename(columns=lambda key: key.partition(".")[2])
+    runs = found.combine_first(asked)
+    runs = runs.reindex(columns=[*{**dict.fromkeys([*COLUMNS, "mask", "dense.epochs"]), **runs}])
+    for key in ("precision", "checksum"):  # what was used, of a dense run also the data
+        runs[f"arguments.{key}"] = runs.get(key)
+    runs = runs.assign(dense_epochs=runs["dense.epochs"])
+    numbers = [key for key in COLUMNS if key not in WORDS]
+    runs[numbers] = runs[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
+    lacking = runs[needed].isna()
+    for path, lacks in zip(runs["path"], lacking.to_numpy()):
+        if lacks.any():
+            skipped(path, f"its result.json lacks {', '.join(lacking.columns[lacks])}")
+    runs = runs[~lacking.any(axis=1)].astype(dict.fromkeys(WHOLE.intersection(needed), int))
+    return with_settings(runs)[[*COLUMNS, "mask"]]
 
 
 def readable(read: Callable[..., Any], *arguments: Any) -> Any:
@@ -83,11 +87,11 @@ def skipped(*why: object) -> None:
 
 
 def sparse_runs(root: Path) -> pd.DataFrame:
-    """All finished sparse runs below `root`, a row a run: COLUMNS, `mask` and `settings`; percent.
+    """All finished sparse runs below `root`, a row a run: COLUMNS and `mask`; percent.
 
     Raises UserError when there is none, and when runs repeat others.
     """
-    runs = read_runs(root, "train_sparse", [*COLUMNS, "mask"], NEEDED)
+    runs = read_runs(root, "train_sparse", NEEDED)
     if runs.empty:
         raise UserError(f"no finished sparse run below {root}: run train_sparse.py first")
     runs[["signs", "fan_in"]] = runs[["signs", "fan_in"]].eq(True)
@@ -112,28 +116,10 @@ def refuse_repeats(table: pd.DataFrame, keys: list[str], file: str = "path") -> 
 
 
 def dense_runs(root: Path) -> pd.DataFrame:
-    """All finished dense runs below `root`: NETWORK, seed, epochs, tag, test_acc, test_top5, path;
-    the variant is dense.
-    """
-    needed = [*NETWORK, "seed", "epochs", "test_acc", "path"]
-    runs = read_runs(root, "train_dense", [*needed, "tag", "test_top5"], set(needed))
+    """All finished dense runs below `root`: those of COLUMNS that they have; variant is dense."""
+    needed = [*NETWORK, "seed", "epochs", "test_acc"]
+    runs = read_runs(root, "train_dense", needed)
     return runs.assign(variant=with_tag("dense", runs["tag"]))
-
-
-def settings(result: dict[str, Any]) -> dict[str, str]:
-    """How a network was trained; of a sparse one also how its dense network and its mask were made.
-
-    Nothing of the latter where an older result does not tell.
-    """
-    used = {key: result[key] for key in ("precision", "checksum") if key in result}
-    parts = {"": result["arguments"] | used}
-    parts |= {name: result[name] for name in ("dense", "imp", "align") if result.get(name)}
-    found = {}
-    for name, part in parts.items():
-        part = part | {"data": part.get("checksum") or part.get("data_dir")}
-        keys = part.keys() - NO_SETTINGS - ({"rewind"} if not name else set())  # that is its cell
-        found |= {f"{name} {key}".strip(): str(part[key]) for key in sorted(keys)}
-    return found
 
 
 def with_settings(runs: pd.DataFrame) -> pd.DataFrame:
@@ -143,19 +129,25 @@ def with_settings(runs: pd.DataFrame) -> pd.DataFrame:
     So runs of two settings stand in columns of their own, and no mean is of both.
     """
     runs = runs.assign(tag=runs["tag"].astype(object).fillna(""))
-    groups = [runs[key] for key in (*NETWORK, "tag")]
-    made = pd.DataFrame(list(runs["settings"]), index=runs.index, dtype=object)
-    for key, values in made.items():
-        part = key.rpartition(" ")[0]
-        place, label = "tag", key
-        if part == "align":  # whose methods have flags of their own
-            place, label = "method", key.removeprefix("align ")
-        else:
-            untold = values.isna() & made[f"{part} data".strip()].notna()
-            values = values.mask(untold, "None")
-        mixed = values.groupby(groups).transform("nunique") > 1
-        runs[place] += (f" {label}=" + values).where(mixed & values.notna(), "")
+    alike = [runs[key] for key in (*NETWORK, "tag")]
+    groups = dict.fromkeys(PARTS, alike) | {"align": [*alike, runs["method"]]}
+    for key in runs.filter(regex=rf"^({'|'.join(PARTS)})\."):
+        part, name = key.split(".", 1)
+        if {key, name} & NO_SETTINGS:
+            continue
+        told = runs.filter(like=f"{part}.").notna().any(axis=1)  # older results tell less
+        values = runs[key].map(text_of, na_action="ignore").astype(object).fillna("None")
+        mixed = values.where(told).groupby(groups[part]).transform("nunique") > 1
+        if mixed.any():
+            label = key.removeprefix("arguments.").removeprefix("align.").replace(".", " ")
+            place = "method" if part == "align" else "tag"
+            runs[place] += (f" {label}=" + values).where(mixed & told, "")
     return runs.assign(tag=runs["tag"].str.strip())
+
+
+def text_of(setting: Any) -> str:
+    """A whole number is a float where not all runs have it."""
+    return f"{setting:.12g}" if isinstance(setting, float) else str(setting)
 
 
 def dense_files(root: Path) -> dict[str, Path]:
@@ -171,8 +163,7 @@ def with_tag(name: Any, tag: pd.Series) -> pd.Series:
 
 def variants(runs: pd.DataFrame) -> pd.Series:
     """What tables and figures call each run: its arm, and what is unusual about it."""
-    epoch = pd.to_numeric(runs["match_epoch"])
-    early = epoch.where(epoch != pd.to_numeric(runs["dense_epochs"]))  # Table 15
+    early = runs["match_epoch"].mask(runs["match_epoch"] == runs["dense_epochs"])  # Table 15
     parts = {
         " ({})": runs["method"].mask(runs["method"].isin(["activation", "random"])),
         " @{:g}": early,
