@@ -58,19 +58,15 @@ def ratio_interval(numerators: pd.Series, denominators: pd.Series) -> tuple[floa
 
     Missing for a single pair, and where the mean denominator cannot be told from zero.
     """
-    count = len(numerators)
+    count, n, d = len(numerators), numerators.mean(), denominators.mean()
     if count < 2:
         return math.nan, math.nan
-    (aa, ab), (_, bb) = np.cov(numerators, denominators) / count
-    t, mean = stdtrit(count - 1, 0.975), denominators.mean()
-    g = t**2 * bb / mean**2 if mean else math.inf
-    if g >= 1:
+    (nn, nd), (_, dd) = stdtrit(count - 1, 0.975) ** 2 * np.cov(numerators, denominators) / count
+    if d**2 <= dd:
         return math.nan, math.nan
-    ratio = numerators.mean() / mean
-    slope = ab / bb if bb > 0 else 0.0
-    spread = aa - 2 * ratio * ab + ratio**2 * bb - g * (aa - slope * ab)
-    middle, half = ratio - g * slope, t / abs(mean) * math.sqrt(max(spread, 0.0))
-    return (middle - half) / (1 - g), (middle + half) / (1 - g)
+    # At its ends r the t test of numerator - r * denominator is just at 5%.
+    low, high = np.sort(np.roots([d**2 - dd, 2 * (nd - n * d), n**2 - nn]).real)
+    return low, high
 
 
 def wilson(percent: float, count: int) -> tuple[float, float]:
