@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from scipy.stats import binomtest
 
 from analyze.lib import pages, paper_numbers
 from analyze.lib.pages import Block, block
 from analyze.lib.runs import find_results, parse_root, sparse_runs
-from analyze.lib.statistics import findings, summary, wilson
+from analyze.lib.statistics import findings, summary
 from common import checkpoint, cli
 from common.errors import UserError
 
@@ -113,12 +114,13 @@ def image_facts(dense: list[dict[str, Any]]) -> Iterable[str]:
     """A sentence a data set: its images, and what so many can tell apart."""
     for one in {run["arguments"]["dataset"]: run for run in dense if "images" in run}.values():
         count, accuracy = one["images"]["test"], one["test_acc"]
-        low, high = wilson(accuracy, count)
+        right = binomtest(round(count * accuracy / 100), count)
+        low, high = right.proportion_ci(method="wilson")
         yield (
             f"{one['arguments']['dataset']}: {one['images']['train']} training and {count} test "
             f"images of {one['classes']} classes. One test image is {100 / count:.2g} points, and "
-            f"where {accuracy:.1f}% of them are right, an accuracy lies between {low:.1f}% and "
-            f"{high:.1f}% (95%, Wilson): two single networks show no smaller difference."
+            f"where {accuracy:.1f}% of them are right, an accuracy lies between {low:.1%} and "
+            f"{high:.1%} (95%, Wilson): two single networks show no smaller difference."
         )
 
 

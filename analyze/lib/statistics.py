@@ -69,13 +69,6 @@ def ratio_interval(numerators: pd.Series, denominators: pd.Series) -> tuple[floa
     return low, high
 
 
-def wilson(percent: float, count: int) -> tuple[float, float]:
-    """The 95% interval of a share of `count` images, in percent (Wilson 1927)."""
-    p, w = percent / 100, 1.96**2 / count
-    half = math.sqrt(w * p * (1 - p) + w**2 / 4)
-    return 100 * (p + w / 2 - half) / (1 + w), 100 * (p + w / 2 + half) / (1 + w)
-
-
 def accuracy(cell: pd.DataFrame) -> pd.DataFrame:
     """Of a cell's runs, by arm and variant: mean, sample std and number."""
     return cell.groupby(["arm", "variant"])["test_acc"].agg(["mean", "std", "count"])
