@@ -218,12 +218,6 @@ def test_stars_and_findings_say_what_the_intervals_say(gains, said):
     assert all(one in text for one in said.split("|"))
 
 
-def test_a_finding_is_not_of_an_edit_where_there_is_more():
-    edited = grid(gains=(-1, 0, 1), tag="an edit")
-    assert "+10.0 points" in told(edited + grid(tag="lr=0.1"))
-    assert "+0.0 points" in told(edited)
-
-
 def test_one_seed_has_no_spread_and_a_missing_arm_no_difference():
     one = told(rows_of("lth 0 0 90, naive 0 1 80"))
     assert "nan" not in one and "90.00 ±" not in one and "interval" not in one

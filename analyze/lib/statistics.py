@@ -113,22 +113,19 @@ def findings(table: pd.DataFrame) -> list[str]:
     """What the rows of `summary` say of the permuted mask, in a sentence a network."""
     sentences = []
     for (model, width, dataset), rows in table.groupby(NETWORK):
-        rows = rows[rows["variant"].str.startswith("permuted") & rows["difference"].notna()]
-        # Of an edit, named in brackets as settings are not, where there is nothing else.
-        rows = rows.assign(edit=rows["variant"].str.contains(r"\[(?![\w ]+=)"))
-        rows = rows.assign(length=rows["variant"].str.len())
-        rows = rows.sort_values(["edit", "sparsity", "length"], na_position="first", kind="stable")
+        rows = rows[(rows["arm"] == "permuted") & rows["difference"].notna()]
+        rows = rows.sort_values("sparsity", na_position="first", kind="stable")
         text = "no permuted mask stands beside an unpermuted one yet"
         for row in rows.head(1).itertuples():
             text, shown = "whether permuting the mask helps cannot be told from these runs", ""
             between = interval(row.difference_low, row.difference_high)
-            if row.difference_low < 0 < row.difference_high:
-                shown = f"; so many can show a difference of {row.detectable:.1f} points"
-            elif row.difference_low * row.difference_high > 0:
+            if row.difference_low * row.difference_high > 0:
                 text = f"permuting the mask {'helps' if row.difference > 0 else 'hurts'}"
                 if of_gap := interval(row.gap_low, row.gap_high):
                     shown = f"; that is {row.gap_closed:.0f}%{of_gap} of the gap to the mask's own"
                     shown += " network"
+            elif between:
+                shown = f"; so many can show a difference of {row.detectable:.1f} points"
             text += f": {row.difference:+.1f} points of test accuracy over the unpermuted mask"
             text += f", 95% interval{between}" * bool(between)
             text += ", not after Holm's correction" * (row.p < 0.05 <= row.p_holm)
