@@ -26,7 +26,7 @@ from scipy.stats import binomtest
 
 from analyze.lib import pages, paper_numbers
 from analyze.lib.pages import Block, block
-from analyze.lib.runs import find_results, parse_root, sparse_runs
+from analyze.lib.runs import find_results, parse_root, sparse_runs, text_of
 from analyze.lib.statistics import findings, summary
 from common import checkpoint, cli
 from common.errors import UserError
@@ -35,8 +35,10 @@ LIB = Path(__file__).parent / "lib"
 TEXT = json.loads((LIB / "report.json").read_text())
 ANALYSES = TEXT["analyses"]
 STAGES = ("train_dense", "prune_imp", "align_mask", "train_sparse")
-MACHINE = ("precision", "device", "threads", "processes", "code", "commit")
-CHECKSUMS = ["source", "target", "dense", "weights", "mask"]
+SETTINGS = (
+    r"^arguments\.(?!(source|target|dense|weights|mask|precision)$)"  # files; the precision used
+    r"|^(precision|device|threads|processes|code|commit)$|^versions\.|^finished$"
+)
 
 
 def run(name: str, root: Path, flags: list[str]) -> tuple[str, str, list[Path]]:
@@ -97,15 +99,12 @@ def settings(stages: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
     """A column a stage, with its finished runs and seconds: every value that their settings had."""
     table = {}
     for stage, found in stages.items():
-        runs = []
-        for run in found:
-            when = date.fromtimestamp((run["path"] / "result.json").stat().st_mtime)
-            machine = {key: run.get(key) for key in MACHINE} | run.get("versions", {})
-            runs.append(run["arguments"] | machine | {"finished": when})
-        runs = pd.DataFrame(runs, dtype=object).drop(columns=CHECKSUMS, errors="ignore")
+        runs, files = pd.json_normalize(found), (run["path"] / "result.json" for run in found)
+        runs["finished"] = [date.fromtimestamp(file.stat().st_mtime) for file in files]
+        runs = runs.filter(regex=SETTINGS).rename(columns=lambda key: key.rpartition(".")[2])
+        shown = runs.apply(lambda values: ", ".join(values.dropna().map(text_of).unique()))
         name = f"{stage}: {len(found)} runs, {sum(run['seconds'] for run in found):.0f} s"
-        shown = runs.apply(lambda values: ", ".join(values.dropna().map(str).unique()))
-        table[name] = shown.to_dict()  # in the order of the arguments
+        table[name] = shown.to_dict()
     table = pd.DataFrame(table).fillna("").rename_axis("setting")
     return table[(table != "").any(axis=1)]
 

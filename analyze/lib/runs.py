@@ -70,7 +70,8 @@ def read_runs(root: Path, stage: str, needed: list[str]) -> pd.DataFrame:
     for path, lacks in zip(runs["path"], lacking.to_numpy()):
         if lacks.any():
             skipped(path, f"its result.json lacks {', '.join(lacking.columns[lacks])}")
-    runs = runs[~lacking.any(axis=1)].astype(dict.fromkeys(WHOLE.intersection(needed), int))
+    runs = runs[~lacking.any(axis=1)]
+    runs = runs.astype(dict.fromkeys(WORDS, object) | dict.fromkeys(WHOLE & {*needed}, int))
     return with_settings(runs)[[*COLUMNS, "mask"]]
 
 
@@ -128,7 +129,7 @@ def with_settings(runs: pd.DataFrame) -> pd.DataFrame:
 
     So runs of two settings stand in columns of their own, and no mean is of both.
     """
-    runs = runs.assign(tag=runs["tag"].astype(object).fillna(""))
+    runs = runs.assign(tag=runs["tag"].fillna(""))
     alike = [runs[key] for key in (*NETWORK, "tag")]
     groups = dict.fromkeys(PARTS, alike) | {"align": [*alike, runs["method"]]}
     for key in runs.filter(regex=rf"^({'|'.join(PARTS)})\."):
@@ -236,18 +237,15 @@ def shared_networks(pairs: pd.DataFrame) -> list[int]:
 def remarks(runs: pd.DataFrame) -> list[str]:
     """Lines for below a table of `runs`: other code, divergence, pairs that share networks."""
 
-    def variants_by(codes: pd.Series) -> str:  # 'abc (lth, naive), def (permuted)'
-        groups = runs.groupby(codes.fillna("unknown"), sort=False)["variant"].unique()
-        return ", ".join(f"{code} ({', '.join(names)})" for code, names in groups.items())
-
     lines, lost = [], runs[runs["diverged"].notna()]
     if shared := shared_networks(runs[~of_one_network(runs)]):
         seeds = ", ".join(map(str, shared))
         lines.append(f"pairs share networks (seed {seeds}) and are not independent: no intervals")
-    if runs.groupby("tag")["code"].nunique().max() > 1:  # an edit is other code by intent
-        lines.append(f"these runs were made by different code: {variants_by(runs['code'])}")
-    if runs.groupby("tag")["mask_code"].nunique().max() > 1:
-        lines.append(f"their masks were pruned by different code: {variants_by(runs['mask_code'])}")
+    for key, what in (("code", "these runs were made"), ("mask_code", "their masks were pruned")):
+        if runs.groupby("tag")[key].nunique().max() > 1:  # an edit is other code by intent
+            groups = runs.groupby(runs[key].fillna("unknown"), sort=False)["variant"].unique()
+            codes = (f"{code} ({', '.join(names)})" for code, names in groups.items())
+            lines.append(f"{what} by different code: {', '.join(codes)}")
     if len(lost):
         names = ", ".join(f"{run.path} in epoch {run.diverged:.0f}" for run in lost.itertuples())
         lines.append(f"{len(lost)} of {len(runs)} runs diverged, and count as they ended: {names}")
