@@ -19,7 +19,7 @@ import pandas as pd
 
 from analyze.lib import style
 from analyze.lib.runs import COLUMNS, NETWORK, parse_root, remarks, save, sparse_runs
-from analyze.lib.statistics import cell_name, findings, interval, plus_minus, summary
+from analyze.lib.statistics import findings, interval, plus_minus, summary
 from common import checkpoint, cli
 from common.errors import UserError
 
@@ -38,7 +38,6 @@ def render(runs: pd.DataFrame, against: str | None = None) -> str:
     `against` is a variant in place of naive, and of its gap to LTH nothing is said then.
     """
     table, lines = summary(runs, against), []
-    table["cell"] = list(map(cell_name, table["sparsity"], table["rewind"]))
     for network, block in table.groupby(NETWORK):
         model, width, dataset = network
         lines += [f"{model} x{width:g} on {dataset}", ""]
@@ -121,7 +120,6 @@ def main() -> None:
     print(f"{text}\nwrote {root / 'table.txt'}")
     save(runs[COLUMNS].astype(counts), root / "results.csv")
     save(table := summary(runs), root / "summary.csv")
-    table["cell"] = list(map(cell_name, table["sparsity"], table["rewind"]))
     differences = table[table["difference"].notna() & table["sparsity"].notna()]
     for (model, width, dataset), rows in differences.groupby(NETWORK):
         about = f"{model} x{width:g} on {dataset}"

@@ -105,6 +105,7 @@ def summary(runs: pd.DataFrame, against: str | None = None) -> pd.DataFrame:
     rows = [dict(zip(key, names)) | differences(group) for names, group in groups]
     found = pd.DataFrame(rows, columns=[*key, *DIFFERENCES]).astype(table.dtypes[key])
     table = table.merge(found, "left", key)
+    table["cell"] = list(map(cell_name, table["sparsity"], table["rewind"]))
     table["p_holm"] = table.groupby(NETWORK)["p"].transform(holm)
     return table.astype({"rewind": "Int64", "count": int, "pairs": "Int64"})
 
@@ -129,8 +130,7 @@ def findings(table: pd.DataFrame) -> list[str]:
             text += f": {row.difference:+.1f} points of test accuracy over the unpermuted mask"
             text += f", 95% interval{between}" * bool(between)
             text += ", not after Holm's correction" * (row.p < 0.05 <= row.p_holm)
-            cell = cell_name(row.sparsity, row.rewind)
-            text += f" ({row.variant}, {cell}; pairs of networks: {row.pairs}){shown}"
+            text += f" ({row.variant}, {row.cell}; pairs of networks: {row.pairs}){shown}"
         sentences.append(f"{model} x{width:g} on {dataset}: {text}.")
     return sentences
 
@@ -145,6 +145,6 @@ def interval(low: float, high: float) -> str:
     return "" if pd.isna(low) else f" [{low:.1f}, {high:.1f}]"
 
 
-def cell_name(sparsity: float, rewind: int) -> str:
+def cell_name(sparsity: float, rewind: float) -> str:
     """For example '90%, k=5'; 'all' of a row of `summary` over several cells."""
-    return "all" if pd.isna(sparsity) else f"{100 * sparsity:.4g}%, k={rewind}"
+    return "all" if pd.isna(sparsity) else f"{100 * sparsity:.4g}%, k={rewind:g}"
