@@ -149,7 +149,8 @@ def test_a_tagged_variant_is_compared_with_the_naive_runs_of_its_tag():
 
 
 def test_overall_averages_each_pair_over_the_cells_that_have_every_arm():
-    rows = grid() + grid(gains=(11, 14, 11), rewind=1)
+    # Of the last pair there is one arm alone.
+    rows = grid() + grid(gains=(11, 14, 11), rewind=1) + rows_of("naive 6 7 5")
     # A cell of one arm, and an arm of one cell.
     few = rows_of("naive 0 1 5", rewind=2) + rows_of("shuffled 0 1 9", rewind=1)
     in_one_cell = rows_of("shuffled 0 1 9, shuffled 2 3 9, shuffled 4 5 9", rewind=1)
@@ -159,6 +160,7 @@ def test_overall_averages_each_pair_over_the_cells_that_have_every_arm():
         assert table["mean"].to_dict() == pytest.approx({"LTH": 90.2, "naive": 70, "permuted": 81})
         found = table.loc["permuted", ["difference", "difference_se"]]
         assert found.tolist() == pytest.approx([11, 3**-0.5])  # of 10, 12 and 11
+        assert "(permuted, all; pairs of networks: 3)" in told(rows + more).replace("\n", " ")
     wide = rows + [row | {"width": 4.0, "dense_epochs": 20} for row in rows]
     assert statistics.summary(frame(wide)).query("sparsity.isna()")["width"].tolist() == (
         3 * [1] + 3 * [4]
