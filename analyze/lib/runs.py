@@ -60,10 +60,9 @@ def read_runs(root: Path, stage: str, needed: list[str]) -> pd.DataFrame:
     found = pd.json_normalize(find_results(root, stage))
     asked = found.filter(regex=r"^arguments\.").rename(columns=lambda key: key.partition(".")[2])
     runs = found.combine_first(asked)
-    runs = runs.reindex(columns=[*{**dict.fromkeys([*COLUMNS, "mask", "dense.epochs"]), **runs}])
-    for key in ("precision", "checksum"):  # what was used, of a dense run also the data
-        runs[f"arguments.{key}"] = runs.get(key)
-    runs = runs.assign(dense_epochs=runs["dense.epochs"])
+    runs = runs.reindex(columns=[*dict.fromkeys([*COLUMNS, "mask", "checksum", *runs])])
+    used = {"arguments.precision": runs["precision"], "arguments.checksum": runs["checksum"]}
+    runs = runs.assign(**used, dense_epochs=runs.get("dense.epochs"))
     numbers = [key for key in COLUMNS if key not in WORDS]
     runs[numbers] = runs[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
     lacking = runs[needed].isna()
