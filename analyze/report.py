@@ -64,15 +64,15 @@ def section(name: str, root: Path, options: dict[str, Any]) -> tuple[str, list[B
     flags = []
     for key in ANALYSES[name]["flags"]:
         if options[key]:
-            flags += [
-                f"--{key.replace('_', '-')}",
-                *[str(options[key])] * (options[key] is not True),
-            ]
+            flags.append(f"--{key.replace('_', '-')}")
+            if options[key] is not True:
+                flags.append(str(options[key]))
     lacks, text, files = run(name, root, flags)
     if lacks:
         return lacks, []
     blocks = [pages.heading(ANALYSES[name]["title"]), block("p", ANALYSES[name]["text"])]
-    blocks += [block("pre", text)] * bool(text)
+    if text:
+        blocks.append(block("pre", text))
     blocks += [pages.picture(path, root) for path in files if path.suffix == ".png"]
     command = shlex.join(["python", "-m", f"analyze.{name}", str(root), *flags])
     blocks += [block("p", f"Numbers, written by {command}")]

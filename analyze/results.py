@@ -72,9 +72,12 @@ def _grid(table: pd.DataFrame, show: Callable[[Any], str]) -> str:
 def _difference(row: Any) -> str:
     text = f"{row.difference:+.2f}" + interval(row.difference_low, row.difference_high)
     text += "*" * (int(row.p < 0.05) + int(row.p_holm < 0.05))
-    notes = [f"{row.gap_closed:.0f}%"] * pd.notna(row.gap_closed)
-    notes += [f"{row.detectable:.1f}"] * pd.notna(row.detectable)
-    return text + f" ({'; '.join(notes)})" * bool(notes)
+    notes = []
+    if pd.notna(row.gap_closed):
+        notes.append(f"{row.gap_closed:.0f}%")
+    if pd.notna(row.detectable):
+        notes.append(f"{row.detectable:.1f}")
+    return f"{text} ({'; '.join(notes)})" if notes else text
 
 
 def plot(rows: pd.DataFrame, title: str) -> style.Figure:

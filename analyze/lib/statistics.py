@@ -128,8 +128,10 @@ def findings(table: pd.DataFrame) -> list[str]:
             elif between:
                 shown = f"; so many can show a difference of {row.detectable:.1f} points"
             text += f": {row.difference:+.1f} points of test accuracy over the unpermuted mask"
-            text += f", 95% interval{between}" * bool(between)
-            text += ", not after Holm's correction" * (row.p < 0.05 <= row.p_holm)
+            if between:
+                text += f", 95% interval{between}"
+            if row.p < 0.05 <= row.p_holm:
+                text += ", not after Holm's correction"
             text += f" ({row.variant}, {row.cell}; pairs of networks: {row.pairs}){shown}"
         sentences.append(f"{model} x{width:g} on {dataset}: {text}.")
     return sentences
