@@ -25,8 +25,9 @@ def draw(points: pd.DataFrame, x: str, looks: dict[Any, dict], title: str) -> st
     """A panel for each `row` (its y label) and `column` (its title) of `points`, and in it a curve
     a `series`, by `mean`, with a band of `std`.
 
-    `looks` has the style of each series. A point without `x` is a level; one without `column`
-    stands in all columns. Where a style has no line, bars stand for the band.
+    `looks` has the style of each series, and its label where that is another. A point without `x`
+    is a level; one without `column` stands in all columns. Where a style has no line, bars stand
+    for the band.
     """
     rows, columns = (points[key].dropna().unique() for key in ("row", "column"))
     height = 0.9 + 2.3 * len(rows) + 0.1 * len(looks)  # the legend has two columns
@@ -39,7 +40,7 @@ def draw(points: pd.DataFrame, x: str, looks: dict[Any, dict], title: str) -> st
         here = points[shown & (points["row"] == row)].sort_values(x)
         for series, look in looks.items():
             curve = here[here["series"] == series]
-            look = look | {"label": series}
+            look = {"label": series} | look
             for level in curve.loc[curve[x].isna(), "mean"]:
                 axis.axhline(level, **look)
             curve = curve.dropna(subset=x)
