@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from analyze.lib import cache, style
+from analyze.lib import cache
 from analyze.lib.networks import arguments, build, imp_networks
 from analyze.lib.runs import (
     CELL,
@@ -31,6 +31,7 @@ from analyze.lib.runs import (
     SEEDS,
     dense_runs,
     readable,
+    refuse_repeats,
     save,
     skipped,
     sparse_runs,
@@ -76,9 +77,7 @@ def members(root: Path) -> pd.DataFrame:
         seeds = sparse[[*SEEDS, "seed"]].astype(str).agg("-".join, axis=1)
         parts.append(sparse.assign(seed=seeds, file=sparse["path"].map(paths.final_file)))
     found = pd.concat(part for part in parts if len(part)).reindex(columns=[*SET, "seed", "file"])
-    twice = found.loc[found.duplicated([*SET, "seed"]), "file"]
-    if len(twice):
-        raise UserError(f"{twice.iloc[0]} repeats the seed of another: keep experiments apart")
+    refuse_repeats(found, [*SET, "seed"], "file")
     return found
 
 
@@ -122,7 +121,6 @@ def main() -> None:
     if result.empty:
         raise UserError(f"no two finished networks of the same kind below {root}: train more seeds")
     save(result, root / "diversity.csv")
-    result["variant"] = result["variant"].map(style.label)
     for (model, width, dataset), group in result.groupby(NETWORK):
         print(f"\n{model} x{width:g} on {dataset}: accuracy in percent, KL and JS in nats")
         shown = group.drop(columns=NETWORK)

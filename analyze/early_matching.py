@@ -46,7 +46,7 @@ def table(runs: pd.DataFrame) -> pd.DataFrame:
     if not (found.groupby(COLUMNS[:-2])["match_epoch"].nunique() > 1).any():
         missing = "no permuted runs matched at two epochs of the target"
         raise UserError(f"{missing}: align with --target-epoch and train them")
-    return found.assign(variant=with_tag(found["arm"], found["tag"]))
+    return found.assign(variant=with_tag(found["arm"].replace("lth", "LTH"), found["tag"]))
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def main() -> None:
         title = f"{model} on {dataset}: test accuracy in percent, by match epoch"
         rows = ["width", "sparsity", "variant", "match"]
         grid = group.pivot(index=rows, columns="rewind", values="text")
-        print(f"{title}\n{grid.rename(style.label, level='variant').to_string(na_rep='-')}")
+        print(f"{title}\n{grid.to_string(na_rep='-')}")
         for rewind, points in group.groupby("rewind"):
             about = f"{model} on {dataset}, k = {rewind}"
             figure = accuracy(points, "match_epoch", "sparsity", about)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from analyze.lib import lines, panels, style
 from analyze.lib.networks import arguments, imp_networks
-from analyze.lib.runs import readable
+from analyze.lib.runs import readable, refuse_repeats
 from common import cli
 from common.errors import UserError
 
@@ -42,8 +42,9 @@ def plot(points: pd.DataFrame, title: str, joined: bool) -> style.Figure:
 
 def main() -> None:
     args = arguments(__doc__, points=11, images=10_000)
-    curves = []
-    for run in tqdm(imp_networks(args.root, rounds=True), "networks", unit="network", disable=None):
+    networks, curves = imp_networks(args.root, rounds=True), []
+    refuse_repeats(pd.DataFrame(networks, columns=[*KEY, "file"]), KEY, "file")
+    for run in tqdm(networks, "networks", unit="network", disable=None):
         files = [run["dense"], run["file"]]
         curve = readable(lines.curve, files, args.points, args.images, args.read)
         if curve is not None:
@@ -53,10 +54,6 @@ def main() -> None:
         raise UserError(f"{missing}: run prune_imp.py --keep-rounds")
     table = lines.barriers(pd.concat(curves), [*KEY, "rounds"])
     table = table.rename(columns={"test": "loss_barrier", "error": "error_barrier"})
-    twice = table.loc[table.duplicated([*KEY, "repair"]), "seed"]
-    if len(twice):
-        two = f"two IMP chains of seed {twice.iloc[0]} lie below {args.root}"
-        raise UserError(f"{two}: keep experiments apart")
     for (model, dataset, tag), group in table.groupby(GROUP):
         points = group.groupby(["width", "repair", "sparsity"])[[*METRICS]]
         points = points.agg(["mean", "std", "count"])

@@ -4,10 +4,9 @@
     python train_sparse.py --arm imp-target --weights runs/dense/seed1 --masks M --rewind 10 ...
 
 Writes a masks folder of the network's own for stage 4, tagged `erk`, `snip@10`, ... `erk`: random,
-each layer's density by Erdős-Rényi-kernel (Evci et al. 2020); `uniform`: random, of one density;
-`magnitude`: the largest weights at epoch k, over all layers; `snip`: those of the largest |weight *
-gradient| there, on training images (Lee et al. 2019). A random mask with the densities of an IMP
-mask is stage 4's `--arm shuffled`.
+each layer's density by Erdős-Rényi-kernel (Evci et al. 2020); `magnitude`: the largest weights at
+epoch k, over all layers; `snip`: those of the largest |weight * gradient| there, on training images
+(Lee et al. 2019). A random mask with the densities of an IMP mask is stage 4's `--arm shuffled`.
 """
 
 from pathlib import Path
@@ -19,7 +18,6 @@ from torch.nn import functional as F
 from common import checkpoint, cli, masking, paths, provenance
 from common.data import Batches, load_data
 from common.errors import UserError
-from common.masking import Mask
 from common.models import build_model
 
 IMAGES = 2000  # for SNIP's gradient
@@ -41,12 +39,12 @@ def densities(shapes: dict[str, torch.Size], keep: int) -> dict[str, float]:
 
 
 def random_scores(shapes: dict[str, torch.Size], density: dict[str, float], seed: int) -> dict:
-    """Random numbers whose largest, over all layers, are `density` of each layer."""
+    """Random positive numbers whose largest, over all layers, are `density` of each layer."""
     generator = torch.Generator().manual_seed(seed)
     scores = {}
     for name, shape in shapes.items():
         rank = torch.randperm(shape.numel(), generator=generator).view(shape)
-        scores[name] = density[name] - rank / shape.numel()
+        scores[name] = density[name] + 1 - rank / shape.numel()
     return scores
 
 
@@ -59,18 +57,11 @@ def snip(model: nn.Module, names: list[str], batches: Batches) -> dict[str, Tens
     return {name: (weight * weight.grad).detach().abs() for name, weight in weights.items()}
 
 
-def largest(scores: dict[str, Tensor], keep: int) -> Mask:
-    """The mask that keeps the `keep` largest scores over all layers."""
-    lowest = min(float(score.min()) for score in scores.values())
-    positive = {name: score - lowest for name, score in scores.items()}
-    return masking.prune_by_magnitude(positive, masking.dense_mask(scores, [*scores]), keep)
-
-
 def main() -> None:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("dense", type=Path, help="dense run")
-    add("--kind", choices=("erk", "uniform", "magnitude", "snip"), required=True)
+    add("--kind", choices=("erk", "magnitude", "snip"), required=True)
     add("--rewind", type=cli.natural, required=True, metavar="K", help="kept epoch")
     add("--sparsity", type=cli.share, nargs="+", required=True, metavar="S")
     add("--out", type=Path, required=True, help="folder of the masks")
@@ -85,22 +76,19 @@ def main() -> None:
     names = masking.prunable(model)
     weights = {name: early["state_dict"][name] for name in names}
     shapes = {name: weight.shape for name, weight in weights.items()}
+    scores, name = weights, f"{args.kind}@{args.rewind}"
     if args.kind == "snip":
         data = load_data(dense["dataset"], args.data_dir, workers=args.workers)
         scores = snip(model, names, data.eval_batches("train", limit=IMAGES))
     for sparsity in args.sparsity:
-        keep = masking.keep_count(sum(map(torch.Size.numel, shapes.values())), sparsity)
-        if args.kind in ("erk", "uniform"):
-            density = dict.fromkeys(shapes, keep / masking.size(weights))
-            density = densities(shapes, keep) if args.kind == "erk" else density
-            scores = random_scores(shapes, density, dense["seed"])
-        if args.kind == "magnitude":
-            scores = {name: weight.abs() for name, weight in weights.items()}
-        mask = largest(scores, keep)
+        keep = masking.keep_count(masking.size(weights), sparsity)
+        if args.kind == "erk":
+            scores = random_scores(shapes, densities(shapes, keep), dense["seed"])
+            name = "erk"
+        mask = masking.prune_by_magnitude(scores, masking.dense_mask(scores, names), keep)
         network = {key: dense[key] for key in ("model", "dataset", "seed")}
         network |= {"mask": mask, "signs": masking.signs(dense["state_dict"], names)}
-        early_weights = f"@{args.rewind}" * (args.kind in ("magnitude", "snip"))
-        tag = cli.joined_tag(dense.get("tag"), args.kind + early_weights)
+        tag = cli.joined_tag(dense.get("tag"), name)
         entry = masking.entry(network | {"tag": tag}, model) | provenance.stamp(__file__)
         checkpoint.save(entry, paths.mask_file(args.out, sparsity))
         print(f"wrote {paths.mask_file(args.out, sparsity)}")

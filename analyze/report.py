@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from scipy.stats import binomtest
 
 from analyze.lib import pages, paper_numbers
 from analyze.lib.pages import Block, block
-from analyze.lib.runs import find_results, parse_root, sparse_runs
-from analyze.lib.statistics import findings, summary, wilson
+from analyze.lib.runs import find_results, parse_root, sparse_runs, text_of
+from analyze.lib.statistics import findings, summary
 from common import checkpoint, cli
 from common.errors import UserError
 
@@ -34,8 +35,10 @@ LIB = Path(__file__).parent / "lib"
 TEXT = json.loads((LIB / "report.json").read_text())
 ANALYSES = TEXT["analyses"]
 STAGES = ("train_dense", "prune_imp", "align_mask", "train_sparse")
-MACHINE = ("precision", "device", "threads", "processes", "code", "commit")
-CHECKSUMS = ["source", "target", "dense", "weights", "mask"]
+SETTINGS = (
+    r"^arguments\.(?!(source|target|dense|weights|mask|precision)$)"  # files; the precision used
+    r"|^(precision|device|threads|processes|code|commit)$|^versions\.|^finished$"
+)
 
 
 def run(name: str, root: Path, flags: list[str]) -> tuple[str, str, list[Path]]:
@@ -61,15 +64,15 @@ def section(name: str, root: Path, options: dict[str, Any]) -> tuple[str, list[B
     flags = []
     for key in ANALYSES[name]["flags"]:
         if options[key]:
-            flags += [
-                f"--{key.replace('_', '-')}",
-                *[str(options[key])] * (options[key] is not True),
-            ]
+            flags.append(f"--{key.replace('_', '-')}")
+            if options[key] is not True:
+                flags.append(str(options[key]))
     lacks, text, files = run(name, root, flags)
     if lacks:
         return lacks, []
     blocks = [pages.heading(ANALYSES[name]["title"]), block("p", ANALYSES[name]["text"])]
-    blocks += [block("pre", text)] * bool(text)
+    if text:
+        blocks.append(block("pre", text))
     blocks += [pages.picture(path, root) for path in files if path.suffix == ".png"]
     command = shlex.join(["python", "-m", f"analyze.{name}", str(root), *flags])
     blocks += [block("p", f"Numbers, written by {command}")]
@@ -96,15 +99,12 @@ def settings(stages: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
     """A column a stage, with its finished runs and seconds: every value that their settings had."""
     table = {}
     for stage, found in stages.items():
-        runs = []
-        for run in found:
-            when = date.fromtimestamp((run["path"] / "result.json").stat().st_mtime)
-            machine = {key: run.get(key) for key in MACHINE} | run.get("versions", {})
-            runs.append(run["arguments"] | machine | {"finished": when})
-        runs = pd.DataFrame(runs, dtype=object).drop(columns=CHECKSUMS, errors="ignore")
+        runs, files = pd.json_normalize(found), (run["path"] / "result.json" for run in found)
+        runs["finished"] = [date.fromtimestamp(file.stat().st_mtime) for file in files]
+        runs = runs.filter(regex=SETTINGS).rename(columns=lambda key: key.rpartition(".")[2])
+        shown = runs.apply(lambda values: ", ".join(values.dropna().map(text_of).unique()))
         name = f"{stage}: {len(found)} runs, {sum(run['seconds'] for run in found):.0f} s"
-        shown = runs.apply(lambda values: ", ".join(values.dropna().map(str).unique()))
-        table[name] = shown.to_dict()  # in the order of the arguments
+        table[name] = shown.to_dict()
     table = pd.DataFrame(table).fillna("").rename_axis("setting")
     return table[(table != "").any(axis=1)]
 
@@ -113,12 +113,13 @@ def image_facts(dense: list[dict[str, Any]]) -> Iterable[str]:
     """A sentence a data set: its images, and what so many can tell apart."""
     for one in {run["arguments"]["dataset"]: run for run in dense if "images" in run}.values():
         count, accuracy = one["images"]["test"], one["test_acc"]
-        low, high = wilson(accuracy, count)
+        right = binomtest(round(count * accuracy / 100), count)
+        low, high = right.proportion_ci(method="wilson")
         yield (
             f"{one['arguments']['dataset']}: {one['images']['train']} training and {count} test "
             f"images of {one['classes']} classes. One test image is {100 / count:.2g} points, and "
-            f"where {accuracy:.1f}% of them are right, an accuracy lies between {low:.1f}% and "
-            f"{high:.1f}% (95%, Wilson): two single networks show no smaller difference."
+            f"where {accuracy:.1f}% of them are right, an accuracy lies between {low:.1%} and "
+            f"{high:.1%} (95%, Wilson): two single networks show no smaller difference."
         )
 
 

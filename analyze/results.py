@@ -3,8 +3,9 @@
     python -m analyze.results runs/quick
 
 Writes results.csv, a row a run, and table.txt: the test accuracy of each arm, mean ± sample
-standard deviation, and its difference to naive, paired by seeds, with its 95% interval, the share
-of the LTH-naive gap that it closes, and the smallest difference that so many pairs could show.
+standard deviation, and its difference to naive of the same tag, paired by seeds, with its 95%
+interval, the share of the LTH-naive gap that it closes, and the smallest difference that so many
+pairs could show.
 summary.csv has all of these as numbers, figures/gains_* are the differences with their intervals.
 `--against "permuted (masked)"` prints the differences to another variant than naive, and writes
 nothing.
@@ -18,7 +19,7 @@ import pandas as pd
 
 from analyze.lib import style
 from analyze.lib.runs import COLUMNS, NETWORK, parse_root, remarks, save, sparse_runs
-from analyze.lib.statistics import cell_name, findings, interval, plus_minus, summary
+from analyze.lib.statistics import findings, interval, plus_minus, summary
 from common import checkpoint, cli
 from common.errors import UserError
 
@@ -29,7 +30,6 @@ AGAINST = """minus {}, in points [95% interval, Student, paired by seeds] (the s
 that so many pairs show with a probability of 80%)"""
 STARS = """*  the interval excludes 0
 ** so it does after Holm's correction for the {} differences of this table"""
-INCLUDES = "the difference includes what that edit does to any mask"
 
 
 def render(runs: pd.DataFrame, against: str | None = None) -> str:
@@ -38,7 +38,6 @@ def render(runs: pd.DataFrame, against: str | None = None) -> str:
     `against` is a variant in place of naive, and of its gap to LTH nothing is said then.
     """
     table, lines = summary(runs, against), []
-    table["cell"] = list(map(cell_name, table["sparsity"], table["rewind"]))
     for network, block in table.groupby(NETWORK):
         model, width, dataset = network
         lines += [f"{model} x{width:g} on {dataset}", ""]
@@ -49,16 +48,9 @@ def render(runs: pd.DataFrame, against: str | None = None) -> str:
             tests = differences["p"].count()
             heading = TESTED if tests else DIFFERENCE
             if against:
-                heading = AGAINST.format(style.label(against))
+                heading = AGAINST.format(against)
             lines += ["", heading, _grid(differences, _difference)]
             lines += [STARS.format(tests)] if tests else []
-            if not against and differences["variant"].str.contains("[", regex=False).any():
-                for naive, rows in differences.groupby("baseline"):
-                    names = ", ".join(map(style.label, rows["variant"].unique()))
-                    lines += [f"compared with {style.label(naive)}: {names}"]
-                    others = rows.loc[~rows["variant"].str.startswith("imp-target"), "variant"]
-                    edits = sorted({*others.map(_edit)} - {_edit(naive), ""})
-                    lines += [f"  no naive {edit} is there: {INCLUDES}" for edit in edits]
         lines += remarks(runs[(runs[NETWORK] == list(network)).all(axis=1)])
         if block["count"].max() == 1:
             lines += ["one pair only: there is no spread to tell an effect from chance"]
@@ -72,22 +64,20 @@ def _grid(table: pd.DataFrame, show: Callable[[Any], str]) -> str:
     names = sorted(table["variant"].unique(), key=style.rank)
     shown = table.assign(text=list(map(show, table.itertuples())))
     grid = shown.pivot(index="cell", columns="variant", values="text").fillna("-")
-    grid = grid.loc[table["cell"].unique(), names].rename(columns=style.label)
+    grid = grid.loc[table["cell"].unique(), names]
     grid = grid.rename_axis(index=None, columns=None)
     return (grid if len(names) <= 4 else grid.T).to_string()
-
-
-def _edit(variant: str) -> str:
-    """For example '[adamw]' of 'permuted [adamw]'."""
-    return "".join(variant.partition("[")[1:])
 
 
 def _difference(row: Any) -> str:
     text = f"{row.difference:+.2f}" + interval(row.difference_low, row.difference_high)
     text += "*" * (int(row.p < 0.05) + int(row.p_holm < 0.05))
-    notes = [f"{row.gap_closed:.0f}%"] * pd.notna(row.gap_closed)
-    notes += [f"{row.detectable:.1f}"] * pd.notna(row.detectable)
-    return text + f" ({'; '.join(notes)})" * bool(notes)
+    notes = []
+    if pd.notna(row.gap_closed):
+        notes.append(f"{row.gap_closed:.0f}%")
+    if pd.notna(row.detectable):
+        notes.append(f"{row.detectable:.1f}")
+    return f"{text} ({'; '.join(notes)})" if notes else text
 
 
 def plot(rows: pd.DataFrame, title: str) -> style.Figure:
@@ -105,7 +95,7 @@ def plot(rows: pd.DataFrame, title: str) -> style.Figure:
             dot = look | {"linestyle": "", "capsize": 2}
             axis.errorbar(row.difference, place, xerr=half, **dot)
         axis.set(title=cell, xlabel="minus naive (points)")
-        axis.set_yticks(range(len(looks)), [look["label"] for look in looks.values()])
+        axis.set_yticks(range(len(looks)), [*looks])
         axis.set_ylim(len(looks) - 0.5, -0.5)
     figure.suptitle(title, fontsize=10)
     return figure
@@ -119,21 +109,20 @@ def main() -> None:
     args = parser.parse_args()
     root, runs = args.root, sparse_runs(args.root)
     if args.against:
-        names = {style.label(name): name for name in runs["variant"].unique()}
+        names = runs["variant"].unique()
         if args.against not in names:
             raise UserError(
                 f"no variant {args.against} below {root}: give one of {', '.join(names)}"
             )
-        print(render(runs, names[args.against]))
+        print(render(runs, args.against))
         return
     # Whole numbers, though not all runs have them.
-    counts = {key: pd.to_numeric(runs[key]).astype("Int64") for key in ("match_epoch", "diverged")}
+    counts = dict.fromkeys(("match_epoch", "diverged", "dense_epochs"), "Int64")
     text = render(runs)
     checkpoint.save_text(text + "\n", root / "table.txt")
     print(f"{text}\nwrote {root / 'table.txt'}")
-    save(runs.assign(**counts)[COLUMNS], root / "results.csv")
+    save(runs[COLUMNS].astype(counts), root / "results.csv")
     save(table := summary(runs), root / "summary.csv")
-    table["cell"] = list(map(cell_name, table["sparsity"], table["rewind"]))
     differences = table[table["difference"].notna() & table["sparsity"].notna()]
     for (model, width, dataset), rows in differences.groupby(NETWORK):
         about = f"{model} x{width:g} on {dataset}"

@@ -17,7 +17,16 @@ import pandas as pd
 from tqdm import tqdm
 
 from analyze.lib import lines, networks, panels, style
-from analyze.lib.runs import CELL, NETWORK, SEEDS, by_pair, readable, shared_networks, sparse_runs
+from analyze.lib.runs import (
+    CELL,
+    NETWORK,
+    SEEDS,
+    by_pair,
+    readable,
+    shared_networks,
+    sparse_runs,
+    with_gains,
+)
 from analyze.lib.statistics import paired
 from common import cli, paths
 from common.errors import UserError
@@ -72,13 +81,9 @@ def gains(runs: pd.DataFrame, barriers: pd.DataFrame) -> pd.DataFrame:
 
     Of each cell's pairs, at least four; `pairs` counts them.
     """
-    accuracy = by_pair(runs)
-    if "naive" not in accuracy:
-        return pd.DataFrame()
-    gain = accuracy.sub(accuracy["naive"], axis=0).melt(ignore_index=False, value_name="gain")
-    both = barriers.merge(gain.reset_index(), on=[*CELL, *SEEDS, "variant"]).dropna(subset="gain")
-    rows = []
-    for key, group in both[both["variant"].str.startswith("permuted")].groupby(KEY):
+    both = barriers.merge(with_gains(by_pair(runs)), on=[*CELL, *SEEDS, "variant"])
+    both, rows = both[both["arm"] == "permuted"].dropna(subset="gain"), []
+    for key, group in both.groupby(KEY):
         if len(group) >= 4 and group["test"].nunique() > 1:
             found = group["test"].corr(group["gain"], method="spearman")
             rows.append(dict(zip(KEY, key)) | {"correlation": found, "pairs": len(group)})

@@ -75,7 +75,7 @@ def test_early_matching_by_epoch(matched_early, runs):
 def test_diversity_reads_every_kind_of_network_once(matched_early):
     first = succeed("analyze.diversity", matched_early, CPU)
     table = pd.read_csv(matched_early / "diversity.csv")
-    assert set(table["variant"]) == {"dense", "IMP", "lth", "naive", "permuted", "permuted @1"}
+    assert set(table["variant"]) == {"dense", "IMP", "LTH", "naive", "permuted", "permuted @1"}
     assert (table["members"] == table["variant"].map({"dense": 4}).fillna(2)).all()
     kept = {path: path.stat().st_mtime_ns for path in matched_early.rglob("logits_*.pt")}
     assert kept and succeed("analyze.diversity", matched_early, CPU) == first

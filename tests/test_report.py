@@ -87,11 +87,11 @@ def test_dense_networks_of_two_settings_have_levels_of_their_own(root):
 def test_the_papers_numbers_by_our_names():
     table = paper_numbers.accuracies().dropna(subset="rewind")
     table = table.set_index([*finished.CELL, "variant"])["mean"]
-    assert table["resnet20", 1, "cifar10", 0.8, 0, "lth"] == 90.41
+    assert table["resnet20", 1, "cifar10", 0.8, 0, "LTH"] == 90.41
     assert table["resnet20", 1, "svhn", 0.97, 20, "permuted [cifar10 mask]"] == 92.61
     assert len(table) == 661 and table.index.is_unique and table.between(0, 100).all()
     masks = {"naive [cifar10 mask]", "permuted [cifar10 mask]"}
-    assert {*table.index.get_level_values("variant")} == {"lth", "naive", "permuted"} | masks
+    assert {*table.index.get_level_values("variant")} == {"LTH", "naive", "permuted"} | masks
 
 
 def test_the_papers_figures_are_drawn_from_its_numbers(tmp_path, monkeypatch):
@@ -170,10 +170,10 @@ def test_imagenet_has_the_best_five_guesses_too(root):
     as_in_the_paper(root, "resnet50", "imagenet", (10, 25), test_acc=70.0, test_top5=90.0)
     succeed("analyze.accuracy", root)
     table = pd.read_csv(root / "figures/top5_rewind_resnet50_imagenet.csv")
-    assert (table["mean"] == 90).all() and set(table["variant"]) > {"dense", "lth"}
+    assert (table["mean"] == 90).all() and set(table["variant"]) > {"dense", "LTH"}
     found = paper_numbers.beside(10, paper_numbers.measured(root))
     found = found.query("sparsity == 0.8 and rewind == 10").set_index(["variant", "metric"])
-    for key, both in ((("lth", "test_acc"), [70, 72.87]), (("naive", "test_top5"), [90, 88.85])):
+    for key, both in ((("LTH", "test_acc"), [70, 72.87]), (("naive", "test_top5"), [90, 88.85])):
         assert found.loc[key, ["mean", "paper"]].tolist() == both
 
 

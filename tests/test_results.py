@@ -15,9 +15,9 @@ from tests.conftest import call, edit, refused, result, succeed
 
 PAIRS = ((0, 1), (2, 3), (4, 5))
 USUAL = {"model": "m", "width": 1.0, "dataset": "d", "mask_dataset": "d", "sparsity": 0.9}
-USUAL |= {"rewind": 0, "match_epoch": None, "method": "activation", "signs": False, "tag": ""}
+USUAL |= {"rewind": 0, "match_epoch": math.nan, "method": "activation", "signs": False, "tag": ""}
 USUAL |= {"fan_in": False, "code": "abc", "mask_code": "m", "dense_epochs": 200}
-USUAL |= {"diverged": None, "path": "somewhere", "settings": {}}
+USUAL |= {"diverged": None, "path": "somewhere"}
 
 
 def rows_of(text, **more):
@@ -97,7 +97,7 @@ def test_summary_by_hand():
     others = rows_of("naive 0 1 80, permuted 0 1 83, naive 2 3 78, permuted 2 3 83")
     rows = others + rows_of("lth 0 0 90, lth 2 2 92")
     table = summary(rows)
-    assert table.loc["lth", ["mean", "std", "gap_closed"]].tolist() == [91, 2**0.5, 100]
+    assert table.loc["LTH", ["mean", "std", "gap_closed"]].tolist() == [91, 2**0.5, 100]
     found = table.loc["permuted", ["difference", "difference_se", "pairs", "gap_closed"]]
     assert found.tolist() == pytest.approx([4, 1, 2, 100 * 4 / 12])  # of 3 and 5
     # t(0.975, 1) = 12.706; noncentral t with noncentrality 16.33 exceeds it in 80% of cases.
@@ -114,13 +114,13 @@ def test_variants_are_kept_apart_and_paired_with_their_seeds():
     rows += rows_of("naive 0 1 80, naive 0 3 70, permuted 0 1 83")
     rows += rows_of("permuted 0 1 84", method="masked") + rows_of("permuted 0 1 88", signs=True)
     table = summary(rows)
-    expected = {"lth": 15, "imp-target": 11, "permuted": 3}  # LTH beside two pairs
+    expected = {"LTH": 15, "imp-target": 11, "permuted": 3}  # LTH beside two pairs
     expected |= {"permuted (masked)": 4, "permuted + signs": 8}
     assert differences(table) == expected and set(table.index) == {"naive", *expected}
     assert table.loc["naive", ["mean", "count"]].tolist() == [75, 2]
     # One run, though it serves two pairs.
-    assert table.loc["lth", ["count", "pairs"]].tolist() == [1, 2]
-    assert pd.isna(table.loc["lth", "std"])
+    assert table.loc["LTH", ["count", "pairs"]].tolist() == [1, 2]
+    assert pd.isna(table.loc["LTH", "std"])
 
 
 def test_early_matches_and_masks_of_another_data_set_are_variants_of_their_own():
@@ -139,33 +139,28 @@ def test_early_matches_and_masks_of_another_data_set_are_variants_of_their_own()
 def test_a_tagged_variant_is_compared_with_the_naive_runs_of_its_tag():
     plain = rows_of("lth 0 0 90, naive 0 1 70, permuted 0 1 75")
     tagged = rows_of("lth 0 0 72, naive 0 1 56, permuted 0 1 60", tag="adamw")
-    columns, table = ["baseline", "difference", "gap_closed"], summary(plain + tagged)
-    assert table.loc["permuted [adamw]", columns].tolist() == ["naive [adamw]", 4, 25]
-    assert table.loc["permuted", columns].tolist() == ["naive", 5, 25] and len(table) == 6
-    text = told(plain + tagged)
-    assert "compared with naive [adamw]: LTH [adamw]" in text and "no naive" not in text
+    columns, table = ["difference", "gap_closed"], summary(plain + tagged)
+    assert table.loc["permuted [adamw]", columns].tolist() == [4, 25]
+    assert table.loc["permuted", columns].tolist() == [5, 25] and len(table) == 6
     alone = plain + tagged[2:]  # no naive run of its tag
-    assert summary(alone).loc["permuted [adamw]", columns].tolist() == ["naive", -10, -50]
-    line = "compared with naive: LTH, permuted, permuted [adamw]\n  no naive [adamw] is there"
-    assert line in told(alone)
-    # Other settings are no comparison.
-    alone[-1] |= {"settings": {"lr": "0.1"}}
-    for row in plain:
-        row["settings"] = {"lr": "0.2"}
     assert summary(alone).loc["permuted [adamw]", columns].isna().all()
+    against = statistics.summary(frame(alone), "naive").set_index("variant")
+    assert against.loc["permuted [adamw]", "difference"] == -10
 
 
 def test_overall_averages_each_pair_over_the_cells_that_have_every_arm():
-    rows = grid() + grid(gains=(11, 14, 11), rewind=1)
+    # Of the last pair there is one arm alone.
+    rows = grid() + grid(gains=(11, 14, 11), rewind=1) + rows_of("naive 6 7 5")
     # A cell of one arm, and an arm of one cell.
     few = rows_of("naive 0 1 5", rewind=2) + rows_of("shuffled 0 1 9", rewind=1)
     in_one_cell = rows_of("shuffled 0 1 9, shuffled 2 3 9, shuffled 4 5 9", rewind=1)
     for more in (few, in_one_cell):
         table = statistics.summary(frame(rows + more)).query("sparsity.isna()")
         table = table.set_index("variant")
-        assert table["mean"].to_dict() == pytest.approx({"lth": 90.2, "naive": 70, "permuted": 81})
+        assert table["mean"].to_dict() == pytest.approx({"LTH": 90.2, "naive": 70, "permuted": 81})
         found = table.loc["permuted", ["difference", "difference_se"]]
         assert found.tolist() == pytest.approx([11, 3**-0.5])  # of 10, 12 and 11
+        assert "(permuted, all; pairs of networks: 3)" in told(rows + more).replace("\n", " ")
     wide = rows + [row | {"width": 4.0, "dense_epochs": 20} for row in rows]
     assert statistics.summary(frame(wide)).query("sparsity.isna()")["width"].tolist() == (
         3 * [1] + 3 * [4]
@@ -175,7 +170,8 @@ def test_overall_averages_each_pair_over_the_cells_that_have_every_arm():
 def test_differences_to_another_variant():
     table = statistics.summary(frame(grid()), "permuted").set_index("variant")
     assert table.loc["naive", "difference"] == -10 and table["gap_closed"].isna().all()
-    assert table.loc["lth", "baseline"] == "permuted"
+    assert table.loc["LTH", "difference"] == pytest.approx(10.2)
+    assert pd.isna(table.loc["permuted", "difference"])
     assert "minus permuted, in points" in told(grid(), "permuted")
     assert "of the gap" not in told(grid(), "permuted")
 
@@ -190,9 +186,9 @@ def test_tables_say_when_runs_were_made_by_different_code():
     for more in ([], elsewhere, edited):
         assert " by different code" not in told(rows + more)
     text = told(rows + rows_of("naive 0 1 70", code="abc+def"))
-    assert "different code: abc (lth), abc+def (naive)" in text
+    assert "different code: abc (LTH), abc+def (naive)" in text
     text = told(rows + rows_of("lth 4 4 80", mask_code="n") + edited)
-    assert "masks were pruned by different code: m (lth), n (lth), o (lth [t])" in text
+    assert "masks were pruned by different code: m (LTH), n (LTH), o (LTH [t])" in text
 
 
 SHARING = (((0, 1), (0, 3), (0, 5)), ((0, 1), (2, 1), (4, 5)), ((0, 1), (1, 2), (4, 5)))
@@ -224,12 +220,6 @@ def test_stars_and_findings_say_what_the_intervals_say(gains, said):
     assert all(one in text for one in said.split("|"))
 
 
-def test_a_finding_is_not_of_an_edit_where_there_is_more():
-    edited = grid(gains=(-1, 0, 1), tag="an edit")
-    assert "+10.0 points" in told(edited + grid(tag="lr=0.1"))
-    assert "+0.0 points" in told(edited)
-
-
 def test_one_seed_has_no_spread_and_a_missing_arm_no_difference():
     one = told(rows_of("lth 0 0 90, naive 0 1 80"))
     assert "nan" not in one and "90.00 ±" not in one and "interval" not in one
@@ -255,37 +245,38 @@ TRAINED = "epochs lr schedule warmup weight_decay batch_size momentum precision"
     "part, keys",
     [
         ("arguments", TRAINED),
-        ("dense", f"{TRAINED} limit_train image_size data_dir checksum"),
+        ("dense", f"{TRAINED} limit_train image_size checksum"),
         ("imp", f"{TRAINED} rewind one_shot"),
         ("arguments", "added_later"),
         ("align", "match_images restarts"),
     ],
 )
 def test_runs_of_two_settings_have_columns_of_their_own(part, keys):
-    made = {name: {"seed": 0} for name in ("arguments", "dense", "imp")}
-    made["align"] = {"match_images": 5, "restarts": 5}
+    made = {f"{name}.seed": 0 for name in finished.PARTS}
     for key in keys.split():
-        other = made | {part: made[part] | {key: "other"}}
-        rows = rows_of("lth 0 0 90", settings=finished.settings(made))
-        rows += rows_of("lth 2 2 90", settings=finished.settings(other))
-        name = {"data_dir": "data", "checksum": "data"}.get(key, key)
-        expected = f"{part} {name}=other".removeprefix("arguments ")
-        assert finished.with_settings(frame(rows))[1] == expected
+        other = made | {f"{part}.{key}": "other"}
+        rows = rows_of("permuted 0 1 90", **made) + rows_of("permuted 2 3 90", **other)
+        place = "method" if part == "align" else "tag"
+        before = {"align": "activation ", "arguments": ""}.get(part, f"{part} ")
+        expected = [f"{before}{key}={value}" for value in ("None", "other")]
+        assert [*finished.with_settings(frame(rows))[place]] == expected
 
 
-def test_a_flag_that_one_method_alone_has_is_no_setting_of_the_others():
-    ways = {}, {"restarts": 5}, {"restarts": 2}
-    made = [finished.settings({"arguments": {}, "align": way}) for way in ways]
-    rows = [one for way in made[:2] for one in rows_of("permuted 0 1 80", settings=way)]
-    assert finished.with_settings(frame(rows)).eq("").all()
-    rows += rows_of("permuted 0 1 80", settings=made[2])
-    assert [*finished.with_settings(frame(rows))] == ["", "align restarts=5", "align restarts=2"]
+def test_settings_of_an_alignment_stand_in_the_method_and_its_runs_beside_the_same_naive():
+    rows = rows_of("naive 0 1 70") + rows_of("permuted 0 1 80", **{"align.seed": 0})
+    # A flag that one method alone has is no setting of the others.
+    rows += rows_of("permuted 0 1 81", method="weight", **{"align.restarts": 5})
+    assert [*finished.with_settings(frame(rows))["method"][1:]] == ["activation", "weight"]
+    rows += rows_of("permuted 0 1 82", method="weight", **{"align.restarts": 2})
+    runs = finished.with_settings(frame(rows))
+    assert runs["tag"].eq("").all()
+    expected = {f"permuted (weight restarts={count})": gain for count, gain in ((5, 11), (2, 12))}
+    assert differences(summary(runs)) == expected | {"permuted": 10}
 
 
 def test_a_place_of_its_own_is_no_other_data():
-    places = ({"checksum": "c", "data_dir": place} for place in ("here", "elsewhere"))
-    here, elsewhere = (finished.settings({"arguments": {}, "dense": dense}) for dense in places)
-    assert here == elsewhere
+    rows = [rows_of("lth 0 0 90", **{"dense.data_dir": place})[0] for place in ("here", "there")]
+    assert finished.with_settings(frame(rows))["tag"].eq("").all()
 
 
 def test_results_lists_every_finished_run_once(runs, tmp_path):
@@ -297,7 +288,7 @@ def test_results_lists_every_finished_run_once(runs, tmp_path):
     out = succeed("analyze.results", tmp_path)
     assert "50%" in out and "minus naive" in out
     drawn = pd.read_csv(tmp_path / "figures/gains_mlpx0.03125_glyphs.csv")
-    assert drawn["cell"].nunique() == 4 and set(drawn["variant"]) == {"lth", "permuted"}
+    assert drawn["cell"].nunique() == 4 and set(drawn["variant"]) == {"LTH", "permuted"}
     table = pd.read_csv(tmp_path / "results.csv")
     assert list(table) == finished.COLUMNS and len(table) == 2 * 3 * 4 - 1
     assert table["tag"].isna().all() and set(table["arm"]) == {"lth", "naive", "permuted"}
@@ -322,9 +313,9 @@ def test_a_sceptical_referee_accepts_what_is_printed(runs, tmp_path):
         assert f"{label} [{used}]" in text  # never named without its settings
     assert "naive [lr=0.5 precision=fp32]" in text and "LTH [lr=0.02 precision=bf16]" in text
     table = pd.read_csv(tmp_path / "summary.csv").dropna(subset="difference")
-    assert set(table["baseline"]) == {f"naive [{used}]"}  # and only what differs in the arm alone
-    assert set(table["variant"]) == {f"lth [{used}]", f"permuted [{used}]"}
-    assert (table["pairs"] <= 2).all() and f"compared with naive [{used}]" in text
+    # Only what differs in the arm alone.
+    assert set(table["variant"]) == {f"LTH [{used}]", f"permuted [{used}]"}
+    assert (table["pairs"] <= 2).all()
     assert table["p_holm"].dropna().ge(table["p"].dropna()).all()
     tags = set(pd.read_csv(tmp_path / "results.csv")["tag"])
     assert tags == {"adamw", used, "lr=0.5 precision=fp32", "lr=0.02 precision=bf16"}
@@ -333,7 +324,7 @@ def test_a_sceptical_referee_accepts_what_is_printed(runs, tmp_path):
 def test_runs_that_repeat_others_are_refused_unless_a_tag_tells_them_apart(runs, tmp_path):
     shutil.copytree(runs / "sparse", tmp_path / "one")
     shutil.copytree(runs / "sparse/lth", tmp_path / "two")
-    refused(call("analyze.results", tmp_path), "8 runs", "--tag")
+    refused(call("analyze.results", tmp_path), "16 in all", "--tag")
     edit(tmp_path / "two", tag="adamw")
     assert "LTH [adamw]" in succeed("analyze.results", tmp_path)
     assert pd.read_csv(tmp_path / "results.csv")["tag"].value_counts().to_dict() == {"adamw": 8}

@@ -58,7 +58,8 @@ def test_two_orders_and_the_way_to_the_permuted_network(runs, tmp_path):
 def test_barrier_and_gain_of_the_same_pairs_are_correlated():
     pairs = pd.DataFrame({"source_seed": [0, 2, 4, 6], "target_seed": [1, 3, 5, 7]})
     pairs[CELL] = "mlp", 1.0, "glyphs", 0.9, 5
-    naive = pairs.assign(arm="naive", variant="naive", mask_dataset="glyphs", test_acc=50.0)
+    naive = pairs.assign(arm="naive", variant="naive", test_acc=50.0, tag="")
+    naive = naive.assign(mask_dataset="glyphs", signs=False, fan_in=False)
     permuted = naive.assign(arm="permuted", variant="permuted", test_acc=[51.0, 52, 53, 54])
     heights = pairs.assign(kind="basins", variant="permuted", test=[8, 7, 6, 8.5])
     both = pd.concat([naive, permuted])

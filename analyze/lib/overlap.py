@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from analyze.lib.runs import NETWORK, SEEDS, find_results, readable
+from analyze.lib.runs import NETWORK, SEEDS, find_results, readable, refuse_repeats
 from common import checkpoint, paths
 from common.errors import UserError
 from common.masking import Mask
@@ -36,9 +36,7 @@ def load_all(root: Path) -> pd.DataFrame:
     if not rows:
         raise UserError(f"no masks below {root}: run prune_imp.py first")
     masks = pd.DataFrame(rows)
-    twice = masks.loc[masks.duplicated(MASK), "path"]
-    if len(twice):
-        raise UserError(f"{twice.iloc[0]} repeats another mask there: keep experiments apart")
+    refuse_repeats(masks, MASK)
     return masks
 
 

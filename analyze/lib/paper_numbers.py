@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from analyze.lib import style
 from analyze.lib.runs import CELL, NETWORK, sparse_runs
 from analyze.lib.statistics import plus_minus
 from common import checkpoint
@@ -87,7 +86,7 @@ def layout(both: pd.DataFrame) -> pd.DataFrame:
             "metric": NAMES[row.metric],
             "rewind": "-" if pd.isna(row.rewind) else f"k = {row.rewind:g}",
         }
-        cell |= {"sparsity": f"{100 * row.sparsity:.4g}%", "method": style.label(row.variant)}
+        cell |= {"sparsity": f"{100 * row.sparsity:.4g}%", "method": row.variant}
         lines = {"ours": plus_minus(row.mean, row.std, digits)}
         lines |= {"paper": plus_minus(row.paper, row.paper_std, digits)}
         lines |= {"difference": f"{row.difference:+.{digits}f}"}

@@ -18,12 +18,17 @@ COLUMNS = """tag code precision epochs arm signs fan_in model width dataset mask
 NETWORK = ["model", "width", "dataset"]
 CELL = [*NETWORK, "sparsity", "rewind"]
 SEEDS = ["source_seed", "target_seed"]
+KIND = ["arm", "tag", "mask_dataset", "signs", "fan_in", "variant"]
 RUN = ["arm", "signs", "fan_in", "mask_dataset", "method", "match_epoch", *SEEDS, "seed", "tag"]
-NEEDED = {*CELL, "arm", "target_seed", "test_acc", "seconds", "sparsity_total"}
-WORDS = "tag code precision arm model dataset mask_dataset method mask_code mask path".split()
+NEEDED = [*CELL, "arm", *SEEDS, "seed", "epochs", "test_acc", "seconds", "sparsity_total"]
+WHOLE = {"rewind", *SEEDS, "seed", "epochs"}
+WORDS = (
+    "tag code precision arm model dataset mask_dataset method mask_code mask path variant".split()
+)
 # What else stands among the arguments of a stage: all others are settings, one that is added, too.
-NO_SETTINGS = {*CELL[:-1], *RUN, "save_epochs", "keep_rounds", "checksum", "data_dir", "dense"}
-NO_SETTINGS |= {"source", "target", "weights", "mask", "model_fn"}
+NO_SETTINGS = {*CELL[:-1], *RUN, "save_epochs", "keep_rounds", "data_dir", "dense"}
+NO_SETTINGS |= {"source", "target", "weights", "mask", "model_fn", "arguments.rewind"}
+PARTS = ("arguments", "dense", "imp", "align")  # of a result: they hold settings
 
 
 def find_results(root: Path, stage: str) -> list[dict[str, Any]]:
@@ -46,28 +51,27 @@ def find_results(root: Path, stage: str) -> list[dict[str, Any]]:
     return found
 
 
-def read_runs(root: Path, stage: str, columns: list[str], needed: set[str]) -> pd.DataFrame:
-    """A row a finished run of `stage` below `root`: arguments and results by name, and `settings`.
+def read_runs(root: Path, stage: str, needed: list[str]) -> pd.DataFrame:
+    """A row a finished run of `stage` below `root`: COLUMNS and `mask`, of arguments and results.
 
     The precision asked for stands in the arguments, the one that was used over it. A run that lacks
     what is needed is skipped with one line.
     """
-    rows = []
-    for result in find_results(root, stage):
-        try:
-            values = result["arguments"] | result
-            if lacking := sorted(key for key in needed if values.get(key) is None):
-                raise KeyError(*lacking)
-            values["dense_epochs"] = (values.get("dense") or {}).get("epochs")
-            for key, value in values.items():
-                kind = (str, Path) if key in WORDS else (int, float)
-                if key in columns and not isinstance(value, (*kind, type(None))):
-                    raise TypeError(f"a proper {key}")
-            rows.append({key: values.get(key) for key in columns} | {"settings": settings(result)})
-        except (AttributeError, KeyError, TypeError) as error:
-            skipped(result["path"], f"its result.json lacks {error}")
-    runs = pd.DataFrame(rows, columns=[*columns, "settings"])
-    return runs.assign(tag=with_settings(runs))
+    found = pd.json_normalize(find_results(root, stage))
+    asked = found.filter(regex=r"^arguments\.").rename(columns=lambda key: key.partition(".")[2])
+    runs = found.combine_first(asked)
+    runs = runs.reindex(columns=[*dict.fromkeys([*COLUMNS, "mask", "checksum", *runs])])
+    used = {"arguments.precision": runs["precision"], "arguments.checksum": runs["checksum"]}
+    runs = runs.assign(**used, dense_epochs=runs.get("dense.epochs"))
+    numbers = [key for key in COLUMNS if key not in WORDS]
+    runs[numbers] = runs[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
+    lacking = runs[needed].isna()
+    for path, lacks in zip(runs["path"], lacking.to_numpy()):
+        if lacks.any():
+            skipped(path, f"its result.json lacks {', '.join(lacking.columns[lacks])}")
+    runs = runs[~lacking.any(axis=1)]
+    runs = runs.astype(dict.fromkeys(WORDS, object) | dict.fromkeys(WHOLE & {*needed}, int))
+    return with_settings(runs)[[*COLUMNS, "mask"]]
 
 
 def readable(read: Callable[..., Any], *arguments: Any) -> Any:
@@ -83,11 +87,11 @@ def skipped(*why: object) -> None:
 
 
 def sparse_runs(root: Path) -> pd.DataFrame:
-    """All finished sparse runs below `root`, a row a run: COLUMNS, `mask` and `settings`; percent.
+    """All finished sparse runs below `root`, a row a run: COLUMNS and `mask`; percent.
 
     Raises UserError when there is none, and when runs repeat others.
     """
-    runs = read_runs(root, "train_sparse", [*COLUMNS, "mask"], NEEDED)
+    runs = read_runs(root, "train_sparse", NEEDED)
     if runs.empty:
         raise UserError(f"no finished sparse run below {root}: run train_sparse.py first")
     runs[["signs", "fan_in"]] = runs[["signs", "fan_in"]].eq(True)
@@ -96,58 +100,54 @@ def sparse_runs(root: Path) -> pd.DataFrame:
     runs["method"] = runs["method"].where(runs["arm"].isin(["permuted", "random-permutation"]))
     runs["variant"] = variants(runs)
     runs = runs.sort_values([*CELL, *RUN], ignore_index=True)
-    repeated = runs.duplicated([*CELL, *RUN], keep=False)
-    if repeated.any():  # which of them counts?
-        count, paths = runs.duplicated([*CELL, *RUN]).sum(), map(str, runs.loc[repeated, "path"])
-        raise UserError(
-            f"{count} runs below {root} repeat arm, cell and seeds of others, as "
-            f"{next(paths)} and {next(paths)}: keep experiments in folders apart, or run one "
-            "again with a --tag"
-        )
+    refuse_repeats(runs, [*CELL, *RUN])
     return runs
 
 
+def refuse_repeats(table: pd.DataFrame, keys: list[str], file: str = "path") -> None:
+    """Raise UserError where rows of a table agree in all keys: which of them counts?"""
+    files = table.loc[table.duplicated(keys, keep=False), file]
+    if len(files):
+        told = f"{files.iloc[0]} and {files.iloc[1]} are of the same kind and seeds"
+        raise UserError(
+            f"{told} ({len(files)} in all): keep experiments in folders apart, or run one "
+            "again with a --tag"
+        )
+
+
 def dense_runs(root: Path) -> pd.DataFrame:
-    """All finished dense runs below `root`: NETWORK, seed, epochs, tag, test_acc, test_top5, path;
-    the variant is dense.
-    """
-    needed = [*NETWORK, "seed", "epochs", "test_acc", "path"]
-    runs = read_runs(root, "train_dense", [*needed, "tag", "test_top5"], set(needed))
+    """All finished dense runs below `root`: those of COLUMNS that they have; variant is dense."""
+    needed = [*NETWORK, "seed", "epochs", "test_acc"]
+    runs = read_runs(root, "train_dense", needed)
     return runs.assign(variant=with_tag("dense", runs["tag"]))
 
 
-def settings(result: dict[str, Any]) -> dict[str, str]:
-    """How a network was trained; of a sparse one also how its dense network and its mask were made.
-
-    Nothing of the latter where an older result does not tell.
-    """
-    used = {key: result[key] for key in ("precision", "checksum") if key in result}
-    parts = {"": result["arguments"] | used}
-    parts |= {name: result[name] for name in ("dense", "imp", "align") if result.get(name)}
-    found = {}
-    for name, part in parts.items():
-        part = part | {"data": part.get("checksum") or part.get("data_dir")}
-        keys = part.keys() - NO_SETTINGS - ({"rewind"} if not name else set())  # that is its cell
-        found |= {f"{name} {key}".strip(): str(part[key]) for key in sorted(keys)}
-    return found
-
-
-def with_settings(runs: pd.DataFrame) -> pd.Series:
-    """The tag of each run, with the settings in which runs of its network and tag differ.
+def with_settings(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs, with the settings in which runs of a network and tag differ in their tag, and those
+    of the alignment, which naive has not, in their method.
 
     So runs of two settings stand in columns of their own, and no mean is of both.
     """
-    tag = runs["tag"].astype(object).fillna("")
-    groups = [*(runs[key] for key in NETWORK), tag]
-    made = pd.DataFrame(list(runs["settings"]), index=runs.index, dtype=object)
-    for key, values in made.items():
-        part = key.rpartition(" ")[0]
-        if part != "align":  # whose methods have flags of their own
-            untold = values.isna() & made[f"{part} data".strip()].notna()
-            values = values.mask(untold, "None")
-        mixed = values.groupby(groups).transform("nunique") > 1
-        tag = tag + (f" {key}=" + values).where(mixed & values.notna(), "")
-    return tag.str.strip()
+    runs = runs.assign(tag=runs["tag"].fillna(""))
+    alike = [runs[key] for key in (*NETWORK, "tag")]
+    groups = dict.fromkeys(PARTS, alike) | {"align": [*alike, runs["method"]]}
+    for key in runs.filter(regex=rf"^({'|'.join(PARTS)})\."):
+        part, name = key.split(".", 1)
+        if {key, name} & NO_SETTINGS:
+            continue
+        told = runs.filter(like=f"{part}.").notna().any(axis=1)  # older results tell less
+        values = runs[key].map(text_of, na_action="ignore").astype(object).fillna("None")
+        mixed = values.where(told).groupby(groups[part]).transform("nunique") > 1
+        if mixed.any():
+            label = key.removeprefix("arguments.").removeprefix("align.").replace(".", " ")
+            place = "method" if part == "align" else "tag"
+            runs[place] += (f" {label}=" + values).where(mixed & told, "")
+    return runs.assign(tag=runs["tag"].str.strip())
+
+
+def text_of(setting: Any) -> str:
+    """A whole number is a float where not all runs have it."""
+    return f"{setting:.12g}" if isinstance(setting, float) else str(setting)
 
 
 def dense_files(root: Path) -> dict[str, Path]:
@@ -168,17 +168,15 @@ def with_tag(name: Any, tag: pd.Series) -> pd.Series:
 
 def variants(runs: pd.DataFrame) -> pd.Series:
     """What tables and figures call each run: its arm, and what is unusual about it."""
-    epoch = pd.to_numeric(runs["match_epoch"])
-    early = epoch.where(epoch != pd.to_numeric(runs["dense_epochs"]))  # Table 15
-    method = runs["method"].where((runs["arm"] == "permuted") & (runs["method"] != "activation"))
+    early = runs["match_epoch"].mask(runs["match_epoch"] == runs["dense_epochs"])  # Table 15
     parts = {
-        " ({})": method,
+        " ({})": runs["method"].mask(runs["method"].isin(["activation", "random"])),
         " @{:g}": early,
         " [{} mask]": other_mask(runs),
         " + signs": runs["signs"].where(runs["signs"]),
         " + fan-in": runs["fan_in"].where(runs["fan_in"]),
     }
-    name = runs["arm"]
+    name = runs["arm"].replace("lth", "LTH")
     for text, values in parts.items():
         name = name + ["" if pd.isna(value) else text.format(value) for value in values]
     return with_tag(name, runs["tag"])
@@ -199,27 +197,8 @@ def of_one_network(runs: pd.DataFrame) -> pd.Series:
     return (runs["source_seed"] == runs["target_seed"]) & other_mask(runs).isna()
 
 
-def baselines(runs: pd.DataFrame) -> dict[str, tuple[str, str]]:
-    """The (naive, lth) that each variant of a network can be compared with, where there is one.
-
-    The naive use of masks of the same data set, of the same tag or else of one that it begins with,
-    as far as the settings are the same.
-    """
-    kinds = runs.assign(mask=other_mask(runs).fillna("")).drop_duplicates("variant")
-    naive = plain(kinds[kinds["arm"] == "naive"]).sort_values("tag", key=lambda tag: tag.str.len())
-    naive["lth"] = with_tag("lth", naive["tag"])
-    found = {}
-    for kind in kinds.itertuples():
-        for one in naive[naive["mask"] == kind.mask].itertuples():
-            known = one.settings.keys() & kind.settings.keys()
-            alike = all(one.settings[key] == kind.settings[key] for key in known)
-            if alike and kind.tag.startswith(one.tag):
-                found[kind.variant] = one.variant, one.lth
-    return found
-
-
 def by_pair(runs: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy by cell and pair of seeds (source, target), a column a variant.
+    """The accuracy of every variant by cell and pair of seeds (source, target), a row each.
 
     LTH and other runs of one network stand beside every pair with that source; imp-target beside
     that target.
@@ -229,7 +208,26 @@ def by_pair(runs: pd.DataFrame) -> pd.DataFrame:
     parts = [runs[~single]]
     for key, other, alone in ((*SEEDS, ~of_target), (*SEEDS[::-1], of_target)):
         parts.append(runs[single & alone].drop(columns=other).merge(pairs, on=[*CELL, key]))
-    return pd.concat(parts).pivot_table("test_acc", [*CELL, *SEEDS], "variant")
+    return pd.concat(parts).groupby([*CELL, *SEEDS, *KIND], as_index=False)["test_acc"].mean()
+
+
+def with_gains(pairs: pd.DataFrame, against: str | None = None) -> pd.DataFrame:
+    """Rows of `by_pair` with their `gain` over naive in points, and the `gap` from naive to LTH.
+
+    In the same cell, of the same pair and tag, naive of masks of the same data set. The gain is
+    over the variant `against`, where one is given, and there is no gap then.
+    """
+    of_lth = [*CELL, *SEEDS, "tag"]
+    naive, of_naive = plain(pairs[pairs["arm"] == "naive"]), [*of_lth, "mask_dataset"]
+    lth = plain(pairs[pairs["arm"] == "lth"])
+    if against:
+        naive, of_naive, lth = pairs[pairs["variant"] == against], [*CELL, *SEEDS], lth[:0]
+    naive = naive.rename(columns={"test_acc": "naive", "variant": "baseline"})
+    lth = lth.rename(columns={"test_acc": "lth"})
+    found = pairs.merge(naive[[*of_naive, "naive", "baseline"]], "left", of_naive)
+    found = found.merge(lth[[*of_lth, "lth"]], "left", of_lth)
+    gain = (found["test_acc"] - found["naive"]).where(found["variant"] != found["baseline"])
+    return found.assign(gain=gain, gap=found["lth"] - found["naive"])
 
 
 def shared_networks(pairs: pd.DataFrame) -> list[int]:
@@ -243,18 +241,15 @@ def shared_networks(pairs: pd.DataFrame) -> list[int]:
 def remarks(runs: pd.DataFrame) -> list[str]:
     """Lines for below a table of `runs`: other code, divergence, pairs that share networks."""
 
-    def variants_by(codes: pd.Series) -> str:  # 'abc (lth, naive), def (permuted)'
-        groups = runs.groupby(codes.fillna("unknown"), sort=False)["variant"].unique()
-        return ", ".join(f"{code} ({', '.join(names)})" for code, names in groups.items())
-
     lines, lost = [], runs[runs["diverged"].notna()]
     if shared := shared_networks(runs[~of_one_network(runs)]):
         seeds = ", ".join(map(str, shared))
         lines.append(f"pairs share networks (seed {seeds}) and are not independent: no intervals")
-    if runs.groupby("tag")["code"].nunique().max() > 1:  # an edit is other code by intent
-        lines.append(f"these runs were made by different code: {variants_by(runs['code'])}")
-    if runs.groupby("tag")["mask_code"].nunique().max() > 1:
-        lines.append(f"their masks were pruned by different code: {variants_by(runs['mask_code'])}")
+    for key, what in (("code", "these runs were made"), ("mask_code", "their masks were pruned")):
+        if runs.groupby("tag")[key].nunique().max() > 1:  # an edit is other code by intent
+            groups = runs.groupby(runs[key].fillna("unknown"), sort=False)["variant"].unique()
+            codes = (f"{code} ({', '.join(names)})" for code, names in groups.items())
+            lines.append(f"{what} by different code: {', '.join(codes)}")
     if len(lost):
         names = ", ".join(f"{run.path} in epoch {run.diverged:.0f}" for run in lost.itertuples())
         lines.append(f"{len(lost)} of {len(runs)} runs diverged, and count as they ended: {names}")

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 from scipy.special import nctdtrinc, stdtr, stdtrit  # scipy.stats takes a second to import
 
-from analyze.lib.runs import CELL, NETWORK, SEEDS, baselines, by_pair, shared_networks
+from analyze.lib.runs import CELL, KIND, NETWORK, SEEDS, by_pair, shared_networks, with_gains
 
 PAIRED = "difference difference_se difference_low difference_high p detectable pairs".split()
-DIFFERENCES = ["baseline", *PAIRED, "p_holm", "gap_closed", "gap_low", "gap_high"]
+DIFFERENCES = [*PAIRED, "p_holm", "gap_closed", "gap_low", "gap_high"]
 
 
 def paired(differences: pd.Series, independent: bool = True) -> dict[str, float]:
@@ -35,31 +35,22 @@ def holm(p: pd.Series) -> pd.Series:
     return (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1).reindex(p.index)
 
 
-def against_naive(
-    pairs: pd.DataFrame, compared: dict[str, tuple[str, str]]
-) -> dict[str, dict[str, float]]:
-    """For every variant: its difference to naive, and the share of the LTH-naive gap closed.
+def differences(pairs: pd.DataFrame) -> dict[str, float]:
+    """Of a variant's rows of `with_gains`: the gain as `paired`, and the share of the gap closed.
 
-    `pairs` has a row a pair and a column a variant, `compared` is from `baselines`. Differences are
-    `paired`; the share is in percent, both as means over the pairs that have all three, with 95%
-    intervals; it is missing where there is no gap. Intervals are missing where pairs share a
-    network, as such pairs are not independent.
+    The share is in percent, both as means over the pairs that have a gap, with its 95% interval; it
+    is missing where there is no gap. Intervals are missing where pairs share a network, as such
+    pairs are not independent.
     """
-    found, independent = {}, not shared_networks(pairs.index.to_frame())
-    for variant, (naive, lth) in compared.items():
-        if naive == variant or not {variant, naive} <= {*pairs}:
-            continue
-        gain = (pairs[variant] - pairs[naive]).dropna()
-        if gain.empty:
-            continue
-        found[variant] = row = paired(gain, independent) | {"baseline": naive}
-        if lth in pairs:
-            gain, gap = gain.align((pairs[lth] - pairs[naive]).dropna(), join="inner")
-            if gap.mean() > 0:
-                ends = ratio_interval(gain, gap) if independent else (math.nan, math.nan)
-                shares = 100 * np.array([gain.mean() / gap.mean(), *ends])
-                row |= dict(zip(("gap_closed", "gap_low", "gap_high"), shares))
-    return found
+    independent = not shared_networks(pairs)
+    row = paired(pairs["gain"], independent)
+    pairs = pairs.dropna(subset="gap")
+    gain, gap = pairs["gain"], pairs["gap"]
+    if gap.mean() > 0:
+        ends = ratio_interval(gain, gap) if independent else (math.nan, math.nan)
+        shares = 100 * np.array([gain.mean() / gap.mean(), *ends])
+        row |= dict(zip(("gap_closed", "gap_low", "gap_high"), shares))
+    return row
 
 
 def ratio_interval(numerators: pd.Series, denominators: pd.Series) -> tuple[float, float]:
@@ -67,54 +58,54 @@ def ratio_interval(numerators: pd.Series, denominators: pd.Series) -> tuple[floa
 
     Missing for a single pair, and where the mean denominator cannot be told from zero.
     """
-    count = len(numerators)
+    count, n, d = len(numerators), numerators.mean(), denominators.mean()
     if count < 2:
         return math.nan, math.nan
-    (aa, ab), (_, bb) = np.cov(numerators, denominators) / count
-    t, mean = stdtrit(count - 1, 0.975), denominators.mean()
-    g = t**2 * bb / mean**2 if mean else math.inf
-    if g >= 1:
+    (nn, nd), (_, dd) = stdtrit(count - 1, 0.975) ** 2 * np.cov(numerators, denominators) / count
+    if d**2 <= dd:
         return math.nan, math.nan
-    ratio = numerators.mean() / mean
-    slope = ab / bb if bb > 0 else 0.0
-    spread = aa - 2 * ratio * ab + ratio**2 * bb - g * (aa - slope * ab)
-    middle, half = ratio - g * slope, t / abs(mean) * math.sqrt(max(spread, 0.0))
-    return (middle - half) / (1 - g), (middle + half) / (1 - g)
+    # At its ends r the t test of numerator - r * denominator is just at 5%.
+    low, high = np.sort(np.roots([d**2 - dd, 2 * (nd - n * d), n**2 - nn]).real)
+    return low, high
 
 
-def wilson(percent: float, count: int) -> tuple[float, float]:
-    """The 95% interval of a share of `count` images, in percent (Wilson 1927)."""
-    p, w = percent / 100, 1.96**2 / count
-    half = math.sqrt(w * p * (1 - p) + w**2 / 4)
-    return 100 * (p + w / 2 - half) / (1 + w), 100 * (p + w / 2 + half) / (1 + w)
+def accuracy(cell: pd.DataFrame) -> pd.DataFrame:
+    """Of a cell's runs, by arm and variant: mean, sample std and number."""
+    return cell.groupby(["arm", "variant"])["test_acc"].agg(["mean", "std", "count"])
+
+
+def overall(pairs: pd.DataFrame) -> pd.DataFrame:
+    """The accuracies of rows of `with_gains` by pair, as means over the cells of a network.
+
+    Of networks with several cells that compare something, of the variants that all of these cells
+    have: each pair's mean over those in which it has them all.
+    """
+    told = pairs[pairs.groupby(CELL)["gain"].transform("count") > 0].copy()
+    told["cell"] = told.groupby(CELL).ngroup()
+    cells = told.groupby(NETWORK)["cell"].transform("nunique")
+    mine = told.groupby([*NETWORK, "variant"])["cell"].transform("nunique")
+    told = told[(cells > 1) & (mine == cells)]
+    variants = told.groupby(NETWORK)["variant"].transform("nunique")
+    whole = told.groupby([*CELL, *SEEDS])["variant"].transform("nunique") == variants
+    return told[whole].groupby([*NETWORK, *SEEDS, *KIND], as_index=False)["test_acc"].mean()
 
 
 def summary(runs: pd.DataFrame, against: str | None = None) -> pd.DataFrame:
-    """A row a cell and variant: mean, sample std and number of runs, and `against_naive`.
+    """A row a cell and variant: mean, sample std and number of runs, and its `differences`.
 
-    Of a network with several cells that compare something also a row a variant that all of them
-    have, without sparsity and rewind epoch, of each pair's mean over those of these cells in which
-    it is whole. Holm's family are all rows of a network. `against` is a variant in place of naive.
+    The rows of `overall` have no sparsity and rewind epoch. Holm's family are all rows of a
+    network. `against` is a variant in place of naive.
     """
-    rows = []
-    for network, mine in runs.groupby(NETWORK):
-        compared, tables = baselines(mine), {}
-        if against:
-            compared = dict.fromkeys(mine["variant"].unique(), (against, ""))
-        for cell, here in mine.groupby(CELL[3:]):
-            tables[cell] = here.groupby("variant")["test_acc"], by_pair(here)
-        told = [pairs for _, pairs in tables.values() if against_naive(pairs, compared)]
-        if len(told) > 1:
-            whole = pd.concat(told)
-            whole = whole.loc[:, whole.notna().groupby(CELL).any().all()].dropna()
-            whole = whole.groupby(SEEDS).mean()
-            tables[math.nan, None] = whole.melt().groupby("variant")["value"], whole
-        for cell, (accuracy, pairs) in tables.items():
-            differences = against_naive(pairs, compared)
-            for variant, means in accuracy.agg(["mean", "std", "count"]).iterrows():
-                row = dict(zip(CELL, (*network, *cell))) | {"variant": variant}
-                rows.append(row | means.to_dict() | differences.get(variant, {}))
-    table = pd.DataFrame(rows, columns=[*CELL, "variant", "mean", "std", "count", *DIFFERENCES])
+    pairs, key = by_pair(runs), [*CELL, "arm", "variant"]
+    means = overall(with_gains(pairs, against))
+    cells = pd.concat([runs, means]).groupby(CELL, dropna=False)[[*key[-2:], "test_acc"]]
+    table = cells.apply(accuracy).reset_index()
+    told = with_gains(pd.concat([pairs, means]), against).dropna(subset="gain")
+    groups = told.groupby(key, dropna=False)
+    rows = [dict(zip(key, names)) | differences(group) for names, group in groups]
+    found = pd.DataFrame(rows, columns=[*key, *DIFFERENCES]).astype(table.dtypes[key])
+    table = table.merge(found, "left", key)
+    table["cell"] = list(map(cell_name, table["sparsity"], table["rewind"]))
     table["p_holm"] = table.groupby(NETWORK)["p"].transform(holm)
     return table.astype({"rewind": "Int64", "count": int, "pairs": "Int64"})
 
@@ -123,27 +114,25 @@ def findings(table: pd.DataFrame) -> list[str]:
     """What the rows of `summary` say of the permuted mask, in a sentence a network."""
     sentences = []
     for (model, width, dataset), rows in table.groupby(NETWORK):
-        rows = rows[rows["variant"].str.startswith("permuted") & rows["difference"].notna()]
-        # Of an edit, named in brackets as settings are not, where there is nothing else.
-        rows = rows.assign(edit=rows["variant"].str.contains(r"\[(?![\w ]+=)"))
-        rows = rows.assign(length=rows["variant"].str.len())
-        rows = rows.sort_values(["edit", "sparsity", "length"], na_position="first", kind="stable")
+        rows = rows[(rows["arm"] == "permuted") & rows["difference"].notna()]
+        rows = rows.sort_values("sparsity", na_position="first", kind="stable")
         text = "no permuted mask stands beside an unpermuted one yet"
         for row in rows.head(1).itertuples():
             text, shown = "whether permuting the mask helps cannot be told from these runs", ""
             between = interval(row.difference_low, row.difference_high)
-            if row.difference_low < 0 < row.difference_high:
-                shown = f"; so many can show a difference of {row.detectable:.1f} points"
-            elif row.difference_low * row.difference_high > 0:
+            if row.difference_low * row.difference_high > 0:
                 text = f"permuting the mask {'helps' if row.difference > 0 else 'hurts'}"
                 if of_gap := interval(row.gap_low, row.gap_high):
                     shown = f"; that is {row.gap_closed:.0f}%{of_gap} of the gap to the mask's own"
                     shown += " network"
+            elif between:
+                shown = f"; so many can show a difference of {row.detectable:.1f} points"
             text += f": {row.difference:+.1f} points of test accuracy over the unpermuted mask"
-            text += f", 95% interval{between}" * bool(between)
-            text += ", not after Holm's correction" * (row.p < 0.05 <= row.p_holm)
-            cell = cell_name(row.sparsity, row.rewind)
-            text += f" ({row.variant}, {cell}; pairs of networks: {row.pairs}){shown}"
+            if between:
+                text += f", 95% interval{between}"
+            if row.p < 0.05 <= row.p_holm:
+                text += ", not after Holm's correction"
+            text += f" ({row.variant}, {row.cell}; pairs of networks: {row.pairs}){shown}"
         sentences.append(f"{model} x{width:g} on {dataset}: {text}.")
     return sentences
 
@@ -158,6 +147,6 @@ def interval(low: float, high: float) -> str:
     return "" if pd.isna(low) else f" [{low:.1f}, {high:.1f}]"
 
 
-def cell_name(sparsity: float, rewind: int) -> str:
+def cell_name(sparsity: float, rewind: float) -> str:
     """For example '90%, k=5'; 'all' of a row of `summary` over several cells."""
-    return "all" if pd.isna(sparsity) else f"{100 * sparsity:.4g}%, k={rewind}"
+    return "all" if pd.isna(sparsity) else f"{100 * sparsity:.4g}%, k={rewind:g}"

@@ -34,22 +34,18 @@ def width_look(width: float) -> dict[str, str]:
 
 
 def looks(variants: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Label, colour, marker and line style of each variant, in the order in which they are shown.
+    """Colour, marker and line style of each variant, in the order in which they are shown.
 
     One that only begins with a known name, as tagged variants do, looks like that one, with a line
     style of its own; any other is grey.
     """
     found, dashes = {}, itertools.cycle(DASHES)
     for variant in sorted(variants, key=rank):
-        look = LOOKS.get(known := _known(variant), OTHER) | {"label": label(variant)}
+        look = LOOKS.get(known := _known(variant), OTHER).copy()
         if known and variant != known:
             look["linestyle"] = next(dashes)
         found[variant] = look
     return found
-
-
-def label(variant: str) -> str:
-    return variant.replace("lth", "LTH", 1)
 
 
 def rank(variant: str) -> tuple[int, int, str]:
