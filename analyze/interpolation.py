@@ -6,8 +6,8 @@ For every alignment below the folder: loss and accuracy of (1 - alpha) A + alpha
 (1 - alpha) π(A) + alpha B, each with and without REPAIR, on the test set and on training images
 that REPAIR uses. The barrier is the largest excess of the loss over the line between the endpoints'
 losses (paper, equation 3); it stands in the legend, as a mean over pairs. Writes
-figures/interpolation_* (with several widths also one panel with a curve a width) and, so that a
-second call is quick, line_*.csv beside B's weights.
+figures/interpolation_* (with several widths also one panel with a curve a width), barriers.csv and,
+so that a second call is quick, line_*.csv beside B's weights.
 """
 
 import pandas as pd
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from analyze.lib import lines, panels, style
 from analyze.lib.networks import alignments, arguments
-from analyze.lib.runs import NETWORK, SEEDS, readable
+from analyze.lib.runs import NETWORK, SEEDS, readable, save
 from common import cli, paths
 from common.errors import UserError
 
@@ -54,6 +54,7 @@ def main() -> None:
     for run in tqdm(alignments(args.root), "pairs", unit="pair", disable=None):
         ends = run["source"], run["target"]
         about = {key: run[key] for key in (*NETWORK, *MATCH, *SEEDS)}
+        about["permutation"] = run["permutation"].relative_to(args.root)
         for kind, between in (("naive", []), ("aligned", [run["permutation"]])):
             files = [ends[0], *between, ends[1]]
             curve = readable(lines.curve, files, args.points, args.images, args.read)
@@ -62,6 +63,8 @@ def main() -> None:
     if not curves:
         raise UserError(f"no alignment below {args.root} could be measured (see above)")
     found = pd.concat(curves, ignore_index=True)
+    barriers = lines.barriers(found, [*NETWORK, *MATCH, *SEEDS, "permutation", "curve"])
+    save(barriers, args.root / "barriers.csv")
     for key, group in found.groupby(["model", "dataset", *MATCH], dropna=False):
         model, dataset, tag, method, sparsity, epoch = key
         if pd.notna(sparsity):  # a permutation for one sparsity

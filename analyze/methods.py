@@ -2,7 +2,7 @@
 
 A row for every method that permuted masks below the folder, means over pairs of seeds. By network:
 the cosine of π(A) and B over the matched weights, and the loss barrier between them with and
-without REPAIR (where analyze.interpolation has measured it). By sparsity: the cosine of
+without REPAIR (from barriers.csv, which analyze.interpolation writes). By sparsity: the cosine of
 π(m_A ⊙ A) and B, the weights that π(m_A) shares with IMP's mask of B over what chance gives
 (where B was pruned too), and the accuracy of sparse training minus naive with its standard error.
 Writes methods.csv; a dash stands for what is missing.
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from analyze.lib import lines, overlap
+from analyze.lib import overlap
 from analyze.lib.networks import alignments
 from analyze.lib.runs import (
     NETWORK,
@@ -37,6 +37,7 @@ from common.masking import Mask
 from common.models import build_model
 
 NAIVE = "naive"
+LINE = ["permutation", "curve"]
 KEY = [*NETWORK, "tag", "sparsity", "method", "match_epoch"]
 
 
@@ -61,17 +62,15 @@ def measures(run: dict[str, Any]) -> list[dict[str, Any]]:
     a, b = ({name: end["state_dict"][name] for name in axes.weights} for end in (source, target))
     permutation = checkpoint.load(run["permutation"], ("permutation",))["permutation"]
     moved, rows = permute(a, dims, permutation), []
-    of_naive = lines.kept_barriers(ends)
-    of_moved = lines.kept_barriers([ends[0], run["permutation"], ends[1]])
     for sparsity, path in run["masks"].items():
         entry = checkpoint.load(path, checkpoint.MASKS)
         unpermuted = permute(entry["mask"], dims, inverse(permutation))
-        about = {key: run[key] for key in (*NETWORK, *SEEDS)}
+        about = {key: run[key] for key in (*NETWORK, *SEEDS, "permutation")}
         about |= {"tag": entry.get("tag") or "", "sparsity": sparsity}
         naive = about | {"method": NAIVE, "match_epoch": None} | cosines(a, unpermuted, b)
         matched = about | {key: entry[key] for key in ("method", "match_epoch")}
         matched |= cosines(moved, entry["mask"], b)
-        rows += [naive | of_naive, matched | of_moved]
+        rows += [naive | {"curve": "naive"}, matched | {"curve": "aligned"}]
     return rows
 
 
@@ -84,8 +83,13 @@ def table(root: Path) -> pd.DataFrame:
     found = pd.DataFrame([row for run in runs for row in readable(measures, run) or []])
     if found.empty:
         raise UserError(f"no alignment below {root} can be read: run align_mask.py again")
+    if (root / "barriers.csv").is_file():
+        barriers = pd.read_csv(root / "barriers.csv").pivot(index=LINE, columns="repair")["test"]
+        barriers = barriers.rename(columns={False: "barrier", True: "barrier, REPAIR"})
+        found["permutation"] = [str(path.relative_to(root)) for path in found["permutation"]]
+        found = found.join(barriers, on=LINE)
     # Naive comes with every method; that beside the latest B counts.
-    found = found.drop_duplicates([*KEY, *SEEDS], keep="last").drop(columns=SEEDS)
+    found = found.drop_duplicates([*KEY, *SEEDS], keep="last").drop(columns=[*SEEDS, *LINE])
     result = found.groupby(KEY, dropna=False).mean().reset_index()
     shared = overlap.overlaps(overlap.load_all(root))
     shared = overlap.summary(shared[shared["mask_dataset"] == shared["dataset"]])

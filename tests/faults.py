@@ -316,8 +316,8 @@ every process writes | common/checkpoint.py
 
 REPAIR of BatchNorm on test images | analyze/lib/lines.py
 >analyze::test_repair_at_the_endpoints_changes_nothing_and_interpolation_meets_them
--repair.recompute_batch_norm(model, (batch for batch, _ in train()))
-+repair.recompute_batch_norm(model, (batch for batch, _ in test()))
+-recompute_batch_norm(model, (batch for batch, _ in train()))
++recompute_batch_norm(model, (batch for batch, _ in test()))
 
 REPAIR by rescaling on test images | analyze/lib/lines.py
 >analyze::test_repair_at_the_endpoints_changes_nothing_and_interpolation_meets_them

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from analyze.lib.repair import recompute_batch_norm
+from analyze.lib.lines import recompute_batch_norm
 from common.align.axes import find_axes
 from common.align.permutation import check_same_function, inverse, permute, random_permutation
 from common.errors import UserError

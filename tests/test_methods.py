@@ -1,7 +1,6 @@
 """The analysis of masks and of matching methods, and what analyses keep."""
 
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,9 +9,9 @@ import torch
 from torch.nn.utils import parameters_to_vector
 
 from analyze import methods
-from analyze.lib import cache, lines, networks, overlap
+from analyze.lib import lines, networks, overlap
 from analyze.lib.runs import sparse_runs
-from common import masking
+from common import masking, provenance
 from tests.conftest import align_and_train, call, refused, stage2, state, succeed, weights
 
 
@@ -107,28 +106,36 @@ def test_cosines_are_of_the_masks_that_were_permuted(compared):
     assert found["cosine"].item() == pytest.approx(np.mean([row["cosine"] for row in rows]))
 
 
-def test_the_finest_curve_gives_the_barrier(tmp_path):
-    files = [tmp_path / "a.pt", tmp_path / "b.pt"]
-    for file in files:
-        file.touch()
-    about = {"repair": False, "images": 100, "train_loss": 0, "test_acc": 0}
-    for losses in ([0, 0, 1.0, 0, 0], [0, 9.0, 0]):
-        curve = pd.DataFrame({"alpha": np.linspace(0, 1, len(losses)), "test_loss": losses})
-        curve.assign(**about).to_csv(lines.curve_file(files, len(losses), 100), index=False)
-    assert lines.kept_barriers(files) == {"barrier": 1}
-    assert lines.kept_barriers(files[::-1]) == {}
+def test_barriers_are_those_that_interpolation_wrote(compared):
+    succeed("analyze.interpolation", compared, "--points 3 --images 64 --device cpu")
+    barriers = pd.read_csv(compared / "barriers.csv").query("repair")
+    lines = barriers.groupby(["method", "match_epoch", "curve"])["test"].mean()
+    rows = methods.table(compared).set_index(["method", "match_epoch", "sparsity"])
+    rows = rows["barrier, REPAIR"]
+    for epoch in (1, 3):
+        found = rows["activation", epoch, 0.5]
+        assert found.tolist() == 2 * [pytest.approx(lines["activation", epoch, "aligned"])]
+    naive = rows[rows.index.get_level_values("method") == "naive"]
+    assert naive.tolist() == 4 * [pytest.approx(lines["masked", 3, "naive"])]
+    masked = barriers.query("method == 'masked' and curve == 'aligned' and sparsity == 0.7")
+    assert rows["masked", 3, 0.7].iloc[0] == pytest.approx(masked["test"].mean())
 
 
-def test_what_is_kept_is_named_by_the_code_that_made_it(tmp_path, monkeypatch):
-    lib = shutil.copytree(Path(cache.__file__).parent, tmp_path / "lib")
-    monkeypatch.setattr(cache, "__file__", str(lib / "cache.py"))
+def test_what_is_kept_is_made_again_of_other_files_by_other_code(tmp_path, monkeypatch):
+    file, made, digest = tmp_path / "a.pt", [], provenance.code_digest
+    file.write_bytes(b"1")
 
-    def digest(script=lines, **edits):
-        for name, text in edits.items():
-            (lib / f"{name}.py").write_text(text)
-        cache.code_digest.cache_clear()
-        return cache.code_digest(script.__file__)
+    def number(*settings):
+        def make():
+            made.append(settings)
+            return pd.DataFrame({"number": [len(made)]})
 
-    first = digest(repair="x = 1  # a remark")
-    assert digest(repair="x = 1") == digest(style="RED = 1") == first
-    assert digest(methods) != first != digest(repair="x = 2")
+        return lines.kept(methods.__file__, "line", [file], settings, make)["number"].item()
+
+    assert [number(3), number(4), number(3)] == [1, 2, 1]
+    file.write_bytes(b"2")
+    assert number(3) == 3
+    for count, module in enumerate((methods, lines), 4):
+        edited = {module.__file__: f"edit {count}"}
+        monkeypatch.setattr(provenance, "code_digest", lambda one: edited.get(one) or digest(one))
+        assert number(3) == number(3) == count

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import entropy
 
 from analyze import diversity, landscape
-from analyze.lib import lines, networks, repair
+from analyze.lib import lines, networks
 from analyze.lib import runs as finished
 from common.data import reader, resident
 from tests.conftest import align_and_train, call, refused, stage1, stage2, stage3, succeed
@@ -73,14 +73,11 @@ def test_early_matching_by_epoch(matched_early, runs):
     refused(call("analyze.early_matching", runs), "--target-epoch")
 
 
-def test_diversity_reads_every_kind_of_network_once(matched_early):
-    first = succeed("analyze.diversity", matched_early, CPU)
+def test_diversity_reads_every_kind_of_network(matched_early):
+    succeed("analyze.diversity", matched_early, CPU)
     table = pd.read_csv(matched_early / "diversity.csv")
     assert set(table["variant"]) == {"dense", "IMP", "lth", "naive", "permuted", "permuted @1"}
     assert (table["members"] == table["variant"].map({"dense": 4}).fillna(2)).all()
-    kept = {path: path.stat().st_mtime_ns for path in matched_early.rglob("logits_*.pt")}
-    assert kept and succeed("analyze.diversity", matched_early, CPU) == first
-    assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
     # A member's accuracy from its logits is that of its run.
     cell = "variant == 'naive' and sparsity == 0.7 and rewind == 0"
     runs = finished.sparse_runs(matched_early).query(cell.replace("variant", "arm"))
@@ -127,7 +124,7 @@ def test_curves_and_planes_do_not_depend_on_how_many_images_a_device_takes(
     matched_early, monkeypatch
 ):
     monkeypatch.setitem(resident.EVAL_BATCH, "cpu", -1)  # an error where it is used
-    monkeypatch.setattr(repair, "has_batch_norm", lambda _: True)
+    monkeypatch.setattr(lines, "has_batch_norm", lambda _: True)
     triple = networks.triples(matched_early).iloc[0]
     table = landscape.measure(triple, 3, 90, READ)
     files = [triple[name] for name in ("lth", "permutation", "permuted")]

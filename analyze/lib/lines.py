@@ -1,4 +1,9 @@
-"""The line between two networks in weight space: metrics along it, its barrier, kept curves."""
+"""The line between two networks in weight space: metrics along it, barriers, REPAIR, kept curves.
+
+REPAIR undoes the variance collapse of interpolated networks (Jordan et al. 2023). Networks with
+BatchNorm get their statistics recomputed; in others every hidden convolution or linear layer is
+rescaled, channel by channel, to the interpolated mean and standard deviation of the two endpoints.
+"""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -11,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from analyze.lib import cache, networks, repair
-from common import checkpoint
+from common import checkpoint, provenance
 from common.align.axes import find_axes
 from common.align.permutation import permute
-from common.data import Batches
+from common.data import Batches, Resident, Streamed
+from common.errors import UserError
+from common.masking import layer_weights
+from common.models import build_model
 from common.training import evaluate
 
 BATCH = 250  # images at a time on every device: statistics of BatchNorm are means over batches
@@ -65,20 +72,20 @@ def metrics_along(
     The two networks have the metrics of their runs. `test` and `train` start over at every call,
     so that no more than a batch of a large set is in memory.
     """
-    batch_norm = repair.has_batch_norm(model)
+    batch_norm = has_batch_norm(model)
     if not batch_norm:
         images, endpoints = torch.cat([batch for batch, _ in train()]), []
         for state in (source, target):
             model.load_state_dict(state)
-            endpoints.append(repair.rescale(model, images))
+            endpoints.append(rescale(model, images))
     rows = []
     for alpha in tqdm(alphas, "interpolating", unit="point", disable=None, leave=False):
         model.load_state_dict(interpolate(source, target, float(alpha)))
         for repaired in (False, True):
             if repaired and batch_norm:
-                repair.recompute_batch_norm(model, (batch for batch, _ in train()))
+                recompute_batch_norm(model, (batch for batch, _ in train()))
             elif repaired:
-                repair.rescale(model, images, repair.interpolate(*endpoints, float(alpha)))
+                rescale(model, images, between(*endpoints, float(alpha)))
             row = {"alpha": alpha, "repair": repaired}
             for split, batches in (("test", test), ("train", train)):
                 row[f"{split}_loss"], row[f"{split}_acc"] = evaluate(model, batches())
@@ -86,9 +93,30 @@ def metrics_along(
     return rows
 
 
-def curve_file(files: list[Path], points: int | str, images: int | str) -> Path:
-    """Where the curve of a line is kept; `files` as `curve` takes them."""
-    return cache.place(__file__, "line", files, points, images)
+def build(entry: dict[str, Any], data: Resident | Streamed) -> nn.Module:
+    """The network of a checkpoint, with its weights, where the data are."""
+    model = build_model(**entry["model"])
+    model.load_state_dict(entry["state_dict"])
+    return model.to(data.device, memory_format=torch.channels_last)
+
+
+def kept(
+    script: str, kind: str, files: list[Path], settings: tuple, make: Callable
+) -> pd.DataFrame:
+    """The table that `make` computes of `files`, or that an earlier call left beside the last one.
+
+    Its name has the digests of the code of `script` and of this file, and of all `files`, and the
+    settings. Raises UserError when a file is missing.
+    """
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"no such file: {file}")
+    digests = [*map(provenance.code_digest, (script, __file__)), *map(checkpoint.digest, files)]
+    parts = kind, files[-1].stem, *(digest[:8] for digest in digests), *settings
+    path = files[-1].with_name("_".join(map(str, parts)) + ".csv")
+    if not path.is_file():
+        checkpoint.save_text(make().to_csv(index=False), path)
+    return pd.read_csv(path)
 
 
 def curve(files: list[Path], points: int, images: int, read: Callable) -> pd.DataFrame:
@@ -102,7 +130,7 @@ def curve(files: list[Path], points: int, images: int, read: Callable) -> pd.Dat
         ends = files[0], files[-1]
         source, target = (checkpoint.load(file, checkpoint.WEIGHTS) for file in ends)
         data = read(target["dataset"])
-        model = networks.build(target, data)
+        model = build(target, data)
         state = source["state_dict"]
         for file in files[1:-1]:
             permutation = checkpoint.load(file, ("permutation",))["permutation"]
@@ -113,15 +141,76 @@ def curve(files: list[Path], points: int, images: int, read: Callable) -> pd.Dat
         rows = metrics_along(model, state, target["state_dict"], alphas, test, train)
         return pd.DataFrame(rows).assign(images=images)
 
-    return cache.kept(curve_file(files, points, images), make)
+    return kept(__file__, "line", files, (points, images), make)
 
 
-def kept_barriers(files: list[Path]) -> dict[str, float]:
-    """The barriers in test loss of the kept curve of most points, and then of most images."""
-    pattern = curve_file(files, "*", "*")
-    curves = [pd.read_csv(path) for path in pattern.parent.glob(pattern.name)]
-    if not curves:
-        return {}
-    finest = max(curves, key=lambda curve: (len(curve), curve["images"].iloc[0]))
-    found = barriers(finest).set_index("repair")["test"]
-    return found.rename({False: "barrier", True: "barrier, REPAIR"}).to_dict()
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+# layer -> (mean, standard deviation) of its output, per channel
+Statistics = dict[str, tuple[Tensor, Tensor]]
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, BATCH_NORMS) for module in model.modules())
+
+
+@torch.no_grad()
+def recompute_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Reset the BatchNorm statistics; recompute them as the cumulative average over `batches`.
+
+    The batches must mix the classes: within one class activations vary less.
+    """
+    norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
+    momenta = [module.momentum for module in norms]
+    for module in norms:
+        module.reset_running_stats()
+        module.momentum = None  # cumulative average
+    model.train()
+    for images in batches:
+        model(images)
+    model.eval()
+    for module, momentum in zip(norms, momenta):
+        module.momentum = momentum
+
+
+@torch.no_grad()
+def rescale(model: nn.Module, images: Tensor, goal: Statistics | None = None) -> Statistics:
+    """The mean and standard deviation, over images and places, of every hidden layer's output.
+
+    With a `goal` they are brought to it, layer after layer, folded into weights and biases. Raises
+    ValueError for a hidden layer without bias. A channel without variance is only shifted.
+    """
+    measured: Statistics = {}
+
+    def fold(layer: nn.Module, _: object, output: Tensor) -> Tensor | None:
+        rows = output.movedim(1, -1).flatten(0, -2)
+        deviation, mean = torch.std_mean(rows, 0, correction=0)
+        measured[names[layer]] = mean, deviation
+        if goal is None or names[layer] not in goal:
+            return None
+        wanted_mean, wanted = goal[names[layer]]
+        scale = torch.where(deviation > 0, wanted / deviation, 1.0)
+        shift = wanted_mean - mean * scale
+        if layer.bias is None:
+            raise ValueError(f"{names[layer]} has no bias to fold the mean into")
+        layer.weight.mul_(scale.view(-1, *[1] * (layer.weight.dim() - 1)))
+        layer.bias.mul_(scale).add_(shift)
+        shape = (-1, *[1] * (output.dim() - 2))
+        return output.mul_(scale.view(shape)).add_(shift.view(shape))
+
+    layers = [name.removesuffix(".weight") for name in layer_weights(model)]
+    names = {model.get_submodule(name): name for name in layers}
+    hooks = [layer.register_forward_hook(fold) for layer in names]
+    model.eval()(images)
+    for hook in hooks:
+        hook.remove()
+    measured.popitem()  # of the output
+    return measured
+
+
+def between(source: Statistics, target: Statistics, alpha: float) -> Statistics:
+    """(1 - alpha) of the source's means and standard deviations plus alpha of the target's."""
+    return {
+        name: tuple(torch.lerp(a, b, alpha) for a, b in zip(source[name], target[name]))
+        for name in source
+    }

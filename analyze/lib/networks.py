@@ -1,4 +1,4 @@
-"""Networks and permutations below a folder: finding them, and building them to be evaluated."""
+"""Finding the networks and permutations below a folder."""
 
 import argparse
 from collections.abc import Iterator
@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
-from torch import nn
 
 from analyze.lib.runs import (
     CELL,
@@ -22,9 +20,8 @@ from analyze.lib.runs import (
     sparse_runs,
 )
 from common import checkpoint, cli, masking, paths
-from common.data import Resident, Streamed, reader
+from common.data import reader
 from common.errors import UserError
-from common.models import build_model
 from common.runtime.device import pick_device
 
 FLAGS = {
@@ -52,13 +49,6 @@ def arguments(doc: str, **defaults: Any) -> argparse.Namespace:
     args = parser.parse_args()
     args.read = reader(args.data_dir, pick_device(args.device), args.workers)
     return args
-
-
-def build(entry: dict[str, Any], data: Resident | Streamed) -> nn.Module:
-    """The network of a checkpoint, with its weights, where the data are."""
-    model = build_model(**entry["model"])
-    model.load_state_dict(entry["state_dict"])
-    return model.to(data.device, memory_format=torch.channels_last)
 
 
 def with_dense(root: Path, stage: str, *roles: str) -> Iterator[tuple[dict, dict[str, Any]]]:
