@@ -11,13 +11,11 @@ so that a second call is quick, line_*.csv beside B's weights.
 """
 
 import pandas as pd
-from tqdm import tqdm
 
 from analyze.lib import lines, panels, style
 from analyze.lib.networks import alignments, arguments
-from analyze.lib.runs import NETWORK, SEEDS, readable, save
+from analyze.lib.runs import NETWORK, SEEDS, save
 from common import cli, paths
-from common.errors import UserError
 
 MATCH = ["tag", "method", "sparsity", "match_epoch"]
 RED, GREEN = "#D55E00", "#009E73"
@@ -28,7 +26,8 @@ LOOKS = {
     ("aligned", True): ("π(A) to B, REPAIR", {"color": GREEN, "marker": "^", "linestyle": "-"}),
 }
 METRICS = {"test_loss": "test loss (nats)", "test_acc": "test accuracy (%)"}
-KEY = ["width", "curve", "repair"]
+CURVE = ["width", "curve", "repair"]
+ROW = [*NETWORK, *MATCH, *SEEDS, "permutation", "curve"]  # of barriers.csv, beside repair
 
 
 def plot(table: pd.DataFrame, heights: pd.DataFrame, title: str) -> style.Figure:
@@ -39,7 +38,7 @@ def plot(table: pd.DataFrame, heights: pd.DataFrame, title: str) -> style.Figure
         test, train = (", ".join(map("{:.3f}".format, means[split])) for split in means)
         names[key] = f"{name}: barrier {test}, train {train}"
         looks[names[key]] = look | {"markersize": 3.5}
-    points = table.melt([*KEY, "alpha"], METRICS, "metric").groupby([*KEY, "metric", "alpha"])
+    points = table.melt([*CURVE, "alpha"], METRICS, "metric").groupby([*CURVE, "metric", "alpha"])
     points = points["value"].agg(["mean", "std"]).reset_index()
     points["series"] = [names[key] for key in zip(points["curve"], points["repair"])]
     points["row"] = points["metric"].map(METRICS)
@@ -50,21 +49,14 @@ def plot(table: pd.DataFrame, heights: pd.DataFrame, title: str) -> style.Figure
 
 def main() -> None:
     args = arguments(__doc__, points=21, images=10_000)
-    curves = []
-    for run in tqdm(alignments(args.root), "pairs", unit="pair", disable=None):
-        ends = run["source"], run["target"]
-        about = {key: run[key] for key in (*NETWORK, *MATCH, *SEEDS)}
-        about["permutation"] = run["permutation"].relative_to(args.root)
-        for kind, between in (("naive", []), ("aligned", [run["permutation"]])):
-            files = [ends[0], *between, ends[1]]
-            curve = readable(lines.curve, files, args.points, args.images, args.read)
-            if curve is not None:
-                curves.append(curve.assign(curve=kind, **about))
-    if not curves:
-        raise UserError(f"no alignment below {args.root} could be measured (see above)")
-    found = pd.concat(curves, ignore_index=True)
-    barriers = lines.barriers(found, [*NETWORK, *MATCH, *SEEDS, "permutation", "curve"])
-    save(barriers, args.root / "barriers.csv")
+    runs = alignments(args.root).drop_duplicates("permutation")
+    runs["sparsity"] = runs["permutation"].map(paths.sparsity_of).astype(float)
+    naive = lines.along(runs, "source", "target").assign(curve="naive")
+    aligned = lines.along(runs, "source", "permutation", "target").assign(curve="aligned")
+    both = pd.concat([naive, aligned]).sort_index(kind="stable")
+    both["permutation"] = [path.relative_to(args.root) for path in both["permutation"]]
+    found = lines.curves(both[[*ROW, "files"]], args)
+    save(lines.barriers(found, ROW), args.root / "barriers.csv")
     for key, group in found.groupby(["model", "dataset", *MATCH], dropna=False):
         model, dataset, tag, method, sparsity, epoch = key
         if pd.notna(sparsity):  # a permutation for one sparsity
@@ -74,7 +66,7 @@ def main() -> None:
         title = f"{model} on {dataset}, {pairs} seed pair{'s' * (pairs != 1)}\n"
         title += f"matched by {method} at epoch {epoch}"
         folder, name = args.root / "figures", f"{method}_{model}_{dataset}_k{epoch:03d}"
-        heights = lines.barriers(group, [*KEY[:2], *SEEDS]).groupby(KEY)[["test", "train"]]
+        heights = lines.barriers(group, [*CURVE[:2], *SEEDS]).groupby(CURVE)[["test", "train"]]
         figure = plot(group, heights.mean(), title)
         style.save(figure, group, folder, f"interpolation_{name}")
         if group["width"].nunique() > 1:

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from analyze.lib import lines, networks, style
@@ -87,9 +88,7 @@ def measure(triple: dict[str, Any], resolution: int, images: int, read: Callable
         for y, x in tqdm([*itertools.product(ys, xs)], "plane", disable=None, leave=False):
             weights = vectors[0].double() + x * directions[0] + y * directions[1]
             nn.utils.vector_to_parameters(weights.float(), model.parameters())
-            if lines.has_batch_norm(model):
-                train = data.eval_batches("train", lines.BATCH, images)
-                lines.recompute_batch_norm(model, (batch for batch, _ in train))
+            update_bn(data.eval_batches("train", lines.BATCH, images), model)
             loss, accuracy = evaluate(model, data.eval_batches("test", lines.BATCH))
             rows.append({"x": x, "y": y, "test_loss": loss, "test_error": 100 - accuracy})
         marks = pd.DataFrame(corners, columns=["x", "y"]).assign(network=[*CORNERS])

@@ -92,8 +92,9 @@ def test_methods_takes_what_there_is(runs, tmp_path):
 
 
 def test_cosines_are_of_the_masks_that_were_permuted(compared):
-    late = {"method": "activation", "match_epoch": 3}
-    runs = [run for run in networks.alignments(compared) if late.items() <= run.items()]
+    runs = networks.alignments(compared)
+    runs = runs.query("method == 'activation' and match_epoch == 3 and sparsity == 0.5")
+    runs = runs.to_dict("records")
     rows = [methods.measures(run)[0] for run in runs]
     mask = state(compared / "imp/seed0/mask_0.50.pt")["mask"]
     ends = masking.apply(weights(runs[0]["source"]), mask), weights(runs[0]["target"])

@@ -50,6 +50,9 @@ def test_barriers_are_excesses_over_the_line_between_the_ends():
     found = lines.barriers(pd.concat([curve, curve.assign(seed=1, repair=False)]), ["seed"])
     values = found[["seed", "repair", "test", "train", "error"]].to_numpy().tolist()
     assert values == [[0, True, 2.5, 0, 35], [1, False, 2.5, 0, 35]]
+    curve.loc[1, "test_loss"] = float("nan")  # of a network that diverged
+    found = lines.barriers(curve)[["test", "train"]].iloc[0]
+    assert found.isna().tolist() == [True, False]
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,9 @@ def test_imp_barrier_says_of_which_networks_it_is(runs, tmp_path):
     reached = [1 - 0.8**number for number in range(1, 6)]
     assert table["sparsity"].tolist() == pytest.approx(2 * reached, abs=1e-3)
     assert (table["loss_barrier_count"] == 2).all()
+    again = shutil.copytree(tmp_path / "imp/seed0", tmp_path / "again")
+    refused(call(*command), "two IMP chains of seed 0")
+    shutil.rmtree(again)
     for path in tmp_path.rglob("round_*.pt"):
         path.unlink()
     assert "at the asked sparsities, not after every round" in succeed(*command)
@@ -124,13 +130,12 @@ def test_curves_and_planes_do_not_depend_on_how_many_images_a_device_takes(
     matched_early, monkeypatch
 ):
     monkeypatch.setitem(resident.EVAL_BATCH, "cpu", -1)  # an error where it is used
-    monkeypatch.setattr(lines, "has_batch_norm", lambda _: True)
+    monkeypatch.setattr(landscape, "update_bn", lambda batches, _: [*batches])
     triple = networks.triples(matched_early).iloc[0]
     table = landscape.measure(triple, 3, 90, READ)
     files = [triple[name] for name in ("lth", "permutation", "permuted")]
-    repaired = lines.curve(files, 11, 90, READ).query("repair")
-    barrier = lines.barrier(*repaired[["test_loss", "alpha"]].to_numpy().T)
-    assert table["loss_barrier"].dropna().tolist() == [pytest.approx(barrier)]
+    barrier = lines.barriers(lines.curve(files, 11, 90, READ)).set_index("repair")["test"]
+    assert table["loss_barrier"].dropna().tolist() == [pytest.approx(barrier[True])]
 
 
 def test_a_curve_a_width_needs_no_sparse_run(runs, tmp_path):

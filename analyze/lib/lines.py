@@ -5,6 +5,7 @@ BatchNorm get their statistics recomputed; in others every hidden convolution or
 rescaled, channel by channel, to the interpolated mean and standard deviation of the two endpoints.
 """
 
+import argparse
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,10 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
+from analyze.lib.runs import readable
 from common import checkpoint, provenance
 from common.align.axes import find_axes
 from common.align.permutation import permute
@@ -26,33 +29,31 @@ from common.models import build_model
 from common.training import evaluate
 
 BATCH = 250  # images at a time on every device: statistics of BatchNorm are means over batches
-
-
-def barrier(losses: np.ndarray, alphas: np.ndarray) -> float:
-    """The largest excess over the line between the first loss and the last (paper, equation 3)."""
-    return float((losses - ((1 - alphas) * losses[0] + alphas * losses[-1])).max())
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def barriers(curves: pd.DataFrame, keys: Iterable[str] = ()) -> pd.DataFrame:
     """A row a curve, which `keys` and `repair` tell apart: its barriers.
 
-    In test loss and training loss in nats, `test` and `train`, and in test error in percent.
+    In test loss and training loss in nats, `test` and `train`, and in test error in percent: the
+    largest excess over the line between the two ends (paper, equation 3).
     """
     metrics = {"test": curves["test_loss"], "train": curves["train_loss"]}
     metrics["error"] = 100 - curves["test_acc"]
 
-    def of_one(curve: pd.DataFrame) -> pd.Series:
-        alphas = curve["alpha"].to_numpy()
-        return curve[[*metrics]].apply(lambda metric: barrier(metric.to_numpy(), alphas))
+    def barrier(curve: pd.DataFrame) -> pd.Series:
+        values, alpha = curve[[*metrics]], curve["alpha"]
+        line = np.outer(1 - alpha, values.iloc[0]) + np.outer(alpha, values.iloc[-1])
+        return (values - line).max(skipna=False)
 
     groups = curves.assign(**metrics).groupby([*keys, "repair"], dropna=False)
-    return groups[["alpha", *metrics]].apply(of_one).reset_index()
+    return groups[["alpha", *metrics]].apply(barrier).reset_index()
 
 
 def interpolate(
     source: dict[str, Tensor], target: dict[str, Tensor], alpha: float
 ) -> dict[str, Tensor]:
-    """The state dict (1 - alpha) source + alpha target; integer buffers are the target's."""
+    """(1 - alpha) source + alpha target, tensor by tensor; integer buffers are the target's."""
     return {
         name: torch.lerp(source[name], value, alpha) if value.is_floating_point() else value
         for name, value in target.items()
@@ -72,7 +73,7 @@ def metrics_along(
     The two networks have the metrics of their runs. `test` and `train` start over at every call,
     so that no more than a batch of a large set is in memory.
     """
-    batch_norm = has_batch_norm(model)
+    batch_norm = any(isinstance(module, BATCH_NORMS) for module in model.modules())
     if not batch_norm:
         images, endpoints = torch.cat([batch for batch, _ in train()]), []
         for state in (source, target):
@@ -83,9 +84,9 @@ def metrics_along(
         model.load_state_dict(interpolate(source, target, float(alpha)))
         for repaired in (False, True):
             if repaired and batch_norm:
-                recompute_batch_norm(model, (batch for batch, _ in train()))
+                update_bn(train(), model)
             elif repaired:
-                rescale(model, images, between(*endpoints, float(alpha)))
+                rescale(model, images, interpolate(*endpoints, float(alpha)))
             row = {"alpha": alpha, "repair": repaired}
             for split, batches in (("test", test), ("train", train)):
                 row[f"{split}_loss"], row[f"{split}_acc"] = evaluate(model, batches())
@@ -144,48 +145,43 @@ def curve(files: list[Path], points: int, images: int, read: Callable) -> pd.Dat
     return kept(__file__, "line", files, (points, images), make)
 
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-# layer -> (mean, standard deviation) of its output, per channel
-Statistics = dict[str, tuple[Tensor, Tensor]]
-
-
-def has_batch_norm(model: nn.Module) -> bool:
-    return any(isinstance(module, BATCH_NORMS) for module in model.modules())
+def along(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """The rows of `table` with the `files` of a line, for `curve`, from some of its columns."""
+    return table.assign(files=table[[*columns]].to_numpy().tolist())
 
 
-@torch.no_grad()
-def recompute_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Reset the BatchNorm statistics; recompute them as the cumulative average over `batches`.
+def curves(lines: pd.DataFrame, args: argparse.Namespace) -> pd.DataFrame:
+    """The curves of all `lines`, a row each: its `files` for `curve`, and what to say of it.
 
-    The batches must mix the classes: within one class activations vary less.
+    `args` are from `networks.arguments`. A line that cannot be read is skipped with one line;
+    raises UserError when none is left.
     """
-    norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
-    momenta = [module.momentum for module in norms]
-    for module in norms:
-        module.reset_running_stats()
-        module.momentum = None  # cumulative average
-    model.train()
-    for images in batches:
-        model(images)
-    model.eval()
-    for module, momentum in zip(norms, momenta):
-        module.momentum = momentum
+    found = []
+    for line in tqdm(lines.to_dict("records"), "lines", unit="line", disable=None):
+        measured = readable(curve, line.pop("files"), args.points, args.images, args.read)
+        if measured is not None:
+            found.append(measured.assign(**line))
+    if not found:
+        raise UserError(f"no line below {args.root} could be measured (see above)")
+    return pd.concat(found, ignore_index=True)
 
 
 @torch.no_grad()
-def rescale(model: nn.Module, images: Tensor, goal: Statistics | None = None) -> Statistics:
+def rescale(
+    model: nn.Module, images: Tensor, goal: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """The mean and standard deviation, over images and places, of every hidden layer's output.
 
-    With a `goal` they are brought to it, layer after layer, folded into weights and biases. Raises
-    ValueError for a hidden layer without bias. A channel without variance is only shifted.
+    By layer, (2, channels). With a `goal` they are brought to it, layer after layer, folded into
+    weights and biases; a channel without variance is only shifted. Raises ValueError for a hidden
+    layer without bias.
     """
-    measured: Statistics = {}
+    measured = {}
 
     def fold(layer: nn.Module, _: object, output: Tensor) -> Tensor | None:
         rows = output.movedim(1, -1).flatten(0, -2)
         deviation, mean = torch.std_mean(rows, 0, correction=0)
-        measured[names[layer]] = mean, deviation
+        measured[names[layer]] = torch.stack([mean, deviation])
         if goal is None or names[layer] not in goal:
             return None
         wanted_mean, wanted = goal[names[layer]]
@@ -206,11 +202,3 @@ def rescale(model: nn.Module, images: Tensor, goal: Statistics | None = None) ->
         hook.remove()
     measured.popitem()  # of the output
     return measured
-
-
-def between(source: Statistics, target: Statistics, alpha: float) -> Statistics:
-    """(1 - alpha) of the source's means and standard deviations plus alpha of the target's."""
-    return {
-        name: tuple(torch.lerp(a, b, alpha) for a, b in zip(source[name], target[name]))
-        for name in source
-    }
