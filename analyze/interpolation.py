@@ -6,8 +6,8 @@ For every alignment below the folder: loss and accuracy of (1 - alpha) A + alpha
 (1 - alpha) π(A) + alpha B, each with and without REPAIR, on the test set and on training images
 that REPAIR uses. The barrier is the largest excess of the loss over the line between the endpoints'
 losses (paper, equation 3); it stands in the legend, as a mean over pairs. Writes
-figures/interpolation_* (with several widths also one panel with a curve a width), barriers.csv and,
-so that a second call is quick, line_*.csv beside B's weights.
+figures/interpolation_*, a colour a width, barriers.csv and, so that a second call is quick,
+line_*.csv beside B's weights.
 """
 
 import pandas as pd
@@ -18,33 +18,8 @@ from analyze.lib.runs import NETWORK, SEEDS, save
 from common import cli, paths
 
 MATCH = ["tag", "method", "sparsity", "match_epoch"]
-RED, GREEN = "#D55E00", "#009E73"
-LOOKS = {
-    ("naive", False): ("A to B", {"color": RED, "linestyle": ":"}),
-    ("naive", True): ("A to B, REPAIR", {"color": RED, "marker": "s", "linestyle": "-"}),
-    ("aligned", False): ("π(A) to B", {"color": GREEN, "linestyle": ":"}),
-    ("aligned", True): ("π(A) to B, REPAIR", {"color": GREEN, "marker": "^", "linestyle": "-"}),
-}
-METRICS = {"test_loss": "test loss (nats)", "test_acc": "test accuracy (%)"}
 CURVE = ["width", "curve", "repair"]
 ROW = [*NETWORK, *MATCH, *SEEDS, "permutation", "curve"]  # of barriers.csv, beside repair
-
-
-def plot(table: pd.DataFrame, heights: pd.DataFrame, title: str) -> style.Figure:
-    """A column of panels a width: test loss above, accuracy below, mean barriers in the legend."""
-    names, looks = {}, {}
-    for key, means in heights.groupby(["curve", "repair"])[["test", "train"]]:
-        name, look = LOOKS[key]
-        test, train = (", ".join(map("{:.3f}".format, means[split])) for split in means)
-        names[key] = f"{name}: barrier {test}, train {train}"
-        looks[names[key]] = look | {"markersize": 3.5}
-    points = table.melt([*CURVE, "alpha"], METRICS, "metric").groupby([*CURVE, "metric", "alpha"])
-    points = points["value"].agg(["mean", "std"]).reset_index()
-    points["series"] = [names[key] for key in zip(points["curve"], points["repair"])]
-    points["row"] = points["metric"].map(METRICS)
-    points["column"] = points["width"].map("width {:g}".format)
-    points = points.sort_values(["metric", "width"], ascending=[False, True])
-    return panels.draw(points, "alpha", looks, title)
 
 
 def main() -> None:
@@ -67,11 +42,8 @@ def main() -> None:
         title += f"matched by {method} at epoch {epoch}"
         folder, name = args.root / "figures", f"{method}_{model}_{dataset}_k{epoch:03d}"
         heights = lines.barriers(group, [*CURVE[:2], *SEEDS]).groupby(CURVE)[["test", "train"]]
-        figure = plot(group, heights.mean(), title)
+        figure = panels.lines(group, title, heights.mean()["test"])
         style.save(figure, group, folder, f"interpolation_{name}")
-        if group["width"].nunique() > 1:
-            figure = panels.widths(group, title)
-            style.save(figure, group, folder, f"interpolation_widths_{name}")
         print(f"barriers in loss (nats), {model} on {dataset}, {method} at epoch {epoch}")
         print(heights.agg(["mean", "std", "count"]).round(3).to_string())
 

@@ -147,6 +147,6 @@ def test_a_curve_a_width_needs_no_sparse_run(runs, tmp_path):
     succeed(*stage2(ends[0], masks))
     succeed(*stage3(*ends, masks, wide / "align"))
     succeed("analyze.interpolation", tmp_path, "--points 3 --images 64", CPU)
-    path = tmp_path / "figures/interpolation_widths_activation_mlp_glyphs_k003.csv"
+    path = tmp_path / "figures/interpolation_activation_mlp_glyphs_k003.csv"
     counts = pd.read_csv(path).groupby(["width", "curve", "repair", "alpha"])["source_seed"]
     assert counts.nunique().tolist() == 12 * [2] + 12 * [1]
