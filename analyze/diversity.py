@@ -69,7 +69,7 @@ def members(root: Path) -> pd.DataFrame:
     """All finished networks below `root`: cell, variant, seeds and file."""
     dense = dense_runs(root).assign(sparsity=0.0)
     dense["file"] = list(map(paths.epoch_file, dense["path"], dense["epochs"]))
-    imp = pd.DataFrame(imp_networks(root, rounds=False), columns=[*CELL, "tag", "seed", "file"])
+    imp = imp_networks(root, rounds=False)
     parts = [dense, imp.assign(variant=with_tag("IMP", imp["tag"]))]
     with contextlib.suppress(UserError):  # none yet
         sparse = sparse_runs(root)

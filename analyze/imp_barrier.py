@@ -9,12 +9,11 @@ as points that no line joins. Writes figures/imp_barrier_*; a network's curve is
 import pandas as pd
 
 from analyze.lib import lines, panels, style
-from analyze.lib.networks import arguments, imp_networks
+from analyze.lib.networks import PRUNED, arguments, imp_networks
 from common import cli
 from common.errors import UserError
 
 GROUP = ["model", "dataset", "tag"]
-PRUNED = [*GROUP, "width", "seed", "sparsity"]
 METRICS = {"error_barrier": "error barrier (%)", "loss_barrier": "loss barrier (nats)"}
 FEW = 3  # rounds; a line through fewer points shows no course
 
@@ -40,7 +39,7 @@ def plot(points: pd.DataFrame, title: str, joined: bool) -> style.Figure:
 
 def main() -> None:
     args = arguments(__doc__, points=11, images=10_000)
-    found = pd.DataFrame(imp_networks(args.root, rounds=True))
+    found = imp_networks(args.root, rounds=True)
     if found.empty:
         raise UserError(f"no IMP chain below {args.root}: run prune_imp.py --keep-rounds")
     if len(twice := found.loc[found.duplicated(PRUNED), "seed"]):

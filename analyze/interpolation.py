@@ -41,7 +41,7 @@ def main() -> None:
         title = f"{model} on {dataset}, {pairs} seed pair{'s' * (pairs != 1)}\n"
         title += f"matched by {method} at epoch {epoch}"
         folder, name = args.root / "figures", f"{method}_{model}_{dataset}_k{epoch:03d}"
-        heights = lines.barriers(group, [*CURVE[:2], *SEEDS]).groupby(CURVE)[["test", "train"]]
+        heights = lines.barriers(group, ROW).groupby(CURVE)[["test", "train"]]
         figure = panels.lines(group, title, heights.mean()["test"])
         style.save(figure, group, folder, f"interpolation_{name}")
         print(f"barriers in loss (nats), {model} on {dataset}, {method} at epoch {epoch}")

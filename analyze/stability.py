@@ -50,9 +50,8 @@ def pruned(root: Path) -> pd.DataFrame:
     Of every permutation that a sparse network used, and without one.
     """
     key = [*NETWORK, "tag", "sparsity"]
-    imp = pd.DataFrame(networks.imp_networks(root, rounds=False), columns=[*key, "seed", "file"])
-    imp = imp.drop_duplicates([*key, "seed"], keep="last")
-    imp = imp.astype({"width": float, "sparsity": float, "seed": float})  # where there is none, too
+    imp = networks.imp_networks(root, rounds=False)[[*networks.PRUNED, "file"]]
+    imp = imp.drop_duplicates(networks.PRUNED, keep="last")
     found = networks.triples(root).drop_duplicates([*key, *SEEDS, "variant"])
     for seed, end in zip(SEEDS, ("imp_source", "imp_target")):
         found = found.merge(imp.rename(columns={"seed": seed, "file": end}), on=[*key, seed])

@@ -1,5 +1,6 @@
 """The analysis of masks and of matching methods, and what analyses keep."""
 
+import itertools
 import shutil
 
 import numpy as np
@@ -111,32 +112,27 @@ def test_barriers_are_those_that_interpolation_wrote(compared):
     succeed("analyze.interpolation", compared, "--points 3 --images 64 --device cpu")
     barriers = pd.read_csv(compared / "barriers.csv").query("repair")
     lines = barriers.groupby(["method", "match_epoch", "curve"])["test"].mean()
-    rows = methods.table(compared).set_index(["method", "match_epoch", "sparsity"])
-    rows = rows["barrier, REPAIR"]
-    for epoch in (1, 3):
-        found = rows["activation", epoch, 0.5]
-        assert found.tolist() == 2 * [pytest.approx(lines["activation", epoch, "aligned"])]
-    naive = rows[rows.index.get_level_values("method") == "naive"]
-    assert naive.tolist() == 4 * [pytest.approx(lines["masked", 3, "naive"])]
+    rows = methods.table(compared).groupby(["method", "sparsity"])["barrier, REPAIR"]
+    rows = rows.unique().map(list)
+    early, late = (lines["activation", epoch, "aligned"] for epoch in (1, 3))
+    assert rows["activation", 0.5] == pytest.approx([early, late])
+    assert rows["naive", 0.5] == pytest.approx([lines["masked", 3, "naive"]])
     masked = barriers.query("method == 'masked' and curve == 'aligned' and sparsity == 0.7")
-    assert rows["masked", 3, 0.7].iloc[0] == pytest.approx(masked["test"].mean())
+    assert rows["masked", 0.7] == pytest.approx([masked["test"].mean()])
 
 
 def test_what_is_kept_is_made_again_of_other_files_by_other_code(tmp_path, monkeypatch):
-    file, made, digest = tmp_path / "a.pt", [], provenance.code_digest
+    file, count, digest = tmp_path / "a.pt", itertools.count(1), provenance.code_digest
     file.write_bytes(b"1")
 
     def number(*settings):
-        def make():
-            made.append(settings)
-            return pd.DataFrame({"number": [len(made)]})
-
-        return lines.kept(methods.__file__, "line", [file], settings, make)["number"].item()
+        how = methods.__file__, "line", [file], settings
+        return lines.kept(*how, lambda: pd.DataFrame([next(count)])).iloc[0, 0]
 
     assert [number(3), number(4), number(3)] == [1, 2, 1]
     file.write_bytes(b"2")
     assert number(3) == 3
-    for count, module in enumerate((methods, lines), 4):
-        edited = {module.__file__: f"edit {count}"}
+    for made, script in enumerate((methods.__file__, lines.__file__), 4):
+        edited = {script: f"edit {made}"}
         monkeypatch.setattr(provenance, "code_digest", lambda one: edited.get(one) or digest(one))
-        assert number(3) == number(3) == count
+        assert number(3) == number(3) == made

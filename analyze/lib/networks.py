@@ -24,6 +24,7 @@ from common.data import reader
 from common.errors import UserError
 from common.runtime.device import pick_device
 
+PRUNED = [*NETWORK, "tag", "seed", "sparsity"]
 ALIGNED = ["method", "match_epoch", *SEEDS]
 FLAGS = {
     "points": {"type": cli.number(int, 3), "help": "of a line"},
@@ -73,8 +74,8 @@ def with_dense(root: Path, stage: str, *roles: str) -> Iterator[dict[str, Any]]:
         yield files | about | {key: arguments.get(key) for key in ALIGNED}
 
 
-def imp_networks(root: Path, rounds: bool) -> list[dict[str, Any]]:
-    """The networks that IMP pruned below `root`: file, sparsity, seed and the file pruned from.
+def imp_networks(root: Path, rounds: bool) -> pd.DataFrame:
+    """The networks that IMP pruned below `root`: PRUNED, its file and the dense one, `rounds`.
 
     At the asked sparsities, or with `rounds` after each round of the chains that kept them. One
     that cannot be read is skipped.
@@ -86,7 +87,10 @@ def imp_networks(root: Path, rounds: bool) -> list[dict[str, Any]]:
             if entry := readable(checkpoint.load, path, ("mask", *checkpoint.WEIGHTS)):
                 reached = masking.sparsity(entry["mask"]) if kept else sparsity
                 found.append(about | {"file": path, "sparsity": reached, "rounds": bool(kept)})
-    return found
+    found = pd.DataFrame(found, columns=[*PRUNED, "dense", "file", "rounds"])
+    return found.astype(
+        {"width": float, "sparsity": float, "seed": float}
+    )  # where it is empty, too
 
 
 def alignments(root: Path) -> pd.DataFrame:
