@@ -7,8 +7,7 @@ an arm in one cell, the networks that IMP left at a sparsity, and the dense ones
 the members, accuracy of the ensemble (mean of the probabilities), disagreement (share of images on
 which two members predict different classes), and the mean over images of the KL divergence (over
 ordered pairs) and the JS divergence (over unordered pairs), in nats (Fort et al. 2020; Evci et al.
-2022). All on the whole test set in fp32; each network's logits are kept beside it. Writes
-diversity.csv.
+2022). All on the whole test set in fp32. Writes diversity.csv.
 """
 
 import contextlib
@@ -23,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from analyze.lib import cache
-from analyze.lib.networks import arguments, build, imp_networks
+from analyze.lib.lines import build
+from analyze.lib.networks import arguments, imp_networks
 from analyze.lib.runs import (
     CELL,
     NETWORK,
@@ -70,7 +69,7 @@ def members(root: Path) -> pd.DataFrame:
     """All finished networks below `root`: cell, variant, seeds and file."""
     dense = dense_runs(root).assign(sparsity=0.0)
     dense["file"] = list(map(paths.epoch_file, dense["path"], dense["epochs"]))
-    imp = pd.DataFrame(imp_networks(root, rounds=False), columns=[*CELL, "tag", "seed", "file"])
+    imp = imp_networks(root, rounds=False)
     parts = [dense, imp.assign(variant=with_tag("IMP", imp["tag"]))]
     with contextlib.suppress(UserError):  # none yet
         sparse = sparse_runs(root)
@@ -81,23 +80,15 @@ def members(root: Path) -> pd.DataFrame:
     return found
 
 
+@torch.no_grad()
 def predict(path: Path, read: Callable) -> tuple[Tensor, Tensor]:
-    """Logits (images, classes) on the test set and the labels; kept beside the network.
-
-    In fp32, as results.csv has them (common.training.evaluate).
-    """
-
-    @torch.no_grad()
-    def make() -> dict[str, Tensor]:
-        entry = checkpoint.load(path, checkpoint.WEIGHTS)
-        data = read(entry["dataset"])
-        model = build(entry, data).eval()
-        parts = [(model(images), labels) for images, labels in data.eval_batches()]
-        logits, labels = (torch.cat(part).cpu() for part in zip(*parts))
-        return {"logits": logits, "labels": labels}
-
-    found = cache.kept(cache.place(__file__, "logits", [path], suffix=".pt"), make)
-    return found["logits"], found["labels"]
+    """Logits (images, classes) on the test set, in fp32 as results.csv has them, and the labels."""
+    entry = checkpoint.load(path, checkpoint.WEIGHTS)
+    data = read(entry["dataset"])
+    model = build(entry, data).eval()
+    parts = [(model(images), labels) for images, labels in data.eval_batches()]
+    logits, labels = (torch.cat(part).cpu() for part in zip(*parts))
+    return logits, labels
 
 
 def table(found: pd.DataFrame, read: Callable) -> pd.DataFrame:

@@ -7,16 +7,14 @@ as points that no line joins. Writes figures/imp_barrier_*; a network's curve is
 """
 
 import pandas as pd
-from tqdm import tqdm
 
 from analyze.lib import lines, panels, style
-from analyze.lib.networks import arguments, imp_networks
-from analyze.lib.runs import readable, refuse_repeats
+from analyze.lib.networks import PRUNED, arguments, imp_networks
+from analyze.lib.runs import refuse_repeats
 from common import cli
 from common.errors import UserError
 
 GROUP = ["model", "dataset", "tag"]
-KEY = [*GROUP, "width", "seed", "sparsity"]
 METRICS = {"error_barrier": "error barrier (%)", "loss_barrier": "loss barrier (nats)"}
 FEW = 3  # rounds; a line through fewer points shows no course
 
@@ -42,18 +40,14 @@ def plot(points: pd.DataFrame, title: str, joined: bool) -> style.Figure:
 
 def main() -> None:
     args = arguments(__doc__, points=11, images=10_000)
-    networks, curves = imp_networks(args.root, rounds=True), []
-    refuse_repeats(pd.DataFrame(networks, columns=[*KEY, "file"]), KEY, "file")
-    for run in tqdm(networks, "networks", unit="network", disable=None):
-        files = [run["dense"], run["file"]]
-        curve = readable(lines.curve, files, args.points, args.images, args.read)
-        if curve is not None:
-            curves.append(curve.assign(**run))
-    if not curves:
-        missing = f"no IMP chain below {args.root} could be measured"
-        raise UserError(f"{missing}: run prune_imp.py --keep-rounds")
-    table = lines.barriers(pd.concat(curves), [*KEY, "rounds"])
-    table = table.rename(columns={"test": "loss_barrier", "error": "error_barrier"})
+    found = imp_networks(args.root, rounds=True)
+    if found.empty:
+        raise UserError(f"no IMP chain below {args.root}: run prune_imp.py --keep-rounds")
+    refuse_repeats(found, PRUNED, "file")
+    about = [*PRUNED, "rounds"]
+    curves = lines.curves(lines.along(found, "dense", "file")[[*about, "files"]], args)
+    names = {"test": "loss_barrier", "error": "error_barrier"}
+    table = lines.barriers(curves, about).rename(columns=names)
     for (model, dataset, tag), group in table.groupby(GROUP):
         points = group.groupby(["width", "repair", "sparsity"])[[*METRICS]]
         points = points.agg(["mean", "std", "count"])

@@ -6,62 +6,32 @@ For every alignment below the folder: loss and accuracy of (1 - alpha) A + alpha
 (1 - alpha) π(A) + alpha B, each with and without REPAIR, on the test set and on training images
 that REPAIR uses. The barrier is the largest excess of the loss over the line between the endpoints'
 losses (paper, equation 3); it stands in the legend, as a mean over pairs. Writes
-figures/interpolation_* (with several widths also one panel with a curve a width) and, so that a
-second call is quick, line_*.csv beside B's weights.
+figures/interpolation_*, a colour a width, barriers.csv and, so that a second call is quick,
+line_*.csv beside B's weights.
 """
 
 import pandas as pd
-from tqdm import tqdm
 
 from analyze.lib import lines, panels, style
 from analyze.lib.networks import alignments, arguments
-from analyze.lib.runs import NETWORK, SEEDS, readable
+from analyze.lib.runs import NETWORK, SEEDS, save
 from common import cli, paths
-from common.errors import UserError
 
 MATCH = ["tag", "method", "sparsity", "match_epoch"]
-RED, GREEN = "#D55E00", "#009E73"
-LOOKS = {
-    ("naive", False): ("A to B", {"color": RED, "linestyle": ":"}),
-    ("naive", True): ("A to B, REPAIR", {"color": RED, "marker": "s", "linestyle": "-"}),
-    ("aligned", False): ("π(A) to B", {"color": GREEN, "linestyle": ":"}),
-    ("aligned", True): ("π(A) to B, REPAIR", {"color": GREEN, "marker": "^", "linestyle": "-"}),
-}
-METRICS = {"test_loss": "test loss (nats)", "test_acc": "test accuracy (%)"}
-KEY = ["width", "curve", "repair"]
-
-
-def plot(table: pd.DataFrame, heights: pd.DataFrame, title: str) -> style.Figure:
-    """A column of panels a width: test loss above, accuracy below, mean barriers in the legend."""
-    names, looks = {}, {}
-    for key, means in heights.groupby(["curve", "repair"])[["test", "train"]]:
-        name, look = LOOKS[key]
-        test, train = (", ".join(map("{:.3f}".format, means[split])) for split in means)
-        names[key] = f"{name}: barrier {test}, train {train}"
-        looks[names[key]] = look | {"markersize": 3.5}
-    points = table.melt([*KEY, "alpha"], METRICS, "metric").groupby([*KEY, "metric", "alpha"])
-    points = points["value"].agg(["mean", "std"]).reset_index()
-    points["series"] = [names[key] for key in zip(points["curve"], points["repair"])]
-    points["row"] = points["metric"].map(METRICS)
-    points["column"] = points["width"].map("width {:g}".format)
-    points = points.sort_values(["metric", "width"], ascending=[False, True])
-    return panels.draw(points, "alpha", looks, title)
+CURVE = ["width", "curve", "repair"]
+ROW = [*NETWORK, *MATCH, *SEEDS, "permutation", "curve"]  # of barriers.csv, beside repair
 
 
 def main() -> None:
     args = arguments(__doc__, points=21, images=10_000)
-    curves = []
-    for run in tqdm(alignments(args.root), "pairs", unit="pair", disable=None):
-        ends = run["source"], run["target"]
-        about = {key: run[key] for key in (*NETWORK, *MATCH, *SEEDS)}
-        for kind, between in (("naive", []), ("aligned", [run["permutation"]])):
-            files = [ends[0], *between, ends[1]]
-            curve = readable(lines.curve, files, args.points, args.images, args.read)
-            if curve is not None:
-                curves.append(curve.assign(curve=kind, **about))
-    if not curves:
-        raise UserError(f"no alignment below {args.root} could be measured (see above)")
-    found = pd.concat(curves, ignore_index=True)
+    runs = alignments(args.root).drop_duplicates("permutation")
+    runs["sparsity"] = runs["permutation"].map(paths.sparsity_of).astype(float)
+    naive = lines.along(runs, "source", "target").assign(curve="naive")
+    aligned = lines.along(runs, "source", "permutation", "target").assign(curve="aligned")
+    both = pd.concat([naive, aligned]).sort_index(kind="stable")
+    both["permutation"] = [path.relative_to(args.root) for path in both["permutation"]]
+    found = lines.curves(both[[*ROW, "files"]], args)
+    save(lines.barriers(found, ROW), args.root / "barriers.csv")
     for key, group in found.groupby(["model", "dataset", *MATCH], dropna=False):
         model, dataset, tag, method, sparsity, epoch = key
         if pd.notna(sparsity):  # a permutation for one sparsity
@@ -71,12 +41,9 @@ def main() -> None:
         title = f"{model} on {dataset}, {pairs} seed pair{'s' * (pairs != 1)}\n"
         title += f"matched by {method} at epoch {epoch}"
         folder, name = args.root / "figures", f"{method}_{model}_{dataset}_k{epoch:03d}"
-        heights = lines.barriers(group, [*KEY[:2], *SEEDS]).groupby(KEY)[["test", "train"]]
-        figure = plot(group, heights.mean(), title)
+        heights = lines.barriers(group, ROW).groupby(CURVE)[["test", "train"]]
+        figure = panels.lines(group, title, heights.mean()["test"])
         style.save(figure, group, folder, f"interpolation_{name}")
-        if group["width"].nunique() > 1:
-            figure = panels.widths(group, title)
-            style.save(figure, group, folder, f"interpolation_widths_{name}")
         print(f"barriers in loss (nats), {model} on {dataset}, {method} at epoch {epoch}")
         print(heights.agg(["mean", "std", "count"]).round(3).to_string())
 

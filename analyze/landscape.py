@@ -19,9 +19,10 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-from analyze.lib import cache, lines, networks, repair, style
+from analyze.lib import lines, networks, style
 from analyze.lib.runs import CELL, readable
 from common import checkpoint, cli, paths
 from common.align.axes import find_axes
@@ -75,7 +76,7 @@ def measure(triple: dict[str, Any], resolution: int, images: int, read: Callable
         entries = {name: checkpoint.load(triple[name], checkpoint.WEIGHTS) for name in CORNERS}
         permutation = checkpoint.load(triple["permutation"], ("permutation",))["permutation"]
         data = read(entries["permuted"]["dataset"])
-        model = networks.build(entries["permuted"], data)
+        model = lines.build(entries["permuted"], data)
         dims, vectors = find_axes(model, data.input_shape).dims, []
         for name, entry in entries.items():
             moved = permute(entry["state_dict"], dims, {} if name == "permuted" else permutation)
@@ -87,16 +88,15 @@ def measure(triple: dict[str, Any], resolution: int, images: int, read: Callable
         for y, x in tqdm([*itertools.product(ys, xs)], "plane", disable=None, leave=False):
             weights = vectors[0].double() + x * directions[0] + y * directions[1]
             nn.utils.vector_to_parameters(weights.float(), model.parameters())
-            if repair.has_batch_norm(model):
-                train = data.eval_batches("train", lines.BATCH, images)
-                repair.recompute_batch_norm(model, (batch for batch, _ in train))
+            update_bn(data.eval_batches("train", lines.BATCH, images), model)
             loss, accuracy = evaluate(model, data.eval_batches("test", lines.BATCH))
             rows.append({"x": x, "y": y, "test_loss": loss, "test_error": 100 - accuracy})
         marks = pd.DataFrame(corners, columns=["x", "y"]).assign(network=[*CORNERS])
         return pd.concat([pd.DataFrame(rows), marks])
 
-    place = cache.place(__file__, "plane", [triple["dense"], *files], resolution, images)
-    table, line = cache.kept(place, make), lines.curve(files, POINTS, images, read)
+    all_files = [triple["dense"], *files]
+    table = lines.kept(__file__, "plane", all_files, (resolution, images), make)
+    line = lines.curve(files, POINTS, images, read)
     barrier = lines.barriers(line).set_index("repair").loc[True, "test"]
     return table.assign(loss_barrier=table["network"].map({"permuted": barrier}))
 

@@ -2,7 +2,7 @@
 
 A row for every method that permuted masks below the folder, means over pairs of seeds. By network:
 the cosine of π(A) and B over the matched weights, and the loss barrier between them with and
-without REPAIR (where analyze.interpolation has measured it). By sparsity: the cosine of
+without REPAIR (from barriers.csv, which analyze.interpolation writes). By sparsity: the cosine of
 π(m_A ⊙ A) and B, the weights that π(m_A) shares with IMP's mask of B over what chance gives
 (where B was pruned too), and the accuracy of sparse training minus naive with its standard error.
 Writes methods.csv; a dash stands for what is missing.
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from analyze.lib import lines, overlap
+from analyze.lib import overlap
 from analyze.lib.networks import alignments
 from analyze.lib.runs import (
     NETWORK,
@@ -37,7 +37,8 @@ from common.masking import Mask
 from common.models import build_model
 
 NAIVE = "naive"
-KEY = [*NETWORK, "tag", "sparsity", "method", "match_epoch"]
+LINE = ["permutation", "curve"]
+ROW = [*NETWORK, "tag", "sparsity", "method", "match_epoch"]
 
 
 def cosine(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
@@ -52,27 +53,19 @@ def cosines(weights: dict[str, Tensor], mask: Mask, target: dict[str, Tensor]) -
 
 
 def measures(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row of the method and one of naive for every mask that a permutation moved."""
-    ends = [run["source"], run["target"]]
-    source, target = (checkpoint.load(path, checkpoint.WEIGHTS) for path in ends)
-    model = build_model(**target["model"])
-    axes = find_axes(model, target["model"]["input_shape"])
-    dims = axes.dims
-    a, b = ({name: end["state_dict"][name] for name in axes.weights} for end in (source, target))
+    """A row of naive and one of the method, of a mask that a permutation moved."""
+    ends = [checkpoint.load(run[end], checkpoint.WEIGHTS) for end in ("source", "target")]
+    axes = find_axes(build_model(**ends[1]["model"]), ends[1]["model"]["input_shape"])
+    a, b = ({name: end["state_dict"][name] for name in axes.weights} for end in ends)
     permutation = checkpoint.load(run["permutation"], ("permutation",))["permutation"]
-    moved, rows = permute(a, dims, permutation), []
-    of_naive = lines.kept_barriers(ends)
-    of_moved = lines.kept_barriers([ends[0], run["permutation"], ends[1]])
-    for sparsity, path in run["masks"].items():
-        entry = checkpoint.load(path, checkpoint.MASKS)
-        unpermuted = permute(entry["mask"], dims, inverse(permutation))
-        about = {key: run[key] for key in (*NETWORK, *SEEDS)}
-        about |= {"tag": entry.get("tag") or "", "sparsity": sparsity}
-        naive = about | {"method": NAIVE, "match_epoch": None} | cosines(a, unpermuted, b)
-        matched = about | {key: entry[key] for key in ("method", "match_epoch")}
-        matched |= cosines(moved, entry["mask"], b)
-        rows += [naive | of_naive, matched | of_moved]
-    return rows
+    entry = checkpoint.load(run["mask"], checkpoint.MASKS)
+    moved = permute(a, axes.dims, permutation)
+    unpermuted = permute(entry["mask"], axes.dims, inverse(permutation))
+    about = {key: run[key] for key in (*ROW, *SEEDS, "permutation")}
+    about["tag"] = entry.get("tag") or ""
+    naive = about | {"method": NAIVE, "match_epoch": None, "curve": "naive"}
+    naive |= cosines(a, unpermuted, b)
+    return [naive, about | {"curve": "aligned"} | cosines(moved, entry["mask"], b)]
 
 
 def table(root: Path) -> pd.DataFrame:
@@ -80,17 +73,22 @@ def table(root: Path) -> pd.DataFrame:
 
     Raises UserError without an alignment.
     """
-    runs = sorted(alignments(root), key=lambda run: run["match_epoch"])
+    runs = alignments(root).sort_values("match_epoch", kind="stable").to_dict("records")
     found = pd.DataFrame([row for run in runs for row in readable(measures, run) or []])
     if found.empty:
         raise UserError(f"no alignment below {root} can be read: run align_mask.py again")
+    if (root / "barriers.csv").is_file():
+        barriers = pd.read_csv(root / "barriers.csv").pivot(index=LINE, columns="repair")["test"]
+        barriers = barriers.rename(columns={False: "barrier", True: "barrier, REPAIR"})
+        found["permutation"] = [str(path.relative_to(root)) for path in found["permutation"]]
+        found = found.join(barriers, on=LINE)
     # Naive comes with every method; that beside the latest B counts.
-    found = found.drop_duplicates([*KEY, *SEEDS], keep="last").drop(columns=SEEDS)
-    result = found.groupby(KEY, dropna=False).mean().reset_index()
+    found = found.drop_duplicates([*ROW, *SEEDS], keep="last").drop(columns=[*SEEDS, *LINE])
+    result = found.groupby(ROW, dropna=False).mean().reset_index()
     shared = overlap.overlaps(overlap.load_all(root))
     shared = overlap.summary(shared[shared["mask_dataset"] == shared["dataset"]])
     shared = shared.rename(columns={"ratio": "overlap/chance"})
-    result = result.merge(shared[[*KEY, "overlap/chance"]], how="left", on=KEY)
+    result = result.merge(shared[[*ROW, "overlap/chance"]], how="left", on=ROW)
     try:
         runs = sparse_runs(root)
     except UserError:  # none yet
@@ -103,7 +101,7 @@ def table(root: Path) -> pd.DataFrame:
     about = about[["variant", "method", "match_epoch", "tag", *NETWORK]].drop_duplicates()
     about = about.astype({"match_epoch": float})  # of naive alone it is None
     accuracy = summary(runs).merge(about, on=["variant", *NETWORK]).rename(columns=names)
-    return result.merge(accuracy[[*KEY, *names.values()]], how="left", on=KEY)
+    return result.merge(accuracy[[*ROW, *names.values()]], how="left", on=ROW)
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ def draw(folder: Path) -> None:
             title, name = f"the paper: {model} on {dataset}", f"paper_{{}}_{model}_{dataset}"
             panels.save_accuracy(points, title, metric, folder, name)
     for (model, dataset), points in paper_numbers.lines().groupby(["model", "dataset"]):
-        figure = panels.widths(points, f"the paper: {model} on {dataset}")
+        figure = panels.lines(points, f"the paper: {model} on {dataset}")
         style.save(figure, points, folder, f"paper_interpolation_{model}_{dataset}")
 
 

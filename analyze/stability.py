@@ -14,24 +14,14 @@ import math
 from pathlib import Path
 
 import pandas as pd
-from tqdm import tqdm
 
 from analyze.lib import lines, networks, panels, style
-from analyze.lib.runs import (
-    CELL,
-    NETWORK,
-    SEEDS,
-    by_pair,
-    readable,
-    shared_networks,
-    sparse_runs,
-    with_gains,
-)
+from analyze.lib.runs import CELL, NETWORK, SEEDS, by_pair, shared_networks, sparse_runs, with_gains
 from analyze.lib.statistics import paired
 from common import cli, paths
 from common.errors import UserError
 
-KEY = [*CELL, "kind", "variant"]
+ROW = [*CELL, "kind", "variant"]
 BARRIER = "barrier in test loss (nats)"
 KINDS = {
     "orders": "two orders of batches",
@@ -51,9 +41,7 @@ def orders(runs: pd.DataFrame) -> pd.DataFrame:
 def basins(root: Path) -> pd.DataFrame:
     """As `orders`: π(LTH) and the permuted network of every cell and pair that has both."""
     found = networks.triples(root).drop_duplicates([*CELL, *SEEDS, "variant"])  # of one order
-    keys = ["lth", "permutation", "permuted"]
-    files = [list(row) for row in found[keys].to_numpy()]
-    return found.assign(files=files, kind="basins")
+    return lines.along(found, "lth", "permutation", "permuted").assign(kind="basins")
 
 
 def pruned(root: Path) -> pd.DataFrame:
@@ -62,18 +50,15 @@ def pruned(root: Path) -> pd.DataFrame:
     Of every permutation that a sparse network used, and without one.
     """
     key = [*NETWORK, "tag", "sparsity"]
-    left = networks.imp_networks(root, rounds=False)
-    left = {tuple(run[name] for name in (*key, "seed")): run["file"] for run in left}
+    imp = networks.imp_networks(root, rounds=False)[[*networks.PRUNED, "file"]]
+    imp = imp.drop_duplicates(networks.PRUNED, keep="last")
     found = networks.triples(root).drop_duplicates([*key, *SEEDS, "variant"])
-    for seed in SEEDS:
-        wanted = found[[*key, seed]].itertuples(index=False, name=None)
-        found[f"{seed}_file"] = list(map(left.get, wanted))
-    ends = [f"{seed}_file" for seed in SEEDS]
-    found = found.dropna(subset=ends)
+    for seed, end in zip(SEEDS, ("imp_source", "imp_target")):
+        found = found.merge(imp.rename(columns={"seed": seed, "file": end}), on=[*key, seed])
     naive = found.drop_duplicates([*key, *SEEDS]).assign(variant="naive")
-    parts = ((naive, ends), (found, [ends[0], "permutation", ends[1]]))
-    both = [rows.assign(files=[list(row) for row in rows[way].to_numpy()]) for rows, way in parts]
-    return pd.concat(both).assign(kind="pruned", rewind=math.nan)
+    naive = lines.along(naive, "imp_source", "imp_target")
+    permuted = lines.along(found, "imp_source", "permutation", "imp_target")
+    return pd.concat([naive, permuted]).assign(kind="pruned", rewind=math.nan)
 
 
 def gains(runs: pd.DataFrame, barriers: pd.DataFrame) -> pd.DataFrame:
@@ -83,10 +68,10 @@ def gains(runs: pd.DataFrame, barriers: pd.DataFrame) -> pd.DataFrame:
     """
     both = barriers.merge(with_gains(by_pair(runs)), on=[*CELL, *SEEDS, "variant"])
     both, rows = both[both["arm"] == "permuted"].dropna(subset="gain"), []
-    for key, group in both.groupby(KEY):
+    for key, group in both.groupby(ROW):
         if len(group) >= 4 and group["test"].nunique() > 1:
             found = group["test"].corr(group["gain"], method="spearman")
-            rows.append(dict(zip(KEY, key)) | {"correlation": found, "pairs": len(group)})
+            rows.append(dict(zip(ROW, key)) | {"correlation": found, "pairs": len(group)})
     return pd.DataFrame(rows)
 
 
@@ -99,20 +84,14 @@ def main() -> None:
     except UserError:  # two orders are enough
         if wanted.empty:
             raise
-    curves = []
-    for run in tqdm(wanted.to_dict("records"), "lines", unit="line", disable=None):
-        curve = readable(lines.curve, run["files"], args.points, args.images, args.read)
-        if curve is not None:
-            curves.append(curve.assign(**{key: run[key] for key in (*KEY, *SEEDS)}))
-    if not curves:
-        raise UserError(f"no two networks below {args.root} could be compared (see above)")
-    heights = lines.barriers(pd.concat(curves), [*KEY, *SEEDS])
+    curves = lines.curves(wanted[[*ROW, *SEEDS, "files"]], args)
+    heights = lines.barriers(curves, [*ROW, *SEEDS])
     heights = heights[~heights["repair"]]
     rows = [
-        dict(zip(KEY, key))
+        dict(zip(ROW, key))
         | paired(group["test"], not shared_networks(group))
         | {"std": group["test"].std()}
-        for key, group in heights.groupby(KEY, dropna=False)
+        for key, group in heights.groupby(ROW, dropna=False)
     ]
     table = pd.DataFrame(rows).rename(columns={"difference": "mean"})
     column = table["kind"].map(KINDS) + (100 * table["sparsity"]).map(", {:g}%".format)

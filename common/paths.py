@@ -84,8 +84,3 @@ def sparsity_of(path: Path) -> float | None:
     """The sparsity of a mask, IMP or permutation file; None where it is for all."""
     _, _, sparsity = path.stem.partition("_")
     return float(sparsity) if sparsity else None
-
-
-def cache_file(beside: Path, kind: str, *made_by: object, suffix: str = ".csv") -> Path:
-    """What an analysis keeps beside the file that it is of, named by all that it depends on."""
-    return beside.with_name("_".join(map(str, (kind, beside.stem, *made_by))) + suffix)

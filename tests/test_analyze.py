@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
-from analyze.lib import repair
-from analyze.lib.lines import interpolate, metrics_along
+from analyze.lib.lines import interpolate, metrics_along, rescale
 from common.masking import layer_weights
 from common.models import build_model
 
@@ -19,24 +19,14 @@ def test_line_by_hand():
     assert found["w"].tolist() == [0.25, 3] and found["n"] == 5
 
 
-def test_recomputed_batch_norm_is_the_cumulative_average():
-    model = nn.Sequential(nn.BatchNorm2d(1)).eval()
-    batches = [torch.tensor(pair).view(2, 1, 1, 1) for pair in ([1.0, 3.0], [10.0, 20.0])]
-    repair.recompute_batch_norm(model, batches)
-    # Means 2 and 15; unbiased variances 2 and 50.
-    found = [model[0].running_mean.item(), model[0].running_var.item()]
-    assert found == pytest.approx([8.5, 26])
-    assert model[0].momentum == 0.1 and not model.training
-
-
 @pytest.mark.parametrize("name, size", [("mlp", 8), ("vgg11", 32)])
 def test_rescaling_brings_every_hidden_layer_to_the_goal(name, size):
     models = [build_model(name, 0.125, 10, (3, size, size), seed).eval() for seed in (0, 1, 2)]
     images = torch.randn(40, 3, size, size)
-    ends = [repair.rescale(model, images) for model in models[:2]]
-    goal = repair.interpolate(*ends, 0.25)
-    repair.rescale(models[2], images, goal)
-    found = repair.rescale(models[2], images)
+    ends = [rescale(model, images) for model in models[:2]]
+    goal = interpolate(*ends, 0.25)
+    rescale(models[2], images, goal)
+    found = rescale(models[2], images)
     assert len(found) == len(layer_weights(models[2])) - 1  # not the output
     for key, values in found.items():
         for value, *pair in zip(values, ends[0][key], ends[1][key], strict=True):
@@ -47,7 +37,7 @@ def test_statistics_of_a_layer_by_hand():
     model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten(), nn.Linear(2, 1))
     model[0].weight.data, model[0].bias.data = torch.full((1, 1, 1, 1), 2.0), torch.ones(1)
     # 3, 5, 7 and 9 come out.
-    found = repair.rescale(model, torch.tensor([[1.0, 2], [3, 4]]).view(2, 1, 1, 2))["0"]
+    found = rescale(model, torch.tensor([[1.0, 2], [3, 4]]).view(2, 1, 1, 2))["0"]
     assert [float(one) for one in found] == pytest.approx([6, 5**0.5])
 
 
@@ -55,7 +45,7 @@ def test_statistics_of_a_layer_by_hand():
 def test_repair_at_the_endpoints_changes_nothing_and_interpolation_meets_them(name, width):
     model, images = build_model(name, width, 10, (3, 8, 8)), torch.randn(40, 3, 8, 8)
     if name == "resnet20":
-        repair.recompute_batch_norm(model, [images])
+        update_bn([images], model)
     source, labels = copy.deepcopy(model.state_dict()), torch.randint(10, (40,))
     noisy = {
         key: value + 0.3 * torch.randn_like(value)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import update_bn
 
-from analyze.lib.repair import recompute_batch_norm
 from common.align.axes import find_axes
 from common.align.permutation import check_same_function, inverse, permute, random_permutation
 from common.errors import UserError
@@ -26,7 +26,7 @@ def tell_apart(model, inputs):
     for value in model.state_dict().values():
         if value.is_floating_point() and (value.dim() == 1 or len(value.unique()) == 1):
             value.add_(torch.rand(value.shape) * 0.5)
-    recompute_batch_norm(model, [inputs])
+    update_bn([inputs], model.eval())
     return model
 
 

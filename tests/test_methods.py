@@ -1,7 +1,7 @@
 """The analysis of masks and of matching methods, and what analyses keep."""
 
+import itertools
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,9 +10,9 @@ import torch
 from torch.nn.utils import parameters_to_vector
 
 from analyze import methods
-from analyze.lib import cache, lines, networks, overlap
+from analyze.lib import lines, networks, overlap
 from analyze.lib.runs import sparse_runs
-from common import masking
+from common import masking, provenance
 from tests.conftest import align_and_train, call, refused, stage2, state, succeed, weights
 
 
@@ -93,8 +93,9 @@ def test_methods_takes_what_there_is(runs, tmp_path):
 
 
 def test_cosines_are_of_the_masks_that_were_permuted(compared):
-    late = {"method": "activation", "match_epoch": 3}
-    runs = [run for run in networks.alignments(compared) if late.items() <= run.items()]
+    runs = networks.alignments(compared)
+    runs = runs.query("method == 'activation' and match_epoch == 3 and sparsity == 0.5")
+    runs = runs.to_dict("records")
     rows = [methods.measures(run)[0] for run in runs]
     mask = state(compared / "imp/seed0/mask_0.50.pt")["mask"]
     ends = masking.apply(weights(runs[0]["source"]), mask), weights(runs[0]["target"])
@@ -107,28 +108,31 @@ def test_cosines_are_of_the_masks_that_were_permuted(compared):
     assert found["cosine"].item() == pytest.approx(np.mean([row["cosine"] for row in rows]))
 
 
-def test_the_finest_curve_gives_the_barrier(tmp_path):
-    files = [tmp_path / "a.pt", tmp_path / "b.pt"]
-    for file in files:
-        file.touch()
-    about = {"repair": False, "images": 100, "train_loss": 0, "test_acc": 0}
-    for losses in ([0, 0, 1.0, 0, 0], [0, 9.0, 0]):
-        curve = pd.DataFrame({"alpha": np.linspace(0, 1, len(losses)), "test_loss": losses})
-        curve.assign(**about).to_csv(lines.curve_file(files, len(losses), 100), index=False)
-    assert lines.kept_barriers(files) == {"barrier": 1}
-    assert lines.kept_barriers(files[::-1]) == {}
+def test_barriers_are_those_that_interpolation_wrote(compared):
+    succeed("analyze.interpolation", compared, "--points 3 --images 64 --device cpu")
+    barriers = pd.read_csv(compared / "barriers.csv").query("repair")
+    lines = barriers.groupby(["method", "match_epoch", "curve"])["test"].mean()
+    rows = methods.table(compared).groupby(["method", "sparsity"])["barrier, REPAIR"]
+    rows = rows.unique().map(list)
+    early, late = (lines["activation", epoch, "aligned"] for epoch in (1, 3))
+    assert rows["activation", 0.5] == pytest.approx([early, late])
+    assert rows["naive", 0.5] == pytest.approx([lines["masked", 3, "naive"]])
+    masked = barriers.query("method == 'masked' and curve == 'aligned' and sparsity == 0.7")
+    assert rows["masked", 0.7] == pytest.approx([masked["test"].mean()])
 
 
-def test_what_is_kept_is_named_by_the_code_that_made_it(tmp_path, monkeypatch):
-    lib = shutil.copytree(Path(cache.__file__).parent, tmp_path / "lib")
-    monkeypatch.setattr(cache, "__file__", str(lib / "cache.py"))
+def test_what_is_kept_is_made_again_of_other_files_by_other_code(tmp_path, monkeypatch):
+    file, count, digest = tmp_path / "a.pt", itertools.count(1), provenance.code_digest
+    file.write_bytes(b"1")
 
-    def digest(script=lines, **edits):
-        for name, text in edits.items():
-            (lib / f"{name}.py").write_text(text)
-        cache.code_digest.cache_clear()
-        return cache.code_digest(script.__file__)
+    def number(*settings):
+        how = methods.__file__, "line", [file], settings
+        return lines.kept(*how, lambda: pd.DataFrame([next(count)])).iloc[0, 0]
 
-    first = digest(repair="x = 1  # a remark")
-    assert digest(repair="x = 1") == digest(style="RED = 1") == first
-    assert digest(methods) != first != digest(repair="x = 2")
+    assert [number(3), number(4), number(3)] == [1, 2, 1]
+    file.write_bytes(b"2")
+    assert number(3) == 3
+    for made, script in enumerate((methods.__file__, lines.__file__), 4):
+        edited = {script: f"edit {made}"}
+        monkeypatch.setattr(provenance, "code_digest", lambda one: edited.get(one) or digest(one))
+        assert number(3) == number(3) == made

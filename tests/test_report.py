@@ -125,10 +125,15 @@ def test_a_curve_a_width():
     every |= {"alpha": (0.0, 1.0), "seed": (0, 2)}
     table = pd.MultiIndex.from_product(every.values(), names=every).to_frame(index=False)
     table["test_loss"] = table["width"] + table["alpha"] + table["seed"]
-    figure = panels.widths(table, "")
-    assert [axis.get_title() for axis in figure.axes] == ["without REPAIR", "with REPAIR"]
-    for axis in figure.axes:
-        assert sorted(drawn(axis)) == [[2, 3], [2, 3], [5, 6], [5, 6]]  # means of seeds
+    table["test_acc"] = 10 * table["test_loss"]
+    barriers = table.groupby(["width", "curve", "repair"])["seed"].mean() + np.arange(8)
+    figure = panels.lines(table, "", barriers)
+    assert [axis.get_title() for axis in figure.axes[:2]] == ["without REPAIR", "with REPAIR"]
+    legend = [text.get_text() for text in figure.legends[0].texts]
+    assert len(legend) == 4 and "width 4, π(A): barrier 5.000, REPAIR 6.000" in legend
+    for axis, scale in zip(figure.axes, (1, 1, 10, 10)):  # losses above accuracies
+        means = np.array([[2, 3], [2, 3], [5, 6], [5, 6]])  # of seeds
+        assert sorted(drawn(axis)) == (scale * means).tolist()
         assert len({(line.get_color(), line.get_linestyle()) for line in axis.lines}) == 4
 
 

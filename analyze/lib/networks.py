@@ -1,4 +1,4 @@
-"""Networks and permutations below a folder: finding them, and building them to be evaluated."""
+"""Finding the networks and permutations below a folder."""
 
 import argparse
 from collections.abc import Iterator
@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
-from torch import nn
 
 from analyze.lib.runs import (
     CELL,
@@ -22,11 +20,12 @@ from analyze.lib.runs import (
     sparse_runs,
 )
 from common import checkpoint, cli, masking, paths
-from common.data import Resident, Streamed, load_described
+from common.data import load_described
 from common.errors import UserError
-from common.models import build_model
 from common.runtime.device import pick_device
 
+PRUNED = [*NETWORK, "tag", "seed", "sparsity"]
+ALIGNED = ["method", "match_epoch", *SEEDS]
 FLAGS = {
     "points": {"type": cli.number(int, 3), "help": "of a line"},
     "grid": {"type": cli.number(int, 3), "help": "points a side of the plane"},
@@ -55,16 +54,9 @@ def arguments(doc: str, **defaults: Any) -> argparse.Namespace:
     return args
 
 
-def build(entry: dict[str, Any], data: Resident | Streamed) -> nn.Module:
-    """The network of a checkpoint, with its weights, where the data are."""
-    model = build_model(**entry["model"])
-    model.load_state_dict(entry["state_dict"])
-    return model.to(data.device, memory_format=torch.channels_last)
-
-
-def with_dense(root: Path, stage: str, *roles: str) -> Iterator[tuple[dict, dict[str, Any]]]:
-    """The arguments of every finished run of a stage below `root`, and what is known of it: its
-    `path`, network and tag, and by role the files of the dense weights that it names by digest.
+def with_dense(root: Path, stage: str, *roles: str) -> Iterator[dict[str, Any]]:
+    """What is known of every finished run of a stage below `root`: its `path`, network and tag, how
+    it was aligned, and by role the files of the dense weights that it names by digest.
 
     One whose dense networks are not below `root` is skipped, as are networks trained elsewhere.
     """
@@ -78,42 +70,45 @@ def with_dense(root: Path, stage: str, *roles: str) -> Iterator[tuple[dict, dict
             skipped(f"{run['path']}: its {missing[0]} network is not below {root}")
             continue
         trained = checkpoint.load_json(files[roles[-1]].with_name("result.json"))["arguments"]
-        about = files | {key: trained[key] for key in (*NETWORK, "seed")} | {"path": run["path"]}
-        yield arguments, about | {"tag": arguments.get("tag") or trained.get("tag") or ""}
+        about = {key: trained[key] for key in (*NETWORK, "seed")} | {"path": run["path"]}
+        about["tag"] = arguments.get("tag") or trained.get("tag") or ""
+        yield files | about | {key: arguments.get(key) for key in (*ALIGNED, "keep_rounds")}
 
 
-def imp_networks(root: Path, rounds: bool) -> list[dict[str, Any]]:
-    """The networks that IMP pruned below `root`: file, sparsity, seed and the file pruned from.
+def imp_networks(root: Path, rounds: bool) -> pd.DataFrame:
+    """The networks that IMP pruned below `root`: PRUNED, its file and the dense one, `rounds`.
 
     At the asked sparsities, or with `rounds` after each round of the chains that kept them. One
     that cannot be read is skipped.
     """
     found = []
-    for arguments, about in with_dense(root, "prune_imp", "dense"):
-        kept = rounds and arguments.get("keep_rounds") and paths.round_files(about["path"])
+    for about in with_dense(root, "prune_imp", "dense"):
+        kept = rounds and about.get("keep_rounds") and paths.round_files(about["path"])
         for sparsity, path in (kept or paths.imp_files(about["path"])).items():
             if entry := readable(checkpoint.load, path, ("mask", *checkpoint.WEIGHTS)):
                 reached = masking.sparsity(entry["mask"]) if kept else sparsity
                 found.append(about | {"file": path, "sparsity": reached, "rounds": bool(kept)})
-    return found
+    found = pd.DataFrame(found, columns=[*PRUNED, "dense", "file", "rounds"])
+    numbers = ("width", "sparsity", "seed")
+    return found.astype(dict.fromkeys(numbers, float))  # where it is empty, too
 
 
-def alignments(root: Path) -> list[dict[str, Any]]:
-    """Every permutation of dense runs below `root`: its files, masks and how it was made.
+def alignments(root: Path) -> pd.DataFrame:
+    """Every mask that was permuted below `root`, a row each: how, and the files.
 
-    `sparsity` is that of the masks it is for, None for all. Raises UserError when there is none.
+    Raises UserError when there is none.
     """
     found = []
-    for arguments, about in with_dense(root, "align_mask", "source", "target"):
-        about |= {key: arguments[key] for key in ("method", *SEEDS, "match_epoch")}
-        for path in paths.permutation_files(about["path"]):
-            sparsity = paths.sparsity_of(path)
-            masks = {paths.sparsity_of(mask): mask for mask in paths.mask_files(about["path"])}
-            mine = {key: mask for key, mask in masks.items() if sparsity in (None, key)}
-            found.append(about | {"permutation": path, "sparsity": sparsity, "masks": mine})
+    for about in with_dense(root, "align_mask", "source", "target"):
+        for mask in paths.mask_files(about["path"]):
+            path = paths.permutation_file(about["path"], mask.name)  # of this mask alone
+            if not path.is_file():
+                path = paths.permutation_file(about["path"])
+            about |= {"permutation": path, "mask": mask, "sparsity": paths.sparsity_of(mask)}
+            found.append(about.copy())
     if not found:
         raise UserError(f"no finished alignment below {root}: run align_mask.py first")
-    return found
+    return pd.DataFrame(found)
 
 
 def triples(root: Path) -> pd.DataFrame:
@@ -127,11 +122,10 @@ def triples(root: Path) -> pd.DataFrame:
     if pairs.empty:
         missing = f"no permuted network with LTH's beside it below {root}"
         raise UserError(f"{missing}: run train_sparse.py for both")
-    masks = {}  # by digest, as sparse runs name them
-    for run in alignments(root):
-        made = {"dense": run["source"], "permutation": run["permutation"]}
-        masks |= {checkpoint.digest(mask): made for mask in run["masks"].values()}
-    found = pairs.merge(pd.DataFrame(masks).T, left_on="mask", right_index=True)
+    masks = alignments(root)[["mask", "permutation", "source"]]
+    masks = masks.rename(columns={"source": "dense"})
+    masks["mask"] = masks["mask"].map(checkpoint.digest)  # as sparse runs name it
+    found = pairs.merge(masks.drop_duplicates("mask", keep="last"), on="mask")
     found["lth"] = found["path_lth"].map(paths.final_file)
     found["permuted"] = found["path"].map(paths.final_file)
     return found.sort_values("match_epoch", ascending=False, kind="stable", ignore_index=True)

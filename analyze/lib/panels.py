@@ -18,6 +18,8 @@ METRICS = {
     "test_acc": ("accuracy", "test accuracy (%)"),
     "test_top5": ("top5", "top-5 accuracy (%)"),
 }
+ALONG = {"test_loss": "test loss (nats)", "test_acc": "test accuracy (%)"}  # a line
+STARTS = {"naive": ("A", ":"), "aligned": ("π(A)", "-")}
 TICKS = 6  # more are thinned out by Matplotlib
 
 
@@ -85,15 +87,26 @@ def save_accuracy(points: pd.DataFrame, title: str, metric: str, folder: Path, n
         style.save(figure, points, folder, name.format(f"{METRICS[metric][0]}_{x}"))
 
 
-def widths(table: pd.DataFrame, title: str) -> style.Figure:
-    """Figure 3: test loss, a colour a width, without REPAIR and with it; A dotted, π(A) solid."""
-    start = table["curve"].map({"naive": "A", "aligned": "π(A)"})
-    series = "width " + table["width"].map("{:g}, ".format) + start + " to B"
+def lines(curves: pd.DataFrame, title: str, barriers: pd.Series | None = None) -> style.Figure:
+    """Figure 3: loss above and accuracy below, without and with REPAIR; a colour a width, A dotted.
+
+    `curves` have width, curve (naive or aligned), repair, alpha, and test_loss and test_acc or one
+    of them. Mean `barriers` by the first three stand in the legend.
+    """
     looks = {}
-    for width, name in zip(table["width"], series):
-        line = "-" if "π" in name else ":"
-        looks[name] = style.width_look(width) | {"linestyle": line, "markersize": 3}
-    points = table.assign(series=series).groupby(["repair", "series", "alpha"])["test_loss"]
-    points = points.agg(["mean", "std"]).reset_index().assign(row="test loss (nats)")
+    for width, curve in curves.groupby(["width", "curve"]).groups:
+        start, line = STARTS[curve]
+        label = f"width {width:g}, {start}"
+        if barriers is not None:
+            numbers = barriers[width, curve]
+            label += f": barrier {numbers[False]:.3f}, REPAIR {numbers[True]:.3f}"
+        look = {"label": label, "linestyle": line, "markersize": 3}
+        looks[width, curve] = style.width_look(width) | look
+    key = ["repair", "width", "curve", "alpha"]
+    points = curves.melt(key, [name for name in ALONG if name in curves], "metric")
+    points = points.groupby(["metric", *key], sort=False)["value"].agg(["mean", "std"])
+    points = points.reset_index().sort_values("repair", kind="stable")
+    points["series"] = [*zip(points["width"], points["curve"])]
+    points["row"] = points["metric"].map(ALONG)
     points["column"] = points["repair"].map({False: "without REPAIR", True: "with REPAIR"})
-    return draw(points, "alpha", dict(sorted(looks.items())), title)
+    return draw(points, "alpha", looks, title)
