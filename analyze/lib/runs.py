@@ -106,12 +106,13 @@ def sparse_runs(root: Path) -> pd.DataFrame:
 
 def refuse_repeats(table: pd.DataFrame, keys: list[str], file: str = "path") -> None:
     """Raise UserError where rows of a table agree in all keys: which of them counts?"""
-    files = table.loc[table.duplicated(keys, keep=False), file]
-    if len(files):
-        told = f"{files.iloc[0]} and {files.iloc[1]} are of the same kind and seeds"
+    files = table.groupby(keys, dropna=False, sort=False)[file].agg(list)
+    repeated = files[files.map(len) > 1]
+    if len(repeated):
+        one, other, *_ = repeated.iloc[0]
         raise UserError(
-            f"{told} ({len(files)} in all): keep experiments in folders apart, or run one "
-            "again with a --tag"
+            f"{one} and {other} are of the same kind and seeds ({len(repeated)} such groups in "
+            "all): keep experiments in folders apart, or run one again with a --tag"
         )
 
 
