@@ -41,7 +41,7 @@ def test_masks_says_what_is_missing(runs, tmp_path):
     assert "run prune_imp.py on B" in succeed("analyze.masks", tmp_path)
     refused(call("analyze.masks", tmp_path / "nowhere"), "nowhere")
     shutil.copytree(runs / "imp/seed0", tmp_path / "again")
-    refused(call("analyze.masks", tmp_path), "mask_0.50.pt and", "same kind")
+    refused(call("analyze.masks", tmp_path), "imp/seed0/mask_0.50.pt", "again/mask_0.50.pt")
 
 
 def test_masks_compares_with_imp_on_the_target(compared):

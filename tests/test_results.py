@@ -324,7 +324,8 @@ def test_a_sceptical_referee_accepts_what_is_printed(runs, tmp_path):
 def test_runs_that_repeat_others_are_refused_unless_a_tag_tells_them_apart(runs, tmp_path):
     shutil.copytree(runs / "sparse", tmp_path / "one")
     shutil.copytree(runs / "sparse/lth", tmp_path / "two")
-    refused(call("analyze.results", tmp_path), "16 in all", "--tag")
+    same = (f"{tmp_path}/{name}/seed0-seed0/s0.50_k000" for name in ("one/lth", "two"))
+    refused(call("analyze.results", tmp_path), *same, "8 such groups", "--tag")
     edit(tmp_path / "two", tag="adamw")
     assert "LTH [adamw]" in succeed("analyze.results", tmp_path)
     assert pd.read_csv(tmp_path / "results.csv")["tag"].value_counts().to_dict() == {"adamw": 8}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from common import checkpoint, cli, paths
+from common import checkpoint, cli
 from common.errors import UserError
 
 COLUMNS = """tag code precision epochs arm signs fan_in model width dataset mask_dataset sparsity
@@ -106,13 +106,13 @@ def sparse_runs(root: Path) -> pd.DataFrame:
 
 def refuse_repeats(table: pd.DataFrame, keys: list[str], file: str = "path") -> None:
     """Raise UserError where rows of a table agree in all keys: which of them counts?"""
-    repeated = table[table.duplicated(keys, keep=False)]
+    files = table.groupby(keys, dropna=False, sort=False)[file].agg(list)
+    repeated = files[files.map(len) > 1]
     if len(repeated):
-        _, same = next(iter(repeated.groupby(keys, dropna=False)))
-        one, other, *_ = same[file]
+        one, other, *_ = repeated.iloc[0]
         raise UserError(
-            f"{one} and {other} are of the same kind and seeds ({len(repeated)} in all): keep "
-            "experiments in folders apart, or run one again with a --tag"
+            f"{one} and {other} are of the same kind and seeds ({len(repeated)} such groups in "
+            "all): keep experiments in folders apart, or run one again with a --tag"
         )
 
 
@@ -153,13 +153,8 @@ def text_of(setting: Any) -> str:
 
 def dense_files(root: Path) -> dict[str, Path]:
     """The weights that dense runs below `root` kept, by their digest, which later stages record."""
-    found = {}
-    for run in find_results(root, "train_dense"):
-        for epoch, digest in checkpoint.kept_weights(run["path"], run).items():
-            path = paths.epoch_file(run["path"], int(epoch))
-            if path.is_file():
-                found[digest] = path
-    return found
+    kept = (path for run in dense_runs(root)["path"] for path in run.glob("epoch_*.pt"))
+    return {checkpoint.digest(path): path for path in kept}
 
 
 def with_tag(name: Any, tag: pd.Series) -> pd.Series:
