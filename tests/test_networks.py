@@ -11,7 +11,7 @@ from analyze import diversity, landscape
 from analyze.lib import lines, networks, repair
 from analyze.lib import runs as finished
 from common.data import reader, resident
-from tests.conftest import align_and_train, call, refused, stage1, stage2, stage3, succeed
+from tests.conftest import align_and_train, call, edit, refused, stage1, stage2, stage3, succeed
 
 CPU = "--device cpu"
 READ = reader(None, torch.device("cpu"), 0)
@@ -96,8 +96,7 @@ def test_imp_barrier_says_of_which_networks_it_is(runs, tmp_path):
     reached = [1 - 0.8**number for number in range(1, 6)]
     assert table["sparsity"].tolist() == pytest.approx(2 * reached, abs=1e-3)
     assert (table["loss_barrier_count"] == 2).all()
-    for path in tmp_path.rglob("round_*.pt"):
-        path.unlink()
+    edit(tmp_path, "imp", keep_rounds=False)  # of which the last round is there
     assert "at the asked sparsities, not after every round" in succeed(*command)
     table = pd.read_csv(tmp_path / "figures/imp_barrier_mlp_glyphs.csv")
     assert table["sparsity"].round(1).tolist() == [0.5, 0.7, 0.5, 0.7]
