@@ -42,7 +42,9 @@ def load_mask(folder: Path, sparsity: float, arm: str, dense: dict[str, Any]) ->
         )
     if target is not None and isinstance(align := mask.get("align"), dict):
         if dense["kept"].get(str(mask["match_epoch"])) != align.get("target"):
-            raise UserError(f"{path} was permuted onto another network of seed {seed} than these")
+            raise UserError(
+                f"{path} was permuted onto another network of seed {seed} than --weights"
+            )
     if arm == "shuffled":
         mask["mask"] = masking.shuffle(mask["mask"], seed)
     return mask
