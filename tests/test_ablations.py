@@ -105,8 +105,7 @@ def call_all(project, commands, cut_off):
     """The exit code and output of each command, in a process that has nothing of common/ yet."""
     sys.path.insert(0, str(project))
     torch.set_num_threads(1)
-    from common import checkpoint, cli
-    from common.data import glyphs
+    from common import checkpoint, cli, data
     from common.runtime import resume
 
     save = checkpoint.save
@@ -118,7 +117,7 @@ def call_all(project, commands, cut_off):
 
     if cut_off:
         checkpoint.save, resume.EVERY = save_and_stop, -1
-    glyphs.glyphs = functools.cache(glyphs.glyphs)
+    data.read_glyphs = functools.cache(data.read_glyphs)
     outcomes = []
     for sys.argv in commands:
         text, code = io.StringIO(), 0
