@@ -89,7 +89,7 @@ def imp_networks(root: Path, rounds: bool) -> pd.DataFrame:
                 found.append(about | {"file": path, "sparsity": reached, "rounds": bool(kept)})
     found = pd.DataFrame(found, columns=[*PRUNED, "dense", "file", "rounds"])
     return found.astype(
-        {"width": float, "sparsity": float, "seed": float}
+        {"width": float, "sparsity": float, "seed": int}
     )  # where it is empty, too
 
 
