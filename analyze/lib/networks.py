@@ -89,8 +89,8 @@ def imp_networks(root: Path, rounds: bool) -> pd.DataFrame:
                 reached = masking.sparsity(entry["mask"]) if kept else sparsity
                 found.append(about | {"file": path, "sparsity": reached, "rounds": bool(kept)})
     found = pd.DataFrame(found, columns=[*PRUNED, "dense", "file", "rounds"])
-    numbers = ("width", "sparsity", "seed")
-    return found.astype(dict.fromkeys(numbers, float))  # where it is empty, too
+    # An empty table has none of its own.
+    return found.astype({"width": float, "sparsity": float, "seed": int})
 
 
 def alignments(root: Path) -> pd.DataFrame:
