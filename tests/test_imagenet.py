@@ -80,6 +80,16 @@ def test_pictures_are_read_as_torchvision_reads_them(jpegs):
     assert ImageOps.exif_transpose(turned).size == turned.size[::-1]
 
 
+def test_each_image_of_an_epoch_is_cropped_for_itself(tmp_path):
+    save_pictures(tmp_path / "data", (30, 40), train=3, val=1)
+    first, *others = (tmp_path / "data/train").rglob("*.png")
+    for path in others:
+        shutil.copy(first, path)
+    data = Streamed(tmp_path / "data", torch.device("cpu"), 0)
+    (batch, _), *_ = data.train_batches(6, seed=0, epoch=0)
+    assert len(batch.sum((1, 2, 3)).unique()) == 6
+
+
 def test_a_corrupt_jpeg_is_named_in_one_line(jpegs, tmp_path):
     """Which a worker reads."""
     shutil.copytree(jpegs / "data", tmp_path / "data")
