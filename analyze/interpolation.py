@@ -6,8 +6,8 @@ For every alignment below the folder: loss and accuracy of (1 - alpha) A + alpha
 (1 - alpha) π(A) + alpha B, each with and without REPAIR, on the test set and on training images
 that REPAIR uses. The barrier is the largest excess of the loss over the line between the endpoints'
 losses (paper, equation 3); it stands in the legend, as a mean over pairs. Writes
-figures/interpolation_*, a colour a width, barriers.csv and, so that a second call is quick,
-line_*.csv beside B's weights.
+figures/interpolation_*, barriers.csv and, so that a second call is quick, line_*.csv beside B's
+weights.
 """
 
 import pandas as pd

@@ -130,7 +130,7 @@ def test_a_curve_a_width():
     figure = panels.lines(table, "", barriers)
     assert [axis.get_title() for axis in figure.axes[:2]] == ["without REPAIR", "with REPAIR"]
     legend = [text.get_text() for text in figure.legends[0].texts]
-    assert len(legend) == 4 and "width 4, π(A): barrier 5.000, REPAIR 6.000" in legend
+    assert len(legend) == 4 and "width 4, π(A) to B: barrier 5.000, REPAIR 6.000" in legend
     for axis, scale in zip(figure.axes, (1, 1, 10, 10)):  # losses above accuracies
         means = np.array([[2, 3], [2, 3], [5, 6], [5, 6]])  # of seeds
         assert sorted(drawn(axis)) == (scale * means).tolist()

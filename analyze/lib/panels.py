@@ -19,7 +19,7 @@ METRICS = {
     "test_top5": ("top5", "top-5 accuracy (%)"),
 }
 ALONG = {"test_loss": "test loss (nats)", "test_acc": "test accuracy (%)"}  # a line
-STARTS = {"naive": ("A", ":"), "aligned": ("π(A)", "-")}
+STARTS = {"naive": ("A to B", ":", "naive"), "aligned": ("π(A) to B", "-", "permuted")}
 TICKS = 6  # more are thinned out by Matplotlib
 
 
@@ -88,20 +88,22 @@ def save_accuracy(points: pd.DataFrame, title: str, metric: str, folder: Path, n
 
 
 def lines(curves: pd.DataFrame, title: str, barriers: pd.Series | None = None) -> style.Figure:
-    """Figure 3: loss above and accuracy below, without and with REPAIR; a colour a width, A dotted.
+    """Figure 3: loss above and accuracy below, without and with REPAIR; from A dotted.
 
-    `curves` have width, curve (naive or aligned), repair, alpha, and test_loss and test_acc or one
-    of them. Mean `barriers` by the first three stand in the legend.
+    Of several widths each has its colour. `curves` have width, curve (naive or aligned), repair,
+    alpha, and test_loss and test_acc or one of them. Mean `barriers` by the first three stand in
+    the legend.
     """
-    looks = {}
+    looks, several = {}, curves["width"].nunique() > 1
     for width, curve in curves.groupby(["width", "curve"]).groups:
-        start, line = STARTS[curve]
-        label = f"width {width:g}, {start}"
+        label, line, variant = STARTS[curve]
+        if several:
+            label = f"width {width:g}, {label}"
         if barriers is not None:
             numbers = barriers[width, curve]
             label += f": barrier {numbers[False]:.3f}, REPAIR {numbers[True]:.3f}"
         look = {"label": label, "linestyle": line, "markersize": 3}
-        looks[width, curve] = style.width_look(width) | look
+        looks[width, curve] = (style.width_look(width) if several else style.LOOKS[variant]) | look
     key = ["repair", "width", "curve", "alpha"]
     points = curves.melt(key, [name for name in ALONG if name in curves], "metric")
     points = points.groupby(["metric", *key], sort=False)["value"].agg(["mean", "std"])
