@@ -47,9 +47,9 @@ another function is not noticed | common/align/permutation.py
 -if not difference < 1e-6:
 +if False:
 
-parts of an axis that are treated differently | common/align/channels.py
+parts of an axis that are treated differently | common/align/labels.py
 >axes::test_what_networks_are_made_of
--self.tie(label, label, len(self.ties))
+-self.tie(label, label, mark)
 +self.tie(label, label)
 
 transposed assignment | common/align/matching.py

@@ -153,6 +153,22 @@ def parts_apart(net, x):
     return torch.cat([one.relu(), two.sigmoid(), *pooled], 1)
 
 
+def moved_apart(net, x):
+    """Half of the channels mirrored: the halves lie in other places."""
+    one, two = x.chunk(2, 1)
+    return net.conv(torch.cat([one, two.flip(3)], 1)).relu()
+
+
+def hidden(net, x):
+    """A recurrent layer over the pixels."""
+    return net.lstm(x.flatten(2).transpose(1, 2))[0].transpose(1, 2)[..., None]
+
+
+def frozen(net, x):
+    with torch.no_grad():
+        return F.pixel_unshuffle(net.conv(x), 2)
+
+
 def selective(net, x):
     """A share for each channel of two paths (Li et al. 2019), which are in order."""
     share = net.share(x.mean((2, 3))).unflatten(1, (2, 6)).softmax(1)[..., None, None]
@@ -198,6 +214,12 @@ CASES = {
         Network(parts_apart, norm=nn.BatchNorm2d(8)),
         "conv conv.1 conv.2 conv.3",
     ),
+    "moved apart": (Network(moved_apart, conv=conv(8, 8, 3)), "conv conv.1 body.conv"),
+    "recurrent": (
+        Network(hidden, lstm=nn.LSTM(8, 6, batch_first=True)),
+        "conv body.lstm.weight_ih_l0",
+    ),
+    "frozen": (Network(frozen, conv=conv(8, 8, 1)), "conv body.conv"),
     "selective kernel": (
         Network(selective, one=conv(8, 6, 1), two=conv(8, 6, 1), share=nn.Linear(8, 12)),
         "conv body.share:6",

@@ -1,9 +1,10 @@
 """Finding the permutation axes of a network: which channels move together, read off its ATen graph.
 
-1. Every index along every dimension of a parameter or buffer is a channel of its own (Walk.value).
-2. The graph is walked in order; what each operator does to channels says one table
-   (common/align/rules.py): which are the same, which form a block whose inner order is free, and
-   which must stay in order. An operator without a rule pins what it reads, with the reason.
+1. Every index along every dimension of a parameter or buffer is a channel of its own (Walk.read).
+2. The graph runs on tensors without content, and what each operator does to channels says one table
+   (common/align/labels.py): which are the same, which form a block whose inner order is free, and
+   which must stay in order. PyTorch takes all other operators apart until they are of those in the
+   table; one that it cannot take apart pins what it reads, with the reason.
 3. Channels that are the same make a class. Classes to which the same happens everywhere may trade
    places (settle): they are an axis, named after the first parameter along which it lies.
 
@@ -16,12 +17,7 @@ but for the index: the axis `conv` lies along `conv.weight`'s first and `fc.weig
 dimension. The channels along `fc.weight`'s first dimension are the output, and pinned.
 """
 
-import functools
-import operator
 import re
-from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,10 +26,16 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
 
-from common.align.channels import ENTRY, Channels, Value, along, only
 from common.align.graph import Graph, export, where
+from common.align.labels import META, Labels, along, core, labels, only
 from common.align.permutation import Axes, BlockGroup, Place
-from common.align.rules import CONTRACTIONS, PASSING, POINTWISE, RULES, expand, pointwise
+
+POINTWISE = (  # also what PyTorch tags so
+    "batch_norm instance_norm prelu group_norm layer_norm rms_norm softmax log_softmax "
+    "constant_pad_nd pad dropout feature_dropout alpha_dropout contiguous to type_as alias detach "
+    "copy fill zero _to_copy lift_fresh_copy log_sigmoid hardswish hardtanh hardsigmoid relu6 "
+    "leaky_relu elu selu celu mish masked_fill"
+).split()
 
 
 def find_axes(model: nn.Module, input_shape: tuple[int, ...]) -> Axes:
@@ -42,13 +44,14 @@ def find_axes(model: nn.Module, input_shape: tuple[int, ...]) -> Axes:
     Raises UserError when torch.export cannot follow the forward pass.
     """
     walk = Walk(export(model, (2, *input_shape)))
-    channels, classes = settle(walk.channels)
+    channels, classes = settle(walk.known)
     sizes, groups, pinned = name_axes(walk, channels, classes)
     names, (axis, rank) = [*sizes], classes.loc[channels["class"], ["axis", "rank"]].to_numpy().T
 
-    def places(tensor: str, label: Tensor, whole: Tensor) -> list[Place]:
+    def places(tensor: str, label: Tensor) -> list[Place]:
         """Where along a label axes are as a whole."""
-        here, found = (whole % ENTRY).flatten().numpy(), []
+        label, found = core(label), []
+        here = walk.known.columns.get(int(label.flatten()[0]), label).flatten().numpy()
         for number in sorted({*axis[here].tolist()} - {-1}):
             at = np.flatnonzero(axis[here] == number)
             at = at[np.argsort(rank[here[at]], kind="stable")]
@@ -60,129 +63,87 @@ def find_axes(model: nn.Module, input_shape: tuple[int, ...]) -> Axes:
 
     state = model.state_dict(keep_vars=True)
     used = {id(state[name]): name for name in walk.parameters}  # one name of what is tied
-    dims: dict[str, list[Place]] = {name: [] for name in state}
-    for name, value in state.items():
-        for label in walk.parameters.get(used.get(id(value)), Value(())).labels:
-            columns = walk.channels.columns.get(walk.channels.vector(label), label)
-            dims[name] += places(name, label, columns)
+    tensors = {name: walk.parameters.get(used.get(id(value))) for name, value in state.items()}
+    dims = {
+        name: [place for label in labels(tensor) for place in places(name, label)]
+        for name, tensor in tensors.items()
+    }
     weights = tuple(name for name, value in state.items() if used.get(id(value)) in walk.weights)
     readouts: dict[str, list[Place]] = {name: [] for name in names}
     before: dict[str, str] = {}
-    for node, table in walk.tables.items():
-        inputs, activation = node.all_input_nodes, table is POINTWISE
-        activation = activation and (len(inputs) == 1 or "prelu" in node.name)
-        before[node.name] = before.get(inputs[0].name, inputs[0].name) if activation else node.name
-        read = not all(walk.tables.get(user) is POINTWISE for user in node.users)
-        for label in walk.values[node].labels if read and table is not PASSING else ():
-            for place in places(node.name, label, label):
+    for node, value in walk.run.env.items():
+        inputs = node.all_input_nodes
+        activation = is_pointwise(node) and (len(inputs) == 1 or "prelu" in node.name)
+        before[node.name] = before[inputs[0].name] if activation else node.name
+        made = is_pointwise(node) or node in walk.contractions
+        if made and not all(map(is_pointwise, node.users)):
+            for place in (place for label in labels(value) for place in places(node.name, label)):
                 readouts[place.axis].append(place)
     return Axes(dims, sizes, groups, readouts, before, pinned, weights)
 
 
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether it makes values anew, each channel from itself."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    name = node.target.overloadpacket.__name__.rstrip("_")
+    return name in POINTWISE or torch.Tag.pointwise in node.target.tags
+
+
 class Walk:
-    """Follows channels through a graph, one operator after the other."""
+    """Runs a network on tensors that carry labels, one operator after the other."""
 
     def __init__(self, graph: Graph) -> None:
-        self.channels = Channels()
-        self.parameters: dict[str, Value] = {}
+        self.known = Labels()
+        self.parameters: dict[str, Tensor] = {}
         self.names: dict[int, str] = {}  # of the vectors of channels along parameters
-        self.values: dict[fx.Node, Any] = {}
-        self.tables: dict[fx.Node, dict] = {}  # where the rule of an operator was found
-        self.weights: set[str] = set()  # the parameters that contractions multiply with
-        self.made: set[int] = set()  # vectors of channels that come out of contractions
-        nodes = graph.module.graph.nodes
-        self.given = dict(zip((node for node in nodes if node.op == "placeholder"), graph.inputs))
+        self.run = fx.Interpreter(graph.module)
+        self.contractions: set[fx.Node] = set()  # what multiplies matrices
+        self.weights: set[str] = set()  # the parameters that it multiplies
+        nodes, given = graph.module.graph.nodes, iter(graph.inputs)
         # Of what is computed from no image, the parameters that it is computed from.
-        known = {
-            node: None if given is None else {given} if isinstance(given, str) else set()
-            for node, given in self.given.items()
-        }
+        sources: dict[fx.Node, set[str] | None] = {}
         for node in nodes:
-            if node in self.given:
+            if node.op == "placeholder":
+                node.meta["given"] = one = next(given)
+                sources[node] = None if one is None else {one} if isinstance(one, str) else set()
                 continue
-            self.channels.where = where(node)
-            before = [known[one] for one in node.all_input_nodes]
-            known[node] = None if None in before else set().union(*before)
-            if node.op == "output":
-                self.channels.pin(fx.node.map_arg(node.args, self.value), "is the output")
-            if node.op == "call_function":
-                self.values[node] = self.call(node)
-            if self.tables.get(node) is CONTRACTIONS:
+            for one in node.all_input_nodes:
+                if one not in self.run.env:
+                    self.run.env[one] = self.read(one.meta["given"], one.meta["val"])
+            self.known.where, count = where(node), self.known.products
+            with torch.inference_mode(), self.known:
+                self.run.env[node] = self.run.run_node(node)
+            before = [sources[one] for one in node.all_input_nodes]
+            sources[node] = None if None in before else set().union(*before)
+            if self.known.products > count:
+                self.contractions.add(node)
                 self.weights.update(*filter(None, before))
-                read, made = (
-                    {*map(self.channels.vector, self.value(one).labels)}
-                    for one in (node.all_input_nodes[0], node)
-                )
-                self.made |= made - read
+            if node.op == "output":
+                for one in node.all_input_nodes:
+                    self.known.pin(labels(self.run.env[one]), "is the output")
 
-    def value(self, node: fx.Node) -> Any:
+    def read(self, given: str | Tensor | None, value: Tensor) -> Tensor:
         """Every index along a parameter is a channel of its own, from where it is first read."""
-        if node in self.values:
-            return self.values[node]
-        given, shape = self.given.get(node), shapes_of(node.meta.get("val"))
-        if isinstance(given, Tensor):
-            return self.channels.constant(shape, [] if given.is_meta else same_along(given))
+        with torch.inference_mode():
+            x = torch.empty(value.shape, dtype=value.dtype, device=META)
+        if isinstance(given, Tensor) and not given.is_meta:
+            same = [d for d in range(x.dim()) if (given == given.narrow(d, 0, 1)).all()]
+            return self.known.give(x, [self.known.fresh(only({dim}, x.shape)) for dim in same])
         if not isinstance(given, str):
-            return Value(shape)
-        layer = re.sub(r"[._](parametrizations\.)?weight(_v|_orig|\.original\d*)?$", "", given)
-        large, labels = [dim for dim, size in enumerate(shape) if size > 1], []
+            return x
+        large, found = along(x), []
         for dim in large:
-            name = layer if dim == 0 or len(large) == 1 else f"{given}.{dim}"
-            self.names[len(self.channels.starts) - 1] = name
-            labels.append(self.channels.fresh(only({dim}, shape)))
-        self.values[node] = self.parameters[given] = Value(shape, tuple(labels))
-        return self.values[node]
-
-    def call(self, node: fx.Node) -> Any:
-        """The value that an operator makes, by its rule."""
-        name, rule, self.tables[node] = find_rule(node.target)
-        value = self.unexpanded if rule is pointwise else self.value
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-        if node.target is operator.getitem:
-            return args[0][args[1]]
-        out, result = shapes_of(node.meta.get("val")), None
-        if rule:
-            given = {one.name: one.default_value for one in node.target._schema.arguments}
-            given |= dict(zip(given, args)) | kwargs
-            first, *rest = given
-            call = functools.partial(node.target, **{key: given[key] for key in rest})
-            about = {"given": given, "x": given[first], "out": out, "name": name, "call": call}
-            result = rule(self.channels, SimpleNamespace(**given | about))
-        if result is None:
-            self.channels.pin((args, kwargs), "keeps its order")
-            result = Value(())
-        if isinstance(result, list):
-            return result
-        if isinstance(out, list):  # pooling gives indices, too
-            return [result._replace(shape=shape) for shape in out]
-        return result._replace(shape=out)
-
-    def unexpanded(self, node: fx.Node) -> Any:
-        """For what broadcasts by itself, so that expanding says nothing."""
-        while find_rule(node.target)[1] is expand:
-            node = node.args[0]
-        return self.value(node)
+            name = layer(given) if dim == 0 or len(large) == 1 else f"{given}.{dim}"
+            self.names[len(self.known.starts) - 1] = name
+            found.append(self.known.fresh(only({dim}, x.shape)))
+        self.parameters[given] = self.known.give(x, found)
+        return x
 
 
-def find_rule(target: Any) -> tuple[str, Callable | None, dict]:
-    """The name of an operator, its rule if there is one, and the table that it is in."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return str(target), None, PASSING
-    name = target.overloadpacket.__name__.rstrip("_")
-    tagged = torch.Tag.pointwise in target.tags
-    return name, *RULES.get(name, (pointwise, POINTWISE) if tagged else (None, PASSING))
-
-
-def same_along(constant: Tensor) -> list[int]:
-    """The dimensions along which all entries of a tensor are the same."""
-    return [d for d in range(constant.dim()) if (constant == constant.narrow(d, 0, 1)).all()]
-
-
-def shapes_of(value: Any) -> Any:
-    """The shapes of a node's output."""
-    if isinstance(value, (list, tuple)):
-        return [shapes_of(one) for one in value]
-    return tuple(getattr(value, "shape", ()))
+def layer(parameter: str) -> str:
+    """What the first dimension of a parameter is called."""
+    return re.sub(r"[._](parametrizations\.)?weight(_v|_orig|\.original\d*)?$", "", parameter)
 
 
 # ---------------------------------------------------------------- what the walk has found
@@ -202,38 +163,36 @@ def scramble(*columns: np.ndarray) -> np.ndarray:
     return pd.util.hash_pandas_object(rows, index=False).to_numpy(copy=True).view(np.int64)
 
 
-def settle(known: Channels) -> tuple[pd.DataFrame, pd.DataFrame]:
+def settle(known: Labels) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The class of channels that are the same that each channel is in, and a table of the classes.
 
-    unit: the block that it is in, or itself. holds: whether it is a block. reason: why it is
-    pinned. colour: of one colour are those that may trade places. They may when every tie of one is
-    a tie of the other, by the same operators: exchanging them, with all their entries in order,
-    then takes ties to ties.
+    unit: the block that it is in, or itself. reason: why it is pinned. colour: of one
+    colour are those that may trade places. They may when every tie of one is a tie of the other, by
+    the same operators: exchanging them, with all their entries in order, then takes ties to ties.
     """
     vector = np.repeat(np.arange(len(known.starts) - 1), np.diff(known.starts))
     ties, members = (torch.cat(rows, 1).numpy() for rows in (known.ties, known.members))
-    # A channel is in one block, so blocks that share one are the same.
-    held = components(len(vector), ties[:2])[members[1]]
-    _, first, which = np.unique(held, return_index=True, return_inverse=True)
-    same = np.stack([members[0], members[0][first[which]]])
-    root = components(len(vector), ties[:2], same)
+    # Beside every channel stands the block that it is in: blocks that share a channel are the same.
+    inner = members + [[0], [len(vector)]]
+    links = ties[:2], ties[:2] + len(vector), inner
+    root, block = components(2 * len(vector), *links).reshape(2, -1)
     blocks, inside = root[members]
-    unit, reason = np.arange(root.max() + 1), np.full(root.max() + 1, None)
-    unit[inside] = blocks
+    unit = np.where(np.isin(block, blocks), block, root)
     nested = torch.from_numpy(members[1][np.isin(inside, blocks)])
+    reason = np.full(block.max() + 1, None)
     for label, why in reversed([*known.pins, (nested, "its blocks are in larger blocks")]):
         reason[root[label.flatten().numpy()]] = why
     code = scramble(vector, pd.Series(vector).groupby([root, vector]).cumcount())
-    colour = scramble(np.where(pd.isna(reason), -1, np.arange(len(unit))))
+    colour = scramble(np.where(pd.isna(reason), -1, np.arange(len(reason))))
     np.add.at(colour, root, code)
-    np.add.at(colour, root[ties[0]], scramble(code[ties[0]], code[ties[1]], *ties[2:]))
+    np.add.at(colour, root[ties[0]], scramble(code[ties[0]], code[ties[1]], ties[2]))
     # What is in a block tells it apart, and then the block what is in it.
     role = scramble(*code[members])
     np.add.at(colour, blocks, scramble(role, colour[inside]))
     np.add.at(colour, inside, scramble(role, colour[blocks]))
-    holds = np.isin(np.arange(len(unit)), blocks)
-    classes = {"unit": unit, "reason": reason, "colour": colour, "holds": holds}
-    return pd.DataFrame({"class": root, "vector": vector}), pd.DataFrame(classes)
+    holds = np.isin(np.arange(len(colour)), blocks)
+    classes = {"reason": reason, "colour": colour, "holds": holds}
+    return pd.DataFrame({"class": root, "vector": vector, "unit": unit}), pd.DataFrame(classes)
 
 
 def name_axes(
@@ -243,17 +202,18 @@ def name_axes(
     or -1, and their rank along it.
     """
     # A class is named after the parameter that is the first to have it.
-    named = channels[channels["vector"].isin(walk.names)].groupby(["class", "vector"], sort=False)
-    live = named.size().rename("entries").reset_index().drop_duplicates("class")
-    live = live.join(classes, on="class").assign(name=live["vector"].map(walk.names))
-    live["front"] = np.arange(len(live))
+    channels["name"] = channels["vector"].map(walk.names)
+    channels["entries"] = channels.groupby(["class", "vector"])["name"].transform("size")
+    live = channels.dropna().drop_duplicates("class").join(classes, on="class")
+    live["front"] = live.index
     live["front"] = live.groupby("unit")["front"].transform("min")
     tied = (live["entries"] > 1) & ~live["colour"].duplicated(keep=False)
     live["reason"] = live["reason"].mask(tied & live["reason"].isna(), "it is tied to itself")
     stuck = live["reason"].notna()
+    layers = [*map(layer, walk.weights)]
     pinned = {
         name: (int(rows["entries"].sum()), rows["reason"].iloc[0])
-        for name, rows in live[stuck & live["vector"].isin(walk.made)].groupby("name", sort=False)
+        for name, rows in live[stuck & live["name"].isin(layers)].groupby("name", sort=False)
     }
     classes["axis"], classes["rank"] = -1, 0
     sizes: dict[str, int] = {}
