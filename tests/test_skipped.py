@@ -19,6 +19,7 @@ FOREIGN = """\
 {"stage": "align_mask", "arguments": {"source_seed": 7}}
 {"stage": "prune_imp"}"""
 NEEDED = "arguments test_acc seconds sparsity rewind target_seed width".split()
+WORDS = "arm model dataset".split()
 CUT = """
 imp/seed0/sparse_0.70.pt
 imp/seed0/round_01.pt
@@ -41,6 +42,9 @@ def littered(runs, tmp_path_factory):
     for number, (key, value) in enumerate(itertools.product(NEEDED, (None, "x", [], {}))):
         shutil.copytree(run, root / f"spoilt{number}")
         edit(root, f"spoilt{number}", **{key: value})
+    for key in WORDS:
+        shutil.copytree(run, root / f"spoilt_{key}")
+        edit(root, f"spoilt_{key}", **{key: []})
     shutil.copytree(run, root / "unfinished")
     (root / "unfinished/result.json").unlink()
     for path in CUT.split():
@@ -53,7 +57,9 @@ def test_results_skip_what_is_no_run(littered, runs):
     outcome = call("analyze.results", littered)
     # [] and {} say nothing of a stage.
     assert outcome.code == 0 and all(f"foreign{number}" in outcome.err for number in range(5))
-    assert outcome.err.count("skipped") == outcome.err.count("\n") == 5 + 4 * len(NEEDED)
+    assert (
+        outcome.err.count("skipped") == outcome.err.count("\n") == 5 + 4 * len(NEEDED) + len(WORDS)
+    )
     cells = "sparsity == 0.5 and rewind == 0 or sparsity == 0.7 and rewind == 1"
     before = finished.sparse_runs(runs).query(cells).reset_index(drop=True)
     ours = finished.sparse_runs(littered)

@@ -65,6 +65,7 @@ def read_runs(root: Path, stage: str, needed: list[str]) -> pd.DataFrame:
     runs = runs.assign(**used, dense_epochs=runs.get("dense.epochs"))
     numbers = [key for key in COLUMNS if key not in WORDS]
     runs[numbers] = runs[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
+    runs[WORDS] = runs[WORDS].map(lambda value: None if isinstance(value, list) else value)
     lacking = runs[needed].isna()
     for path, lacks in zip(runs["path"], lacking.to_numpy()):
         if lacks.any():

@@ -27,15 +27,8 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
 
 from common.align.graph import Graph, export, where
-from common.align.labels import META, Labels, along, core, labels, only
+from common.align.labels import META, Labels, along, core, is_pointwise, labels, only
 from common.align.permutation import Axes, BlockGroup, Place
-
-POINTWISE = (  # also what PyTorch tags so
-    "batch_norm instance_norm prelu group_norm layer_norm rms_norm softmax log_softmax "
-    "constant_pad_nd pad dropout feature_dropout alpha_dropout contiguous to type_as alias detach "
-    "copy fill zero _to_copy lift_fresh_copy log_sigmoid hardswish hardtanh hardsigmoid relu6 "
-    "leaky_relu elu selu celu mish masked_fill"
-).split()
 
 
 def find_axes(model: nn.Module, input_shape: tuple[int, ...]) -> Axes:
@@ -80,14 +73,6 @@ def find_axes(model: nn.Module, input_shape: tuple[int, ...]) -> Axes:
             for place in (place for label in labels(value) for place in places(node.name, label)):
                 readouts[place.axis].append(place)
     return Axes(dims, sizes, groups, readouts, before, pinned, weights)
-
-
-def is_pointwise(node: fx.Node) -> bool:
-    """Whether it makes values anew, each channel from itself."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    name = node.target.overloadpacket.__name__.rstrip("_")
-    return name in POINTWISE or torch.Tag.pointwise in node.target.tags
 
 
 class Walk:
@@ -164,11 +149,12 @@ def scramble(*columns: np.ndarray) -> np.ndarray:
 
 
 def settle(known: Labels) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The class of channels that are the same that each channel is in, and a table of the classes.
+    """For every channel its vector, the class of channels that are the same, and its unit, which is
+    the block that it is in, or that class; and a table of the classes.
 
-    unit: the block that it is in, or itself. reason: why it is pinned. colour: of one
-    colour are those that may trade places. They may when every tie of one is a tie of the other, by
-    the same operators: exchanging them, with all their entries in order, then takes ties to ties.
+    reason: why it is pinned. colour: of one colour are those that may trade places. They may when
+    every tie of one is a tie of the other, by the same operators: exchanging them, with all their
+    entries in order, then takes ties to ties. holds: whether it is a block.
     """
     vector = np.repeat(np.arange(len(known.starts) - 1), np.diff(known.starts))
     ties, members = (torch.cat(rows, 1).numpy() for rows in (known.ties, known.members))

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._decomp import decomposition_table
 from torch.utils import _pytree as tree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -331,3 +331,17 @@ RULES = {
     }.items()
     for name in names.split()
 }
+# Also what PyTorch tags so.
+POINTWISE = (
+    "instance_norm group_norm layer_norm rms_norm softmax log_softmax pad alias detach log_sigmoid "
+    "hardswish hardtanh hardsigmoid relu6 leaky_relu elu selu celu mish masked_fill"
+).split()
+POINTWISE += [name for name, rule in RULES.items() if rule in (pointwise, by_channel, pad)]
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether it makes values anew, each channel from itself."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    name = node.target.overloadpacket.__name__.rstrip("_")
+    return name in POINTWISE or torch.Tag.pointwise in node.target.tags
