@@ -117,12 +117,11 @@ def load(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles that are refused in a line
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # of zipfile, zlib, pickle and torch, whatever the damage brings up
+        why = getattr(error, "strerror", None) or type(error).__name__
         raise UserError(
-            f"{path} cannot be read: it is damaged, cut off or no checkpoint of plain tensors "
-            f"({type(error).__name__}): make it again, or save model.state_dict()"
+            f"{path} cannot be read ({why}): if it is damaged, cut off or no checkpoint of plain "
+            "tensors, make it again, or save model.state_dict()"
         ) from error
     held = content if isinstance(content, dict) else {}
     lacking = [key for key in keys if key not in held or not _is_kind(key, held[key])]
