@@ -3,29 +3,32 @@
     python -m analyze.report runs/quick
     python -m analyze.report runs/quick --only results accuracy masks     # nothing that takes long
 
-Runs the analyses of this package, and writes report.html (pictures inlined, opens without a
-network) and report.md: what was found, what the words mean, every table and figure, the paper's
-tables beside ours (also as tables/*.csv and *.tex), cost and settings. What cannot be made yet is
-named with what is missing. Its text is in lib/report.json.
+Runs the analyses of this package, and writes report.html, one file that opens without a network:
+what was found, what the words mean, every table and figure, the paper's tables beside ours (also as
+tables/*.csv and *.tex), cost and settings. What cannot be made yet is named with what is missing.
+Its text is in lib/report.json.
 """
 
+import base64
 import contextlib
 import json
+import re
 import shlex
 import shutil
+import string
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
 from datetime import date, datetime
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from scipy.stats import binomtest
 
-from analyze.lib import pages, paper_numbers
-from analyze.lib.pages import Block, block
+from analyze.lib import paper_numbers
 from analyze.lib.runs import find_results, parse_root, sparse_runs, text_of
 from analyze.lib.statistics import findings, summary
 from common import checkpoint, cli
@@ -39,6 +42,37 @@ SETTINGS = (
     r"^arguments\.(?!(source|target|dense|weights|mask|precision)$)"  # files; the precision used
     r"|^(precision|device|threads|processes|code|commit)$|^versions\.|^finished$"
 )
+HTML = {
+    "h2": '<h2 id="{1}">{0}</h2>',
+    "h3": "<h3>{0}</h3>",
+    "p": "<p>{0}</p>",
+    "pre": "<pre>{0}</pre>",
+    "word": "<p><b>{0}</b>: {1}</p>",
+    "link": '<a href="{1}">{0}</a>',
+}
+
+
+def block(kind: str, *texts: str) -> str:
+    """One of HTML: heading and anchor, paragraph, what was printed, word and meaning, link and
+    address.
+    """
+    return HTML[kind].format(*map(escape, texts))
+
+
+def heading(text: str) -> str:
+    return block("h2", text, re.sub(r"\W+", "-", text.lower()).strip("-"))
+
+
+def table(frame: pd.DataFrame) -> str:
+    return f'<div class="wide">{frame.to_html(border=0, index_names=False)}</div>'
+
+
+def picture(path: Path) -> str:
+    """A PNG inlined, or an SVG, which takes the page's colours."""
+    if path.suffix == ".svg":
+        return path.read_text()
+    image = base64.b64encode(path.read_bytes()).decode()
+    return f'<p><img alt="{path.stem}" src="data:image/png;base64,{image}"></p>'
 
 
 def run(name: str, root: Path, flags: list[str]) -> tuple[str, str, list[Path]]:
@@ -59,7 +93,7 @@ def run(name: str, root: Path, flags: list[str]) -> tuple[str, str, list[Path]]:
     return "", "\n".join(lines).strip(), files
 
 
-def section(name: str, root: Path, options: dict[str, Any]) -> tuple[str, list[Block]]:
+def section(name: str, root: Path, options: dict[str, Any]) -> tuple[str, list[str]]:
     """Run an analysis; what it lacks, or else nothing, and its part of the report."""
     flags = []
     for key in ANALYSES[name]["flags"]:
@@ -70,43 +104,43 @@ def section(name: str, root: Path, options: dict[str, Any]) -> tuple[str, list[B
     lacks, text, files = run(name, root, flags)
     if lacks:
         return lacks, []
-    blocks = [pages.heading(ANALYSES[name]["title"]), block("p", ANALYSES[name]["text"])]
+    blocks = [heading(ANALYSES[name]["title"]), block("p", ANALYSES[name]["text"])]
     if text:
         blocks.append(block("pre", text))
-    blocks += [pages.picture(path, root) for path in files if path.suffix == ".png"]
+    blocks += [picture(path) for path in files if path.suffix == ".png"]
     command = shlex.join(["python", "-m", f"analyze.{name}", str(root), *flags])
     blocks += [block("p", f"Numbers, written by {command}")]
-    tables = [path.relative_to(root).as_posix() for path in files if path.suffix == ".csv"]
-    return "", blocks + [block("link", table, table) for table in tables]
+    numbers = [path.relative_to(root).as_posix() for path in files if path.suffix == ".csv"]
+    return "", blocks + [block("link", path, path) for path in numbers]
 
 
-def paper_tables(root: Path) -> list[Block]:
+def paper_tables(root: Path) -> list[str]:
     """The tables of the paper that have cells in common with the runs below `root`."""
     blocks, ours = [], paper_numbers.measured(root)
     for number in paper_numbers.TABLES:
         with contextlib.suppress(UserError):
             shown = paper_numbers.save(number, ours, root / "tables")
             file = f"tables/table_{number}"
-            blocks += [block("h3", f"Table {number}"), pages.table(shown)]
+            blocks += [block("h3", f"Table {number}"), table(shown)]
             blocks += [block("link", "CSV", f"{file}.csv"), block("link", "LaTeX", f"{file}.tex")]
     said = "Mean ± sample standard deviation, and ours minus the paper's."
     if not blocks:
         said = "No table of the paper has these networks, data sets, sparsities and rewind epochs."
-    return [pages.heading("The paper's tables beside ours"), block("p", said), *blocks]
+    return [heading("The paper's tables beside ours"), block("p", said), *blocks]
 
 
 def settings(stages: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
     """A column a stage, with its finished runs and seconds: every value that their settings had."""
-    table = {}
+    columns = {}
     for stage, found in stages.items():
         runs, files = pd.json_normalize(found), (run["path"] / "result.json" for run in found)
         runs["finished"] = [date.fromtimestamp(file.stat().st_mtime) for file in files]
         runs = runs.filter(regex=SETTINGS).rename(columns=lambda key: key.rpartition(".")[2])
         shown = runs.apply(lambda values: ", ".join(values.dropna().map(text_of).unique()))
         name = f"{stage}: {len(found)} runs, {sum(run['seconds'] for run in found):.0f} s"
-        table[name] = shown.to_dict()
-    table = pd.DataFrame(table).fillna("").rename_axis("setting")
-    return table[(table != "").any(axis=1)]
+        columns[name] = shown.to_dict()
+    values = pd.DataFrame(columns).fillna("").rename_axis("setting")
+    return values[(values != "").any(axis=1)]
 
 
 def image_facts(dense: list[dict[str, Any]]) -> Iterable[str]:
@@ -123,8 +157,8 @@ def image_facts(dense: list[dict[str, Any]]) -> Iterable[str]:
         )
 
 
-def gather(root: Path, options: dict[str, Any]) -> list[Block]:
-    """The report as blocks, in order; prints what it does, and the seconds.
+def gather(root: Path, options: dict[str, Any]) -> list[str]:
+    """The report as blocks of HTML, in order; prints what it does, and the seconds.
 
     `options` are passed on to the analyses that know them, where they are set. Raises UserError
     when no run has finished.
@@ -152,19 +186,19 @@ def gather(root: Path, options: dict[str, Any]) -> list[Block]:
     drawing = root / "figures/overview.svg"
     drawing.parent.mkdir(exist_ok=True)
     shutil.copy(LIB / drawing.name, drawing)
-    about = [pages.heading("What this is about"), block("p", TEXT["introduction"])]
-    about += [block("link", *TEXT["paper"]), pages.picture(drawing, root)]
+    about = [heading("What this is about"), block("p", TEXT["introduction"])]
+    about += [block("link", *TEXT["paper"]), picture(drawing)]
     parts = [*about, *(block("word", *word) for word in TEXT["words"].items()), *parts]
     if missing:
-        parts += [pages.heading("What is missing")]
+        parts += [heading("What is missing")]
         parts += [block("word", *word) for word in missing.items()]
-    parts += [pages.heading("Settings and cost"), pages.table(settings(stages))]
+    parts += [heading("Settings and cost"), table(settings(stages))]
     commands = dict.fromkeys(run.get("command") for runs in stages.values() for run in runs)
     commands[shlex.join(["python", "-m", "analyze.report", *sys.argv[1:]])] = None
     parts += [block("p", f"Written on {datetime.now():%Y-%m-%d %H:%M}, after these commands:")]
     parts += [block("pre", "\n".join(filter(None, commands)))]
-    titles = [text[3:] for _, text in parts if text.startswith("## ")]
-    contents = [block("link", title, f"#{pages.anchor(title)}") for title in titles]
+    titles = re.findall(HTML["h2"].format("(.*)", "(.*)"), "\n".join(parts))
+    contents = [f'<a href="#{anchor}">{title}</a>' for anchor, title in titles]
     opening = [block("p", text) for text in (*found, *image_facts(stages.get("train_dense", [])))]
     return [*opening, *contents, *parts]
 
@@ -181,11 +215,10 @@ def main() -> None:
     add("--data-dir", help="if not where stage 1 found the data set")
     args = parser.parse_args()
     blocks = gather(args.root, vars(args) | {"paper": True})
-    title = f"Report on {args.root.name}"
-    markdown = "\n\n".join([f"# {title}", *(text for _, text in blocks)])
-    checkpoint.save_text(f"{markdown}\n", args.root / "report.md")
-    checkpoint.save_text(pages.page(title, blocks), args.root / "report.html")
-    print(f"wrote report.md and {args.root / 'report.html'}")
+    page = string.Template((LIB / "report.html").read_text())
+    words = {"title": escape(f"Report on {args.root.name}"), "body": "\n".join(blocks)}
+    checkpoint.save_text(page.substitute(words), args.root / "report.html")
+    print(f"wrote {args.root / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import types
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from analyze import report
-from analyze.lib import lines, pages, panels, paper_numbers, statistics, style
+from analyze.lib import lines, panels, paper_numbers, statistics, style
 from analyze.lib import runs as finished
 from tests.conftest import call, edit, refused, savefig, succeed
 
@@ -32,6 +33,12 @@ def in_process(monkeypatch):
         return subprocess.CompletedProcess(command, outcome.code, outcome.out, outcome.err)
 
     monkeypatch.setattr(report, "subprocess", types.SimpleNamespace(run=run))
+
+
+def written(root):
+    """The report, and what one reads in it."""
+    page = (root / "report.html").read_text()
+    return page, " ".join(unescape(re.sub("<[^>]*>", " ", page)).split())
 
 
 def drawn(axis):
@@ -144,9 +151,9 @@ def test_tables_of_the_paper_stand_beside_ours_as_text_csv_and_latex(root, in_pr
     assert "k = 0 k = 20" in shown and "k = 5" not in shown and "nan" not in shown
     assert "80% LTH ours 90.00 ± 0.00 90.00 ± 0.00 paper 90.41 ± 0.14 92.25 ± 0.14" in shown
     succeed("analyze.report", root, "--only results")
-    text, page = (root / "report.md").read_text(), (root / "report.html").read_text()
-    assert "### Table 5" in text and "<h3>Table 15</h3>" in page and "Table 6" not in text
-    assert "| 80% | LTH | difference | -0.41 | -2.25 |" in text
+    page, text = written(root)
+    assert "<h3>Table 5</h3>" in page and "<h3>Table 15</h3>" in page and "Table 6" not in page
+    assert "paper 90.41 ± 0.14 92.25 ± 0.14 difference -0.41 -2.25" in text
     table = pd.read_csv(root / "tables/table_5.csv").set_index(["variant", "sparsity", "rewind"])
     assert table.loc[("permuted", 0.9, 20), ["mean", "paper"]].tolist() == [90, 89.5]
     latex = (root / "tables/table_5.tex").read_text()
@@ -190,46 +197,43 @@ def test_the_report_holds_what_there_is_and_names_what_is_missing(root, in_proce
     (root / "sparse/naive/seed0-seed1/s0.50_k000/result.json").write_text("{")  # cut off
     out = succeed("analyze.report", root, "--device cpu --grid 3 --points 3 --images 100")
     assert re.search(r"^results +\d+ s", out, re.M) and out.endswith(f"{root / 'report.html'}\n")
-    text, page = (root / "report.md").read_text(), (root / "report.html").read_text()
+    page, text = written(root)
     finding = statistics.findings(statistics.summary(finished.sparse_runs(root)))[0]
-    assert text.splitlines()[2] == finding and "pairs of networks: 2" in finding
+    first = re.search("<p>(.*?)</p>", page)[1]
+    assert unescape(first) == finding and "pairs of networks: 2" in finding
     # (p + w / 2 ± sqrt(w p (1 - p) + w² / 4)) / (1 + w) for p = 0.5 and w = 1.96² / 60.
     assert "lies between 37.7% and 62.3%" in text and "One test image is 1.7 points" in text
-    assert "- **Early matching (Table 15)**: no permuted runs matched at two epochs" in text
-    assert "![accuracy_rewind_mlp_glyphs](figures/accuracy_rewind_mlp_glyphs.png)" in text
+    assert "Early matching (Table 15) : no permuted runs matched at two epochs" in text
+    assert '<img alt="accuracy_rewind_mlp_glyphs"' in page
     assert page.count("data:image/png;base64,") >= 4 and "<svg" in page and "<script" not in page
-    assert not re.search(r"\bnan\b|NaN|\bNone\b", text + re.sub('base64,[^"]*', "", page))
+    assert not re.search(r"\bnan\b|NaN|\bNone\b", re.sub('base64,[^"]*', "", page))
     assert 'name="viewport"' in page and "prefers-color-scheme: dark" in page
     for word in ("REPAIR", "sparsity", "naive", "https://arxiv.org/abs/2505.05143"):
-        assert word in page and word in text
+        assert word in page
     for target in re.findall(r'href="([^"]+)"', page):  # contents and files are where links lead
         there = f'id="{target[1:]}"' in page if target[0] == "#" else (root / target).is_file()
         assert there or target.startswith("https:"), target
-    assert re.search(r"\| precision \| fp32 \| fp32 \| +\| fp32 \|", text)
-    assert "weight_decay" in page
+    assert "precision fp32 fp32 fp32" in text and "weight_decay" in page
     assert finished.sparse_runs(root)["code"].iloc[0] in text
 
 
 def test_the_report_does_what_is_asked_for_alone(root, in_process):
     out = succeed("analyze.report", root, "--only results masks")
-    text = (root / "report.md").read_text()
+    page, text = written(root)
     assert "interpolation " not in out
-    assert "**The line from A to B (Figure 3)**: not asked for" in text
-    assert "[summary.csv](summary.csv)" in text and "[masks.csv]" not in text
+    assert "The line from A to B (Figure 3) : not asked for" in text
+    assert 'href="summary.csv"' in page and "masks.csv" not in page
     refused(call("analyze.report", root, "--only nothing"), "nothing")
     shutil.rmtree(root / "sparse")
     succeed("analyze.report", root, "--only masks")
-    assert "no finished sparse run below" in (root / "report.md").read_text()
+    assert "no finished sparse run below" in written(root)[1]
     (root / "empty").mkdir()
     refused(call("analyze.report", root / "empty"), "no finished run")
 
 
-def test_headings_and_tables_as_markdown_and_html():
-    table = pd.DataFrame({"x": ["1 | <b>"]}, index=pd.Index(["one"], name="row"))
-    html, markdown = pages.table(table)
-    assert markdown == "| row | x |\n| --- | --- |\n| one | 1 \\| <b> |" and "1 | &lt;b&gt;" in html
-    expected = '<h2 id="is-πa-b">Is π(A) &lt;B&gt;?</h2>', "## Is π(A) <B>?"
-    assert pages.heading("Is π(A) <B>?") == expected
+def test_what_stands_in_the_report_is_text():
+    assert "<td>1 &lt;b&gt;</td>" in report.table(pd.DataFrame({"x": ["1 <b>"]}))
+    assert report.heading("Is π(A) <B>?") == '<h2 id="is-π-a-b">Is π(A) &lt;B&gt;?</h2>'
 
 
 def test_the_report_runs_its_analyses_where_it_was_called(root, monkeypatch):

@@ -8,6 +8,7 @@ is expanded (its stride is zero) along dimensions that it says nothing about. Wh
 entries moves those of labels, too. Along a dimension without label nothing may move.
 """
 
+import bisect
 import contextlib
 import itertools
 import math
@@ -77,20 +78,22 @@ class Labels(TorchDispatchMode):
         self.products = 0  # how often matrices were multiplied
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree.tree_map_only(torch.device, lambda _: META, (args, kwargs or {}))
+        args = [META if isinstance(one, torch.device) else one for one in args]
+        kwargs = {key: META if key == "device" else one for key, one in (kwargs or {}).items()}
         name = op.overloadpacket.__name__.rstrip("_")
         rule = RULES.get(name, pointwise if torch.Tag.pointwise in op.tags else None)
         if rule is None and op.namespace != "prim":  # of which one asks for the device
-            with self, contextlib.suppress(Exception):  # what fails there is pinned below
+            with self, contextlib.suppress(NotImplementedError, RuntimeError):  # then pinned below
                 taken_apart = decomposition_table.get(op, op.decompose)(*args, **kwargs)
                 if taken_apart is not NotImplemented:
                     return taken_apart
         out = op(*args, **kwargs)
         given = dict(zip((one.name for one in op._schema.arguments), args), **kwargs, name=name)
         read, outs = tensors(given), tensors(out)
-        mark = len(self.ties)  # these channels, and no others, take part in this
+        mark = len(self.ties)  # these channels, and no others of their vectors, take part in this
         for label in itertools.chain(*map(labels, read)):
-            self.tie(label, label, mark)
+            if not self.is_whole(label):
+                self.tie(label, label, mark)
         if rule == "move":
             moved = [tensors(op(label, *args[1:], **kwargs)) for label in labels(read[0])]
             made = [[label[i] for label in moved] for i in range(len(outs))]
@@ -115,6 +118,14 @@ class Labels(TorchDispatchMode):
         """New channels."""
         self.starts.append(self.starts[-1] + math.prod(shape))
         return torch.arange(self.starts[-2], self.starts[-1]).view(shape)
+
+    def is_whole(self, label: Tensor) -> bool:
+        """Whether it has all channels of a vector, or of several that were made in turn."""
+        found = torch.unique(core(label))
+        low, end = int(found[0]), int(found[-1]) + 1
+        return len(found) == end - low and all(
+            self.starts[bisect.bisect_left(self.starts, one)] == one for one in (low, end)
+        )
 
     def tie(self, one: Tensor, other: Tensor, mark: Tensor | int = 0) -> None:
         """Channels of two labels are the same, entry by entry; others have another mark."""
@@ -163,17 +174,17 @@ def unknown(known: Labels, given: Given, out: Tensor, *read: Tensor) -> list[Ten
 
 def pointwise(known: Labels, given: Given, out: Tensor, *read: Tensor) -> list[Tensor]:
     """What is given broadcasts; what lies along the same dimension moves together."""
-    stay, sides = set().union(*map(in_order, read)), []
+    stay, met = set().union(*map(in_order, read)), []
     for x in read:
         here = [dim for dim in stay if -dim <= x.dim()]
         slid = known.slide(x, here, "joins it with values of fixed order")
-        sides.append([label.expand(out.shape) for label in slid])
-    for several in itertools.combinations(sides, 2):
-        for pair in itertools.product(*several):
+        new = [label.expand(out.shape) for label in slid]
+        for pair in itertools.product(met, new):
             both = set.intersection(*map(along, pair))
             if both:
                 known.tie(*(known.group(label, along(label) - both) for label in pair))
-    return [*itertools.chain(*sides)]
+        met += [label for label in new if along(label) not in map(along, met)]
+    return met
 
 
 def reduction(known: Labels, given: Given, out: Tensor, x: Tensor) -> list[Tensor]:
@@ -263,9 +274,8 @@ def by_channel(
 ) -> list[Tensor]:
     """Batch normalisation, PReLU: parameters along the second dimension."""
     with known:
-        for scale in scales:
-            x = x * scale.view(-1, *[1] * (x.dim() - 2))
-    return labels(x)
+        scales = [scale.view(-1, *[1] * (x.dim() - 2)) for scale in scales]
+    return pointwise(known, given, out, x, *scales)
 
 
 def matmul(known: Labels, given: Given, out: Tensor, x: Tensor, y: Tensor) -> list[Tensor]:
