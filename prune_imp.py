@@ -64,9 +64,11 @@ def main() -> None:
         arguments = cli.experiment(args, "sparsity") | settings | {"dense": dense["sha256"]}
         arguments["tag"] = cli.joined_tag(dense.get("tag"), args.tag)
         missing = [s for s in sorted({*args.sparsity}) if not paths.mask_file(out, s).is_file()]
-        if runs.is_finished(out, arguments) and not missing:
-            runs.say_finished(out, __file__)
-            continue
+        if runs.is_finished(out, arguments):
+            if not missing:
+                runs.say_finished(out, __file__)
+                continue
+            runs.refuse_other_code(out, __file__)
         data = load_described(dense["dataset"], args.data_dir, device, args.workers)
         data.steps(settings["batch_size"])  # a UserError where the images are too few
         names, weights = masking.prunable(build_model(**dense["model"])), dense["state_dict"]

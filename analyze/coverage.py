@@ -109,6 +109,8 @@ def main() -> None:
             found = [f"{number:,}" for number in count(axes).values()]
             lines.append([name, *found, f"{time.perf_counter() - start:.1f}"])
         except UserError as error:
+            if args.model_fn:
+                raise
             lines.append([name, str(error)])
         first, *rest = lines[-1]
         print(f"{first:28}", *(f"{cell:>9}" for cell in rest), flush=True)

@@ -75,7 +75,9 @@ def members(root: Path) -> pd.DataFrame:
         sparse = sparse_runs(root)
         seeds = sparse[[*SEEDS, "seed"]].astype(str).agg("-".join, axis=1)
         parts.append(sparse.assign(seed=seeds, file=sparse["path"].map(paths.final_file)))
-    found = pd.concat(part for part in parts if len(part)).reindex(columns=[*SET, "seed", "file"])
+    if not (parts := [part for part in parts if len(part)]):
+        raise UserError(f"no finished network below {root}: run the stages first")
+    found = pd.concat(parts).reindex(columns=[*SET, "seed", "file"])
     refuse_repeats(found, [*SET, "seed"], "file")
     return found
 

@@ -85,7 +85,8 @@ def table(root: Path) -> pd.DataFrame:
     # Naive comes with every method; that beside the latest B counts.
     found = found.drop_duplicates([*ROW, *SEEDS], keep="last").drop(columns=[*SEEDS, *LINE])
     result = found.groupby(ROW, dropna=False).mean().reset_index()
-    shared = overlap.overlaps(overlap.load_all(root))
+    masks = overlap.load_all(root)
+    shared = overlap.overlaps(masks)
     shared = overlap.summary(shared[shared["mask_dataset"] == shared["dataset"]])
     shared = shared.rename(columns={"ratio": "overlap/chance"})
     result = result.merge(shared[[*ROW, "overlap/chance"]], how="left", on=ROW)
@@ -97,11 +98,14 @@ def table(root: Path) -> pd.DataFrame:
     runs = runs[runs["arm"].isin([NAIVE, "permuted", "random-permutation"])]
     names = {"rewind": "k", "mean": "accuracy"}
     names |= {"difference": "minus naive", "difference_se": "± SE"}
-    about = runs.assign(method=runs["method"].fillna(NAIVE))
-    about = about[["variant", "method", "match_epoch", "tag", *NETWORK]].drop_duplicates()
-    about = about.astype({"match_epoch": float})  # of naive alone it is None
+    about = runs[["variant", "method", "match_epoch", "tag", *NETWORK]].copy()
+    made = masks.assign(mask=masks["path"].map(checkpoint.digest)).drop_duplicates("mask")
+    for key in ("method", "tag"):  # of its mask: a run's name its own settings, too
+        about[key] = runs["mask"].map(made.set_index("mask")[key]).fillna(about[key])
+    about["method"] = about["method"].fillna(NAIVE)
+    about = about.drop_duplicates().astype({"match_epoch": float})  # of naive alone it is None
     accuracy = summary(runs).merge(about, on=["variant", *NETWORK]).rename(columns=names)
-    return result.merge(accuracy[[*ROW, *names.values()]], how="left", on=ROW)
+    return result.merge(accuracy[[*ROW, "variant", *names.values()]], how="left", on=ROW)
 
 
 def main() -> None:

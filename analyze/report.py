@@ -72,7 +72,7 @@ def picture(path: Path) -> str:
     if path.suffix == ".svg":
         return path.read_text()
     image = base64.b64encode(path.read_bytes()).decode()
-    return f'<p><img alt="{path.stem}" src="data:image/png;base64,{image}"></p>'
+    return f'<p><img alt="{escape(path.stem)}" src="data:image/png;base64,{image}"></p>'
 
 
 def run(name: str, root: Path, flags: list[str]) -> tuple[str, str, list[Path]]:
@@ -152,8 +152,8 @@ def image_facts(dense: list[dict[str, Any]]) -> Iterable[str]:
         yield (
             f"{one['arguments']['dataset']}: {one['images']['train']} training and {count} test "
             f"images of {one['classes']} classes. One test image is {100 / count:.2g} points, and "
-            f"where {accuracy:.1f}% of them are right, an accuracy lies between {low:.1%} and "
-            f"{high:.1%} (95%, Wilson): two single networks show no smaller difference."
+            f"where {accuracy:.1f}% of them are right, the accuracy on all such images lies "
+            f"between {low:.1%} and {high:.1%} (95%, Wilson)."
         )
 
 

@@ -11,6 +11,7 @@ summary.csv has all of these as numbers, figures/gains_* are the differences wit
 nothing.
 """
 
+import math
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -22,12 +23,14 @@ from analyze.lib.runs import COLUMNS, NETWORK, parse_root, remarks, save, sparse
 from analyze.lib.statistics import findings, interval, plus_minus, summary
 from common import checkpoint, cli
 from common.errors import UserError
+from common.provenance import ROOT, code_digest
 
 DIFFERENCE = "minus naive, in points (share of the LTH-naive gap closed)"
 TESTED = """minus naive, in points [95% interval, Student, paired by seeds] (share of the LTH-naive
 gap closed; the smallest difference that so many pairs show with a probability of 80%)"""
 AGAINST = """minus {}, in points [95% interval, Student, paired by seeds] (the smallest difference
 that so many pairs show with a probability of 80%)"""
+ACROSS = 5  # panels of a figure beside each other
 STARS = """*  the interval excludes 0
 ** so it does after Holm's correction for the {} differences of this table"""
 
@@ -83,11 +86,16 @@ def _difference(row: Any) -> str:
 def plot(rows: pd.DataFrame, title: str) -> style.Figure:
     """Each variant's difference to naive with its 95% interval: a panel a cell."""
     cells, looks = rows["cell"].unique(), style.looks(rows["variant"].unique())
-    size = (1.6 + 2.4 * len(cells), 1.1 + 0.24 * len(looks))
+    across = min(len(cells), ACROSS)
+    down = math.ceil(len(cells) / across)
+    size = (1.6 + 2.4 * across, 0.4 + down * (0.7 + 0.24 * len(looks)))
     figure, axes = style.plt.subplots(
-        1, len(cells), figsize=size, squeeze=False, sharex=True, sharey=True
+        down, across, figsize=size, squeeze=False, sharex=True, sharey=True
     )
-    for axis, cell in zip(axes[0], cells):
+    for axis in axes.flat[len(cells) :]:
+        axis.remove()
+    for axis, cell in zip(axes.flat, cells):
+        axis.tick_params(labelbottom=True)  # the last row may be short
         axis.axvline(0, color="0.6", linewidth=0.8)
         for row in rows[rows["cell"] == cell].itertuples():
             place, look = [*looks].index(row.variant), looks[row.variant]
@@ -121,6 +129,10 @@ def main() -> None:
     text = render(runs)
     checkpoint.save_text(text + "\n", root / "table.txt")
     print(f"{text}\nwrote {root / 'table.txt'}")
+    for key, script in (("code", "train_sparse.py"), ("mask_code", "prune_imp.py")):
+        old = ~runs[key].dropna().str.endswith(code_digest(ROOT / script))
+        if old.any():
+            print(f"{old.sum()} of {len(runs)} runs have another {key} than {script} has now")
     save(runs[COLUMNS].astype(counts), root / "results.csv")
     save(table := summary(runs), root / "summary.csv")
     differences = table[table["difference"].notna() & table["sparsity"].notna()]

@@ -40,7 +40,7 @@ def orders(runs: pd.DataFrame) -> pd.DataFrame:
 
 def basins(root: Path) -> pd.DataFrame:
     """As `orders`: π(LTH) and the permuted network of every cell and pair that has both."""
-    found = networks.triples(root).drop_duplicates([*CELL, *SEEDS, "variant"])  # of one order
+    found = networks.triples(root)
     return lines.along(found, "lth", "permutation", "permuted").assign(kind="basins")
 
 

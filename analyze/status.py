@@ -55,7 +55,8 @@ def runs_of(command: str, pruned: dict[Path, list[str]]) -> list[Run]:
     weights = flags["--dense"] or flags["--target"] or flags["--weights"]
     group = Path(weights[0]).parent if weights else out[0]
     finished = (json.loads(path.read_text()) for path in group.glob("seed*/result.json"))
-    total = next((result["arguments"]["epochs"] for result in finished), math.nan)
+    dense = next((result["arguments"] for result in finished), {"epochs": math.nan})
+    total = dense["epochs"]
     epochs, rewinds = [*map(float, flags["--epochs"])], [*map(int, flags["--rewind"])]
     names = []
     if stage == "dense":
@@ -64,8 +65,8 @@ def runs_of(command: str, pruned: dict[Path, list[str]]) -> list[Run]:
         rounds = len(sparsities)
         if "--one-shot" not in words:
             rounds += math.ceil(math.log(1 - max(sparsities), 0.8)) - 1
-        # The paper fine-tunes for a quarter of the epochs.
-        each = total - rewinds[0] if rewinds else [*epochs, total / 4][0]
+        usual = 20 if dense.get("dataset") == "imagenet" else 50  # as in PAPER of common/cli.py
+        each = total - rewinds[0] if rewinds else [*epochs, usual][0]
         names = [paths.mask_file(Path(), sparsity).name for sparsity in sparsities]
         made = dict.fromkeys(out, rounds * each)
         pruned |= dict.fromkeys(out, names)

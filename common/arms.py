@@ -36,9 +36,10 @@ def load_mask(folder: Path, sparsity: float, arm: str, dense: dict[str, Any]) ->
         made = "unpermuted"
         if target is not None:
             made = f"permuted onto seed {target} by {mask['method']}"
+        trained = f"is for --arm {' or '.join(arms)}" if arms else "no arm trains"
         raise UserError(
             f"--arm {arm} contradicts the files: {path} is of seed {source}, {made}, and the "
-            f"weights are of seed {seed}, which is for --arm {' or '.join(arms) or 'none'}"
+            f"weights are of seed {seed}, which {trained}"
         )
     if target is not None and isinstance(align := mask.get("align"), dict):
         if dense["kept"].get(str(mask["match_epoch"])) != align.get("target"):

@@ -110,7 +110,7 @@ def load(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"no such file: {path}{_siblings(path)}")
+        raise UserError(f"no such file: {path}{siblings(path)}")
     try:
         if zipfile.is_zipfile(path):
             _check_archive(path)
@@ -146,8 +146,10 @@ def _check_archive(path: Path) -> None:
             raise ValueError(f"{damaged} is damaged")
 
 
-def _siblings(path: Path) -> str:
+def siblings(path: Path) -> str:
     """What a folder offers in place of a missing file, for the error message."""
+    if path.parent.is_file():
+        return f" ({path.parent.name} is a file: give its folder)"
     if not path.parent.is_dir():
         return " (nor its folder)"
     kind = f"{path.name.split('_')[0]}_*.pt"
@@ -182,7 +184,7 @@ def load_dense(folder: Path, epoch: int | None = None) -> dict[str, Any]:
             raise UserError(
                 f"{folder} is not finished: run train_dense.py again, or at a lower --lr"
             )
-        raise UserError(f"{folder} is no dense run: no such file: {record}{_siblings(record)}")
+        raise UserError(f"{folder} is no dense run: no such file: {record}{siblings(record)}")
     result = load_json(record)
     if result.get("stage") != "train_dense":
         raise UserError(f"{folder} holds a run of {result.get('stage')}.py, not a dense run")

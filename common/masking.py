@@ -17,6 +17,7 @@ Mask = dict[str, Tensor]
 Prune = Callable[[dict[str, Tensor], Mask, int], Mask]
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+# What stays dense: a part of a weight's name, or all of it, as conv1.weight.
 SHORTCUTS = {"shortcut", "downsample"}
 
 
@@ -28,7 +29,8 @@ def layer_weights(model: nn.Module) -> list[str]:
 
 def prunable(model: nn.Module) -> list[str]:
     """Names of the weights that are pruned: all but those of shortcuts, as in the authors' code."""
-    return [name for name in layer_weights(model) if not SHORTCUTS & set(name.split("."))]
+    names = layer_weights(model)
+    return [name for name in names if not SHORTCUTS & {name, *name.split(".")}]
 
 
 def dense_mask(weights: dict[str, Tensor], names: list[str]) -> Mask:
@@ -253,7 +255,10 @@ def load_all(folder: Path, dense: dict[str, Any]) -> dict[str, dict[str, Any]]:
         check_source(entry, dense, path)
         masks[path.name] = entry | {"unpermuted": entry.pop("sha256")}
     if not masks:
-        raise UserError(f"no mask_*.pt in {folder}: run prune_imp.py first")
+        raise UserError(
+            f"no mask_*.pt in {folder}{checkpoint.siblings(folder / 'mask_*.pt')}: give the folder that "
+            "prune_imp.py wrote for this network"
+        )
     return masks
 
 

@@ -75,6 +75,16 @@ def say_finished(folder: Path, script: str) -> None:
         )
 
 
+def refuse_other_code(folder: Path, script: str) -> None:
+    """Raise UserError when other code made the finished run, which should now get more results."""
+    then, now = recorded(folder).get("code", ["unknown"])[-1], provenance.code_digest(script)
+    if then != now:
+        raise UserError(
+            f"{folder} was made by other code ({then} then, {now} now): choose another --out, and "
+            "a --tag to name it in tables"
+        )
+
+
 def claim(folder: Path, arguments: dict[str, Any], script: str) -> dict[str, Any]:
     """Record in `folder`, before anything else, which experiment it holds, and under which code.
 

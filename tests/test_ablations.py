@@ -50,7 +50,7 @@ CHECKS = {  # of the mask file of stage 2
 }
 OTHER_MATCHING = "permutation.pt was made by other matching code"
 NO_WAY_ON = {  # what says that a run of old code cannot be completed
-    "an own similarity": OTHER_MATCHING,
+    "your own similarity": OTHER_MATCHING,
     "fewer matching images": OTHER_MATCHING,
     "AdamW in the sparse stage": "was trained in fp32 by SGD and not fp32 by AdamW",
 }

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from analyze.lib.baselines import match_layer_by_layer, match_weights_every_axis
 from common.align.axes import find_axes
 from common.align.matching import (
+    SIMILARITIES,
     Moments,
     Summed,
     assign,
@@ -69,18 +70,29 @@ def test_a_similarity_is_summed_over_batches_and_told_when_it_is_none():
     def products(target, source):
         return target.T @ source
 
-    def logarithms(target, source):
-        return products(target, source).log()
+    def turned(target, source):
+        return source.T @ target
 
     target, source = torch.ones(4, 2), torch.tensor([[1.0, 2, -3]]).expand(4, 3)
     summed = Summed(products)
     for _ in range(2):
         summed.add(target, source)
     assert summed.result().tolist() == 2 * [[8, 16, -24]]
-    with pytest.raises(ValueError, match="logarithms made NaN"):
-        Summed(logarithms).add(target, source)
-    with pytest.raises(ValueError, match=r"sub made a \(4, 3\) tensor"):
-        Summed(torch.sub).add(source, source)
+    with pytest.raises(ValueError, match=r"turned made a \(3, 2\) tensor.* \(2, 3\)"):
+        Summed(turned).add(source, source)
+    with pytest.raises(ValueError, match=r"<lambda> made a \(4, 3\) tensor"):
+        Summed(lambda _, source: source).add(source, source)
+
+
+def test_a_similarity_that_is_nan_for_a_dead_channel_names_the_axis(monkeypatch):
+    def cosine(target, source):
+        return (target / target.norm(dim=0)).T @ (source / source.norm(dim=0))
+
+    monkeypatch.setitem(SIMILARITIES, "cosine", cosine)
+    networks = two_seeds("mlp", 0.125, 8)
+    networks[1].get_parameter("1.bias").data[3] = -100
+    with pytest.raises(ValueError, match="cosine is NaN or inf along 1, perhaps of dead"):
+        similarities(*networks, torch.randn(2, 4, 3, 8, 8), statistic="cosine")
 
 
 def test_assignment_by_hand():

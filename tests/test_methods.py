@@ -13,7 +13,7 @@ from analyze import methods
 from analyze.lib import lines, networks, overlap
 from analyze.lib.runs import sparse_runs
 from common import masking, provenance
-from tests.conftest import align_and_train, call, refused, stage2, state, succeed, weights
+from tests.conftest import align_and_train, call, refused, stage2, stage4, state, succeed, weights
 
 
 def test_overlap_by_hand():
@@ -136,3 +136,15 @@ def test_what_is_kept_is_made_again_of_other_files_by_other_code(tmp_path, monke
         edited = {script: f"edit {made}"}
         monkeypatch.setattr(provenance, "code_digest", lambda one: edited.get(one) or digest(one))
         assert number(3) == number(3) == made
+
+
+def test_methods_tells_runs_of_two_settings_apart(runs, tmp_path):
+    root = shutil.copytree(runs, tmp_path / "runs")
+    for arm, masks in (("naive", "imp/seed0"), ("permuted", "align/activation/seed0-seed1")):
+        files = root / "dense/seed1", root / masks, root / f"sparse/{arm}/faster"
+        succeed(*stage4(arm, *files, "--lr 0.1"))
+    table = methods.table(root).query("k == 0 and sparsity == 0.5").set_index("variant")
+    assert {*table.index} == {
+        f"{arm} [lr={lr}]" for arm in ("naive", "permuted") for lr in (0.02, 0.1)
+    }
+    assert table["accuracy"].notna().all()

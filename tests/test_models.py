@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from common import masking
 from common.masking import layer_weights, prunable
 from common.models import build_model
 from tests.conftest import same
@@ -41,6 +42,12 @@ def test_resnet50_prunes_all_but_the_shortcuts():
     model = build_model("resnet50", 0.25)
     left = set(layer_weights(model)) - set(prunable(model))
     assert left == {f"layer{stage}.0.downsample.0.weight" for stage in (1, 2, 3, 4)}
+
+
+def test_layers_stay_dense_by_a_part_of_their_name_or_by_all_of_it(monkeypatch):
+    model = build_model("resnet20", 0.25)
+    monkeypatch.setattr(masking, "SHORTCUTS", {"fc", "conv1.weight", "blocks.0.conv1"})
+    assert {*layer_weights(model)} - {*prunable(model)} == {"fc.weight", "conv1.weight"}
 
 
 @pytest.mark.parametrize("name", ["mlp", "vgg11", "resnet20", "resnet50"])

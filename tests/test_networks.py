@@ -11,7 +11,17 @@ from analyze import diversity, landscape
 from analyze.lib import lines, networks
 from analyze.lib import runs as finished
 from common.data import load_described, resident
-from tests.conftest import align_and_train, call, edit, refused, stage1, stage2, stage3, succeed
+from tests.conftest import (
+    align_and_train,
+    call,
+    edit,
+    refused,
+    stage1,
+    stage2,
+    stage3,
+    stage4,
+    succeed,
+)
 
 CPU = "--device cpu"
 
@@ -148,3 +158,14 @@ def test_a_curve_a_width_needs_no_sparse_run(runs, tmp_path):
     path = tmp_path / "figures/interpolation_activation_mlp_glyphs_k003.csv"
     counts = pd.read_csv(path).groupby(["width", "curve", "repair", "alpha"])["source_seed"]
     assert counts.nunique().tolist() == 12 * [2] + 12 * [1]
+
+
+def test_an_empty_folder_has_no_ensembles(tmp_path):
+    refused(call("analyze.diversity", tmp_path, CPU), "no finished network")
+
+
+def test_a_plane_shows_one_order_of_a_pair(runs, tmp_path):
+    root = shutil.copytree(runs, tmp_path / "runs")
+    files = root / "dense/seed1", root / "align/activation/seed0-seed1", root / "sparse/again"
+    succeed(*stage4("permuted", *files, "--seed 9 --sparsity 0.5 --rewind 1"))
+    assert len(networks.triples(root)) == 2 * 4 and "again" not in str(networks.triples(root))

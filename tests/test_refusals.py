@@ -1,5 +1,6 @@
 """What a user can get wrong ends in one line, exit code 2, and nothing half-written."""
 
+import json
 import shutil
 
 import numpy
@@ -125,6 +126,15 @@ def test_a_round_in_the_place_of_another_is_named(runs, tmp_path):
     shutil.copy(imp / "round_04.pt", imp / "round_05.pt")
     command = stage2(runs / "dense/seed0", imp, "--keep-rounds --sparsity 0.8")
     refuse(command, "round_05.pt holds round 4")
+
+
+def test_a_finished_chain_of_other_code_gets_no_more_masks(runs, tmp_path):
+    imp = shutil.copytree(runs / "imp/seed0", tmp_path / "imp")
+    arguments = json.loads((imp / "arguments.json").read_text()) | {"code": ["abc"]}
+    (imp / "arguments.json").write_text(json.dumps(arguments))
+    command = stage2(runs / "dense/seed0", imp, "--keep-rounds --sparsity 0.8")
+    refuse(command, "made by other code (abc then")
+    assert not (imp / "mask_0.80.pt").exists()
 
 
 def test_a_sparsity_that_keeps_few_weights_is_met(runs, tmp_path):

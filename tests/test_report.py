@@ -236,6 +236,25 @@ def test_what_stands_in_the_report_is_text():
     assert report.heading("Is π(A) <B>?") == '<h2 id="is-π-a-b">Is π(A) &lt;B&gt;?</h2>'
 
 
+def test_a_picture_whose_name_has_a_tag_is_escaped(tmp_path):
+    (tmp_path / 'plane_<a "b">.png').write_bytes(b"")
+    html = report.picture(tmp_path / 'plane_<a "b">.png')
+    assert 'alt="plane_&lt;a &quot;b&quot;&gt;"' in html
+
+
+def test_panels_are_in_the_order_of_their_numbers():
+    cells = [(1.0, 5), (2.0, 0), (2.0, 5)]  # the first width lacks k = 0
+    points = pd.DataFrame(cells, columns=["width", "rewind"]).assign(sparsity=0.9)
+    points = points.assign(variant="naive", mean=1.0, std=0.0)
+    axes = panels.accuracy(points, "sparsity", "rewind", "").axes
+    assert [axis.get_title() for axis in axes[:2]] == ["rewind epoch k: 0", "rewind epoch k: 5"]
+
+
+def test_narrow_networks_have_colours_of_their_own():
+    looks = [tuple(style.width_look(width).values()) for width in (0.25, 0.5, 1, 2, 4, 8)]
+    assert len({*looks}) == 6
+
+
 def test_the_report_runs_its_analyses_where_it_was_called(root, monkeypatch):
     (root / "imp/seed0/mask_0.70.pt").write_bytes(b"broken")
     monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))

@@ -17,7 +17,7 @@ PAIRS = ((0, 1), (2, 3), (4, 5))
 USUAL = {"model": "m", "width": 1.0, "dataset": "d", "mask_dataset": "d", "sparsity": 0.9}
 USUAL |= {"rewind": 0, "match_epoch": math.nan, "method": "activation", "signs": False, "tag": ""}
 USUAL |= {"fan_in": False, "code": "abc", "mask_code": "m", "dense_epochs": 200}
-USUAL |= {"diverged": None, "path": "somewhere"}
+USUAL |= {"diverged": None, "path": "somewhere", "sparsity_total": 0.9}
 
 
 def rows_of(text, **more):
@@ -187,8 +187,17 @@ def test_tables_say_when_runs_were_made_by_different_code():
         assert " by different code" not in told(rows + more)
     text = told(rows + rows_of("naive 0 1 70", code="abc+def"))
     assert "different code: abc (LTH), abc+def (naive)" in text
+    text = told(rows + rows_of("lth 4 4 80", mask_code=None))
+    assert "masks were pruned by different code: m (LTH), unknown (LTH)" in text
     text = told(rows + rows_of("lth 4 4 80", mask_code="n") + edited)
     assert "masks were pruned by different code: m (LTH), n (LTH), o (LTH [t])" in text
+
+
+def test_tables_say_when_a_sparsity_is_of_other_layers():
+    rows = rows_of("lth 0 0 90, naive 0 1 70")
+    assert "of all weights" not in told(rows)
+    text = told(rows + rows_of("lth 2 2 60", tag="t", sparsity_total=0.512))
+    assert "at 0.9 other layers are pruned, of all weights 51.2% (LTH [t]), 90.0% (LTH," in text
 
 
 SHARING = (((0, 1), (0, 3), (0, 5)), ((0, 1), (2, 1), (4, 5)), ((0, 1), (1, 2), (4, 5)))
@@ -286,7 +295,7 @@ def test_results_lists_every_finished_run_once(runs, tmp_path):
     refused(call("analyze.results", tmp_path, "--against nothing"), "give one of LTH, naive, perm")
     assert "minus LTH" in succeed("analyze.results", tmp_path, "--against LTH")
     out = succeed("analyze.results", tmp_path)
-    assert "50%" in out and "minus naive" in out
+    assert "50%" in out and "minus naive" in out and " have another " not in out
     drawn = pd.read_csv(tmp_path / "figures/gains_mlpx0.03125_glyphs.csv")
     assert drawn["cell"].nunique() == 4 and set(drawn["variant"]) == {"LTH", "permuted"}
     table = pd.read_csv(tmp_path / "results.csv")
@@ -308,7 +317,9 @@ def test_a_sceptical_referee_accepts_what_is_printed(runs, tmp_path):
     edit(tmp_path / "tagged", tag="adamw")
     edit(tmp_path / "plain/naive/seed2-seed3", "s0.70_k001", lr=0.5)
     edit(tmp_path / "plain/lth/seed2-seed2", precision="bf16")
+    edit(tmp_path / "plain/lth", mask_code="abc")
     text, used = succeed("analyze.results", tmp_path), "lr=0.02 precision=fp32"
+    assert "8 of 32 runs have another mask_code than prune_imp.py has now" in text
     for label in ("LTH", "naive", "permuted"):
         assert f"{label} [{used}]" in text  # never named without its settings
     assert "naive [lr=0.5 precision=fp32]" in text and "LTH [lr=0.02 precision=bf16]" in text
@@ -335,3 +346,22 @@ def test_runs_that_repeat_others_are_refused_unless_a_tag_tells_them_apart(runs,
 def test_an_empty_folder_is_one_line(tmp_path, module):
     refused(call(f"analyze.{module}", tmp_path), "no finished")
     refused(call(f"analyze.{module}", tmp_path / "nowhere"), "no such folder")
+
+
+def test_gains_of_many_cells_are_drawn_below_each_other():
+    rows = statistics.summary(frame([row for k in range(12) for row in grid(rewind=k)]))
+    figure = results.plot(rows.dropna(subset=["difference", "sparsity"]), "title")
+    assert len(figure.axes) == 12 and figure.get_size_inches().max() < 20
+
+
+def test_sparsities_that_are_nearly_the_same_are_cells_of_their_own():
+    text = told(grid(sparsity=0.99999) + grid(sparsity=0.999991))
+    assert "99.999%, k=0" in text and "99.9991%, k=0" in text and "100%, k" not in text
+
+
+def test_the_gap_is_to_the_network_of_the_mask_and_of_the_same_pairs_as_the_gain():
+    other = rows_of("naive 0 1 60, permuted 0 1 64", mask_dataset="e")
+    found = summary(rows_of("lth 0 0 90") + other).loc["permuted [e mask]"]
+    assert found["difference"] == 4 and pd.isna(found["gap_closed"])  # LTH's mask is another
+    found = summary(grid() + rows_of("naive 6 7 1, permuted 6 7 99")).loc["permuted"]
+    assert found["pairs"] == 4 and pd.isna(found["gap_closed"])  # no LTH beside the last pair

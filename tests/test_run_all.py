@@ -215,13 +215,13 @@ align   0 of 0
 sparse  0 of 8
 runs done 0 of 11
 """
-# 10 epochs, a chain of 10 + 2 rounds of 2.5, and two arms of 2 (10 + 6) epochs, 100 s each.
+# 10 epochs, a chain of 10 + 2 rounds of 50, and two arms of 2 (10 + 6) epochs, 100 s each.
 ONE_NETWORK = """\
 dense   1 of 2, 17 min left
-imp     0 of 1, 50 min left
+imp     0 of 1, 16 h 40 min left
 align   0 of 0
 sparse  0 of 8, 1 h 47 min left
-runs done 1 of 11, 2 h 53 min left
+runs done 1 of 11, 18 h 43 min left
 """
 
 
@@ -233,7 +233,7 @@ def test_status_tells_what_has_run_and_how_long_the_rest_will_take(tmp_path):
     finish(w1 / "dense/seed1", 1000, 1000, epochs=10)  # at the same time as the other
     assert "sparse  0 of 8, 53 min left\n" in told(tmp_path)
     finish(w1 / "imp/seed0", 600, 2000)
-    assert "imp     0 of 1, 25 min left\n" in told(tmp_path)  # a sparsity is missing
+    assert "imp     0 of 1, 8 h 20 min left\n" in told(tmp_path)  # a sparsity is missing
     for name in ("mask_0.50.pt", "mask_0.90.pt"):
         (w1 / "imp/seed0" / name).touch()
     assert "imp     1 of 1\n" in told(tmp_path)
@@ -242,7 +242,7 @@ def test_status_tells_what_has_run_and_how_long_the_rest_will_take(tmp_path):
     assert told(tmp_path).endswith(sparse)
     wide = told(tmp_path, WIDTHS="1 4")  # of which nothing tells the pace
     assert "runs done 4 of 22, at least 10 min left" in wide
-    assert "runs done 2 of 11, 1 h 18 min left" in told(tmp_path, TAG="x")
+    assert "runs done 2 of 11, 9 h 13 min left" in told(tmp_path, TAG="x")
 
 
 def test_status_counts_alignments_by_their_masks(tmp_path):

@@ -94,3 +94,13 @@ def test_coverage_of_a_network_of_ones_own(tmp_path, monkeypatch):
     refused(call("analyze.coverage", "resnet7"), "resnet7", "choose from")
     *_, named = succeed("analyze.coverage", "resnet18").splitlines()
     assert named.split()[:5] == ["resnet18", "12", "2,880", "0", "10"]
+
+
+def test_a_network_of_ones_own_that_cannot_be_followed_is_told_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "narrow.py").write_text(
+        "from torch import nn\ndef net():\n    return nn.Linear(8, 4)\n"
+    )
+    command = "analyze.coverage", "--model-fn narrow:net --input-shape 9 --out table.md"
+    refused(call(*command), "cannot follow Linear")
+    assert not (tmp_path / "table.md").exists()

@@ -128,4 +128,5 @@ def triples(root: Path) -> pd.DataFrame:
     found = pairs.merge(masks.drop_duplicates("mask", keep="last"), on="mask")
     found["lth"] = found["path_lth"].map(paths.final_file)
     found["permuted"] = found["path"].map(paths.final_file)
+    found = found.drop_duplicates([*CELL, *SEEDS, "variant"])  # of one order
     return found.sort_values("match_epoch", ascending=False, kind="stable", ignore_index=True)

@@ -23,15 +23,18 @@ STARTS = {"naive": ("A to B", ":", "naive"), "aligned": ("π(A) to B", "-", "per
 TICKS = 6  # more are thinned out by Matplotlib
 
 
-def draw(points: pd.DataFrame, x: str, looks: dict[Any, dict], title: str) -> style.Figure:
+def draw(
+    points: pd.DataFrame, x: str, looks: dict[Any, dict], title: str, order: str = "row"
+) -> style.Figure:
     """A panel for each `row` (its y label) and `column` (its title) of `points`, and in it a curve
     a `series`, by `mean`, with a band of `std`.
 
     `looks` has the style of each series, and its label where that is another. A point without `x`
     is a level; one without `column` stands in all columns. Where a style has no line, bars stand
-    for the band.
+    for the band. Rows are in the order of `points`, columns in that of its column `order`.
     """
-    rows, columns = (points[key].dropna().unique() for key in ("row", "column"))
+    rows = points["row"].dropna().unique()
+    columns = points.sort_values(order, kind="stable")["column"].dropna().unique()
     height = 0.9 + 2.3 * len(rows) + 0.1 * len(looks)  # the legend has two columns
     size = (max(5.6, 0.9 + 2.6 * len(columns)), height)
     grid = {"figsize": size, "squeeze": False, "sharex": True, "sharey": "row"}
@@ -75,9 +78,9 @@ def accuracy(
     """
     points = points.assign(sparsity=100 * points["sparsity"]).sort_values(["width", panel])
     row = points["width"].map("width {:g}\n".format) + METRICS[metric][1]
-    column = points[panel].map((LABELS[panel] + ": {:.4g}").format, "ignore")
+    column = points[panel].map((LABELS[panel] + ": {:.8g}").format, "ignore")
     points = points.assign(row=row, column=column, series=points["variant"])
-    return draw(points, x, style.looks(points["variant"].unique()), title)
+    return draw(points, x, style.looks(points["variant"].unique()), title, panel)
 
 
 def save_accuracy(points: pd.DataFrame, title: str, metric: str, folder: Path, name: str) -> None:

@@ -211,18 +211,17 @@ def by_pair(runs: pd.DataFrame) -> pd.DataFrame:
 def with_gains(pairs: pd.DataFrame, against: str | None = None) -> pd.DataFrame:
     """Rows of `by_pair` with their `gain` over naive in points, and the `gap` from naive to LTH.
 
-    In the same cell, of the same pair and tag, naive of masks of the same data set. The gain is
+    In the same cell, of the same pair, tag and data set of the mask. The gain is
     over the variant `against`, where one is given, and there is no gap then.
     """
-    of_lth = [*CELL, *SEEDS, "tag"]
-    naive, of_naive = plain(pairs[pairs["arm"] == "naive"]), [*of_lth, "mask_dataset"]
-    lth = plain(pairs[pairs["arm"] == "lth"])
+    alike = [*CELL, *SEEDS, "tag", "mask_dataset"]
+    naive, lth = (plain(pairs[pairs["arm"] == arm]) for arm in ("naive", "lth"))
     if against:
-        naive, of_naive, lth = pairs[pairs["variant"] == against], [*CELL, *SEEDS], lth[:0]
+        naive, alike, lth = pairs[pairs["variant"] == against], [*CELL, *SEEDS], lth[:0]
     naive = naive.rename(columns={"test_acc": "naive", "variant": "baseline"})
     lth = lth.rename(columns={"test_acc": "lth"})
-    found = pairs.merge(naive[[*of_naive, "naive", "baseline"]], "left", of_naive)
-    found = found.merge(lth[[*of_lth, "lth"]], "left", of_lth)
+    found = pairs.merge(naive[[*alike, "naive", "baseline"]], "left", alike)
+    found = found.merge(lth[[*alike, "lth"]], "left", alike)
     gain = (found["test_acc"] - found["naive"]).where(found["variant"] != found["baseline"])
     return found.assign(gain=gain, gap=found["lth"] - found["naive"])
 
@@ -236,15 +235,24 @@ def shared_networks(pairs: pd.DataFrame) -> list[int]:
 
 
 def remarks(runs: pd.DataFrame) -> list[str]:
-    """Lines for below a table of `runs`: other code, divergence, pairs that share networks."""
-
+    """Lines for below a table of `runs`: pairs that share networks, other layers pruned, other
+    code, divergence.
+    """
     lines, lost = [], runs[runs["diverged"].notna()]
     if shared := shared_networks(runs[~of_one_network(runs)]):
         seeds = ", ".join(map(str, shared))
         lines.append(f"pairs share networks (seed {seeds}) and are not independent: no intervals")
+    for sparsity, cell in runs.groupby("sparsity"):
+        of_all = cell.groupby(cell["sparsity_total"].map("{:.1%}".format))["variant"].unique()
+        if len(of_all) > 1:
+            shares = (f"{share} ({', '.join(names)})" for share, names in of_all.items())
+            lines.append(
+                f"at {sparsity:g} other layers are pruned, of all weights {', '.join(shares)}"
+            )
     for key, what in (("code", "these runs were made"), ("mask_code", "their masks were pruned")):
-        if runs.groupby("tag")[key].nunique().max() > 1:  # an edit is other code by intent
-            groups = runs.groupby(runs[key].fillna("unknown"), sort=False)["variant"].unique()
+        known = runs[key].fillna("unknown")
+        if known.groupby(runs["tag"]).nunique().max() > 1:  # an edit is other code by intent
+            groups = runs.groupby(known, sort=False)["variant"].unique()
             codes = (f"{code} ({', '.join(names)})" for code, names in groups.items())
             lines.append(f"{what} by different code: {', '.join(codes)}")
     if len(lost):

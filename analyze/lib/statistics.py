@@ -38,15 +38,14 @@ def holm(p: pd.Series) -> pd.Series:
 def differences(pairs: pd.DataFrame) -> dict[str, float]:
     """Of a variant's rows of `with_gains`: the gain as `paired`, and the share of the gap closed.
 
-    The share is in percent, both as means over the pairs that have a gap, with its 95% interval; it
-    is missing where there is no gap. Intervals are missing where pairs share a network, as such
+    The share is in percent, of means over the pairs, with its 95% interval; it is missing where
+    there is no gap, or a pair lacks it. Intervals are missing where pairs share a network, as such
     pairs are not independent.
     """
     independent = not shared_networks(pairs)
     row = paired(pairs["gain"], independent)
-    pairs = pairs.dropna(subset="gap")
     gain, gap = pairs["gain"], pairs["gap"]
-    if gap.mean() > 0:
+    if gap.mean(skipna=False) > 0:
         ends = ratio_interval(gain, gap) if independent else (math.nan, math.nan)
         shares = 100 * np.array([gain.mean() / gap.mean(), *ends])
         row |= dict(zip(("gap_closed", "gap_low", "gap_high"), shares))
@@ -149,4 +148,4 @@ def interval(low: float, high: float) -> str:
 
 def cell_name(sparsity: float, rewind: float) -> str:
     """For example '90%, k=5'; 'all' of a row of `summary` over several cells."""
-    return "all" if pd.isna(sparsity) else f"{100 * sparsity:.4g}%, k={rewind:g}"
+    return "all" if pd.isna(sparsity) else f"{100 * sparsity:.8g}%, k={rewind:g}"

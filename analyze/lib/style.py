@@ -28,8 +28,8 @@ WIDTHS = ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9")
 
 
 def width_look(width: float) -> dict[str, str]:
-    """Colour and marker of a width: 1, 2, 4, 8, 16 and 32 times have their own."""
-    place = round(math.log2(max(width, 1))) % len(WIDTHS)
+    """Colour and marker of a width: six powers of 2 in a row have their own."""
+    place = round(math.log2(width)) % len(WIDTHS)
     return {"color": WIDTHS[place], "marker": "os^Dv*"[place]}
 
 

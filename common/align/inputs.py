@@ -191,8 +191,8 @@ def load_masks(path: Path, source: Entry, model: nn.Module) -> dict[str, Entry]:
     else:
         found = {path: mask} if (mask := _read(path)[1]) else {}
     if not found:
-        wanted = "give a folder of mask_*.pt, or a state dict with weight_mask entries"
-        raise UserError(f"no masks in {path}: {wanted}")
+        wanted = "a folder of mask_*.pt, or a state dict with weight_mask entries"
+        raise UserError(f"no masks in {path}: give by --masks {wanted}, as before prune.remove")
     masks = {}
     for file, mask in found.items():
         if not mask or not _tensors(mask):

@@ -75,15 +75,18 @@ class Summed:
         self.function, self.total = function, 0.0
 
     def add(self, target: Tensor, source: Tensor) -> None:
-        matrix = self.function(target, source)
-        if matrix.shape != (target.shape[1], source.shape[1]):
+        if isinstance(self.total, float) and target.shape[1] > 1:
+            self.matrix(target[:, 1:], source)  # once, because a transposed square does not show
+        self.total = self.total + self.matrix(target, source).double().cpu()
+
+    def matrix(self, target: Tensor, source: Tensor) -> Tensor:
+        matrix, channels = self.function(target, source), (target.shape[1], source.shape[1])
+        if matrix.shape != channels:
             raise ValueError(
                 f"{self.function.__name__} made a {tuple(matrix.shape)} tensor, not one of "
-                f"(target channels, source channels), {(target.shape[1], source.shape[1])}"
+                f"(target channels, source channels), {channels}"
             )
-        if not matrix.isfinite().all():
-            raise ValueError(f"{self.function.__name__} made NaN or inf, perhaps of a dead channel")
-        self.total = self.total + matrix.double().cpu()
+        return matrix
 
     def result(self) -> Tensor:
         return self.total
@@ -134,11 +137,15 @@ def similarities(
         for node, _ in lockstep(runs):
             for moment, place in wanted.get(node.name, ()):
                 moment.add(*(samples(run.env[node], place) for run in runs))
-    return {
-        axis: sum(moment.result() for moment in several) / len(several)
-        for axis, several in moments.items()
-        if several
-    }
+    found = {}
+    for axis, several in moments.items():
+        if several:
+            found[axis] = sum(moment.result() for moment in several) / len(several)
+            if not found[axis].isfinite().all():
+                raise ValueError(
+                    f"{statistic} is NaN or inf along {axis}, perhaps of dead channels"
+                )
+    return found
 
 
 def samples(value: Tensor, place: Place) -> Tensor:
