@@ -14,7 +14,7 @@ DIFFERENCES = [*PAIRED, "p_holm", "gap_closed", "gap_low", "gap_high"]
 
 def paired(differences: pd.Series, independent: bool = True) -> dict[str, float]:
     """Of the differences of pairs: mean, standard error, 95% interval and p (Student), and what
-    they could have shown: the true difference that would have been told from zero with a
+    they could have shown: the true difference that would have been significant with a
     probability of 80% (noncentral t).
 
     Of one pair, and of pairs that are not independent, the mean alone.
@@ -55,7 +55,7 @@ def differences(pairs: pd.DataFrame) -> dict[str, float]:
 def ratio_interval(numerators: pd.Series, denominators: pd.Series) -> tuple[float, float]:
     """The 95% interval of the ratio of two paired means (Fieller 1954).
 
-    Missing for a single pair, and where the mean denominator cannot be told from zero.
+    Missing for a single pair, and where the mean denominator cannot be distinguished from zero.
     """
     count, n, d = len(numerators), numerators.mean(), denominators.mean()
     if count < 2:
