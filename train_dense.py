@@ -90,7 +90,8 @@ def main() -> None:
                 weights = header | {"epoch": epoch, "state_dict": cpu_state(network)}
                 checkpoint.save(weights, paths.epoch_file(folder, epoch))
 
-        keep(0)
+        if not (folder / "resume.pt").is_file():  # what goes on began from what is there
+            keep(0)
         rows = train(
             network,
             data,

@@ -188,7 +188,11 @@ def load_dense(folder: Path, epoch: int | None = None) -> dict[str, Any]:
     result = load_json(record)
     if result.get("stage") != "train_dense":
         raise UserError(f"{folder} holds a run of {result.get('stage')}.py, not a dense run")
-    epoch = result["arguments"]["epochs"] if epoch is None else epoch
+    try:
+        last, _ = result["arguments"]["epochs"], result["precision"]
+    except (KeyError, TypeError):
+        raise UserError(f"{record} is not as the run wrote it: train it again") from None
+    epoch = last if epoch is None else epoch
     kept, path = kept_weights(folder, result), paths.epoch_file(folder, epoch)
     if str(epoch) not in kept:
         has = f"it has {', '.join(kept) or 'none'} (see train_dense.py --save-epochs)"

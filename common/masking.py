@@ -286,7 +286,7 @@ def from_prune(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Mask]:
     """
     weights, mask = dict(state), {}
     for name in [key.removesuffix("_mask") for key in state if key.endswith("_mask")]:
-        if f"{name}_orig" in state:
+        if f"{name}_orig" in state and state[f"{name}_orig"].shape == state[f"{name}_mask"].shape:
             mask[name] = weights.pop(f"{name}_mask").bool()
             weights[name] = weights.pop(f"{name}_orig") * mask[name]
     return weights, mask

@@ -140,15 +140,17 @@ REFUSED = """\
 --model-fn builtins:dict | made a dict
 --source {spoilt}/list.pt | list.pt is no state dict
 --source {spoilt}/nan.pt | not finite
---source {spoilt}/part.pt | part.pt does not fit my_nets:Net"""
+--source {spoilt}/part.pt | part.pt does not fit my_nets:Net
+--source {spoilt}/cut.pt | cut.pt does not fit my_nets:Net"""
 
 
 def test_user_supplied_networks_that_do_not_fit_are_refused(supplied, tmp_path):
-    plain = state(supplied / "my_a.pt")
+    plain, pruned = state(supplied / "my_a.pt"), weights(supplied / "my_a_pruned.pt")
     for name, content in (
         ("list", [1]),
         ("nan", {name: value * float("nan") for name, value in plain.items()}),
         ("part", {"conv.weight": torch.zeros(6, 3, 3, 3)}),
+        ("cut", pruned | {"conv.weight_mask": pruned["conv.weight_mask"][:5]}),
         ("mask_0.50", {"mask": {}}),
     ):
         torch.save(content, tmp_path / f"{name}.pt")

@@ -288,6 +288,7 @@ def test_what_networks_are_made_of(case):
             "conv1d in body.gate (Conv1d",
         ),
         ([turn(), nn.AvgPool2d(3, 1, 1), turn(), turn()], "body.1 (AvgPool2d"),
+        ([nn.ConvTranspose2d(8, 8, 2, groups=2)], "conv_transpose2d in body.0"),
         (Network(lambda net, x: x + x.roll(1, 1)), "tied"),
         (Network(lambda net, x: x.sort(1).values), "sort"),
     ],
@@ -305,6 +306,14 @@ def test_readouts_are_before_and_after_the_nonlinearity_and_ahead_of_dropout():
     assert all(module.training for module in model.modules())
 
 
+def test_padded_channels_are_read_where_they_are():
+    model = between(
+        [nn.ReLU(), Network(lambda net, x: F.pad(x, (0, 0, 0, 0, 1, 2))), conv(11, 6, 1)]
+    )
+    axes = find_axes(model, (3, 8, 8))
+    assert axes.readouts["conv"][-1].tensor == axes.before["pad"] == "pad"
+
+
 def test_a_weight_under_two_names_moves_under_both():
     one = conv(8, 8, 1)
     axes = check_axes(between([one, nn.ReLU(), nn.Sequential(one)]), (3, 8, 8), alone=0)
@@ -312,7 +321,15 @@ def test_a_weight_under_two_names_moves_under_both():
     assert layout(axes, "body.2.0.weight") == {dim: ("conv", 8, 1) for dim in (0, 1)}
 
 
-def test_what_cannot_be_exported_is_refused():
+def test_what_cannot_be_exported_is_refused(capfd):
+    """In a line, without torch's own report."""
     body = Network(lambda net, x: x if x.sum() > 0 else -x)
-    with pytest.raises(UserError, match="torch.export cannot follow Network"):
-        find_axes(between(body), (3, 8, 8))
+    for model, of in ((between(body), "Network"), (nn.Sequential(nn.Linear(9, 2)), "Sequential")):
+        with pytest.raises(UserError, match=f"torch.export cannot follow {of}"):
+            find_axes(model, (3, 8, 8))
+    assert capfd.readouterr().err == ""
+
+
+def test_a_network_may_give_several_values():
+    model = Network(lambda net, x: {"a": (y := net.body(x)), "b": [y.sum(1)]}, body=between([]))
+    check_axes(model, (3, 8, 8), alone=0)

@@ -73,6 +73,15 @@ def test_what_is_not_for_several_processes_is_refused(monkeypatch, ends, tmp_pat
         resident().steps(4)
 
 
+def test_a_signal_to_any_process_stops_all(monkeypatch):
+    model = torch.nn.Linear(1, 1)
+    run = Resume(None, "test", "fp32", model, torch.optim.SGD(model.parameters(), 0.1), None, 10)
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
+    monkeypatch.setattr(distributed, "gathered", lambda *_: torch.tensor([[0.0, 0], [0, 1]]))
+    with pytest.raises(KeyboardInterrupt):
+        run.save_or_stop(3)
+
+
 def test_a_run_goes_on_with_another_number_of_processes(monkeypatch, tmp_path):
     """What three had summed up within an epoch is shared by two."""
     model, sums = torch.nn.Linear(1, 1), torch.tensor([[1.0], [2], [4]])

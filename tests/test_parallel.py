@@ -36,6 +36,19 @@ def test_a_run_that_fails_stops_no_other(tmp_path, how, monkeypatch, capfd):
     assert "x: error: the disk is full\n" in err and "ZeroDivisionError" in err
 
 
+@pytest.mark.parametrize("how", HOWS)
+def test_a_reader_that_has_read_enough_is_no_bug(how, monkeypatch, capfd):
+    """As `| head`, which closes what is printed to."""
+
+    def printing():
+        raise BrokenPipeError
+
+    monkeypatch.setattr(parallel, "_in_processes", how)
+    with pytest.raises(BrokenPipeError):
+        parallel.side_by_side({"a": printing, "b": lambda: None}, 2, CPU)
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("sent, kind", [("SIGKILL", UserError), ("SIGUSR1", RuntimeError)])
 def test_a_killed_process_is_named(capfd, sent, kind):
     """SIGKILL is what a machine without memory sends; other signals are bugs."""

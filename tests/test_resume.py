@@ -12,11 +12,15 @@ import types
 
 import pandas as pd
 import pytest
+from torch import nn
 
+from common import models
 from common.runtime import resume
 from tests.conftest import (
+    ending_at,
     fork,
     forks,
+    interrupt,
     refuse,
     result,
     same,
@@ -112,6 +116,22 @@ def test_a_run_whose_state_was_cut_off_starts_over_and_keeps_what_it_set_out_to(
     assert "starts again" in succeed(*stage1(tmp_path))
     (tmp_path / "seed0/epoch_0002.pt").unlink()  # which no other run kept
     same_files(tmp_path, runs / "dense")
+
+
+def test_a_run_that_goes_on_keeps_the_initialisation_that_it_had(tmp_path, monkeypatch):
+    """Also where the code makes another by now; a state of another network is refused."""
+    with pytest.raises(InterruptedError), ending_at(1, 0, interrupt):
+        start(*stage1(tmp_path))
+    first, before = tmp_path / "seed0/epoch_0000.pt", snapshot(tmp_path)
+    monkeypatch.setitem(
+        models.MODELS, "mlp", lambda *_: nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    )
+    refuse(stage1(tmp_path), "resume.pt does not fit")
+    assert snapshot(tmp_path)[first] == before[first]
+    monkeypatch.undo()
+    monkeypatch.setattr(models, "initialise", lambda model: model)
+    succeed(*stage1(tmp_path))
+    assert snapshot(tmp_path)[first] == before[first]
 
 
 @pytest.mark.parametrize("beside", [False, True])

@@ -67,12 +67,19 @@ def find_axes(model: nn.Module, input_shape: tuple[int, ...]) -> Axes:
     for node, value in walk.run.env.items():
         inputs = node.all_input_nodes
         activation = is_pointwise(node) and (len(inputs) == 1 or "prelu" in node.name)
+        # What pads channels puts them elsewhere.
+        activation = activation and extents(value) == extents(walk.run.env[inputs[0]])
         before[node.name] = before[inputs[0].name] if activation else node.name
         made = is_pointwise(node) or node in walk.contractions
         if made and not all(map(is_pointwise, node.users)):
             for place in (place for label in labels(value) for place in places(node.name, label)):
                 readouts[place.axis].append(place)
     return Axes(dims, sizes, groups, readouts, before, pinned, weights)
+
+
+def extents(x: Tensor) -> set[tuple[int, int]]:
+    """The dimensions along which channels lie, and their sizes."""
+    return {(dim, x.shape[dim]) for label in labels(x) for dim in along(label)}
 
 
 class Walk:

@@ -1,7 +1,9 @@
 """A network as its ATen graph, from torch.export, which runs with any state dict as its input."""
 
 import contextlib
+import io
 import itertools
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -60,13 +62,17 @@ def export(model: nn.Module, shape: Iterable[int]) -> Graph:
     """
     first = next(itertools.chain(model.parameters(), model.buffers()), torch.empty(0))
     images = torch.empty(*shape, device=first.device, dtype=first.dtype)
+    logging.disable()  # torch logs and prints pages about an error, which is told in a line below
     try:
         # The device is for tensors that the forward pass makes itself.
-        with torch.device(first.device), evaluation_mode(model):
+        silent = contextlib.redirect_stderr(io.StringIO())
+        with silent, torch.device(first.device), evaluation_mode(model):
             program = torch.export.export(model, (images,), strict=False)
     except Exception as error:  # of many kinds, from anywhere in the model's forward
         line = str(error).strip().partition("\n")[0]
         raise UserError(f"torch.export cannot follow {type(model).__name__}: {line}") from error
+    finally:
+        logging.disable(logging.NOTSET)
     names, constants = {*model.state_dict()}, program.constants
     targets = [one.target for one in program.graph_signature.input_specs]
     inputs = [constants.get(one, one if one in names else None) for one in targets]

@@ -66,6 +66,10 @@ def check_flags(
         parser.error("--target-epoch is of a dense run, not of --model-fn's state dicts")
     if args.model_fn is None and (args.dataset or args.image_size or args.input_shape):
         parser.error("--dataset, --image-size and --input-shape go with --model-fn")
+    if args.dataset and args.input_shape or args.image_size and not args.dataset:
+        parser.error(
+            "the shape of images comes from --dataset, with --image-size, or --input-shape"
+        )
     if args.model_fn is None and args.masks is None:
         parser.error("--masks is needed: the masks folder of the source, from prune_imp.py")
     if args.model_fn and needs_images and args.dataset is None:
@@ -223,7 +227,7 @@ def not_permuted(masks: dict[str, Entry], out: Path) -> dict[str, Entry]:
     for name, mask in masks.items():
         if not (out / name).is_file():
             missing[name] = mask
-        elif checkpoint.load(out / name).get("unpermuted") != mask["unpermuted"]:
+        elif checkpoint.load(out / name, ("unpermuted",))["unpermuted"] != mask["unpermuted"]:
             raise UserError(f"{out / name} is a permutation of another mask: choose another --out")
     return missing
 

@@ -229,7 +229,13 @@ def cat(known: Labels, given: Given, out: Tensor, *read: Tensor) -> list[Tensor]
         rest.append(x.narrow(dim, 0, 1))
         rest[-1].labels = [one.narrow(dim, 0, 1) for one in labels(x) if dim not in along(one)]
     met = pointwise(known, given, out.narrow(dim, 0, 1), *rest)
-    return met + [torch.cat(pieces, dim)] * moving
+    if not moving:
+        return met
+    # Channels of their own, or those of cat(x, f(x)) could not be told apart later.
+    side_by_side = torch.cat(pieces, dim)
+    made = known.fresh(side_by_side.shape)
+    known.tie(made, side_by_side)
+    return [*met, made]
 
 
 def stack(known: Labels, given: Given, out: Tensor, *read: Tensor) -> list[Tensor]:
@@ -302,7 +308,7 @@ def convolution(
         inner = [label for label in labels(weight) if along(label) == {2}]
         outer = [core(label) for label in labels(x) if along(label) == {1, 3}]
         if given["transposed"] or len(inner) != 1 or len(outer) != 1:
-            return unknown(known, given, out, x, weight)
+            return unknown(known, given, out, x, weight, *bias)
         known.pin(inner, "differs from group to group")
         known.tie(known.columns.setdefault(int(inner[0].flatten()[0]), outer[0]), outer[0])
         rows = [label[..., :1] for label in labels(weight) if label is not inner[0]]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from common.align.graph import evaluation_mode
 
@@ -152,7 +153,8 @@ def check_same_function(
                 tensors = {**dict(model.named_buffers()), **state}  # some are not in a state dict
                 weights = {name: double(value) for name, value in tensors.items()}
                 call = model, weights, double(inputs)
-                outputs.append(torch.func.functional_call(*call, tie_weights=False))
+                made = tree_leaves(torch.func.functional_call(*call, tie_weights=False))
+                outputs.append(torch.cat([output.flatten() for output in made]))
     finally:
         torch.set_default_dtype(kind)
     one, other = outputs

@@ -22,6 +22,7 @@ from common.data import Resident, Streamed
 from common.errors import UserError, explain
 from common.runtime import distributed, resume
 
+CLOSED = 141  # exit code where nobody reads what is printed, as of `| head`
 MOST_STREAMS = 32  # that CUDA hands out before it hands out the first again
 
 Run = Callable[[], None]
@@ -69,6 +70,8 @@ def side_by_side(runs: dict[str, Run], count: int, device: torch.device) -> None
     failed = (_in_processes if device.type == "cpu" else _in_threads)(runs, count, device)
     if resume.stopping.is_set():
         raise KeyboardInterrupt
+    if CLOSED in failed.values():
+        raise BrokenPipeError
     bugs = [name for name, code in failed.items() if code not in (2, -signal.SIGKILL)]
     if failed:
         names = ", ".join(bugs or failed)
@@ -141,14 +144,17 @@ def _outcome(name: str, run: Run) -> int:
     if resume.stopping.is_set():
         return 130
     try:
-        run()
+        try:
+            run()
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        return CLOSED
     except Exception as error:
         line = explain(error)
         told = f"{name}: error: {line}" if line else f"{name}:\n{traceback.format_exc()}"
         print(told, file=sys.stderr)
         return 2 if line else 1
-    finally:
-        sys.stdout.flush(), sys.stderr.flush()
     return 0

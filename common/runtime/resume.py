@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from common import checkpoint
 from common.errors import UserError
+from common.models import check_fits
 from common.runtime import distributed
 
 EVERY = 30  # seconds between two writings of resume.pt at the ends of epochs
@@ -85,10 +86,12 @@ class Resume:
         """
         self.step, every = step, self.within if step else EVERY
         due = last or time.perf_counter() - self.saved > every
-        # Several processes write together, when the clock of the first says so.
+        # Several processes write together, when the clock of the first says so, and stop when a
+        # signal came to any: that one may have left its evaluation.
         stop = stopping.is_set() and not last
         if distributed.WORLD_SIZE > 1:
-            due, stop = distributed.gathered(due, stop)[0]
+            asked = distributed.gathered(due, stop)
+            due, stop = asked[0, 0], asked[:, 1].any()
         if self.path and (due or stop):
             self._write()
         if stop:
@@ -115,7 +118,7 @@ class Resume:
         if state["how"] != self.how:
             other = f"{self.path} was trained in {state['how']} and not {self.how}"
             raise UserError(f"{other}: go back to that, or remove the file to start again")
-        self.model.load_state_dict(state["state_dict"])
+        check_fits(state["state_dict"], self.model, self.path, "the network as it is now")
         # The settings are this run's, as a graph may need them; the rest is the file's.
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state["optimiser"], "param_groups": groups})
