@@ -194,6 +194,11 @@ case $mode$LAUNCH in
     [ -z "$job" ] || refuse "OUT='$OUT' has jobs in the queue ($(echo $job)): wait for them, or scancel them"
     lines=$(python3 -m analyze.status --missing <<< "$lines")
     mkdir -p "$OUT/slurm" ;;
+  *) # a second call would end the first where both want the same run
+    if [ "$preset" != test ] && command -v flock > /dev/null; then
+      mkdir -p "$OUT" && exec 9> "$OUT/.lock"
+      flock -n 9 || refuse "OUT='$OUT' is in work by another call of run_all.sh"
+    fi ;;
 esac
 for stage in $stages; do
   commands=$(grep " $stage " <<< "$lines") || continue

@@ -1,7 +1,9 @@
+import fcntl
 import io
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from fnmatch import fnmatch
@@ -191,6 +193,14 @@ def test_help_and_the_line_before_a_run_show_every_setting():
 def test_a_stage_that_fails_stops_the_experiment(tmp_path):
     script = 'echo "$1"; [ $1 != train_dense.py ]'
     assert launched(tmp_path, script, "quick", fails=True) == [[STAGES[0]]]
+
+
+@pytest.mark.skipif(not shutil.which("flock"), reason="needs flock")
+def test_a_second_call_leaves_the_first_alone(tmp_path):
+    with open(tmp_path / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        outcome = run_all(OUT=str(tmp_path))
+    assert outcome.code == 2 and "is in work by another call" in outcome.err.splitlines()[-1]
 
 
 def finish(folder, seconds, ended, **arguments):
