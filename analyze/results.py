@@ -129,10 +129,13 @@ def main() -> None:
     text = render(runs)
     checkpoint.save_text(text + "\n", root / "table.txt")
     print(f"{text}\nwrote {root / 'table.txt'}")
-    for key, script in (("code", "train_sparse.py"), ("mask_code", "prune_imp.py")):
+    for what, key, script in (
+        ("runs", "code", "train_sparse.py"),
+        ("runs' masks", "mask_code", "prune_imp.py"),
+    ):
         old = ~runs[key].dropna().str.endswith(code_digest(ROOT / script))
         if old.any():
-            print(f"{old.sum()} of {len(runs)} runs have another {key} than {script} has now")
+            print(f"{old.sum()} {what} are by other code than {script} and common/ are now")
     save(runs[COLUMNS].astype(counts), root / "results.csv")
     save(table := summary(runs), root / "summary.csv")
     differences = table[table["difference"].notna() & table["sparsity"].notna()]

@@ -295,7 +295,7 @@ def test_results_lists_every_finished_run_once(runs, tmp_path):
     refused(call("analyze.results", tmp_path, "--against nothing"), "give one of LTH, naive, perm")
     assert "minus LTH" in succeed("analyze.results", tmp_path, "--against LTH")
     out = succeed("analyze.results", tmp_path)
-    assert "50%" in out and "minus naive" in out and " have another " not in out
+    assert "50%" in out and "minus naive" in out and "by other code" not in out
     drawn = pd.read_csv(tmp_path / "figures/gains_mlpx0.03125_glyphs.csv")
     assert drawn["cell"].nunique() == 4 and set(drawn["variant"]) == {"LTH", "permuted"}
     table = pd.read_csv(tmp_path / "results.csv")
@@ -319,7 +319,7 @@ def test_a_sceptical_referee_accepts_what_is_printed(runs, tmp_path):
     edit(tmp_path / "plain/lth/seed2-seed2", precision="bf16")
     edit(tmp_path / "plain/lth", mask_code="abc")
     text, used = succeed("analyze.results", tmp_path), "lr=0.02 precision=fp32"
-    assert "8 of 32 runs have another mask_code than prune_imp.py has now" in text
+    assert "8 runs' masks are by other code than prune_imp.py and common/ are now" in text
     for label in ("LTH", "naive", "permuted"):
         assert f"{label} [{used}]" in text  # never named without its settings
     assert "naive [lr=0.5 precision=fp32]" in text and "LTH [lr=0.02 precision=bf16]" in text
