@@ -214,6 +214,10 @@ CASES = {
         Network(parts_apart, norm=nn.BatchNorm2d(8)),
         "conv conv.1 conv.2 conv.3",
     ),
+    "twice, and turned": (
+        Network(lambda net, x: net.conv(torch.cat([x, -x], 1).roll(1, 1)), conv=conv(16, 8, 1)),
+        "conv conv.1 body.conv",
+    ),
     "moved apart": (Network(moved_apart, conv=conv(8, 8, 3)), "conv conv.1 body.conv"),
     "recurrent": (
         Network(hidden, lstm=nn.LSTM(8, 6, batch_first=True)),

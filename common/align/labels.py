@@ -214,28 +214,25 @@ def window(known: Labels, given: Given, out: Tensor, x: Tensor) -> list[Tensor]:
 
 
 def cat(known: Labels, given: Given, out: Tensor, *read: Tensor) -> list[Tensor]:
-    """Side by side along `dim`; along the others they meet."""
-    dim, rest, pieces, moving = given.get("dim", 0) % out.dim(), [], [], False
+    """Side by side along `dim`, as channels of their own, which those of cat(x, -x) need to be told
+    apart by; along the others they meet.
+    """
+    dim, start, rest = given.get("dim", 0) % out.dim(), 0, []
+    made = known.fresh(only({dim}, out.shape))
     for x in read:
-        here = sorted(
-            (one for one in labels(x) if dim in along(one)), key=lambda one: len(along(one))
-        )
-        moving = moving or bool(here)
-        if not here or len(along(here[0])) > 1:
-            here.insert(0, known.fresh(only({dim}, x.shape)))
-            known.pin(here[:1], "joins values of fixed order")
-        known.pin(here[1:], "joins it with others")
-        pieces.append(core(here[0]))
+        here = [label for label in labels(x) if dim in along(label)]
+        here.sort(key=lambda label: len(along(label)))
+        part, start = made.narrow(dim, start, x.shape[dim]), start + x.shape[dim]
+        if here and len(along(here[0])) == 1:
+            known.tie(part, here.pop(0))
+        else:
+            known.pin([part], "joins values of fixed order")
+        known.pin(here, "joins it with others")
         rest.append(x.narrow(dim, 0, 1))
         rest[-1].labels = [one.narrow(dim, 0, 1) for one in labels(x) if dim not in along(one)]
     met = pointwise(known, given, out.narrow(dim, 0, 1), *rest)
-    if not moving:
-        return met
-    # Channels of their own, or those of cat(x, f(x)) could not be told apart later.
-    side_by_side = torch.cat(pieces, dim)
-    made = known.fresh(side_by_side.shape)
-    known.tie(made, side_by_side)
-    return [*met, made]
+    moving = any(dim in along(label) for x in read for label in labels(x))
+    return [*met, made] if moving else met
 
 
 def stack(known: Labels, given: Given, out: Tensor, *read: Tensor) -> list[Tensor]:
