@@ -25,6 +25,9 @@ STAGES = {
     "align_mask.py": "align",
     "train_sparse.py": "sparse",
 }
+# Flags that say which runs, where and how fast, and not how a run is made.
+PLACES = "seed sparsity save-epochs dense source target weights masks out data-dir device workers"
+PLACES = {f"--{name}" for name in (PLACES + " parallel compile checkpoint-minutes").split()}
 
 
 class Run(NamedTuple):
@@ -32,9 +35,28 @@ class Run(NamedTuple):
     group: Path  # the folder of its dense networks: runs of one width cost alike
     epochs: float  # what it trains; NaN before a dense network has finished
     files: list[Path]  # result.json and masks: it has finished when all are there
+    settings: dict[str, list[str]]  # the flags that say how it is made
 
     def finished(self) -> bool:
         return all(file.is_file() for file in self.files)
+
+    def as_asked(self) -> bool:
+        """Whether a finished run was made by these flags, as far as its result tells."""
+        command = json.loads(self.files[0].read_text()).get("command")
+        return command is None or flags_of(shlex.split(command))[1] == self.settings
+
+
+def flags_of(words: list[str]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """The flags of a command of a stage, with their values, and those that say how a run is made."""
+    flags: dict[str, list[str]] = defaultdict(list)
+    begin = next((place for place, word in enumerate(words) if word in STAGES), 0)
+    for word in words[begin:]:
+        if word.startswith("--"):
+            values = flags[word]
+        elif flags:
+            values.append(word)
+    places = PLACES | ({"--rewind"} if "--arm" in flags else set())
+    return flags, {flag: values for flag, values in flags.items() if flag not in places}
 
 
 def runs_of(command: str, pruned: dict[Path, list[str]]) -> list[Run]:
@@ -42,15 +64,11 @@ def runs_of(command: str, pruned: dict[Path, list[str]]) -> list[Run]:
 
     `pruned` gathers the masks that commands of stage 2 make, by folder, for those of stage 3.
     """
-    words, flags = shlex.split(command, comments=True), defaultdict(list)
+    words = shlex.split(command, comments=True)
+    flags, settings = flags_of(words)
     stage = next((STAGES[word] for word in words if word in STAGES), None)
     if stage is None:
         return []
-    for word in words:
-        if word.startswith("--"):
-            values = flags[word]
-        elif flags:
-            values.append(word)
     out, sparsities = [*map(Path, flags["--out"])], [*map(float, flags["--sparsity"])]
     weights = flags["--dense"] or flags["--target"] or flags["--weights"]
     group = Path(weights[0]).parent if weights else out[0]
@@ -79,7 +97,8 @@ def runs_of(command: str, pruned: dict[Path, list[str]]) -> list[Run]:
         made = {paths.sparse_folder(out[0], *cell): until - cell[1] for cell in cells}
     names = ["result.json", *names]
     return [
-        Run(stage, group, cost, [folder / name for name in names]) for folder, cost in made.items()
+        Run(stage, group, cost, [folder / name for name in names], settings)
+        for folder, cost in made.items()
     ]
 
 
@@ -124,9 +143,9 @@ def tell() -> None:
     """Print what is done and left of the commands on standard input, or those with work left."""
     pruned: dict[Path, list[str]] = {}
     lines = {line: runs_of(line, pruned) for line in sys.stdin}
-    if "--missing" in sys.argv:  # the commands that have something left to do, and those unknown
+    if "--missing" in sys.argv:  # commands with something left to do, of other flags, and unknown
         for line, made in lines.items():
-            if not made or not all(map(Run.finished, made)):
+            if not made or not all(run.finished() and run.as_asked() for run in made):
                 print(line, end="")
         return
     runs, done = list(chain(*lines.values())), defaultdict(list)

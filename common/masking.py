@@ -55,8 +55,8 @@ def sparsity(mask: Mask) -> float:
 
 def sparsity_total(mask: Mask, model: nn.Module) -> float:
     """Pruned share of all convolution and linear weights of `model`, in [0, 1]."""
-    weights = model.state_dict()
-    return (size(mask) - kept(mask)) / sum(weights[name].numel() for name in layer_weights(model))
+    layers = (module for module in model.modules() if isinstance(module, LAYERS))
+    return (size(mask) - kept(mask)) / sum(layer.weight.numel() for layer in layers)
 
 
 def keep_count(total: int, sparsity: float) -> int:

@@ -1,5 +1,6 @@
 """Stage 3 beyond the paper's setting: other statistics, and networks trained elsewhere."""
 
+import importlib
 import sys
 
 import pytest
@@ -62,6 +63,10 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.fc(self.norm(self.conv(x)).relu().mean((2, 3)))
+
+
+def parallel():
+    return nn.DataParallel(Net())
 """
 
 
@@ -128,6 +133,25 @@ def test_the_weights_and_the_mask_of_a_pruned_network():
     assert torch.equal(values["weight"], layer.weight)
 
 
+def test_networks_with_parametrized_layers_and_saved_parameters(supplied, tmp_path, monkeypatch):
+    """What stage 3 takes apart: `weight` of a layer may be computed, and a state dict may hold
+    parameters."""
+    code = "from torch import nn\nfrom torch.nn.utils.parametrizations import weight_norm\n"
+    code += "def net():\n    return nn.Sequential(weight_norm(nn.Conv2d(3, 6, 3)), nn.ReLU(), "
+    code += "nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))\n"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "normed.py").write_text(code)
+    network = importlib.import_module("normed").net()
+    torch.save(dict(network.named_parameters()), "a.pt")
+    torch.save({"mask": {"2.weight": network[2].weight > 0}}, tmp_path / "mask_0.50.pt")
+    torch.save(importlib.import_module("normed").net().state_dict(), "b.pt")
+    command = stage3("a.pt", "b.pt", tmp_path, "out")
+    succeed(*command, "--method weight --model-fn normed:net --input-shape 3 16 16")
+    share, pruned = state(tmp_path / "out/mask_0.50.pt")["sparsity_total"], network[2].weight <= 0
+    assert share == int(pruned.sum()) / (6 * 27 + 4 * 54 + 2 * 4)
+
+
 REFUSED = """\
 --method activation | --dataset
 --masks {supplied}/my_a.pt | no masks in | my_a.pt
@@ -139,6 +163,8 @@ REFUSED = """\
 --model-fn math:pi | math:pi
 --model-fn builtins:dict | made a dict
 --source {spoilt}/list.pt | list.pt is no state dict
+--source {spoilt}/saved.pt | saved.pt is no state dict | it holds model, epoch
+--model-fn my_nets:parallel | made a DataParallel | .module
 --source {spoilt}/nan.pt | not finite
 --source {spoilt}/part.pt | part.pt does not fit my_nets:Net
 --source {spoilt}/cut.pt | cut.pt does not fit my_nets:Net"""
@@ -148,6 +174,7 @@ def test_user_supplied_networks_that_do_not_fit_are_refused(supplied, tmp_path):
     plain, pruned = state(supplied / "my_a.pt"), weights(supplied / "my_a_pruned.pt")
     for name, content in (
         ("list", [1]),
+        ("saved", {"model": plain, "epoch": 3}),
         ("nan", {name: value * float("nan") for name, value in plain.items()}),
         ("part", {"conv.weight": torch.zeros(6, 3, 3, 3)}),
         ("cut", pruned | {"conv.weight_mask": pruned["conv.weight_mask"][:5]}),

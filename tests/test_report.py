@@ -16,6 +16,7 @@ from PIL import Image
 from analyze import report
 from analyze.lib import lines, panels, paper_numbers, statistics, style
 from analyze.lib import runs as finished
+from common.arms import ARMS
 from tests.conftest import call, edit, refused, savefig, succeed
 
 
@@ -229,6 +230,25 @@ def test_the_report_does_what_is_asked_for_alone(root, in_process):
     assert "no finished sparse run below" in written(root)[1]
     (root / "empty").mkdir()
     refused(call("analyze.report", root / "empty"), "no finished run")
+
+
+def test_every_kind_of_run_is_explained_in_the_report():
+    words = " ".join([*report.TEXT["words"], *report.TEXT["words"].values()])
+    told = ARMS[3:] + ("(weight)", "(masked)", "(identity)", "@2", "+ signs", "+ fan-in", "[name]")
+    assert "all" in report.TEXT["words"] and not [word for word in told if word not in words]
+
+
+def test_signs_look_alike_by_whatever_method_and_epoch():
+    names = "permuted|permuted (weight)|permuted (masked)|permuted (identity)|permuted @2".split(
+        "|"
+    )
+    looks = style.looks([*names, *(f"{name} + signs" for name in names), "naive", "naive + signs"])
+    assert len({tuple(map(str, look.values())) for look in looks.values()}) == len(looks)
+    colors = {name.endswith("+ signs"): set() for name in looks}
+    for name, look in looks.items():
+        colors[name.endswith("+ signs")].add(look["color"])
+    assert len(colors[True]) == 1 and not colors[True] & colors[False]
+    assert [name.endswith("signs") for name in looks] == [False] * 6 + [True] * 6
 
 
 def test_what_stands_in_the_report_is_text():

@@ -159,6 +159,7 @@ def test_each_of_several_gpus_has_a_command_of_its_own(tmp_path):
 
 WRONG = """
     PAIRS=0,1 PAIRS=a PAIRS=08 PAIRS=* PAIRS=' ' WIDTHS= 'WIDTHS=1 0' 'SPARSITY=0.8 1.5' SPARSITY=
+    'WIDTHS=1 1.0' WIDTHS=.5 'SPARSITY=0.9 0.90'
     REWIND=-1 'METHODS=weight activaton' METHODS=activation@ METHODS=activation@2x METHODS=random
     METHODS="it's" METHODS=identity@5 'CONTROLS=signs shuffle' ENSEMBLE=1 ENSEMBLE=five TAG=a/b
     TAG=imp DATASET= OUT="it's" PARALLEL=x PARALLEL=0 SPREAD=two SPREAD=0
@@ -177,6 +178,7 @@ def test_unknown_presets_and_words_are_refused():
     settings = assigned("DRY_RUN=1 SPREAD=2 PARALLEL=auto")
     refused(run_all("quick", **settings), "SPREAD='2' excludes PARALLEL='auto'")
     refused(run_all("quick", PAIR="0", DRY_RUN="1"), "PAIR='0': the setting is called PAIRS")
+    refused(run_all("status", "test"), "the tests have no status")
 
 
 def test_help_and_the_line_before_a_run_show_every_setting():
@@ -193,6 +195,17 @@ def test_help_and_the_line_before_a_run_show_every_setting():
 def test_a_stage_that_fails_stops_the_experiment(tmp_path):
     script = 'echo "$1"; [ $1 != train_dense.py ]'
     assert launched(tmp_path, script, "quick", fails=True) == [[STAGES[0]]]
+
+
+def test_the_script_may_be_edited_while_it_runs(tmp_path):
+    """Bash reads a script on as it goes: what runs for days is read as a whole first."""
+    for name in ("run_all.sh", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    edit = 'text=$(cat run_all.sh); printf "#\\"%300s\\n%s\\n" "" "$text" > run_all.sh'
+    path = command(tmp_path, "python3", f'case "$*" in *analyze.results*) {edit} ;; esac')
+    settings = os.environ | {"PATH": path, "PAIRS": "0", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(["bash", tmp_path / "run_all.sh"], env=settings, capture_output=True)
+    assert b"done in" in done.stdout and done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(not shutil.which("flock"), reason="needs flock")

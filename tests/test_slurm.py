@@ -1,5 +1,6 @@
 """LAUNCH=slurm of run_all.sh, with stand-ins for SLURM's commands, and with SLURM where it runs."""
 
+import json
 import os
 import platform
 import shutil
@@ -57,6 +58,21 @@ def test_slurm_gets_what_is_missing_and_nothing_twice(tmp_path, cluster):
     (tmp_path / "queue").write_text(f"7 {ROOT} {cluster['OUT']}\n")
     busy = run_all("quick", **cluster)
     assert busy.code == 2 and "has jobs in the queue (7)" in busy.err
+
+
+def test_what_was_run_by_other_flags_is_submitted_so_that_its_stage_can_refuse(tmp_path, cluster):
+    finished = tmp_path / "runs/w1/dense/seed1/result.json"
+    finished.parent.mkdir(parents=True)
+    (words,) = (words for words in dry("quick", **cluster) if "--seed 1 " in " ".join(words))
+    made = {"seconds": 1, "arguments": {"epochs": 9}, "command": " ".join(["python", *words[1:]])}
+    finished.write_text(json.dumps(made))
+    flags = by_flag(words)
+    usual = f"--image-size {flags['--image-size']} --batch-size {flags['--batch-size']}"
+    usual += f" --epochs {flags['--epochs']}"
+    for more, again in ((f"--lr {flags['--lr']} --workers 2", False), ("--lr 9", True), ("", True)):
+        (tmp_path / "log").unlink(missing_ok=True)
+        run_all("quick", **cluster | {"DENSE_FLAGS": f"{usual} {more}"})
+        assert ("--seed 1 " in (tmp_path / "log").read_text()) == again
 
 
 def test_a_network_on_several_nodes_has_a_torchrun_on_each(tmp_path, cluster):

@@ -17,12 +17,14 @@ def paired(differences: pd.Series, independent: bool = True) -> dict[str, float]
     they could have shown: the true difference that would have been significant with a
     probability of 80% (noncentral t).
 
-    Of one pair, and of pairs that are not independent, the mean alone.
+    Of one pair, of pairs that are not independent, and of differences that are all the same, as two
+    pairs' easily are, the mean alone: there is no spread to judge it by.
     """
     count, mean = len(differences), differences.mean()
-    error = differences.sem() if independent and count > 1 else math.nan
+    told = independent and count > 1 and np.ptp(differences) > 1e-9
+    error = differences.sem() if told else math.nan
     t = stdtrit(max(count - 1, 1), 0.975)
-    p = 2 * stdtr(count - 1, -abs(mean) / error) if error else float(mean == 0)
+    p = 2 * stdtr(count - 1, -abs(mean) / error)
     detectable = error * nctdtrinc(max(count - 1, 1), 0.2, t)
     return dict(
         zip(PAIRED, (mean, error, mean - t * error, mean + t * error, p, detectable, count))

@@ -4,6 +4,7 @@ the colour-blind), marker and line of each variant, which keep the arms apart in
 
 import itertools
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,9 @@ def rank(variant: str) -> tuple[int, int, str]:
 
 
 def _known(variant: str) -> str:
-    """The longest name with a look that `variant` begins with, or nothing."""
-    return max((name for name in ("", *LOOKS) if variant.startswith(name)), key=len)
+    """The longest name with a look that `variant` begins with, its match epoch apart, or nothing."""
+    plain = re.sub(r" @\d+", "", variant)
+    return max((name for name in ("", *LOOKS) if plain.startswith(name)), key=len)
 
 
 def save(figure: Figure, table: pd.DataFrame, folder: Path, name: str) -> None:

@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -149,6 +150,9 @@ def build(name: str) -> nn.Module:
         raise UserError(f"--model-fn {name}: {error}; {where}") from error
     if not isinstance(made, nn.Module):
         raise UserError(f"--model-fn {name} made a {type(made).__name__}, not a torch.nn.Module")
+    if isinstance(made, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        kind = type(made).__name__
+        raise UserError(f"--model-fn {name} made a {kind}: return its .module, and save that one's")
     return made
 
 
@@ -157,8 +161,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], masking.Mask]:
     content = checkpoint.load(path)
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not _tensors(content):
-        raise UserError(f"{path} is no state dict: save model.state_dict()")
-    return masking.from_prune(content)
+        held = f" (it holds {shorten(', '.join(map(str, content)), 80)})" if content else ""
+        raise UserError(f"{path} is no state dict: save model.state_dict(){held}")
+    return masking.from_prune({name: value.detach() for name, value in content.items()})
 
 
 def _tensors(content: Any) -> bool:
