@@ -97,7 +97,8 @@ def main() -> None:
         elif args.method == "weight":
             permutation = matching.match_weights_best(a, b, axes, args.restarts, args.seed)
         elif args.method == "masked":
-            matched, (first, _) = masking.apply(a, mask), by_activations()
+            of_layers = {name: entry for name, entry in mask.items() if name in a}
+            matched, (first, _) = masking.apply(a, of_layers), by_activations()
             permutation, _ = matching.match_weights(matched, b, axes, first, args.seed)
         elif args.method == "random":  # another for every pair
             pair = zlib.crc32(f"{source['seed']} {target['seed']}".encode())

@@ -65,7 +65,7 @@ case $preset in
 esac
 for column in $columns; do default "${column//,/ }"; done
 gpus=${CUDA_VISIBLE_DEVICES-$(nvidia-smi -L 2> /dev/null | sed -n 's/^GPU \([0-9]*\):.*/\1/p')} || :
-gpus=$(echo $(tr , '\n' <<< "$gpus" | sed '/^ *-1/d')) gpu_count=$(wc -w <<< "$gpus")
+gpus=$(echo $(tr , '\n' <<< "$gpus" | sed '/^ *-1/,$d; /^ *NoDevFiles/d')) gpu_count=$(wc -w <<< "$gpus")
 [ -n "$gpus${SPREAD-}${LAUNCH-}" ] || [ "$preset" = imagenet ] || default PARALLEL=auto
 default OUT="runs/$preset" DATA_DIR=data PARALLEL=1 SOURCE_DATASET="$DATASET"
 shown="run_all.sh $preset:" help=$(sed -n '2,/^[^#]/s/^# \{0,1\}//p' run_all.sh)

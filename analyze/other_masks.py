@@ -49,8 +49,10 @@ def random_scores(shapes: dict[str, torch.Size], density: dict[str, float], seed
 
 
 def snip(model: nn.Module, names: list[str], batches: Batches) -> dict[str, Tensor]:
-    """|weight * gradient of the loss|, in evaluation mode, over all images of `batches`."""
-    model.eval()
+    """|weight * gradient of the loss|, over all images of `batches`, with BatchNorm by batch, as at
+    the initialisation it has no statistics yet.
+    """
+    model.train()
     for images, labels in batches:
         F.cross_entropy(model(images), labels, reduction="sum").backward()
     weights = {name: model.get_parameter(name) for name in names}

@@ -186,11 +186,40 @@ def compute(function, args, kwargs):
     return result
 
 
-class Graph:
-    """What was captured: the operations in turn, and what was in their memory before."""
+class Generator:
+    """Numbers drawn on the GPU; of what it would hold, whether it takes itself to be capturing."""
 
     def __init__(self):
-        self.work, self.before = [], {}
+        self.state = {"capturing": False}
+
+    graphsafe_get_state = copy.copy
+
+    def clone_state(self):
+        return Generator()
+
+    def graphsafe_set_state(self, other):
+        self.state = other.state
+
+    def draw(self):
+        if self.state["capturing"] and not thread.graph:
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+
+
+GENERATOR = Generator()  # the default
+failed = []  # captures, after which torch 2.6 to 2.12 make no other
+
+
+class Graph:
+    """What was captured: the operations in turn, and what was in their memory before.
+
+    Generators and failed captures are those of torch 2.6.
+    """
+
+    def __init__(self):
+        self.work, self.before, self.states = [], {}, []
+
+    def register_generator_state(self, generator):
+        self.states.append(generator.state)
 
     def add(self, function, args, kwargs):
         given = _by_address(args, kwargs)
@@ -205,9 +234,19 @@ class Graph:
     @contextlib.contextmanager
     def captured(self, **_):
         """Undo what the capture computed, which a GPU would not have."""
+        if failed:
+            raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+        self.register_generator_state(GENERATOR)
+        for state in self.states:
+            state["capturing"] = True
         thread.graph = self
         try:
             yield
+            for state in self.states:
+                state["capturing"] = False
+        except RuntimeError:
+            failed.append(self)
+            raise
         finally:
             thread.graph = None
             for memory, content in self.before.values():
@@ -218,6 +257,8 @@ class Graph:
 
     @torch.no_grad()
     def replay(self):
+        if any(state["capturing"] for state in self.states):
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
         for function, args, kwargs, given, made in self.work:
             for old, new in zip(made, _made(compute(function, args, kwargs), given), strict=True):
                 old.copy_(new)
@@ -239,7 +280,8 @@ def pretend_gpu():
     if torch.cuda.is_available():
         yield
         return
-    writers.clear()
+    writers.clear(), failed.clear()
+    GENERATOR.state = {"capturing": False}
     cuda = mock.patch.multiple(
         torch.cuda,
         is_available=lambda: True,
@@ -254,6 +296,7 @@ def pretend_gpu():
         set_stream=set_stream,
         CUDAGraph=Graph,
         graph=Graph.captured,
+        default_generators=[GENERATOR],
     )
     with cuda, mock.patch("torch.export.export", exported), Devices(), Kernels():
         yield

@@ -137,6 +137,17 @@ def inside_blocks(net, x):
     return torch.einsum("bhqk,bhck->bhcq", scores.softmax(-1), v).flatten(1, 2)[..., None]
 
 
+def normalised_in_halves(net, x):
+    """InstanceNorm of each half of the channels, as one long channel."""
+    return F.instance_norm(x.unflatten(1, (2, 4)).flatten(2)).view_as(x).relu()
+
+
+def weighted(net, x):
+    """Learned weights of two paths (Tan et al. 2020), which are numbers; and a sum with nothing."""
+    y = net.share[0] * net.one(x) + net.share[1] * net.two(x)
+    return torch.cat([y[:, :0], y], 1)
+
+
 class Standardised(nn.Conv2d):
     """Weights standardised on the fly (Qiao et al. 2019)."""
 
@@ -223,6 +234,11 @@ CASES = {
         Network(hidden, lstm=nn.LSTM(8, 6, batch_first=True)),
         "conv body.lstm.weight_ih_l0",
     ),
+    "normalised in halves": (Network(normalised_in_halves), "conv:2"),
+    "weighted paths": (
+        Network(weighted, one=conv(8, 6, 1), two=conv(8, 6, 1), share=parameter(2)),
+        "conv body.share body.share.2 body.one",
+    ),
     "frozen": (Network(frozen, conv=conv(8, 8, 1)), "conv body.conv"),
     "selective kernel": (
         Network(selective, one=conv(8, 6, 1), two=conv(8, 6, 1), share=nn.Linear(8, 12)),
@@ -293,6 +309,10 @@ def test_what_networks_are_made_of(case):
         ),
         ([turn(), nn.AvgPool2d(3, 1, 1), turn(), turn()], "body.1 (AvgPool2d"),
         ([nn.ConvTranspose2d(8, 8, 2, groups=2)], "conv_transpose2d in body.0"),
+        (
+            Network(lambda net, x: x.diagonal(0, 1, 2).movedim(-1, 1)[..., None]),
+            "diagonal in body (Network, test_axes.py:",
+        ),
         (Network(lambda net, x: x + x.roll(1, 1)), "tied"),
         (Network(lambda net, x: x.sort(1).values), "sort"),
     ],

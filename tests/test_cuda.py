@@ -6,6 +6,8 @@ Where there is none, on a pretended one (tests/pretend_gpu.py), and then to the 
 import dataclasses
 import subprocess
 import sys
+import threading
+import time
 from functools import partial
 from unittest import mock
 
@@ -26,7 +28,7 @@ from tests.conftest import (
     weights,
     words,
 )
-from tests.pretend_gpu import pretend_gpu
+from tests.pretend_gpu import Generator, pretend_gpu
 from tests.test_data import resident
 from tests.test_training import SETTINGS, masked, tiny
 
@@ -137,6 +139,53 @@ def test_networks_side_by_side_are_those_of_the_run_alone():
     assert distance(ends[0][0], ends[1][0]) > 1e-2
 
 
+def test_a_graph_is_replayed_while_another_is_captured():
+    data, calls = data_of(), []
+    ready, capturing, replayed = (threading.Event() for _ in range(3))
+
+    def first():
+        step = GraphedStep(lambda x, y: None, data, 4)
+        for _ in range(graph.EAGER_STEPS + 1):
+            step()
+        ready.set()
+        assert capturing.wait(9)
+        step()
+        replayed.set()
+
+    def second():
+        def hold(x, y):
+            calls.append(step)
+            if len(calls) > graph.EAGER_STEPS:
+                capturing.set()
+                assert replayed.wait(9)
+
+        step = GraphedStep(hold, data, 4)
+        assert ready.wait(9)
+        for _ in range(graph.EAGER_STEPS + 1):
+            step()
+
+    parallel.side_by_side({"first": first, "second": second}, 2, data.device)
+
+
+def test_networks_are_set_up_one_at_a_time():
+    """To compile waits for the whole device, and so breaks what another thread captures."""
+    data, busy, seen = data_of(), threading.Lock(), []
+
+    def run():
+        def one_by_one(x, y):
+            seen.append(busy.acquire(blocking=False))
+            time.sleep(0.02)
+            if seen[-1]:
+                busy.release()
+
+        step = GraphedStep(one_by_one, data, 4)
+        for _ in range(graph.EAGER_STEPS + 2):
+            step()
+
+    parallel.side_by_side({"first": run, "second": run}, 2, data.device)
+    assert seen == [True] * 2 * (graph.EAGER_STEPS + 1)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_train_what_one_does(tmp_path):
     """A network with BatchNorm, whose statistics are taken over both."""
@@ -149,14 +198,25 @@ def test_two_gpus_train_what_one_does(tmp_path):
     assert distance(one, two) < 1e-3
 
 
-def test_a_step_that_asks_the_device_for_a_value_is_launched_one_by_one(captures, capfd):
-    """The last one here: torch 2.11 and 2.12 give no memory back after a capture that failed."""
-    total, data = torch.zeros((), device="cuda"), data_of()
-    step = GraphedStep(lambda x, y: total.add_(float(x.sum())), data, 4)
+@pytest.mark.skipif(REAL, reason="up to torch 2.12 a failed capture is the last of a process")
+def test_a_step_that_asks_the_device_for_a_value_is_launched_one_by_one(
+    captures, capfd, monkeypatch
+):
+    """That of the next network too, with one line in all; what it draws goes on."""
+    monkeypatch.setattr(GraphedStep, "broken", False, raising=False)
+    total, data, generator = torch.zeros((), device="cuda"), data_of(), Generator()
+
+    def asking(x, y):
+        generator.draw()
+        total.add_(float(x.sum()))
+
     with graph.side_stream(data.device):
-        for _ in step.start(0, 0):
-            step()
+        for _ in range(2):
+            step = GraphedStep(asking, data, 4, generator)
+            for epoch in range(2):
+                for _ in step.start(0, epoch):
+                    step()
     told = capfd.readouterr().err
     assert told.count("\n") == 1 and "slower" in told and captures == ["_step"]
-    batches = data.train_batches(4, 0, 0)
-    assert float(total) == pytest.approx(sum(float(x.sum()) for x, _ in batches), rel=1e-4)
+    batches = [x for epoch in range(2) for x, _ in data.train_batches(4, 0, epoch)]
+    assert float(total) == pytest.approx(2 * sum(float(x.sum()) for x in batches), rel=1e-4)

@@ -169,6 +169,7 @@ def test_a_layer_used_twice_lies_along_both_dimensions_and_still_never_loses():
         found, history = match_weights(*ends, axes, seed=seed)
         assert never_falls(history)
         assert objective(permute(ends[0], axes.dims, found), ends[1]) == pytest.approx(history[-1])
+        assert match_weights(*ends, axes, found, seed + 1)[1][-1] == pytest.approx(history[-1])
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch import nn
 
 from analyze import other_masks
 from common import checkpoint, masking
 from common.data import load_data
 from common.models import build_model
-from tests.conftest import refuse, result, same, stage4, state, succeed
+from tests.conftest import small_cnn, refuse, result, same, stage4, state, succeed
 
 SHAPES = {
     "conv": torch.Size([4, 2, 3, 3]),
@@ -77,3 +78,12 @@ def test_what_the_run_has_not_is_refused(ends, tmp_path):
     before = mask.read_bytes()
     refuse((*command, "--rewind 1 --out", ends[2]), mask, "choose another --out")
     assert mask.read_bytes() == before
+
+
+def test_snip_at_the_initialisation_normalises_by_batch():
+    """BatchNorm's own statistics are still zeros and ones there, and say nothing of the data."""
+    images, labels = torch.randn(16, 3, 8, 8) * 3 + 1, torch.arange(16) % 10
+    model, twin = small_cnn(), small_cnn().train()
+    F.cross_entropy(twin(images), labels, reduction="sum").backward()
+    found = other_masks.snip(model, ["0.weight"], [(images, labels)])["0.weight"]
+    assert torch.allclose(found, (twin[0].weight * twin[0].weight.grad).abs())

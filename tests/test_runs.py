@@ -1,6 +1,7 @@
 """Run folders and the command line: what is the same experiment, and whose files fit together."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -46,6 +47,14 @@ def test_output_that_nobody_reads_on_ends_without_a_traceback():
     assert command.stdout.readline() == b"x\n"
     command.stdout.close()
     assert command.stderr.read() == b"" and command.wait() == 141
+
+
+def test_matrix_products_are_fp32_whatever_the_environment_says():
+    command = "import torch; from common.runtime.device import pick_device; pick_device('cpu')"
+    command += "; print(torch.get_float32_matmul_precision())"
+    container = os.environ | {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    how = {"cwd": ROOT, "env": container, "check": True, "capture_output": True, "text": True}
+    assert subprocess.run([sys.executable, "-c", command], **how).stdout == "highest\n"
 
 
 def test_a_device_computes_fp32_as_fp32_by_cudnn_and_the_same_each_time(monkeypatch):

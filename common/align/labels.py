@@ -92,7 +92,7 @@ class Labels(TorchDispatchMode):
         read, outs = tensors(given), tensors(out)
         mark = len(self.ties)  # these channels, and no others of their vectors, take part in this
         for label in itertools.chain(*map(labels, read)):
-            if not self.is_whole(label):
+            if label.numel() and not self.is_whole(label):
                 self.tie(label, label, mark)
         if rule == "move":
             moved = [tensors(op(label, *args[1:], **kwargs)) for label in labels(read[0])]
@@ -130,7 +130,7 @@ class Labels(TorchDispatchMode):
     def tie(self, one: Tensor, other: Tensor, mark: Tensor | int = 0) -> None:
         """Channels of two labels are the same, entry by entry; others have another mark."""
         rows = torch.broadcast_tensors(core(one), core(other), torch.as_tensor(mark))
-        self.ties.append(torch.stack(rows).flatten(1))
+        self.ties.append(torch.stack(rows).view(3, -1))
 
     def pin(self, found: Iterable[Tensor], why: str) -> None:
         """These channels must stay in order."""
@@ -219,7 +219,7 @@ def cat(known: Labels, given: Given, out: Tensor, *read: Tensor) -> list[Tensor]
     """
     dim, start, rest = given.get("dim", 0) % out.dim(), 0, []
     made = known.fresh(only({dim}, out.shape))
-    for x in read:
+    for x in filter(Tensor.numel, read):
         here = [label for label in labels(x) if dim in along(label)]
         here.sort(key=lambda label: len(along(label)))
         part, start = made.narrow(dim, start, x.shape[dim]), start + x.shape[dim]
@@ -278,6 +278,8 @@ def by_channel(
     """Batch normalisation, PReLU: parameters along the second dimension."""
     with known:
         scales = [scale.view(-1, *[1] * (x.dim() - 2)) for scale in scales]
+        if given.get("training"):  # by the statistics of these very values, as InstanceNorm
+            scales.append(x.mean([dim for dim in range(x.dim()) if dim != 1], keepdim=True))
     return pointwise(known, given, out, x, *scales)
 
 
@@ -321,8 +323,7 @@ RULES = {
     name: rule
     for rule, names in {
         "move": "expand permute transpose t numpy_T swapaxes swapdims movedim slice select split "
-        "split_with_sizes chunk unbind narrow unsqueeze squeeze unfold flip roll diagonal detach "
-        "alias",
+        "split_with_sizes chunk unbind narrow unsqueeze squeeze unfold flip roll detach alias",
         reshape: "view _unsafe_view reshape flatten unflatten view_as reshape_as",
         reduction: "sum mean amax amin var std var_mean prod any all norm linalg_vector_norm "
         "logsumexp",

@@ -326,7 +326,9 @@ def match_weights(
                     for member, step in steps.items():
                         permutation[member] = permutation[member][step]
                         products[member].move(step, moved)
-                    stale |= {name for name in names if tensors[name] & touched.keys()} - {axis}
+                    stale |= {name for name in names if tensors[name] & touched.keys()}
+                    if apart:
+                        stale.discard(axis)  # the assignment was exact
                     break
     return permutation, history
 

@@ -33,6 +33,8 @@ def pick_device(name: str | None) -> torch.device:
         ) from error
     torch.backends.cudnn.deterministic = True  # the same numbers on every run
     torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32; once, as it holds for all threads
+    # NVIDIA's containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE.
+    torch.set_float32_matmul_precision("highest")
     if device.type == "cpu":
         keep_freed_memory()
     distributed.initialise(device)

@@ -44,6 +44,23 @@ def side_stream(device: torch.device) -> Iterator[None]:
     default.wait_stream(side)
 
 
+@contextlib.contextmanager
+def own_default_generator(device: torch.device) -> Iterator[None]:
+    """Within it the device's default generator has a state that nobody else has.
+
+    Up to torch 2.12 that state says for all threads that something is being captured, and in torch
+    2.6 no graph can then be replayed, whether it draws or not.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator = torch.cuda.default_generators[index]
+    before = generator.graphsafe_get_state()
+    generator.graphsafe_set_state(generator.clone_state())
+    try:
+        yield
+    finally:
+        generator.graphsafe_set_state(before)
+
+
 class GraphedStep:
     """A training step on resident data, captured once a few steps have run, and replayed then.
 
@@ -51,7 +68,10 @@ class GraphedStep:
     its own. Capturing computes nothing, so that there is nothing to restore.
     """
 
-    capturing = threading.Lock()  # one capture at a time, whatever other runs do meanwhile
+    # One sets up or captures at a time: to wait for the whole device, as the compiler does to time
+    # kernels, fails while any stream is capturing, and breaks that capture. Replays go on meanwhile.
+    alone = threading.Lock()
+    broken = False  # torch 2.6 to 2.12 can capture nothing more once a capture has failed
 
     def __init__(
         self,
@@ -76,10 +96,11 @@ class GraphedStep:
         return itertools.repeat((), self.steps - first_step)
 
     def __call__(self) -> None:
-        if self.calls == EAGER_STEPS:
-            self.replay = self._capture()
-        self.calls += 1
-        self.replay()
+        with self.alone if self.calls <= EAGER_STEPS else contextlib.nullcontext():
+            if self.calls == EAGER_STEPS and not GraphedStep.broken:
+                self.replay = self._capture()
+            self.calls += 1
+            self.replay()
 
     def _step(self) -> None:
         self.step(*self.data.batch(self.draw, self.rows))
@@ -90,16 +111,21 @@ class GraphedStep:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.data.device)
         if self.generator:
             graph.register_generator_state(self.generator)
-        with self.capturing:
-            torch.cuda.synchronize(self.data.device)
-            try:
-                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                    self._step()
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:  # an edited step may ask the device for a value
-                # The end of a broken capture raises in turn: the cause is in the context.
-                cause = str(error.__context__ or error).partition("\n")[0]
-                tqdm.write(f"no CUDA graph of a step, which is slower: {cause}", file=sys.stderr)
-                return self._step
+        torch.cuda.synchronize(self.data.device)
+        try:
+            with (
+                own_default_generator(self.data.device),
+                torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+            ):
+                self._step()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # an edited step may ask the device for a value
+            # The end of a broken capture raises in turn: the cause is in the context.
+            cause = str(error.__context__ or error).partition("\n")[0]
+            tqdm.write(f"no CUDA graph of a step, which is slower: {cause}", file=sys.stderr)
+            GraphedStep.broken = True
+            if self.generator:  # up to torch 2.12 it takes itself to be capturing for ever
+                self.generator.graphsafe_set_state(self.generator.clone_state())
+            return self._step
         return graph.replay
