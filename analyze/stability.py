@@ -2,7 +2,7 @@
 
     python -m analyze.stability runs/quick
 
-The loss barrier along the line between two sparse networks, for every arm and rewind epoch:
+The loss barrier, without REPAIR, on the line between two sparse networks, by arm and rewind epoch:
 `orders` of two runs that differ in `train_sparse.py --seed` alone, the order of their batches,
 `basins` from π(LTH) to the permuted network, and `pruned` from what IMP left of the source, naive
 and permuted, to what it left of the target, where both were pruned. With 95% intervals over pairs

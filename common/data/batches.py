@@ -33,7 +33,7 @@ def stage_seed(seed: int, stage: str) -> int:
 
 
 def derived_seed(*numbers: int) -> int:
-    """A 63-bit generator seed that depends on all of `numbers`, and on nothing else."""
+    """A 63-bit generator seed that depends on all of `numbers` but zeros at their end."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
