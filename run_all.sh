@@ -24,7 +24,7 @@ REWIND          words  0|$n      whole numbers: epochs of dense runs that sparse
 METHODS         words  |($methods)(@(0|$n))?|identity  any of $methods|identity; weight@9: to B's epoch 9
 CONTROLS        words  |$controls  more arms, any of $controls
 ENSEMBLE        word   |[2-9]|[1-9]$n  2 or more: the networks of Table 1, one source and so many targets
-TAG             word   |$name    letters, digits, _ . -: all but the dense networks anew, in OUT/w<width>/<tag>
+TAG             word   |$name    letters, digits, _ . -: all but dense networks anew, in OUT/w<width>/<tag>
 DATASET         word   $name     a name that train_dense.py --dataset takes
 SOURCE_DATASET  word   $name     a name: sources are trained and pruned on that data set (Table 16)
 MODEL           word   $name     a name that train_dense.py --model takes

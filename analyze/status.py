@@ -47,7 +47,7 @@ class Run(NamedTuple):
 
 
 def flags_of(words: list[str]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """The flags of a command of a stage, with their values, and those that say how a run is made."""
+    """The flags of a command of a stage with their values, and those that say how runs are made."""
     flags: dict[str, list[str]] = defaultdict(list)
     begin = next((place for place, word in enumerate(words) if word in STAGES), 0)
     for word in words[begin:]:

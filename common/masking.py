@@ -255,10 +255,8 @@ def load_all(folder: Path, dense: dict[str, Any]) -> dict[str, dict[str, Any]]:
         check_source(entry, dense, path)
         masks[path.name] = entry | {"unpermuted": entry.pop("sha256")}
     if not masks:
-        raise UserError(
-            f"no mask_*.pt in {folder}{checkpoint.siblings(folder / 'mask_*.pt')}: give the folder that "
-            "prune_imp.py wrote for this network"
-        )
+        there = checkpoint.siblings(folder / "mask_*.pt")
+        raise UserError(f"no mask_*.pt in {folder}{there}: give the folder that prune_imp.py wrote")
     return masks
 
 

@@ -71,8 +71,8 @@ def metrics_along(
     """Loss in nats and accuracy in percent at every alpha, with and without REPAIR by `train`.
 
     The two networks have the metrics of their runs. `test` and `train` start over at every call,
-    so that no more than a batch of a large set is in memory; without BatchNorm, REPAIR holds a layer's
-    values for all of `train` (0.5 MB an image of VGG11 at 32 px).
+    so that no more than a batch of a large set is in memory; but without BatchNorm REPAIR holds a
+    layer's values for all of `train` (0.5 MB an image of VGG11 at 32 px).
     """
     batch_norm = any(isinstance(module, BATCH_NORMS) for module in model.modules())
     if not batch_norm:

@@ -55,7 +55,7 @@ def rank(variant: str) -> tuple[int, int, str]:
 
 
 def _known(variant: str) -> str:
-    """The longest name with a look that `variant` begins with, its match epoch apart, or nothing."""
+    """The longest name with a look that `variant`, but for its match epoch, begins with."""
     plain = re.sub(r" @\d+", "", variant)
     return max((name for name in ("", *LOOKS) if plain.startswith(name)), key=len)
 

@@ -69,7 +69,7 @@ class GraphedStep:
     """
 
     # One sets up or captures at a time: to wait for the whole device, as the compiler does to time
-    # kernels, fails while any stream is capturing, and breaks that capture. Replays go on meanwhile.
+    # kernels, fails while any stream is capturing, and breaks that. Replays go on meanwhile.
     alone = threading.Lock()
     broken = False  # torch 2.6 to 2.12 can capture nothing more once a capture has failed
 
