@@ -138,6 +138,13 @@ def test_folder_reads_pixels_labels_and_statistics(pictures):
         assert about[moment] == pytest.approx(by_hand.tolist())
 
 
+def test_folder_tells_what_it_leaves_out(pictures, capsys):
+    for name in ("a.gif", "notes.txt", ".hidden.txt"):
+        (pictures / "train/cat" / name).write_text("")
+    assert len(load(pictures).train) == 12
+    assert "2 files of " in capsys.readouterr().out
+
+
 def test_folder_keeps_the_decoded_images_and_notices_a_change(pictures, monkeypatch):
     picture = pictures / "train/cat/0.png"
     Image.new("RGB", (12, 12), "red").save(picture)

@@ -38,6 +38,10 @@ def read_folder(folder: Path, size: int | None) -> tuple:
             kept = checkpoint.load(cache, ("stamp", "parts"))
             if kept["stamp"] == stamp:
                 return *kept["parts"], train.classes, checksum
+    files = [path for split in (train, test) for path in Path(split.root).glob("*/**/[!.]*.*")]
+    if len(files) > len(samples):
+        left = f"{len(files) - len(samples)} files of {folder} are left out"
+        tqdm.write(f"{left}: they do not end as torchvision's pictures do (.jpg, .png, .webp, ...)")
     side = size or read_picture(samples[0][0]).width
     images = np.empty((len(samples), 3, side, side), np.uint8)
     bar = tqdm(samples, f"decoding {folder}", unit="img", disable=None, leave=False)
