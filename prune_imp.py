@@ -68,7 +68,8 @@ def main() -> None:
             if not missing:
                 runs.say_finished(out, __file__)
                 continue
-            runs.refuse_other_code(out, __file__)
+            if made_by := runs.other_code(out, __file__):
+                raise UserError(f"{out} was made by {made_by}: choose another --out, and a --tag")
         data = load_described(dense["dataset"], args.data_dir, device, args.workers)
         data.steps(settings["batch_size"])  # a UserError where the images are too few
         names, weights = masking.prunable(build_model(**dense["model"])), dense["state_dict"]

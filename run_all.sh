@@ -197,8 +197,10 @@ case $mode$LAUNCH in
     mkdir -p "$OUT/slurm" ;;
   *) # a second call would end the first where both want the same run
     if [ "$preset" != test ] && command -v flock > /dev/null; then
-      mkdir -p "$OUT" && exec 9> "$OUT/.lock"
-      flock -n 9 || refuse "OUT='$OUT' is in work by another call of run_all.sh"
+      mkdir -p "$OUT" 2> /dev/null && [ -w "$OUT" ] || refuse "cannot write OUT='$OUT': choose another"
+      exec 9> "$OUT/.lock"
+      # 1: somebody has it; anything else: a file system without locks
+      flock -n 9 || [ $? != 1 ] || refuse "OUT='$OUT' is in work by another call of run_all.sh"
     fi ;;
 esac
 for stage in $stages; do

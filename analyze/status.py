@@ -26,8 +26,8 @@ STAGES = {
     "train_sparse.py": "sparse",
 }
 # Flags that say which runs, where and how fast, and not how a run is made.
-PLACES = "seed sparsity save-epochs dense source target weights masks out data-dir device workers"
-PLACES = {f"--{name}" for name in (PLACES + " parallel compile checkpoint-minutes").split()}
+PLACES = """--seed --sparsity --save-epochs --dense --source --target --weights --masks --out
+    --data-dir --device --workers --parallel --compile --checkpoint-minutes""".split()
 
 
 class Run(NamedTuple):
@@ -43,11 +43,11 @@ class Run(NamedTuple):
     def as_asked(self) -> bool:
         """Whether a finished run was made by these flags, as far as its result tells."""
         command = json.loads(self.files[0].read_text()).get("command")
-        return command is None or flags_of(shlex.split(command))[1] == self.settings
+        return command is None or settings_of(flags_of(shlex.split(command))) == self.settings
 
 
-def flags_of(words: list[str]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """The flags of a command of a stage with their values, and those that say how runs are made."""
+def flags_of(words: list[str]) -> dict[str, list[str]]:
+    """The flags of a command of a stage, with their values."""
     flags: dict[str, list[str]] = defaultdict(list)
     begin = next((place for place, word in enumerate(words) if word in STAGES), 0)
     for word in words[begin:]:
@@ -55,8 +55,13 @@ def flags_of(words: list[str]) -> tuple[dict[str, list[str]], dict[str, list[str
             values = flags[word]
         elif flags:
             values.append(word)
-    places = PLACES | ({"--rewind"} if "--arm" in flags else set())
-    return flags, {flag: values for flag, values in flags.items() if flag not in places}
+    return flags
+
+
+def settings_of(flags: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Those that say how a run is made."""
+    places = PLACES + ["--rewind"] * ("--arm" in flags)  # of stage 4 it says which runs
+    return {flag: values for flag, values in flags.items() if flag not in places}
 
 
 def runs_of(command: str, pruned: dict[Path, list[str]]) -> list[Run]:
@@ -65,7 +70,8 @@ def runs_of(command: str, pruned: dict[Path, list[str]]) -> list[Run]:
     `pruned` gathers the masks that commands of stage 2 make, by folder, for those of stage 3.
     """
     words = shlex.split(command, comments=True)
-    flags, settings = flags_of(words)
+    flags = flags_of(words)
+    settings = settings_of(flags)  # before defaults are looked up below
     stage = next((STAGES[word] for word in words if word in STAGES), None)
     if stage is None:
         return []

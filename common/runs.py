@@ -63,26 +63,21 @@ def is_finished(folder: Path, arguments: dict[str, Any]) -> bool:
     return (folder / "result.json").is_file() and not left
 
 
+def other_code(folder: Path, script: str) -> str:
+    """By which code a run was made, and which is here now, where they differ; else nothing."""
+    then, now = "+".join(recorded(folder).get("code", ["unknown"])), provenance.code_digest(script)
+    return "" if then == now else f"other code ({then} then, {now} now)"
+
+
 def say_finished(folder: Path, script: str) -> None:
     """Print that there is nothing to do, and when the code was another then."""
-    then, now = "+".join(recorded(folder).get("code", ["unknown"])), provenance.code_digest(script)
-    if then == now:
-        print(f"{folder} is finished: nothing to do")
-    else:
+    if made_by := other_code(folder, script):
         print(
-            f"{folder} is finished, by other code ({then} then, {now} now): nothing to do; "
-            "to run the code as it is now, choose another --out, and a --tag to name it in tables"
+            f"{folder} is finished, by {made_by}: nothing to do; to run the code as it is now, "
+            "choose another --out, and a --tag to name it in tables"
         )
-
-
-def refuse_other_code(folder: Path, script: str) -> None:
-    """Raise UserError when other code made the finished run, which should now get more results."""
-    then, now = recorded(folder).get("code", ["unknown"])[-1], provenance.code_digest(script)
-    if then != now:
-        raise UserError(
-            f"{folder} was made by other code ({then} then, {now} now): choose another --out, and "
-            "a --tag to name it in tables"
-        )
+    else:
+        print(f"{folder} is finished: nothing to do")
 
 
 def claim(folder: Path, arguments: dict[str, Any], script: str) -> dict[str, Any]:

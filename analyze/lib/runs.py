@@ -211,8 +211,8 @@ def by_pair(runs: pd.DataFrame) -> pd.DataFrame:
 def with_gains(pairs: pd.DataFrame, against: str | None = None) -> pd.DataFrame:
     """Rows of `by_pair` with their `gain` over naive in points, and the `gap` from naive to LTH.
 
-    In the same cell, of the same pair, tag and data set of the mask. The gain is
-    over the variant `against`, where one is given, and there is no gap then.
+    In the same cell, of the same pair, tag and data set of the mask. The gain is over the variant
+    `against`, where one is given, and there is no gap then.
     """
     alike = [*CELL, *SEEDS, "tag", "mask_dataset"]
     naive, lth = (plain(pairs[pairs["arm"] == arm]) for arm in ("naive", "lth"))

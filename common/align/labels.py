@@ -83,7 +83,8 @@ class Labels(TorchDispatchMode):
         name = op.overloadpacket.__name__.rstrip("_")
         rule = RULES.get(name, pointwise if torch.Tag.pointwise in op.tags else None)
         if rule is None and op.namespace != "prim":  # of which one asks for the device
-            with self, contextlib.suppress(NotImplementedError, RuntimeError):  # then pinned below
+            # What PyTorch fails to take apart is pinned below.
+            with self, contextlib.suppress(NotImplementedError, RuntimeError):
                 taken_apart = decomposition_table.get(op, op.decompose)(*args, **kwargs)
                 if taken_apart is not NotImplemented:
                     return taken_apart
