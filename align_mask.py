@@ -74,7 +74,7 @@ def main() -> None:
     arguments["data_dir"] = args.data_dir if args.dataset == "folder" else None
     finished, missing = runs.is_finished(args.out, arguments), inputs.not_permuted(masks, args.out)
     if finished and not missing:
-        return runs.say_finished(args.out, __file__)
+        return runs.print_finished(args.out, __file__)
 
     start, stamp = time.perf_counter(), provenance.stamp(__file__)
     for network, entry in zip(networks, (source, target)):

@@ -66,7 +66,7 @@ def main() -> None:
         missing = [s for s in sorted({*args.sparsity}) if not paths.mask_file(out, s).is_file()]
         if runs.is_finished(out, arguments):
             if not missing:
-                runs.say_finished(out, __file__)
+                runs.print_finished(out, __file__)
                 continue
             if made_by := runs.other_code(out, __file__):
                 raise UserError(f"{out} was made by {made_by}: choose another --out, and a --tag")

@@ -57,11 +57,11 @@ def main() -> None:
     todo = []
     for seed in args.seed:
         folder, arguments = paths.dense_folder(args.out, seed), shared | {"seed": seed}
-        before = runs.recorded(folder).get("save_epochs", [])
+        before = runs.recorded_arguments(folder).get("save_epochs", [])
         if set(args.save_epochs) <= set(before):
             arguments["save_epochs"] = before  # a run that keeps more is no other experiment
         if runs.is_finished(folder, arguments):
-            runs.say_finished(folder, __file__)
+            runs.print_finished(folder, __file__)
         else:
             todo.append((folder, arguments))
     if not todo:

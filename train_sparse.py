@@ -80,7 +80,7 @@ def main() -> None:
         arguments |= {"weights": weights["sha256"], "mask": mask["sha256"]}
         arguments["tag"] = cli.joined_tag(mask.get("tag"), dense.get("tag"), args.tag)
         if runs.is_finished(folder, arguments):
-            runs.say_finished(folder, __file__)
+            runs.print_finished(folder, __file__)
         else:
             todo.append((folder, arguments, weights, mask))
     if not todo:

@@ -130,7 +130,7 @@ def test_a_folder_in_which_another_process_works_is_left_alone(tmp_path):
     try:
         assert ready.wait(60)
         (tmp_path / f".log.csv.elsewhere.{other.pid}.tmp").touch()  # it is writing this
-        with pytest.raises(UserError, match=rf"is in work by process {other.pid} on \S+ since"):
+        with pytest.raises(UserError, match=rf"is in use by process {other.pid} on \S+ since"):
             folders.claim(tmp_path, {}, SCRIPT)
         assert len(list(tmp_path.glob(".*.tmp"))) == 1
     finally:
