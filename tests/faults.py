@@ -109,8 +109,8 @@ fan-in over columns | common/masking.py
 
 the shuffled mask is the mask | common/masking.py
 >stages::test_controls_start_from_what_they_say
--entry.flatten()[torch.randperm(entry.numel(), generator=generator)].view(entry.shape)
-+entry.clone()
+-kept.flatten()[torch.randperm(kept.numel(), generator=generator)].view(kept.shape)
++kept.clone()
 
 a sparsity is missed by one weight | common/masking.py
 >masking::test_keep_count_meets_the_sparsity_to_one_weight

@@ -69,7 +69,9 @@ def test_a_run_that_is_killed_after_its_result_is_finished_without_training(runs
 def test_objects_are_never_loaded(tmp_path, content):
     path = tmp_path / "file.pt"
     torch.save(content, path)
-    with pytest.raises(UserError, match=rf"{path} .* no checkpoint .* save model\.state_dict\(\)"):
+    with pytest.raises(
+        UserError, match=rf"{path} .* not a checkpoint .* save model\.state_dict\(\)"
+    ):
         checkpoint.load(path)
 
 
@@ -81,7 +83,7 @@ def test_a_file_that_is_missing_cut_off_or_another_is_named(tmp_path):
     with pytest.raises(UserError, match="not the file needed here: it lacks b"):
         checkpoint.load(path, ("a", "b"))
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(UserError, match="damaged, cut off"):
+    with pytest.raises(UserError, match="damaged, truncated"):
         checkpoint.load(path)
 
 

@@ -18,11 +18,11 @@ def test_magnitude_pruning_by_hand():
     full = masking.dense_mask(WEIGHTS, ["a", "b"])
     mask = masking.prune_by_magnitude(WEIGHTS, full, 3)  # the three largest: 3, 4, 5
     assert as_lists(mask) == {"a": [[False, False], [True, True]], "b": [False, True]}
-    assert masking.sparsity(mask) == 0.5 and masking.size(mask) == 6
+    assert masking.sparsity(mask) == 0.5 and masking.numel(mask) == 6
     # What is pruned stays so, however large it is.
     again = masking.prune_by_magnitude(WEIGHTS | {"b": torch.tensor([9.0, -5.0])}, mask, 2)
     assert as_lists(again) == {"a": [[False, False], [False, True]], "b": [False, True]}
-    assert masking.kept(full) == 6  # the input is left alone
+    assert masking.num_kept(full) == 6  # the input is left alone
     with pytest.raises(ValueError):
         masking.prune_by_magnitude(WEIGHTS, mask, 4)
 
@@ -50,10 +50,10 @@ def test_keep_count_meets_the_sparsity_to_one_weight():
 def test_the_plan_of_a_chain_by_hand():
     """80, 64, 51 and so on of 100; a branch goes off the last round that keeps more."""
     plan = [(1, 80, 0.2), (1, 80, None), (2, 70, 0.3), (2, 64, None), (3, 51, None), (4, 50, 0.5)]
-    assert masking.plan(100, [0.2, 0.5, 0.3], 0.2) == plan
-    assert masking.plan(100, [0.5, 0.3], 1) == [(1, 50, 0.5), (1, 70, 0.3)]  # one-shot
+    assert masking.plan_rounds(100, [0.2, 0.5, 0.3], 0.2) == plan
+    assert masking.plan_rounds(100, [0.5, 0.3], 1) == [(1, 50, 0.5), (1, 70, 0.3)]  # one-shot
     with pytest.raises(UserError, match="0.999 keeps all or none of the 100"):
-        masking.plan(100, [0.999], 0.2)
+        masking.plan_rounds(100, [0.999], 0.2)
 
 
 def test_sparsity_total_counts_the_shortcuts():

@@ -44,10 +44,10 @@ def test_a_file_in_the_place_of_a_run_is_named(tmp_path):
 # Of stages 2 to 4, in a folder with the runs of two pairs and what `prepared` adds: the flags after
 # those that a stage always needs, which later ones override, and what is said.
 OTHERS = """\
-prune_imp --dense nowhere | nowhere | no dense run
-prune_imp --dense dense | no dense run | seed0, seed1
+prune_imp --dense nowhere | nowhere | not a dense run
+prune_imp --dense dense | not a dense run | seed0, seed1
 prune_imp --dense imp/seed0 | prune_imp
-prune_imp --dense changed | epoch_0003.pt is not as the run wrote it
+prune_imp --dense changed | epoch_0003.pt was changed after the run
 prune_imp --dense unfinished | not finished
 prune_imp --sparsity 1.5 | 1.5
 prune_imp --sparsity 0 | above 0
@@ -140,7 +140,7 @@ def test_a_finished_chain_of_other_code_gets_no_more_masks(runs, tmp_path):
 def test_a_sparsity_that_keeps_few_weights_is_met(runs, tmp_path):
     succeed(*stage2(runs / "dense/seed0", tmp_path, "--sparsity 0.999"))
     mask = state(tmp_path / "mask_0.999.pt")["mask"]  # 20% of the last few weights is still one
-    assert masking.kept(mask) == masking.keep_count(masking.size(mask), 0.999) < 5
+    assert masking.num_kept(mask) == masking.keep_count(masking.numel(mask), 0.999) < 5
 
 
 def of_a_gpu():

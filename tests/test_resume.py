@@ -153,7 +153,7 @@ def test_a_stop_reaches_every_run_and_keeps_its_state(tmp_path, sent, beside, ca
         os.kill(process.pid, sent)
         process.join(60)
         assert process.exitcode == 130
-        assert capfd.readouterr().err.count("the same command goes on") == 1
+        assert capfd.readouterr().err.count("run the same command again") == 1
         assert len(state(last / "resume.pt")["rows"]) >= 9
         assert (tmp_path / "seed1").exists() == beside  # no other run was begun
         assert not list(tmp_path.rglob("*.tmp"))

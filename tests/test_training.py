@@ -30,7 +30,7 @@ def tiny(seed=0):
 
 def masked(model):
     everything = masking.dense_mask(model.state_dict(), masking.prunable(model))
-    half = masking.kept(everything) // 2
+    half = masking.num_kept(everything) // 2
     return masking.prune_by_magnitude(model.state_dict(), everything, half)
 
 
@@ -52,7 +52,7 @@ def test_evaluation_by_hand():
 
     parts = [7, 6, 3, 2], [1]
     batches = [(torch.zeros(len(part), 1), torch.tensor(part)) for part in parts]
-    loss, *accuracies = evaluate(Fixed().train(), iter(batches), top=(2, 5, 9))
+    loss, *accuracies = evaluate(Fixed().train(), iter(batches), topk=(2, 5, 9))
     assert loss == pytest.approx(math.log(28) - math.log(7 * 6 * 3 * 2) / 5)
     assert accuracies == [20, 40, 60, 100]
 
