@@ -69,7 +69,9 @@ def main() -> None:
     header = {"source_seed": source["seed"], "target_seed": target["seed"]}
     header |= {"method": "-".join([args.method, *unusual]), "match_epoch": target["epoch"]}
     unused = [flag for flag, methods in USED_BY.items() if args.method not in methods]
-    arguments = cli.experiment_arguments(args, "masks", "target_epoch", "batch_size", *variant, *unused)
+    arguments = cli.experiment_arguments(
+        args, "masks", "target_epoch", "batch_size", *variant, *unused
+    )
     arguments |= digests | header
     arguments["data_dir"] = args.data_dir if args.dataset == "folder" else None
     finished, missing = runs.is_finished(args.out, arguments), inputs.not_permuted(masks, args.out)

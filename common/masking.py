@@ -75,9 +75,9 @@ class Round(NamedTuple):
 def plan_rounds(total: int, sparsities: list[float], fraction: float) -> list[Round]:
     """Plan an IMP chain and its branches, in order of execution.
 
-    Each round of the chain prunes `fraction` of the remaining weights. Each sparsity branches off
-    the last chain round that keeps more weights than it: one round, with the next number, prunes to
-    its exact count. Raises UserError for a sparsity that keeps all or none of the `total` weights.
+    Each round of the chain prunes `fraction` of the remaining weights. A sparsity branches off the
+    last of these rounds that keeps more weights: one round, with the next number, prunes to its
+    exact count. Raises UserError for a sparsity that keeps all or none of the `total` weights.
     """
     counts = {sparsity: keep_count(total, sparsity) for sparsity in sparsities}
     for sparsity, count in counts.items():
