@@ -3,10 +3,10 @@
     python prune_imp.py --dense runs/dense/seed0 --sparsity 0.8 0.9 0.95 0.97 --out runs/imp/seed0
 
 Each round of the chain prunes 20% of the remaining weights, over all pruned layers at once, and
-trains (IMP-FT). Each sparsity branches off the last round that has more weights: one more round
-prunes to exactly its number, so that a mask does not depend on the other sparsities. Writes for
-each sparsity mask_0.80.pt (the mask, and the signs of the dense weights) and sparse_0.80.pt (the
-network), log.csv (a row per round) and finally result.json. The same command again resumes.
+trains (IMP-FT). A sparsity branches off the last of these rounds that keeps more weights: another
+round prunes to its exact number, so that no mask depends on the other sparsities. Writes for each
+sparsity mask_0.80.pt (mask, and signs of the dense weights) and sparse_0.80.pt (the network),
+log.csv (a row per round) and finally result.json. Run again, it completes what is missing.
 """
 
 import argparse

@@ -4,7 +4,7 @@
 
 Writes runs/dense/seed0/epoch_0000.pt (the initialisation), the epochs of --save-epochs, the last
 epoch, log.csv (a row per epoch) and finally result.json. The seed determines initialisation, data
-order and augmentation. The same command again trains missing seeds and resumes interrupted runs.
+order and augmentation. Run again, it trains what is missing and resumes what was interrupted.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
     add("--width", type=cli.positive_float, default=1, help="multiplies all channel counts")
     add("--seed", type=cli.natural, nargs="+", default=[0], help="one network each (default: 0)")
     add("--save-epochs", type=cli.natural, nargs="+", metavar="K", help="besides the paper's")
-    add("--out", type=Path, required=True, help="folder for the runs, in which each has a seed<N>/")
+    add("--out", type=Path, required=True, help="output folder; each run goes to its seed<N>/")
     cli.add_training(parser, "dense")
     cli.add_device(parser)
     cli.add_data(parser, "where the data set is, or is downloaded to (default: data)")

@@ -3,7 +3,7 @@
     python train_sparse.py --arm lth --weights runs/dense/seed0 --masks runs/imp/seed0 \\
         --sparsity 0.9 --rewind 0 10 25 --out runs/sparse/lth/seed0-seed0
 
-`--arm naive` takes --weights runs/dense/seed1, and `--arm permuted` also takes the masks of
+`--arm naive` trains runs/dense/seed1 under the same masks, `--arm permuted` under those of
 runs/align/activation/seed0-seed1. Control arms: `shuffled` (naive, with the mask shuffled within
 each layer), `random-permutation` (masks from align_mask.py --method random) and `imp-target` (the
 target under its own IMP mask). In any arm, --signs gives the kept weights the signs that the source
@@ -11,8 +11,8 @@ has at its last epoch.
 
 Trains one network for every sparsity and rewind epoch k, for T - k epochs on a new schedule, and
 applies the mask after every step. Writes s0.90_k010/final.pt, log.csv and finally result.json. A
-run that diverges is recorded with its last accuracy, without final.pt. The same command again
-trains missing networks and resumes interrupted runs.
+run that diverges is recorded with its last accuracy, without final.pt. Run again, it trains what is
+missing and resumes what was interrupted.
 """
 
 import argparse
@@ -41,14 +41,12 @@ def parse_args() -> argparse.Namespace:
     add("--weights", type=Path, required=True, help="dense run whose weights are trained")
     add("--masks", type=Path, required=True, help="folder from prune_imp.py or align_mask.py")
     add("--sparsity", type=cli.fraction, metavar="S", help="sparsities of the masks", **several)
-    add("--rewind", type=cli.natural, metavar="K", help="epochs saved by the dense run", **several)
+    add("--rewind", type=cli.natural, metavar="K", help="epochs of --weights", **several)
     add("--epochs", type=cli.positive, metavar="T", help="train T - K (default: the dense run's)")
-    add("--seed", type=cli.natural, help="of data order and augmentation (default: the weights')")
+    add("--seed", type=cli.natural, help="of order and augmentation (default: of the weights)")
     add("--signs", action="store_true", help="give kept weights the signs in the masks folder")
     add("--fan-in", action="store_true", help="scale kept weights by sqrt(fan-in / kept fan-in)")
-    add(
-        "--out", type=Path, required=True, help="folder of the runs, in which each has a s<S>_k<K>/"
-    )
+    add("--out", type=Path, required=True, help="output folder; each run goes to its s<S>_k<K>/")
     cli.add_training(parser, "sparse")
     cli.add_device(parser)
     cli.add_data(parser)

@@ -19,10 +19,10 @@ from common.errors import UserError
 from common.models import build_model, check_fits
 from common.runtime.distributed import RANK, barrier
 
+# Keys of checkpoints and of mask files, and types of entries in any file.
 WEIGHTS = ("model", "dataset", "seed", "epoch", "state_dict")
 MASKS = ("mask", "signs", "sparsity", "sparsity_total", "model", "dataset")
 MASKS += ("source_seed", "target_seed", "method", "match_epoch")
-# The types of entries, in any file.
 TYPES = {"seed": int, "epoch": int, "round": int, "rows": list}
 TYPES["source_seed"] = (int, str)  # a name if the network was trained elsewhere
 TYPES["match_epoch"] = (int, type(None))

@@ -109,7 +109,7 @@ fraction = number(float, above=0, below=1)
 # ---------------------------------------------------------------- argument groups
 
 HYPERPARAMETERS = {  # type and help
-    "epochs": (positive, "epochs"),
+    "epochs": (positive, "training epochs, in stage 2 per round"),
     "lr": (positive_float, "peak learning rate"),
     "schedule": (str, "learning rate per epoch: cosine to 0, or divided by 10 every 30 epochs"),
     "warmup": (natural, "epochs of linear warm-up, of which the last uses --lr"),
@@ -128,13 +128,13 @@ def add_training(parser: argparse.ArgumentParser, stage: str) -> None:
         choices = SCHEDULES if name == "schedule" else None
         flag = f"--{name.replace('_', '-')}"
         add(flag, type=value_type, choices=choices, help=f"{text} (default: {default})")
-    precisions = "default: bf16 where the hardware is fast at it, else fp32"
+    precisions = "default: bf16 if the hardware is fast at it, else fp32"
     add("--precision", choices=("fp32", "bf16"), help=precisions)
     add("--compile", action="store_true", help="use torch.compile (takes a minute at the start)")
     side_by_side = "train N runs side by side: on a CPU as processes of one thread each, on a GPU "
     side_by_side += "in one process (default: one run after the other, with all threads)"
     add("--parallel", type=_parallel, metavar="auto|N", help=side_by_side)
-    text = "minutes between saving the state within an epoch (default: 10)"
+    text = "minutes between saves of the state within an epoch (default: 10)"
     add("--checkpoint-minutes", type=number(float, 0), default=10, metavar="M", help=text)
     add_tag(parser)
 

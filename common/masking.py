@@ -200,13 +200,13 @@ class Masker:
 # ---------------------------------------------------------------- files
 
 
-def mask_info(network: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Return the content of the mask file (docs/files.md) for a checkpoint of a pruned `model`."""
-    return {key: network[key] for key in ("mask", "signs", "model", "dataset", "tag")} | {
-        "sparsity": sparsity(network["mask"]),
-        "sparsity_total": sparsity_total(network["mask"], model),
-        "mask_dataset": (network["dataset"] or {}).get("name"),
-        "source_seed": network["seed"],
+def mask_info(pruned: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Return the content of a mask file (docs/files.md) for `pruned`, a checkpoint of `model`."""
+    return {key: pruned[key] for key in ("mask", "signs", "model", "dataset", "tag")} | {
+        "sparsity": sparsity(pruned["mask"]),
+        "sparsity_total": sparsity_total(pruned["mask"], model),
+        "mask_dataset": (pruned["dataset"] or {}).get("name"),
+        "source_seed": pruned["seed"],
         "target_seed": None,
         "method": None,
         "match_epoch": None,
@@ -281,12 +281,12 @@ def load_latest_round(folder: Path, start: dict[str, Any], before: int) -> dict[
     if not earlier:
         return start
     path = earlier[-1]
-    network = checkpoint.load(path, (*checkpoint.WEIGHTS, "round", "rows", "mask", "signs"))
-    check_info(network, start, path)
-    check_source(network, start, path)
-    if path != paths.round_file(folder, network["round"]):
-        raise UserError(f"{path} holds round {network['round']}: remove it")
-    return network
+    chain = checkpoint.load(path, (*checkpoint.WEIGHTS, "round", "rows", "mask", "signs"))
+    check_info(chain, start, path)
+    check_source(chain, start, path)
+    if path != paths.round_file(folder, chain["round"]):
+        raise UserError(f"{path} holds round {chain['round']}: remove it")
+    return chain
 
 
 def from_prune(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Mask]:

@@ -95,7 +95,7 @@ def claim(folder: Path, arguments: dict[str, Any], script: str) -> dict[str, Any
     stamp = provenance.stamp(script)
     codes = recorded_arguments(folder).get("code", [])
     if codes and codes[-1] != stamp["code"]:
-        tqdm.write(f"{folder} goes on under other code ({codes[-1]} then, {stamp['code']} now)")
+        tqdm.write(f"{folder} resumes under other code ({codes[-1]} then, {stamp['code']} now)")
     if codes[-1:] != [stamp["code"]]:
         codes = [*codes, stamp["code"]]
         checkpoint.save_json(arguments | {"code": codes}, folder / "arguments.json")

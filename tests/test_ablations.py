@@ -209,7 +209,7 @@ def test_an_edit_changes_its_stage_and_old_runs_stay_apart_from_new_ones(name, u
     if name in CANNOT_RESUME:
         assert code == 2 and CANNOT_RESUME[name] in output
     else:
-        assert code == 0 and "goes on under other code" in output, output
+        assert code == 0 and "resumes under other code" in output, output
         assert content(interrupted, stage)[1:] == (f"{before[1]}+{after[1]}",) * 2
         arguments = interrupted / RESULTS[stage][0] / "arguments.json"
         assert json.loads(arguments.read_text())["code"] == [before[1], after[1]]
