@@ -187,7 +187,7 @@ learning rates by absolute epoch | common/training.py
 +rates[min(epoch, len(rates) - 1)]
 
 weights are saved one epoch early | common/training.py
->stages::test_dense_runs_keep_the_initialisation_the_asked_epochs_and_the_last
+>stages::test_dense_runs_save_the_initialisation_the_requested_epochs_and_the_last
 -at_epoch(epoch + 1)
 +at_epoch(epoch)
 
@@ -202,7 +202,7 @@ divergence is not detected | common/training.py
 +.isnan().all():
 
 no momentum in stage 1 | train_dense.py
->stages::test_dense_runs_keep_the_initialisation_the_asked_epochs_and_the_last
+>stages::test_dense_runs_save_the_initialisation_the_requested_epochs_and_the_last
 -lr=0.0, momentum=momentum
 +lr=0.0, momentum=0.0
 

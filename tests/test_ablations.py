@@ -220,9 +220,8 @@ def test_a_pruning_rule_that_rounds_is_refused_at_once(unedited, tmp_path):
     project = copy_project(tmp_path / "project", ROUNDING)
     with pytest.raises(ValueError, match="^rounding kept "):
         run(project, command("prune_imp", runs, tmp_path, MLP))
-    assert not list(
-        (tmp_path / "imp").glob("*.pt")
-    )  # not even resume.pt: it stops before any training
+    # Not even resume.pt: it stops before any training.
+    assert not list((tmp_path / "imp").glob("*.pt"))
 
 
 def test_the_readme_names_file_and_identifier_of_each_edit():

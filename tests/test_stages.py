@@ -43,7 +43,7 @@ def train_by_hand(start, epoch, stage, rates, mask=None, seed=0):
     return model.state_dict()
 
 
-def test_dense_runs_keep_the_initialisation_the_asked_epochs_and_the_last(runs):
+def test_dense_runs_save_the_initialisation_the_requested_epochs_and_the_last(runs):
     folder = runs / "dense/seed1"
     files = "epoch_0000.pt epoch_0001.pt epoch_0003.pt arguments.json log.csv result.json"
     assert {path.name for path in folder.iterdir()} == set(files.split())
