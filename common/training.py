@@ -110,7 +110,7 @@ def train(
     `augment(images, generator)` transforms a batch of cropped, mirrored and normalised images and
     keeps its shape; the generator is on their device and seeded by seed, epoch and step.
     `loss_fn(logits, labels)` returns the mean of a batch; evaluation always uses cross-entropy.
-    Epochs count from `first_epoch`; `at_epoch(k)` is called after epoch k.
+    Epochs count from `first_epoch`; `at_epoch(k)` is called after k epochs.
     With a mask, pruned weights are zero before and after every step, which every epoch checks.
     The state is saved to `folder`/resume.pt after epochs and every `checkpoint_minutes`. The next
     call with the same `name` resumes from it; the caller removes the file at the end.

@@ -162,10 +162,6 @@ def imagenet1(root, out, *flags):
     return f"train_dense {network} {JPEGS} --data-dir {root}/data --out {out}", *flags
 
 
-def sparse(*arguments):
-    return call(*stage4(*arguments))
-
-
 # ---------------------------------------------------------------- contents of files and networks
 
 
