@@ -69,12 +69,14 @@ def main() -> None:
     header = {"source_seed": source["seed"], "target_seed": target["seed"]}
     header |= {"method": "-".join([args.method, *unusual]), "match_epoch": target["epoch"]}
     unused = [flag for flag, methods in USED_BY.items() if args.method not in methods]
-    arguments = cli.experiment(args, "masks", "target_epoch", "batch_size", *variant, *unused)
+    arguments = cli.experiment_arguments(
+        args, "masks", "target_epoch", "batch_size", *variant, *unused
+    )
     arguments |= digests | header
     arguments["data_dir"] = args.data_dir if args.dataset == "folder" else None
     finished, missing = runs.is_finished(args.out, arguments), inputs.not_permuted(masks, args.out)
     if finished and not missing:
-        return runs.say_finished(args.out, __file__)
+        return runs.print_finished(args.out, __file__)
 
     start, stamp = time.perf_counter(), provenance.stamp(__file__)
     for network, entry in zip(networks, (source, target)):

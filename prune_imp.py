@@ -1,12 +1,12 @@
-"""Stage 2: iterative magnitude pruning (IMP) of a dense network; one chain for all sparsities.
+"""Stage 2: prune dense networks by iterative magnitude pruning (IMP), to one or more sparsities.
 
     python prune_imp.py --dense runs/dense/seed0 --sparsity 0.8 0.9 0.95 0.97 --out runs/imp/seed0
 
-Each round prunes exactly 20% of the remaining weights, over all pruned layers at once, and trains
-(IMP-FT). Each asked sparsity branches off: one round to exactly its number of weights, from the
-last round of the chain that has more, so that a mask depends on its sparsity alone. Writes
-mask_0.80.pt (the mask, and the signs of the dense weights) and sparse_0.80.pt (the network) for
-each, log.csv (a row a round) and result.json. Called again it does what is missing, or goes on.
+Each round of the chain prunes 20% of the remaining weights, over all pruned layers at once, and
+trains (IMP-FT). A sparsity branches off the last of these rounds that keeps more weights: another
+round prunes to its exact number, so that no mask depends on the other sparsities. Writes for each
+sparsity mask_0.80.pt (mask, and signs of the dense weights) and sparse_0.80.pt (the network),
+log.csv (a row per round) and finally result.json. Run again, it completes what is missing.
 """
 
 import argparse
@@ -25,24 +25,24 @@ from common.runtime.device import pick_device
 from common.runtime.parallel import run_all
 from common.training import cpu_state, learning_rates, train
 
-PRUNED_A_ROUND = 0.2  # of the remaining weights
+PRUNE_FRACTION = 0.2  # of the remaining weights, in each round
 
 
 def parse_args() -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add, several = parser.add_argument, {"nargs": "+", "required": True}
-    add("--dense", type=Path, help="finished dense runs; a chain each", **several)
-    add("--sparsity", type=cli.share, metavar="S", help="of the pruned layers", **several)
-    add("--rewind", type=cli.natural, metavar="K", help="to epoch K before each training")
+    add("--dense", type=Path, help="finished dense runs, one IMP chain each", **several)
+    add("--sparsity", type=cli.fraction, metavar="S", help="of the pruned layers", **several)
+    add("--rewind", type=cli.natural, metavar="K", help="rewind to epoch K after each pruning")
     add("--one-shot", action="store_true", help="prune to each sparsity in a single round")
     add("--keep-rounds", action="store_true", help="keep round_NN.pt, the network after each round")
-    add("--out", type=Path, help="folder for masks, one a chain", **several)
+    add("--out", type=Path, help="folders for the masks, one for each of --dense", **several)
     cli.add_training(parser, "imp")
     cli.add_device(parser)
     cli.add_data(parser)
     args = parser.parse_args()
-    scheduled = (args.epochs, args.lr, args.schedule, args.warmup)
-    if args.rewind is not None and scheduled != (None,) * 4:
+    schedule = (args.epochs, args.lr, args.schedule, args.warmup)
+    if args.rewind is not None and schedule != (None,) * 4:
         parser.error("--rewind trains on the dense run's schedule: leave out its flags")
     if len(args.dense) != len(args.out) or len(set(args.out)) != len(args.out):
         parser.error("--out: one folder of its own for each of --dense")
@@ -52,63 +52,65 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     device = pick_device(args.device)
-    how = cli.how_to_train(args, device)
-    chains = {}
+    options = cli.training_options(args, device)
+    jobs = {}
     for folder, out in zip(args.dense, args.out):
         dense = checkpoint.load_dense(folder)
         rewound = checkpoint.load_dense(folder, args.rewind) if args.rewind is not None else None
-        recipe = dense["result"]["arguments"] if rewound else None
-        settings = cli.settings(args, "imp", dense["dataset"]["name"], recipe)
+        defaults = dense["result"]["arguments"] if rewound else None
+        settings = cli.hyperparameters(args, "imp", dense["dataset"]["name"], defaults)
         if rewound and args.rewind >= settings["epochs"]:
             raise UserError(f"--rewind {args.rewind} is not below the {settings['epochs']} epochs")
-        arguments = cli.experiment(args, "sparsity") | settings | {"dense": dense["sha256"]}
-        arguments["tag"] = cli.joined_tag(dense.get("tag"), args.tag)
+        arguments = cli.experiment_arguments(args, "sparsity") | settings
+        arguments |= {"dense": dense["sha256"], "tag": cli.joined_tag(dense.get("tag"), args.tag)}
         missing = [s for s in sorted({*args.sparsity}) if not paths.mask_file(out, s).is_file()]
         if runs.is_finished(out, arguments):
             if not missing:
-                runs.say_finished(out, __file__)
+                runs.print_finished(out, __file__)
                 continue
-            if made_by := runs.other_code(out, __file__):
-                raise UserError(f"{out} was made by {made_by}: choose another --out, and a --tag")
+            if code := runs.other_code(out, __file__):
+                raise UserError(f"{out} was made by {code}: choose another --out, and a --tag")
         data = load_described(dense["dataset"], args.data_dir, device, args.workers)
-        data.steps(settings["batch_size"])  # a UserError where the images are too few
+        data.steps(settings["batch_size"])  # raises UserError if there are too few images
         names, weights = masking.prunable(build_model(**dense["model"])), dense["state_dict"]
         start = {key: dense[key] for key in checkpoint.WEIGHTS}
         start |= {"mask": masking.dense_mask(weights, names), "round": 0, "rows": []}
         start |= {"signs": masking.signs(weights, names), "tag": arguments["tag"]}
-        chains[str(out)] = partial(prune_chain, start, rewound, missing, out, arguments, data, how)
-    if chains:
-        run_all(chains, args.parallel, dense["model"]["width"], data)
+        jobs[str(out)] = partial(
+            prune_chain, start, rewound, missing, out, arguments, data, options
+        )
+    if jobs:
+        run_all(jobs, args.parallel, dense["model"]["width"], data)
 
 
 def prune_chain(
     start: dict[str, Any],
     rewound: dict[str, Any] | None,
-    goals: list[float],
+    sparsities: list[float],
     out: Path,
     arguments: dict[str, Any],
     data: Resident | Streamed,
-    how: dict[str, Any],
+    options: dict[str, Any],
 ) -> None:
-    """Prune and train round after round, with a branch to each goal, a sparsity; write masks.
+    """Prune and train for all rounds, and write a mask for each sparsity.
 
-    `start` is a checkpoint with mask, signs, round, and the rows of all rounds so far; `rewound`
-    holds the weights that every round trains from, in place of those that it prunes.
+    `start` is the dense checkpoint plus the initial mask, signs, round and log rows. Each round
+    trains the weights that it prunes or, if given, those of the `rewound` checkpoint.
     """
-    total = masking.size(start["mask"])
-    rounds = masking.plan(total, goals, 1 if arguments["one_shot"] else PRUNED_A_ROUND)
+    total = masking.numel(start["mask"])
+    rounds = masking.plan_rounds(total, sparsities, 1 if arguments["one_shot"] else PRUNE_FRACTION)
     model, epochs, rewind = build_model(**start["model"]), arguments["epochs"], arguments["rewind"]
     rates = learning_rates(arguments["schedule"], arguments["lr"], epochs, arguments["warmup"])
     momentum, decay = arguments["momentum"], arguments["weight_decay"]
     optimiser = partial(torch.optim.SGD, lr=0.0, momentum=momentum, weight_decay=decay, fused=True)
-    first_goal = min((row[0] for row in rounds if row[2]), default=inf)
-    chain = masking.latest(out, start, first_goal)
-    stamp, extra = runs.claim(out, arguments, __file__), {"precision": how["precision"]}
-    for number, keep, goal in [row for row in rounds if row[0] > chain["round"]]:
+    first_branch = min((r.number for r in rounds if r.sparsity), default=inf)
+    chain = masking.load_latest_round(out, start, first_branch)
+    stamp, extra = runs.claim(out, arguments, __file__), {"precision": options["precision"]}
+    for number, keep, sparsity in [r for r in rounds if r.number > chain["round"]]:
         weights = chain["state_dict"]
         mask = masking.prune_exactly(masking.prune_by_magnitude, weights, chain["mask"], keep)
         model.load_state_dict(masking.apply(rewound["state_dict"] if rewound else weights, mask))
-        # Without --rewind epochs go on counting, so that no round repeats a data order.
+        # Without --rewind the epoch count continues, so that no round repeats a data order.
         log = train(
             model,
             data,
@@ -121,25 +123,25 @@ def prune_chain(
             batch_size=arguments["batch_size"],
             first_epoch=rewind if rewound else start["epoch"] + chain["round"] * epochs,
             mask=mask,
-            **how,
+            **options,
         )
         row = {"round": number, "sparsity": masking.sparsity(mask), "kept": keep}
         row |= {"sparsity_total": masking.sparsity_total(mask, model)} | runs.metrics(log[-1])
         row["seconds"] = sum(epoch["seconds"] for epoch in log)
-        network = chain | stamp | {"state_dict": cpu_state(model), "mask": mask, "round": number}
-        network["rows"] = [*chain["rows"], row]
-        if goal:
-            checkpoint.save(network, paths.imp_file(out, goal))
-            entry = masking.entry(network, model) | {"imp": arguments | extra} | stamp
-            checkpoint.save(entry, paths.mask_file(out, goal))
+        pruned = chain | stamp | {"state_dict": cpu_state(model), "mask": mask, "round": number}
+        pruned["rows"] = [*chain["rows"], row]
+        if sparsity:
+            checkpoint.save(pruned, paths.imp_file(out, sparsity))
+            mask_info = masking.mask_info(pruned, model) | {"imp": arguments | extra} | stamp
+            checkpoint.save(mask_info, paths.mask_file(out, sparsity))
         else:
-            chain = network
+            chain = pruned
             checkpoint.save(chain, paths.round_file(out, number))
     histories = [checkpoint.load(path, ("rows",))["rows"] for path in paths.imp_files(out).values()]
-    by_count = {row["kept"]: row for rows in (*histories, chain["rows"]) for row in rows}
-    rows = [by_count[kept] for kept in sorted(by_count, reverse=True)]
+    unique_rows = {row["kept"]: row for rows in (*histories, chain["rows"]) for row in rows}
+    rows = [unique_rows[kept] for kept in sorted(unique_rows, reverse=True)]
     if not arguments["keep_rounds"]:
-        # But for the last: higher sparsities go on from there.
+        # Higher sparsities of a later call start from the last round.
         checkpoint.remove([*paths.round_files(out).values()][:-1])
     runs.finish(out, "prune_imp", arguments, rows, data.device, stamp, **extra)
 

@@ -212,7 +212,7 @@ def main() -> None:
     add("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
     fewer = "of training, and half as many of the others (default: %(default)s)"
     add("--repeats", type=cli.positive, default=REPEATS, help=fewer)
-    add("--widths", type=cli.above_0, nargs="+", help=f"of training (default: {WIDTHS})")
+    add("--widths", type=cli.positive_float, nargs="+", help=f"of training (default: {WIDTHS})")
     add("--out", type=Path, help="write the table as CSV too, as far as it has come")
     cli.add_device(parser)
     args = parser.parse_args()

@@ -35,7 +35,7 @@ def main() -> None:
     for key, group in found.groupby(["model", "dataset", *MATCH], dropna=False):
         model, dataset, tag, method, sparsity, epoch = key
         if pd.notna(sparsity):  # a permutation for one sparsity
-            method += f"_{paths.label(sparsity)}"
+            method += f"_{paths.format_sparsity(sparsity)}"
         method += f"_{tag}" * bool(tag)
         pairs = len(group[SEEDS].drop_duplicates())
         title = f"{model} on {dataset}, {pairs} seed pair{'s' * (pairs != 1)}\n"

@@ -141,7 +141,10 @@ def main() -> None:
     for triple in found.loc[middle.index].to_dict("records"):
         if (table := readable(measure, triple, args.grid, args.images, args.read)) is None:
             continue
-        about = {"s": paths.label(triple["sparsity"]), "barrier": table["loss_barrier"].max()}
+        about = {
+            "s": paths.format_sparsity(triple["sparsity"]),
+            "barrier": table["loss_barrier"].max(),
+        }
         name, title = NAME.format(**triple, **about), TITLE.format(**triple, **about)
         name += f"_{triple['tag']}" * bool(triple["tag"])
         print(title)

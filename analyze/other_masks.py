@@ -65,7 +65,7 @@ def main() -> None:
     add("dense", type=Path, help="dense run")
     add("--kind", choices=("erk", "magnitude", "snip"), required=True)
     add("--rewind", type=cli.natural, required=True, metavar="K", help="kept epoch")
-    add("--sparsity", type=cli.share, nargs="+", required=True, metavar="S")
+    add("--sparsity", type=cli.fraction, nargs="+", required=True, metavar="S")
     add("--out", type=Path, required=True, help="folder of the masks")
     cli.add_data(parser)
     args = parser.parse_args()
@@ -83,7 +83,7 @@ def main() -> None:
         data = load_data(dense["dataset"], args.data_dir, workers=args.workers)
         scores = snip(model, names, data.eval_batches("train", limit=IMAGES))
     for sparsity in args.sparsity:
-        keep = masking.keep_count(masking.size(weights), sparsity)
+        keep = masking.keep_count(masking.numel(weights), sparsity)
         if args.kind == "erk":
             scores = random_scores(shapes, densities(shapes, keep), dense["seed"])
             name = "erk"
@@ -91,7 +91,7 @@ def main() -> None:
         network = {key: dense[key] for key in ("model", "dataset", "seed")}
         network |= {"mask": mask, "signs": masking.signs(dense["state_dict"], names)}
         tag = cli.joined_tag(dense.get("tag"), name)
-        entry = masking.entry(network | {"tag": tag}, model) | provenance.stamp(__file__)
+        entry = masking.mask_info(network | {"tag": tag}, model) | provenance.stamp(__file__)
         checkpoint.save(entry, paths.mask_file(args.out, sparsity))
         print(f"wrote {paths.mask_file(args.out, sparsity)}")
 

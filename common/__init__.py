@@ -1,1 +1,1 @@
-"""What the stages and the analysis share: models, data, masks, permutations, training, files."""
+"""Code shared by the stages and the analysis: models, data, masks, alignment, training, files."""

@@ -1,4 +1,4 @@
-"""The arms of the experiment: which weights each trains under which mask."""
+"""The arms of the experiment: which weights are trained under which mask."""
 
 from pathlib import Path
 from typing import Any
@@ -10,42 +10,39 @@ ARMS = ("lth", "naive", "permuted", "shuffled", "random-permutation", "imp-targe
 
 
 def load_mask(folder: Path, sparsity: float, arm: str, dense: dict[str, Any]) -> dict[str, Any]:
-    """Read the mask of a sparsity for the weights of a checkpoint of a dense run.
+    """Read the mask file of a sparsity, to train a checkpoint of a dense run under it.
 
-    Raises UserError when it does not fit the network or contradicts the arm.
+    Raises UserError when the mask does not fit the network or contradicts the arm.
     """
     path = paths.mask_file(folder, sparsity)
-    mask = masking.load(path, dense)
-    found = masking.sparsity(mask["mask"])
-    if abs(found - sparsity) > 1 / masking.size(mask["mask"]):
-        raise UserError(f"{path} prunes {found:.4%}: it was changed after stage 2")
-    source, target, seed = mask["source_seed"], mask["target_seed"], dense["seed"]
-    dataset = dense["dataset"]["name"]
-    mask.setdefault("mask_dataset", mask["dataset"]["name"])
+    mask_info = masking.load(path, dense)
+    actual = masking.sparsity(mask_info["mask"])
+    if abs(actual - sparsity) > 1 / masking.numel(mask_info["mask"]):
+        raise UserError(f"{path} prunes {actual:.4%}: it was changed after stage 2")
+    source, target, method = (mask_info[key] for key in ("source_seed", "target_seed", "method"))
+    seed, dataset = dense["seed"], dense["dataset"]["name"]
+    mask_info.setdefault("mask_dataset", mask_info["dataset"]["name"])
     if target is not None:
-        random = mask["method"] == "random"
-        arms = ("random-permutation",) if random else ("permuted",)
-        if (target, mask["dataset"]["name"]) != (seed, dataset):
+        arms = ("random-permutation",) if method == "random" else ("permuted",)
+        if (target, mask_info["dataset"]["name"]) != (seed, dataset):
             arms = ()
-    elif (source, mask["mask_dataset"]) == (seed, dataset):
+    elif (source, mask_info["mask_dataset"]) == (seed, dataset):
         arms = ("lth", "imp-target")
-        masking.check_source(mask, dense, path)
+        masking.check_source(mask_info, dense, path)
     else:
         arms = ("naive", "shuffled")
     if arm not in arms:
-        made = "unpermuted"
-        if target is not None:
-            made = f"permuted onto seed {target} by {mask['method']}"
-        trained = f"is for --arm {' or '.join(arms)}" if arms else "no arm trains"
+        history = "unpermuted" if target is None else f"permuted onto seed {target} by {method}"
+        usage = f"is for --arm {' or '.join(arms)}" if arms else "fits no arm"
         raise UserError(
-            f"--arm {arm} contradicts the files: {path} is of seed {source}, {made}, and the "
-            f"weights are of seed {seed}, which {trained}"
+            f"--arm {arm} contradicts the files: {path} is from seed {source}, {history}, and the "
+            f"weights are from seed {seed}; this combination {usage}"
         )
-    if target is not None and isinstance(align := mask.get("align"), dict):
-        if dense["kept"].get(str(mask["match_epoch"])) != align.get("target"):
+    if target is not None and isinstance(align := mask_info.get("align"), dict):
+        if dense["kept"].get(str(mask_info["match_epoch"])) != align.get("target"):
             raise UserError(
                 f"{path} was permuted onto another network of seed {seed} than --weights"
             )
     if arm == "shuffled":
-        mask["mask"] = masking.shuffle(mask["mask"], seed)
-    return mask
+        mask_info["mask"] = masking.shuffle(mask_info["mask"], seed)
+    return mask_info

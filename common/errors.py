@@ -1,29 +1,29 @@
-"""The one exception for what a user can mend, and how errors are told."""
+"""The exception for errors that the user can fix, and one-line messages for them."""
 
 import errno
 
 import torch
 
-# What disks, quotas, mounts and limits of a process answer with.
+# Errors of the environment: permissions, full or failing disks, quotas, mounts, process limits.
 ENVIRONMENT = "EACCES EPERM EROFS ENOSPC EDQUOT EFBIG EIO ESTALE EMFILE ENAMETOOLONG ENOTDIR EISDIR"
 ENVIRONMENT = {getattr(errno, name) for name in ENVIRONMENT.split()}
 
 
 class UserError(Exception):
-    """A problem that the user can mend; its message names the thing and the mend, on one line."""
+    """An error that the user can fix; its one-line message names the cause and the fix."""
 
 
 def explain(error: BaseException) -> str | None:
-    """One line for what the user can mend, or None for a bug of ours."""
+    """Return a one-line message for an error that the user can fix, None for a bug."""
     if isinstance(error, UserError):
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in ENVIRONMENT:
         return ": ".join(str(part) for part in (error.filename, error.strerror) if part)
-    if "Connection closed by peer" in str(error):  # gloo's word for it
+    if "Connection closed by peer" in str(error):  # raised by gloo
         return "another process of this run ended: its message says why"
-    no_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))  # of a GPU, and numpy's
-    if no_memory or "can't allocate memory" in str(error):  # torch's on a CPU
-        what = ". ".join(str(error).rpartition("Allocator: ")[2].split(". ")[:2])
-        mend = "use smaller batches, a smaller width or fewer side by side"
-        return f"out of memory: {mend} ({what or 'Python'})"
+    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))  # CUDA, NumPy
+    if out_of_memory or "can't allocate memory" in str(error):  # torch on the CPU
+        details = ". ".join(str(error).rpartition("Allocator: ")[2].split(". ")[:2])
+        fix = "use smaller batches, a smaller width or fewer runs side by side"
+        return f"out of memory: {fix} ({details or 'Python'})"
     return None

@@ -1,11 +1,11 @@
-"""Masks: a dict from parameter name to a bool tensor of its shape, True where a weight is kept.
+"""Masks: dicts from parameter name to a bool tensor of its shape, True where a weight is kept.
 
-A mask is data with the shape of the weights: `common.align.permutation.permute` moves both alike.
+Masks have the names and shapes of weights, so `common.align.permutation.permute` permutes both.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ Mask = dict[str, Tensor]
 Prune = Callable[[dict[str, Tensor], Mask, int], Mask]
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-# What stays dense: a part of a weight's name, or all of it, as conv1.weight.
+# Weights that stay dense: a part of the name, or the whole name, as conv1.weight.
 SHORTCUTS = {"shortcut", "downsample"}
 
 
@@ -28,101 +28,111 @@ def layer_weights(model: nn.Module) -> list[str]:
 
 
 def prunable(model: nn.Module) -> list[str]:
-    """Names of the weights that are pruned: all but those of shortcuts, as in the authors' code."""
+    """Names of the weights to prune: all layers but shortcuts, as in the authors' code."""
     names = layer_weights(model)
     return [name for name in names if not SHORTCUTS & {name, *name.split(".")}]
 
 
 def dense_mask(weights: dict[str, Tensor], names: list[str]) -> Mask:
-    """The mask that keeps everything."""
+    """Return a mask that keeps all weights of `names`."""
     return {name: torch.ones_like(weights[name], dtype=torch.bool) for name in names}
 
 
-def kept(mask: Mask) -> int:
-    """How many weights the mask keeps."""
-    return sum(int(entry.sum()) for entry in mask.values())
+def num_kept(mask: Mask) -> int:
+    """Number of weights that the mask keeps."""
+    return sum(int(layer_mask.sum()) for layer_mask in mask.values())
 
 
-def size(mask: Mask) -> int:
-    """How many weights the mask covers."""
-    return sum(entry.numel() for entry in mask.values())
+def numel(mask: Mask) -> int:
+    """Number of weights that the mask covers."""
+    return sum(layer_mask.numel() for layer_mask in mask.values())
 
 
 def sparsity(mask: Mask) -> float:
     """Pruned share of the weights that the mask covers, in [0, 1]."""
-    return 1 - kept(mask) / size(mask)
+    return 1 - num_kept(mask) / numel(mask)
 
 
 def sparsity_total(mask: Mask, model: nn.Module) -> float:
     """Pruned share of all convolution and linear weights of `model`, in [0, 1]."""
     layers = (module for module in model.modules() if isinstance(module, LAYERS))
-    return (size(mask) - kept(mask)) / sum(layer.weight.numel() for layer in layers)
+    return (numel(mask) - num_kept(mask)) / sum(layer.weight.numel() for layer in layers)
 
 
 def keep_count(total: int, sparsity: float) -> int:
-    """How many of `total` weights stay at a sparsity in [0, 1), to the nearest weight."""
+    """Number of weights out of `total` to keep at a sparsity in [0, 1), rounded."""
     return round(total * (1 - sparsity))
 
 
-def plan(total: int, goals: list[float], share: float) -> list[tuple[int, int, float | None]]:
-    """The rounds of an IMP chain, in order: number, weights that it keeps, the goal if it is one.
+class Round(NamedTuple):
+    """A pruning round of IMP: keep `keep` weights; `sparsity` is None for rounds of the chain."""
 
-    The chain prunes `share` of the remaining weights a round, as far as needed. A goal, a sparsity,
-    branches off the last round that keeps more weights: its own round, of the next number, goes
-    straight there. Raises UserError for a goal that keeps all or none of the `total` weights.
+    number: int
+    keep: int
+    sparsity: float | None
+
+
+def plan_rounds(total: int, sparsities: list[float], fraction: float) -> list[Round]:
+    """Plan an IMP chain and its branches, in order of execution.
+
+    Each round of the chain prunes `fraction` of the remaining weights. A sparsity branches off the
+    last of these rounds that keeps more weights: one round, with the next number, prunes to its
+    exact count. Raises UserError for a sparsity that keeps all or none of the `total` weights.
     """
-    counts = {goal: keep_count(total, goal) for goal in goals}
-    for goal, count in counts.items():
+    counts = {sparsity: keep_count(total, sparsity) for sparsity in sparsities}
+    for sparsity, count in counts.items():
         if not 0 < count < total:
-            raise UserError(f"--sparsity {goal} keeps all or none of the {total} weights")
-    rounds, number, left = [], 0, total
-    while left > min(counts.values(), default=total):
-        number, before = number + 1, left
-        left -= max(1, round(share * left))
-        rounds += [(number, counts[goal], goal) for goal in goals if left <= counts[goal] < before]
-        rounds.append((number, left, None))
-    return rounds[:-1]  # no goal needs the last round of the chain
+            raise UserError(f"--sparsity {sparsity} keeps all or none of the {total} weights")
+    rounds, number, remaining = [], 0, total
+    while remaining > min(counts.values(), default=total):
+        number, previous = number + 1, remaining
+        remaining -= max(1, round(fraction * remaining))
+        branches = [s for s in sparsities if remaining <= counts[s] < previous]
+        rounds += [Round(number, counts[s], s) for s in branches]
+        rounds.append(Round(number, remaining, None))
+    return rounds[:-1]  # nothing branches off the last round
 
 
 def prune_exactly(prune: Prune, weights: dict[str, Tensor], mask: Mask, keep: int) -> Mask:
-    """`prune(weights, mask, keep)`: a part of `mask`, in its shapes, that keeps `keep` weights.
+    """Return `prune(weights, mask, keep)` after checking it.
 
-    Raises ValueError, naming the function, when it is not that.
+    Raises ValueError, naming the function, unless its result has the names, shapes and types of
+    `mask`, keeps exactly `keep` weights, and none that `mask` has pruned.
     """
     pruned, name = prune(weights, mask, keep), getattr(prune, "__name__", prune)
 
-    def form(mask: Mask) -> dict[str, tuple]:
-        return {key: (entry.shape, entry.dtype) for key, entry in mask.items()}
+    def signature(mask: Mask) -> dict[str, tuple]:
+        return {key: (layer_mask.shape, layer_mask.dtype) for key, layer_mask in mask.items()}
 
-    if form(pruned) != form(mask):
+    if signature(pruned) != signature(mask):
         raise ValueError(f"{name} changed the names, shapes or types of the mask's entries")
-    if kept(pruned) != keep:
-        raise ValueError(f"{name} kept {kept(pruned)} weights: it must keep exactly {keep}")
-    if any((entry & ~mask[key]).any() for key, entry in pruned.items()):
+    if num_kept(pruned) != keep:
+        raise ValueError(f"{name} kept {num_kept(pruned)} weights: it must keep exactly {keep}")
+    if any((layer_mask & ~mask[key]).any() for key, layer_mask in pruned.items()):
         raise ValueError(f"{name} brought back weights that were pruned before")
     return pruned
 
 
 def prune_by_magnitude(weights: dict[str, Tensor], mask: Mask, keep: int) -> Mask:
-    """Keep the `keep` largest weights of those that `mask` keeps, over all layers at once.
+    """Keep the `keep` largest of the weights that `mask` keeps, across all layers.
 
     Equals `torch.nn.utils.prune.global_unstructured` with L1 for the same weights and count (Han et
     al. 2015). Raises ValueError when the mask keeps fewer than `keep`.
     """
-    if not 0 <= keep <= kept(mask):
-        raise ValueError(f"cannot keep {keep} of {kept(mask)} weights")
+    if not 0 <= keep <= num_kept(mask):
+        raise ValueError(f"cannot keep {keep} of {num_kept(mask)} weights")
     magnitude = torch.cat([weights[name].detach().abs().flatten() for name in mask])
-    flat = torch.cat([entry.flatten() for entry in mask.values()])
-    magnitude[~flat] = -1  # what is pruned already goes first
+    flat = torch.cat([layer_mask.flatten() for layer_mask in mask.values()])
+    magnitude[~flat] = -1  # pruned weights come first
     flat[torch.topk(magnitude, flat.numel() - keep, largest=False, sorted=False).indices] = False
-    pieces = flat.split([entry.numel() for entry in mask.values()])
-    return {name: piece.view(entry.shape) for (name, entry), piece in zip(mask.items(), pieces)}
+    parts = flat.split([layer_mask.numel() for layer_mask in mask.values()])
+    return {name: part.view(mask[name].shape) for name, part in zip(mask, parts)}
 
 
 def apply(weights: dict[str, Tensor], mask: Mask) -> dict[str, Tensor]:
-    """A copy of `weights` with the masked ones set to zero."""
-    masked = {name: weights[name] * entry.to(weights[name].device) for name, entry in mask.items()}
-    return {name: value.clone() for name, value in weights.items()} | masked
+    """Return a copy of `weights` with the pruned ones set to zero."""
+    masked = {name: weights[name] * kept.to(weights[name].device) for name, kept in mask.items()}
+    return {name: weight.clone() for name, weight in weights.items()} | masked
 
 
 def signs(weights: dict[str, Tensor], names: list[str]) -> Mask:
@@ -131,16 +141,15 @@ def signs(weights: dict[str, Tensor], names: list[str]) -> Mask:
 
 
 def with_signs(weights: dict[str, Tensor], positive: Mask) -> dict[str, Tensor]:
-    """The weights that `positive` names with their magnitudes, plus where it is True (cf. Oh et al.
-    2025).
-    """
+    """Give the weights named in `positive` its signs, True for + (cf. Oh et al. 2025)."""
     sizes = {name: weights[name].abs() for name in positive}
     return {name: torch.where(plus, sizes[name], -sizes[name]) for name, plus in positive.items()}
 
 
 def rescale_fan_in(weights: dict[str, Tensor], mask: Mask) -> dict[str, Tensor]:
-    """The masked weights, those of each output unit scaled by sqrt(fan-in / kept fan-in) (Evci et
-    al. 2022).
+    """Scale the masked weights of each output unit by sqrt(fan-in / kept fan-in).
+
+    From Evci et al. (2022). A unit without kept weights stays 0.
     """
     scaled = {}
     for name, kept in mask.items():
@@ -150,25 +159,26 @@ def rescale_fan_in(weights: dict[str, Tensor], mask: Mask) -> dict[str, Tensor]:
 
 
 def shuffle(mask: Mask, seed: int) -> Mask:
-    """The mask with its entries shuffled within each layer, whose sparsities stay."""
+    """Shuffle the mask within each layer, which keeps every layer's sparsity."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: entry.flatten()[torch.randperm(entry.numel(), generator=generator)].view(entry.shape)
-        for name, entry in mask.items()
+        name: kept.flatten()[torch.randperm(kept.numel(), generator=generator)].view(kept.shape)
+        for name, kept in mask.items()
     }
 
 
 class Masker:
-    """Holds a network at its mask: a fused multiply after each step, a check after each epoch.
+    """Keeps the pruned weights of a network in training at zero; an empty mask does nothing.
 
-    An empty mask, as of a dense network, holds nothing.
+    `apply` after every optimiser step is one fused multiplication; `check` verifies an epoch.
     """
 
     def __init__(self, model: nn.Module, mask: Mask):
         self.parameters = [model.get_parameter(name) for name in mask]
-        # In the dtype and memory layout of the weights, for a fused multiply in a single pass.
+        # _foreach_mul_ is fused only for factors of the weights' dtype and memory layout.
         self.factors = [
-            torch.empty_like(p).copy_(entry) for p, entry in zip(self.parameters, mask.values())
+            torch.empty_like(weight).copy_(kept)
+            for weight, kept in zip(self.parameters, mask.values())
         ]
 
     @torch.no_grad()
@@ -178,9 +188,11 @@ class Masker:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Raise RuntimeError if a pruned weight is not zero; NaN, of divergence, is no leak."""
+        """Raise RuntimeError if a pruned weight is neither zero nor NaN (as after divergence)."""
         pairs = zip(self.parameters, self.factors)
-        leaks = sum(((p != 0) & (factor == 0) & ~p.isnan()).sum() for p, factor in pairs)
+        leaks = sum(
+            ((weight != 0) & (factor == 0) & ~weight.isnan()).sum() for weight, factor in pairs
+        )
         if leaks:
             raise RuntimeError(f"{int(leaks)} pruned weights are not zero")
 
@@ -188,13 +200,13 @@ class Masker:
 # ---------------------------------------------------------------- files
 
 
-def entry(network: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """What a mask file holds, of a network pruned to `mask` from the dense one of `signs`."""
-    return {key: network[key] for key in ("mask", "signs", "model", "dataset", "tag")} | {
-        "sparsity": sparsity(network["mask"]),
-        "sparsity_total": sparsity_total(network["mask"], model),
-        "mask_dataset": (network["dataset"] or {}).get("name"),
-        "source_seed": network["seed"],
+def mask_info(pruned: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Return the content of a mask file (docs/files.md) for `pruned`, a checkpoint of `model`."""
+    return {key: pruned[key] for key in ("mask", "signs", "model", "dataset", "tag")} | {
+        "sparsity": sparsity(pruned["mask"]),
+        "sparsity_total": sparsity_total(pruned["mask"], model),
+        "mask_dataset": (pruned["dataset"] or {}).get("name"),
+        "source_seed": pruned["seed"],
         "target_seed": None,
         "method": None,
         "match_epoch": None,
@@ -202,85 +214,85 @@ def entry(network: dict[str, Any], model: nn.Module) -> dict[str, Any]:
 
 
 def check_fits(mask: Mask, weights: dict[str, Tensor], path: object) -> None:
-    """Raise UserError unless a mask, read from `path`, has the shapes of the weights."""
-    for name, entry in mask.items():
-        if name not in weights or weights[name].shape != entry.shape or entry.dtype != torch.bool:
-            found = f"{name} is {tuple(entry.shape)} {entry.dtype} there"
-            raise UserError(f"{path} does not fit the network: {found}")
+    """Raise UserError unless the mask read from `path` has the names and shapes of the weights."""
+    for name, kept in mask.items():
+        if name not in weights or weights[name].shape != kept.shape or kept.dtype != torch.bool:
+            details = f"{name} is {tuple(kept.shape)} {kept.dtype} there"
+            raise UserError(f"{path} does not fit the network: {details}")
 
 
-def check_parts(entry: dict[str, Any], dense: dict[str, Any], path: Path) -> None:
-    """Raise UserError unless mask and signs, read from `path`, fit a network and each other."""
-    if entry["model"] != dense["model"]:
-        raise UserError(f"{path} is for {entry['model']}, and the network is {dense['model']}")
-    for part in ("mask", "signs"):
-        check_fits(entry[part], dense["state_dict"], path)
-    if entry["mask"].keys() != entry["signs"].keys():
-        raise UserError(f"{path} does not fit the network: its mask and signs are of other layers")
+def check_info(info: dict[str, Any], dense: dict[str, Any], path: Path) -> None:
+    """Raise UserError unless mask and signs, read from `path`, fit a checkpoint and each other."""
+    if info["model"] != dense["model"]:
+        raise UserError(f"{path} is for {info['model']}, but the network is {dense['model']}")
+    for key in ("mask", "signs"):
+        check_fits(info[key], dense["state_dict"], path)
+    if info["mask"].keys() != info["signs"].keys():
+        raise UserError(f"{path} does not fit the network: mask and signs cover different layers")
 
 
 def load(path: Path, dense: dict[str, Any]) -> dict[str, Any]:
-    """Read the mask file at `path` for the network of a checkpoint; adds `sha256`, its digest.
+    """Read the mask file at `path` for the network of a checkpoint; adds its digest as `sha256`.
 
-    Raises UserError when it is no mask file or is for another network.
+    Raises UserError when it is not a mask file or does not fit the network.
     """
-    entry = checkpoint.load(path, checkpoint.MASKS)
-    check_parts(entry, dense, path)
-    return entry | {"sha256": checkpoint.digest(path)}
+    info = checkpoint.load(path, checkpoint.MASKS)
+    check_info(info, dense, path)
+    return info | {"sha256": checkpoint.digest(path)}
 
 
-def check_source(entry: dict[str, Any], dense: dict[str, Any], path: Path) -> None:
-    """Raise UserError unless the mask at `path` has the signs of these very weights."""
+def check_source(info: dict[str, Any], dense: dict[str, Any], path: Path) -> None:
+    """Raise UserError unless the signs read from `path` are those of the weights in `dense`."""
     weights = dense["state_dict"]
-    if any((positive != (weights[name] > 0)).any() for name, positive in entry["signs"].items()):
+    if any((positive != (weights[name] > 0)).any() for name, positive in info["signs"].items()):
         seed = dense["seed"]
-        raise UserError(f"{path} was pruned from another network of seed {seed} than is given here")
+        raise UserError(f"{path} was pruned from another network of seed {seed} than the one given")
 
 
 def load_all(folder: Path, dense: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Read the masks that stage 2 pruned from the network of a checkpoint, by file name.
 
-    `unpermuted` is each one's digest. Raises UserError when there is none, or one is of another
-    network or permuted.
+    Adds each file's digest as `unpermuted`. Raises UserError when the folder has no mask, or one
+    that is permuted or was pruned from another network.
     """
     masks = {}
     for path in paths.mask_files(folder):
-        entry = load(path, dense)
-        if (entry["source_seed"], entry["target_seed"]) != (dense["seed"], None):
-            of = f"of seed {entry['source_seed']}, target {entry['target_seed']}"
+        info = load(path, dense)
+        if (info["source_seed"], info["target_seed"]) != (dense["seed"], None):
+            seeds = f"of seed {info['source_seed']}, target {info['target_seed']}"
             raise UserError(
-                f"{path} is {of}, and --source is seed {dense['seed']}: give the masks that "
-                "prune_imp.py made of the source"
+                f"{path} is {seeds}, but --source is seed {dense['seed']}: pass the masks that "
+                "prune_imp.py made from the source"
             )
-        check_source(entry, dense, path)
-        masks[path.name] = entry | {"unpermuted": entry.pop("sha256")}
+        check_source(info, dense, path)
+        masks[path.name] = info | {"unpermuted": info.pop("sha256")}
     if not masks:
-        there = checkpoint.siblings(folder / "mask_*.pt")
-        raise UserError(f"no mask_*.pt in {folder}{there}: give the folder that prune_imp.py wrote")
+        files = checkpoint.alternatives(folder / "mask_*.pt")
+        raise UserError(f"no mask_*.pt in {folder}{files}: pass the folder that prune_imp.py wrote")
     return masks
 
 
-def latest(folder: Path, start: dict[str, Any], before: int) -> dict[str, Any]:
-    """The network of the last round below `before` in `folder`; `start`, where there is none.
+def load_latest_round(folder: Path, start: dict[str, Any], before: int) -> dict[str, Any]:
+    """Read the network of the last round below `before` in `folder`; return `start` if none.
 
-    Raises UserError when its file is of another chain or round.
+    Raises UserError when the file is from another chain or round.
     """
     earlier = [path for number, path in paths.round_files(folder).items() if number < before]
     if not earlier:
         return start
     path = earlier[-1]
-    network = checkpoint.load(path, (*checkpoint.WEIGHTS, "round", "rows", "mask", "signs"))
-    check_parts(network, start, path)
-    check_source(network, start, path)
-    if path != paths.round_file(folder, network["round"]):
-        raise UserError(f"{path} holds round {network['round']}: remove it")
-    return network
+    chain = checkpoint.load(path, (*checkpoint.WEIGHTS, "round", "rows", "mask", "signs"))
+    check_info(chain, start, path)
+    check_source(chain, start, path)
+    if path != paths.round_file(folder, chain["round"]):
+        raise UserError(f"{path} holds round {chain['round']}: remove it")
+    return chain
 
 
 def from_prune(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], Mask]:
-    """The weights and the mask of a state dict as torch.nn.utils.prune leaves it.
+    """Return weights and mask of a state dict that torch.nn.utils.prune has modified.
 
-    `weight_orig` and `weight_mask` become `weight`, masked ones zero; other entries stay.
+    `weight_orig` times `weight_mask` becomes `weight`; other entries stay.
     """
     weights, mask = dict(state), {}
     for name in [key.removesuffix("_mask") for key in state if key.endswith("_mask")]:

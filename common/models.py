@@ -1,7 +1,7 @@
-"""The four networks of the project, each with a `width` that multiplies every channel count.
+"""The four network architectures; `width` multiplies every channel count.
 
-To add a network: write a function (width, classes, input_shape) -> module here and name it in
-MODELS. Its permutation axes are read off its graph (common/align/axes.py).
+To add one, write a function (width, classes, input_shape) -> module and add it to MODELS.
+Its permutation axes are derived from its graph (common/align/axes.py).
 """
 
 import math
@@ -15,20 +15,20 @@ from common.runtime.seeding import seeded
 
 
 def channels(base: int, width: float) -> int:
-    """Return base * width; raises UserError unless that is a whole number of channels."""
+    """Return base * width. Raises UserError unless it is a positive whole number."""
     count = base * width
     if not 1 <= count < 2**31 or abs(count - round(count)) > 1e-9:
         raise UserError(
-            f"--width {width:g} turns {base} channels into {count:g}: choose one that gives a "
-            "whole number of them"
+            f"--width {width:g} turns {base} channels into {count:g}: choose a width that gives "
+            "a whole number"
         )
     return round(count)
 
 
 def initialise(model: nn.Module, mode: str = "fan_in", zero_biases: bool = True) -> nn.Module:
-    """Kaiming-normal weights of convolutions and linear layers (He et al. 2015).
+    """Draw convolution and linear weights from the Kaiming normal distribution (He et al. 2015).
 
-    Biases are zero or stay as PyTorch draws them.
+    Sets biases to zero, or keeps PyTorch's default initialisation. Returns the model.
     """
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -39,7 +39,7 @@ def initialise(model: nn.Module, mode: str = "fan_in", zero_biases: bool = True)
 
 
 def mlp(width: float, classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
-    """Three hidden layers of 512 * width units, initialised as by He et al. (2015); our own."""
+    """Three hidden layers of 512 * width units, Kaiming-normal weights; not in the paper."""
     hidden, pixels = channels(512, width), math.prod(input_shape)
     layers = [nn.Flatten()]
     for fan_in in (pixels, hidden, hidden):
@@ -50,30 +50,32 @@ def mlp(width: float, classes: int, input_shape: tuple[int, int, int]) -> nn.Mod
 def vgg11(width: float, classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
     """VGG11 for small images: eight 3x3 convolutions with bias, no BatchNorm, one linear layer.
 
-    Initialised as the authors' and REPAIR's VGG (torchvision's rule): convolutions Kaiming-normal
-    by fan-out, the linear layer N(0, 0.01), biases zero. At the paper's learning rate of 0.08 it
-    learns so; by fan-in it diverges in the first epoch, and with PyTorch's default, which the
-    authors' configuration can leave, its loss is still that of guessing after 80 steps.
+    Initialised like the VGG of the authors, of REPAIR and of torchvision: Kaiming-normal (fan-out)
+    convolutions, linear weights N(0, 0.01), zero biases. This trains at the paper's learning rate
+    of 0.08. With fan-in it diverges in the first epoch. With PyTorch's default, which the authors'
+    configuration also allows, the loss stays at chance level for at least 80 steps.
     """
-    fan_in, height, side = input_shape
-    if min(height, side) < 32:
-        raise UserError(f"vgg11 needs 32 px or more, not {height}x{side}: set --image-size")
+    fan_in, image_height, image_width = input_shape
+    if min(image_height, image_width) < 32:
+        size = f"{image_height}x{image_width}"
+        raise UserError(f"vgg11 needs 32 px or more, not {size}: set --image-size")
     layers = []
-    for entry in (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool"):
-        if entry == "pool":
+    for layer in (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool"):
+        if layer == "pool":
             layers.append(nn.MaxPool2d(2))
         else:
-            fan_out = channels(entry, width)
+            fan_out = channels(layer, width)
             layers += [nn.Conv2d(fan_in, fan_out, 3, padding=1), nn.ReLU()]
             fan_in = fan_out
-    layers += [nn.Flatten(), nn.Linear(fan_in * (height // 32) * (side // 32), classes)]
+    features = fan_in * (image_height // 32) * (image_width // 32)
+    layers += [nn.Flatten(), nn.Linear(features, classes)]
     model = initialise(nn.Sequential(*layers), mode="fan_out")
     nn.init.normal_(model[-1].weight, std=0.01)
     return model
 
 
 class Block(nn.Module):
-    """A basic residual block; its shortcut is a strided 3x3 convolution with BN or nothing."""
+    """A basic residual block; the shortcut is the identity or a strided 3x3 convolution with BN."""
 
     def __init__(self, fan_in: int, fan_out: int, stride: int):
         super().__init__()
@@ -92,10 +94,10 @@ class Block(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """The paper's CIFAR ResNet: 16, 32, 64 channels times width, three blocks a stage.
+    """The paper's CIFAR ResNet: three stages of three blocks with 16, 32, 64 channels times width.
 
-    Initialised as by the authors: weights Kaiming-normal by fan-in, the linear layer's bias as
-    PyTorch draws it.
+    Initialised as in the authors' code: Kaiming-normal (fan-in) weights, PyTorch's default bias in
+    the linear layer.
     """
 
     def __init__(self, width: float, classes: int, input_shape: tuple[int, int, int]):
@@ -117,8 +119,8 @@ class ResNet20(nn.Module):
 
 
 def resnet50(width: float, classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
-    """torchvision's ResNet50, by its parameter names, with every channel count times width."""
-    from common.vision import torchvision  # here, because it takes seconds that others need not pay
+    """torchvision's ResNet50, with its parameter names, and all channel counts times width."""
+    from common.vision import torchvision  # imported here because it takes seconds
 
     model = torchvision.models.resnet50(num_classes=classes)
     for name, module in list(model.named_modules()) if width != 1 else ():
@@ -126,7 +128,7 @@ def resnet50(width: float, classes: int, input_shape: tuple[int, int, int]) -> n
             fan_in = 3 if name == "conv1" else channels(module.in_channels, width)
             shape = module.kernel_size, module.stride, module.padding
             wide = nn.Conv2d(fan_in, channels(module.out_channels, width), *shape, bias=False)
-            # As torchvision does.
+            # Same initialisation as in torchvision.
             nn.init.kaiming_normal_(wide.weight, mode="fan_out", nonlinearity="relu")
         elif isinstance(module, nn.BatchNorm2d):
             wide = nn.BatchNorm2d(channels(module.num_features, width))
@@ -148,9 +150,10 @@ def build_model(
     input_shape: tuple[int, int, int] = (3, 32, 32),
     seed: int = 0,
 ) -> nn.Module:
-    """A network on the CPU, from `seed` alone; input_shape is (channels, height, width in px).
+    """Build a network on the CPU; `seed` alone determines its initialisation.
 
-    Raises UserError for an unknown name, a fraction of a channel, or too small an image.
+    `input_shape` is (channels, height, width) in px. Raises UserError for an unknown name, a width
+    that gives fractional channels, or an image that is too small.
     """
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
@@ -159,9 +162,9 @@ def build_model(
 
 
 def check_fits(state: dict[str, Tensor], model: nn.Module, path: object, name: str) -> None:
-    """Raise UserError unless the model `name` takes a state dict, read from `path`."""
+    """Load the state dict read from `path` into `model`; raises UserError if it does not fit."""
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        found = shorten(str(error).partition("\n")[2], 200)
-        raise UserError(f"{path} does not fit {name}: {found}") from error
+        details = shorten(str(error).partition("\n")[2], 200)
+        raise UserError(f"{path} does not fit {name}: {details}") from error

@@ -1,12 +1,12 @@
-"""The names of all files and folders that the stages write: made and read back here alone."""
+"""Names of all files and folders that the stages write; no other module builds or parses them."""
 
 import contextlib
 from pathlib import Path
 from typing import Any
 
 
-def label(sparsity: float) -> str:
-    """0.9 -> '0.90', 0.995 -> '0.995': at least two decimals, as many as the number has."""
+def format_sparsity(sparsity: float) -> str:
+    """0.9 -> '0.90', 0.995 -> '0.995': all decimals, at least two."""
     return max(f"{sparsity:.2f}", f"{sparsity:.10g}", key=len)
 
 
@@ -20,12 +20,12 @@ def epoch_file(folder: Path, epoch: int) -> Path:
 
 
 def epoch_files(folder: Path) -> dict[int, Path]:
-    """The weights that a dense run kept, by epoch."""
-    return _by_number(folder, "epoch", int)
+    """Saved weights of a dense run, by epoch."""
+    return _numbered_files(folder, "epoch", int)
 
 
 def mask_file(folder: Path, sparsity: float) -> Path:
-    return folder / f"mask_{label(sparsity)}.pt"
+    return folder / f"mask_{format_sparsity(sparsity)}.pt"
 
 
 def mask_files(folder: Path) -> list[Path]:
@@ -34,12 +34,12 @@ def mask_files(folder: Path) -> list[Path]:
 
 def imp_file(folder: Path, sparsity: float) -> Path:
     """The network that IMP pruned to a sparsity."""
-    return folder / f"sparse_{label(sparsity)}.pt"
+    return folder / f"sparse_{format_sparsity(sparsity)}.pt"
 
 
 def imp_files(folder: Path) -> dict[float, Path]:
-    """The networks that an IMP chain pruned, by sparsity."""
-    return _by_number(folder, "sparse", float)
+    """Networks that IMP pruned, by sparsity."""
+    return _numbered_files(folder, "sparse", float)
 
 
 def round_file(folder: Path, number: int) -> Path:
@@ -48,22 +48,22 @@ def round_file(folder: Path, number: int) -> Path:
 
 
 def round_files(folder: Path) -> dict[int, Path]:
-    """The networks after each round of an IMP chain that are there, by number."""
-    return _by_number(folder, "round", int)
+    """Saved networks of an IMP chain, by round."""
+    return _numbered_files(folder, "round", int)
 
 
-def _by_number(folder: Path, word: str, kind: type) -> dict[Any, Path]:
-    """The files word_NUMBER.pt in order; others, as copies of such, are left out."""
-    found = {}
-    for path in folder.glob(f"{word}_*.pt"):
+def _numbered_files(folder: Path, prefix: str, number_type: type) -> dict[Any, Path]:
+    """Files named PREFIX_NUMBER.pt, by ascending number; other files, as copies, are skipped."""
+    files = {}
+    for path in folder.glob(f"{prefix}_*.pt"):
         with contextlib.suppress(ValueError):
-            found[kind(path.stem.removeprefix(f"{word}_"))] = path
-    return dict(sorted(found.items()))
+            files[number_type(path.stem.removeprefix(f"{prefix}_"))] = path
+    return dict(sorted(files.items()))
 
 
-def permutation_file(folder: Path, mask: str | None = None) -> Path:
-    """The permutation of a folder, or that of the mask file of this name alone."""
-    return folder / (mask.replace("mask", "permutation") if mask else "permutation.pt")
+def permutation_file(folder: Path, mask_name: str | None = None) -> Path:
+    """The permutation for all masks of a folder, or for the mask file `mask_name` alone."""
+    return folder / (mask_name.replace("mask", "permutation") if mask_name else "permutation.pt")
 
 
 def permutation_files(folder: Path) -> list[Path]:
@@ -71,16 +71,16 @@ def permutation_files(folder: Path) -> list[Path]:
 
 
 def sparse_folder(out: Path, sparsity: float, rewind: int) -> Path:
-    """The run of stage 4 for a sparsity and a rewind epoch."""
-    return out / f"s{label(sparsity)}_k{rewind:03d}"
+    """Folder of the sparse run for a sparsity and a rewind epoch."""
+    return out / f"s{format_sparsity(sparsity)}_k{rewind:03d}"
 
 
 def final_file(folder: Path) -> Path:
-    """The network of a finished run of stage 4; one that diverged has none."""
+    """The network of a finished sparse run; a run that diverged has none."""
     return folder / "final.pt"
 
 
 def sparsity_of(path: Path) -> float | None:
-    """The sparsity of a mask, IMP or permutation file; None where it is for all."""
+    """The sparsity in a mask, IMP or permutation file's name; None if it is for all of them."""
     _, _, sparsity = path.stem.partition("_")
     return float(sparsity) if sparsity else None

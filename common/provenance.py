@@ -1,4 +1,4 @@
-"""What made a result: the code, the commit and the machine."""
+"""What produced a result: the code, the git commit and the machine."""
 
 import ast
 import contextlib
@@ -15,16 +15,14 @@ import torch
 from common.runtime import distributed
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @functools.cache
 def code_digest(script: str, folder: str = "common") -> str:
-    """12 hex digits of the code of a stage's script and of a folder.
+    """Return 12 hex digits that identify the code of a script and of all modules in a folder.
 
-    Of the syntax trees without docstrings, so that comments and formatting do not count.
+    Hashes the syntax trees without docstrings, so comments and formatting do not matter.
     """
     digest = hashlib.sha256()
     for path in [Path(script), *sorted((ROOT / folder).rglob("*.py"))]:
@@ -38,8 +36,8 @@ def code_digest(script: str, folder: str = "common") -> str:
 
 @functools.cache
 def commit() -> str | None:
-    """The git commit of this checkout, with `-dirty` where it was changed; None outside of git."""
-    if not (ROOT / ".git").exists():  # but, it may be, a repository above, of somebody else's
+    """The git commit of this checkout, plus `-dirty` if files were changed; None outside of git."""
+    if not (ROOT / ".git").exists():  # git would search the parent folders for another repository
         return None
     command = ["git", "-C", ROOT, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     with contextlib.suppress(OSError):
@@ -48,12 +46,12 @@ def commit() -> str | None:
 
 
 def stamp(script: str) -> dict[str, Any]:
-    """`code` and `commit`, as files of tensors and result.json hold them."""
+    """`code` and `commit`, which every .pt file and result.json records."""
     return {"code": code_digest(script), "commit": commit()}
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a result depends on beside arguments and code: device, threads, processes, versions."""
+    """What else can change a result: device, number of threads and processes, versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     packages = ("torch", "torchvision", "numpy", "scipy")
     versions = {package: metadata.version(package) for package in packages}
@@ -66,6 +64,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _processor() -> str:
+    """The model name of the CPU."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

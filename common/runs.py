@@ -1,7 +1,6 @@
-"""Run folders: each knows which experiment it holds, under which code it was made, and whether it
-is finished.
+"""Run folders: each records its experiment, the code that ran it, and whether it is finished.
 
-arguments.json is written first, and result.json last of all.
+arguments.json is written first and result.json last.
 """
 
 import errno
@@ -23,32 +22,34 @@ from common import checkpoint, provenance
 from common.errors import UserError
 from common.runtime.distributed import RANK
 
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems that have none
-_locks: dict[Path, TextIO] = {}  # of the folders that this process works in
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # the file system has no locks
+_locks: dict[Path, TextIO] = {}  # lock files that this process holds
 
 
-def recorded(folder: Path) -> dict[str, Any]:
-    """The arguments of the experiment that `folder` holds; none where it holds none yet."""
+def recorded_arguments(folder: Path) -> dict[str, Any]:
+    """Return the arguments of the experiment in `folder`, or {} if there is none yet."""
     path = Path(folder) / "arguments.json"
     return checkpoint.load_json(path) if path.is_file() else {}
 
 
 def is_finished(folder: Path, arguments: dict[str, Any]) -> bool:
-    """Whether `folder` holds the finished run that `arguments` describe, and nobody works there.
+    """Whether `folder` holds the finished run of `arguments`, and no process is working in it.
 
-    One that was killed after its result is none yet: it goes on, and nothing is left to be trained.
-    Raises UserError when it holds a different experiment, naming the difference, or other files.
+    A run that was killed between writing its result and removing its other files is unfinished;
+    it resumes with nothing left to train. Raises UserError when the folder holds other files or a
+    different experiment, naming the differences.
     """
     folder = Path(folder)
-    if before := recorded(folder):
-        now = json.loads(json.dumps(arguments))
-        keys = sorted((before.keys() | now.keys()) - {"code"})
-        # A flag that has come since, and is not set, changes nothing.
-        keys = [key for key in keys if key in before or now[key]]
-        changed = [key for key in keys if before.get(key) != now.get(key)]
+    if recorded := recorded_arguments(folder):
+        arguments = json.loads(json.dumps(arguments))  # tuples as lists, as in the record
+        keys = sorted((recorded.keys() | arguments.keys()) - {"code"})
+        # A flag added to the code since then does not count while it is unset.
+        keys = [key for key in keys if key in recorded or arguments[key]]
+        changed = [key for key in keys if recorded.get(key) != arguments.get(key)]
         if changed:
             differences = ", ".join(
-                f"{key} is {before.get(key)} there and {now.get(key)} here" for key in changed
+                f"{key} is {recorded.get(key)} there and {arguments.get(key)} here"
+                for key in changed
             )
             raise UserError(
                 f"{folder} holds another experiment ({differences}): "
@@ -59,21 +60,22 @@ def is_finished(folder: Path, arguments: dict[str, Any]) -> bool:
         or any(not entry.name.endswith((".tmp", ".lock")) for entry in folder.iterdir())
     ):
         raise UserError(f"{folder} exists and holds no run of this project: choose another --out")
-    left = (folder / ".lock").exists() or (folder / "resume.pt").exists()
-    return (folder / "result.json").is_file() and not left
+    in_progress = (folder / ".lock").exists() or (folder / "resume.pt").exists()
+    return (folder / "result.json").is_file() and not in_progress
 
 
 def other_code(folder: Path, script: str) -> str:
-    """By which code a run was made, and which is here now, where they differ; else nothing."""
-    then, now = "+".join(recorded(folder).get("code", ["unknown"])), provenance.code_digest(script)
-    return "" if then == now else f"other code ({then} then, {now} now)"
+    """Describe the code of a run if it differs from the current code; otherwise return ""."""
+    run_code = "+".join(recorded_arguments(folder).get("code", ["unknown"]))
+    current_code = provenance.code_digest(script)
+    return "" if run_code == current_code else f"other code ({run_code} then, {current_code} now)"
 
 
-def say_finished(folder: Path, script: str) -> None:
-    """Print that there is nothing to do, and when the code was another then."""
-    if made_by := other_code(folder, script):
+def print_finished(folder: Path, script: str) -> None:
+    """Print that there is nothing to do, and whether the code has changed since the run."""
+    if code := other_code(folder, script):
         print(
-            f"{folder} is finished, by {made_by}: nothing to do; to run the code as it is now, "
+            f"{folder} is finished, by {code}: nothing to do; to run the code as it is now, "
             "choose another --out, and a --tag to name it in tables"
         )
     else:
@@ -81,19 +83,19 @@ def say_finished(folder: Path, script: str) -> None:
 
 
 def claim(folder: Path, arguments: dict[str, Any], script: str) -> dict[str, Any]:
-    """Record in `folder`, before anything else, which experiment it holds, and under which code.
+    """Lock `folder` and record in it the experiment's arguments and the digest of the code.
 
-    Clears what a killed writer left; says so when the code changed since the run was cut off.
-    Returns the stamp of its files: `code`, all digests joined by +, and `commit`. Raises UserError
-    when another process works there.
+    Removes temporary files of killed processes, and prints a line if an interrupted run resumes
+    under other code. Returns what the run's files record: `code`, all digests joined by +, and
+    `commit`. Raises UserError when another process is working in the folder.
     """
     folder = Path(folder)
     _lock(folder)
     checkpoint.remove(folder.glob(".*.tmp"))
     stamp = provenance.stamp(script)
-    codes = recorded(folder).get("code", [])
+    codes = recorded_arguments(folder).get("code", [])
     if codes and codes[-1] != stamp["code"]:
-        tqdm.write(f"{folder} goes on under other code ({codes[-1]} then, {stamp['code']} now)")
+        tqdm.write(f"{folder} resumes under other code ({codes[-1]} then, {stamp['code']} now)")
     if codes[-1:] != [stamp["code"]]:
         codes = [*codes, stamp["code"]]
         checkpoint.save_json(arguments | {"code": codes}, folder / "arguments.json")
@@ -101,9 +103,9 @@ def claim(folder: Path, arguments: dict[str, Any], script: str) -> dict[str, Any
 
 
 def _lock(folder: Path) -> None:
-    """Keep a folder for this process until it ends; the system releases the lock of a dead one.
+    """Lock a folder until this process ends; the system releases the lock if it dies.
 
-    The lock is not inherited: workers that read images outlive a process that is killed.
+    Child processes do not inherit an fcntl lock: data workers can outlive a killed process.
     """
     path = folder / ".lock"
     if RANK or path in _locks:
@@ -113,7 +115,7 @@ def _lock(folder: Path) -> None:
         file = open(path, "a+")
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{folder} is in work by {path.read_text().strip()}: leave it") from None
+        raise UserError(f"{folder} is in use by {path.read_text().strip()}: wait for it") from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
@@ -137,20 +139,21 @@ def finish(
     rows: list[dict[str, Any]],
     device: torch.device,
     stamp: dict[str, Any],
-    **more: Any,
+    **extra: Any,
 ) -> None:
-    """Write log.csv and then, last of all, result.json of a run: what it was, metrics, machine."""
+    """Write log.csv and, last, result.json: arguments, last metrics, code and machine, `extra`."""
     checkpoint.save_csv(rows, folder / "log.csv")
     seconds = sum(row.get("seconds", 0) for row in rows)
     result = {"stage": stage, "arguments": arguments, "seconds": seconds, **metrics(rows[-1])}
-    result |= more | stamp | provenance.environment(device)
+    result |= extra | stamp | provenance.environment(device)
     result["command"] = shlex.join(["python", *sys.argv])
     checkpoint.save_json(result, folder / "result.json")
     _unlock(folder)
-    checkpoint.remove([folder / "resume.pt"])  # last: without it the run would be trained again
+    # Last, so that a kill before this point does not train the run again.
+    checkpoint.remove([folder / "resume.pt"])
 
 
 def metrics(row: dict[str, Any]) -> dict[str, float | None]:
-    """Losses and accuracies of an epoch; None for NaN and inf, which JSON has not."""
-    found = {key: value for key, value in row.items() if key.startswith(("train_", "test_"))}
-    return {key: value if math.isfinite(value) else None for key, value in found.items()}
+    """Losses and accuracies of an epoch; None for NaN and inf, which JSON cannot represent."""
+    values = {key: value for key, value in row.items() if key.startswith(("train_", "test_"))}
+    return {key: value if math.isfinite(value) else None for key, value in values.items()}

@@ -1,8 +1,8 @@
-"""torchvision, imported so that a CPU build of torch is enough.
+"""Import torchvision, also where its build does not match a CPU-only build of torch.
 
-The package index serves torchvision built for CUDA. Beside a CPU-only torch its compiled operators
-(box operations, which this project does not use) cannot load, and its import then stops where it
-registers them. Leaving that one module out lets models, data sets and transforms work everywhere.
+The default torchvision wheel is built for CUDA. With a CPU-only torch its compiled operators (box
+operations, which this project does not use) cannot load, and `import torchvision` fails where it
+registers them. Without that one module, models, data sets and transforms work everywhere.
 """
 
 import sys
@@ -19,6 +19,6 @@ except RuntimeError as error:
     sys.modules[skipped] = types.ModuleType(skipped)
     import torchvision
 
-from torchvision.transforms import v2  # noqa: E402  only after torchvision itself is in
+from torchvision.transforms import v2  # noqa: E402  must follow the import of torchvision
 
 __all__ = ["torchvision", "v2"]

@@ -1,4 +1,4 @@
-"""Shared by the tests: the stages called through their real entry points, at a tiny budget."""
+"""Shared helpers and fixtures: run the stages through their entry points at a tiny budget."""
 
 import contextlib
 import functools
@@ -34,29 +34,28 @@ from common.runtime.seeding import seeded as seeded_from
 FAST = "--batch-size 64 --precision fp32 --device cpu"
 TINY = f"--model mlp --width 0.03125 --image-size 8 --limit-train 256 {FAST}"
 
-data.glyphs.TRAIN, data.glyphs.TEST = 500, 200  # images, which are drawn once
+data.glyphs.TRAIN, data.glyphs.TEST = 500, 200  # images, generated once
 data.read_glyphs = functools.cache(data.read_glyphs)
 savefig = Figure.savefig
-os.fsync = lambda number: None  # no test outlives the machine
+os.fsync = lambda descriptor: None  # tests need no protection against crashes of the machine
 
 
 def sgd(momentum, weight_decay):
-    """What the stages train with."""
+    """The optimiser of the stages."""
     return partial(
         torch.optim.SGD, lr=0.0, momentum=momentum, weight_decay=weight_decay, fused=True
     )
 
 
-# Where there is a GPU, a process that has trained cannot fork one that trains: the stages never do,
-# but tests here would.
+# A process that has used CUDA cannot fork one that trains. The stages never do, some tests would.
 forks = pytest.mark.skipif(torch.cuda.is_available(), reason="trains before it forks")
 
 
 def fork(function, *arguments):
-    """Start a function in a process of its own, which needs to import nothing."""
+    """Start a function in a forked process, which has all modules imported already."""
 
     def child():
-        tqdm.set_lock(threading.RLock())  # its own, as it may die with it
+        tqdm.set_lock(threading.RLock())  # not shared: the child may be killed while it holds it
         function(*arguments)
 
     process = get_context("fork").Process(target=child)
@@ -71,12 +70,12 @@ class Outcome(NamedTuple):
 
 
 def words(*command):
-    """Those of a command, of which a part may hold several."""
+    """Split a command, given in parts of one or more words, into a list of words."""
     return " ".join(map(str, command)).split()
 
 
 def start(*command, torchrun=False):
-    """Run a script's main as its command line does, in this process."""
+    """Run a script's main in this process, as the command line does."""
     script, *arguments = words(*command)
     module = importlib.import_module(script)
     with mock.patch.object(sys, "argv", [f"{script}.py", *arguments]):
@@ -84,7 +83,7 @@ def start(*command, torchrun=False):
 
 
 def call(*command):
-    """Run a script and tell how it ended."""
+    """Run a script; return its exit code and output."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -101,7 +100,7 @@ def succeed(*command):
 
 
 def refused(outcome, *words):
-    """The script ended in one line that says all of `words`."""
+    """Assert that the script ended with exit code 2 and a one-line error containing `words`."""
     assert outcome.code == 2, outcome
     assert outcome.err.count("\n") == 1 and "Traceback" not in outcome.err, outcome.err
     for word in words:
@@ -112,29 +111,29 @@ def refuse(command, *words):
     refused(call(*command), *words)
 
 
-# ------------------------------------------------ commands at the tiny budget; later flags win
+# ------------------------------------- commands at the tiny budget; later flags override earlier
 
 
-def stage1(out, *more):
-    return f"train_dense {TINY} --epochs 3 --save-epochs 1 --out {out}", *more
+def stage1(out, *flags):
+    return f"train_dense {TINY} --epochs 3 --save-epochs 1 --out {out}", *flags
 
 
-def stage2(dense, out, *more):
-    return f"prune_imp --dense {dense} --epochs 1 {FAST} --sparsity 0.5 0.7 --out {out}", *more
+def stage2(dense, out, *flags):
+    return f"prune_imp --dense {dense} --epochs 1 {FAST} --sparsity 0.5 0.7 --out {out}", *flags
 
 
-def stage3(source, target, masks, out, *more):
-    ends = f"--source {source} --target {target} --masks {masks}"
-    return f"align_mask {ends} --device cpu --out {out}", *more
+def stage3(source, target, masks, out, *flags):
+    inputs = f"--source {source} --target {target} --masks {masks}"
+    return f"align_mask {inputs} --device cpu --out {out}", *flags
 
 
-def stage4(arm, weights, masks, out, *more):
-    files = f"--weights {weights} --masks {masks} --out {out}"
-    return f"train_sparse --arm {arm} {files} {FAST} --sparsity 0.5 0.7 --rewind 0 1", *more
+def stage4(arm, weights, masks, out, *flags):
+    paths = f"--weights {weights} --masks {masks} --out {out}"
+    return f"train_sparse --arm {arm} {paths} {FAST} --sparsity 0.5 0.7 --rewind 0 1", *flags
 
 
 def pipeline(root, a, b):
-    """The commands of stages 2 to 4 for a pair of seeds."""
+    """Yield the commands of stages 2 to 4 for source seed `a` and target seed `b`."""
     source, target, masks = (
         root / name for name in (f"dense/seed{a}", f"dense/seed{b}", f"imp/seed{a}")
     )
@@ -147,27 +146,23 @@ def pipeline(root, a, b):
 
 
 def align_and_train(root, a, b, name, flags):
-    """Stages 3 and 4 for a pair of seeds in a finished pipeline, once more in some other way."""
+    """Run stages 3 and 4 for a pair of a finished pipeline again, with other alignment flags."""
     source, target, pair = root / f"dense/seed{a}", root / f"dense/seed{b}", f"seed{a}-seed{b}"
     out = root / f"align/{name}/{pair}"
     succeed(*stage3(source, target, root / f"imp/seed{a}", out, flags))
     succeed(*stage4("permuted", target, out, root / f"sparse/permuted/{name}/{pair}"))
 
 
-# The same for ResNet50 on the images of ImageNet in `root`.
+# Stage 1 for ResNet50 on ImageNet's folder layout in root/data.
 JPEGS = "--batch-size 4 --lr 0.01 --workers 0 --warmup 0 --precision fp32 --device cpu"
 
 
-def imagenet1(root, out, *more):
+def imagenet1(root, out, *flags):
     network = "--dataset imagenet --model resnet50 --width 0.0625 --epochs 2 --save-epochs 1"
-    return f"train_dense {network} {JPEGS} --data-dir {root}/data --out {out}", *more
+    return f"train_dense {network} {JPEGS} --data-dir {root}/data --out {out}", *flags
 
 
-def sparse(*arguments):
-    return call(*stage4(*arguments))
-
-
-# ---------------------------------------------------------------- what files and networks hold
+# ---------------------------------------------------------------- contents of files and networks
 
 
 def state(path):
@@ -183,21 +178,21 @@ def result(folder):
 
 
 def edit(root, pattern="*", **values):
-    """Change what finished runs below `root` say of themselves."""
+    """Change entries or arguments in result.json of finished runs below `root`."""
     for path in root.rglob(f"{pattern}/**/result.json"):
-        said = json.loads(path.read_text())
+        result = json.loads(path.read_text())
         for key, value in values.items():
-            (said if key in said else said["arguments"])[key] = value
-        path.write_text(json.dumps(said))
+            (result if key in result else result["arguments"])[key] = value
+        path.write_text(json.dumps(result))
 
 
-def same(one, other):
-    """Whether two state dicts hold the same bits."""
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+def same(a, b):
+    """Whether two dicts of tensors are equal bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def same_files(root, other):
-    """Every tensor and table below `root` is that of its namesake below `other`, but for times."""
+    """Assert that tensors and tables below `root` equal those below `other`, except for times."""
     paths = [path for path in root.rglob("*") if path.suffix in (".pt", ".csv")]
     assert paths
     for path in paths:
@@ -211,15 +206,15 @@ def same_files(root, other):
 
 
 def snapshot(root):
-    """What changes where a file or folder below `root` is written."""
-    found = {path: path.stat() for path in root.rglob("*")}
-    return {path: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in found.items()}
+    """Return size, time and inode of all files below `root`, to detect any write."""
+    stats = {path: path.stat() for path in root.rglob("*")}
+    return {path: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in stats.items()}
 
 
-def distance(one, other):
-    """Of two state dicts, relative to the first."""
-    both = [torch.cat([v.double().flatten() for v in part.values()]) for part in (one, other)]
-    return float((both[0] - both[1]).norm() / both[0].norm())
+def distance(a, b):
+    """Euclidean distance between two state dicts, relative to the norm of the first."""
+    a, b = (torch.cat([v.double().flatten() for v in weights.values()]) for weights in (a, b))
+    return float((a - b).norm() / a.norm())
 
 
 def small_resnet(seed=0):
@@ -227,34 +222,34 @@ def small_resnet(seed=0):
 
 
 def small_cnn(seed=0):
-    """A convolution with BatchNorm and a linear layer, for images of any size in ten classes."""
+    """A convolution, BatchNorm and a linear layer, for images of any size and ten classes."""
     with seeded_from(seed):
         features = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
         return nn.Sequential(*features, nn.Flatten(), nn.Linear(4, 10))
 
 
 def save_pictures(root, size=(12, 12), **counts):
-    """Random images of (height, width) px in class folders cat and dog, so many in each split."""
-    random = np.random.default_rng(0)
+    """Write random images of (height, width) px to class folders cat and dog of each split."""
+    generator = np.random.default_rng(0)
     for split, count in counts.items():
         for folder in (root / split / "cat", root / split / "dog"):
             folder.mkdir(parents=True)
             for number in range(count):
-                pixels = random.integers(256, size=(*size, 3), dtype=np.uint8)
+                pixels = generator.integers(256, size=(*size, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{number}.png")
 
 
 @contextlib.contextmanager
 def ending_at(rows, step, end):
-    """Within it `end()` is called when a state is written, so many epochs and steps into a run."""
+    """Call `end()` once resume.pt is saved after `rows` epochs and `step` steps of the next."""
     save = checkpoint.save
 
-    def ending(content, path):
+    def save_and_end(content, path):
         save(content, path)
         if content.get("step") == step and len(content["rows"]) == rows:
             end()
 
-    with mock.patch.object(checkpoint, "save", ending):
+    with mock.patch.object(checkpoint, "save", save_and_end):
         yield
 
 
@@ -267,10 +262,11 @@ def interrupt():
 
 @pytest.fixture(scope="session", autouse=True)
 def quick():
-    """Tiny networks are fastest on one thread, on which no number depends on the machine's cores.
+    """Make tests fast and independent of the machine.
 
-    A run that is cut off goes on from its last epoch, however fast the epochs are. Pictures have
-    few pixels, and there is no PDF: in full they take a second a figure.
+    One thread is fastest for tiny networks, and results do not depend on the number of cores. Runs
+    save their state after every epoch, however short. Figures have a low resolution and no PDF,
+    which saves a second each.
     """
 
     def save_coarsely(figure, file, format):
@@ -284,13 +280,13 @@ def quick():
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """The same random tensors in a test, whatever ran before it."""
+    """Give a test the same random tensors, whatever ran before it."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """A finished pipeline: two pairs of tiny networks, all stages. Tests must not write into it."""
+    """A finished pipeline: all stages for two pairs of tiny networks. Read-only for tests."""
     root = tmp_path_factory.mktemp("runs")
     succeed(*stage1(root / "dense", "--seed 0 1 2 3"))
     for command in (*pipeline(root, 0, 1), *pipeline(root, 2, 3)):
@@ -306,7 +302,7 @@ def ends(runs):
 
 @pytest.fixture(scope="session")
 def aligned(ends, tmp_path_factory):
-    """The masks of seed 0 permuted onto seed 1 by every method. Tests must not write into it."""
+    """The masks of seed 0 permuted onto seed 1 by every method. Read-only for tests."""
     root = tmp_path_factory.mktemp("aligned")
     for method in ("weight", "masked", "random", "identity"):
         out = succeed(*stage3(*ends, root / method, "--method", method))

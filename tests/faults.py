@@ -1,10 +1,10 @@
-"""Deliberate faults: each is put into a copy of the project, and a test that is named must fail.
+"""Mutation tests: insert deliberate faults into a copy of the project; a named test must fail.
 
-    python tests/faults.py                          all of them, ten minutes on one core
-    python tests/faults.py transposed "off by one"  those whose description holds one of the words
+    python tests/faults.py                          all faults, ten minutes on one core
+    python tests/faults.py transposed "off by one"  faults with one of these in their description
 
-Prints `caught` or `MISSED` for each, and ends with 1 when one was missed, or broke more than it
-should so that no test ran. tests/test_faults.py sees to it that the texts are still there.
+Prints `caught` or `MISSED` for each fault. Exits with code 1 if a fault was missed, or broke the
+code so that no test ran. tests/test_faults.py checks that all texts still occur in the code.
 """
 
 import os
@@ -24,8 +24,8 @@ import torch.export  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 
-# What is wrong | its file; after > the test, as file::name; after - the text, parts of lines or
-# several lines, and after + what takes its place.
+# Description | file. Then > the test, as file::name, - a text in the file (parts of lines, or
+# several lines), and + its replacement.
 FAULTS = """
 inverted permutation | common/align/permutation.py
 >permutation::test_permute_by_hand
@@ -42,12 +42,12 @@ BatchNorm buffers not moved | common/align/permutation.py
 -if place.axis in permutation]
 +if place.axis in permutation and "running" not in name]
 
-another function is not noticed | common/align/permutation.py
+a changed function is not noticed | common/align/permutation.py
 >axes::test_a_grouped_convolution_moves_in_blocks
 -if not difference < 1e-6:
 +if False:
 
-parts of an axis that are treated differently | common/align/labels.py
+parts of an axis with different roles are exchanged | common/align/labels.py
 >axes::test_what_networks_are_made_of
 -self.tie(label, label, mark)
 +self.tie(label, label)
@@ -57,7 +57,7 @@ transposed assignment | common/align/matching.py
 -linear_sum_assignment(similarity.numpy(),
 +linear_sum_assignment(similarity.numpy().T,
 
-the least similar are matched | common/align/matching.py
+the least similar channels are matched | common/align/matching.py
 >matching::test_assignment_by_hand
 -maximize=True
 +maximize=False
@@ -87,7 +87,7 @@ the smallest weights are kept | common/masking.py
 -largest=False
 +largest=True
 
-what was pruned comes back | common/masking.py
+pruned weights come back | common/masking.py
 >masking::test_magnitude_pruning_by_hand
 -magnitude[~flat] = -1
 +magnitude[~flat] += 0
@@ -102,32 +102,32 @@ total sparsity leaves out the shortcuts | common/masking.py
 -(module for module in model.modules() if
 +(module for name, module in model.named_modules() if not SHORTCUTS & {*name.split(".")} and
 
-fan-in over columns | common/masking.py
+fan-in of columns | common/masking.py
 >masking::test_apply_signs_fan_in_by_hand
 -kept.flatten(1).sum(1)
 +kept.transpose(0, 1).flatten(1).sum(1)
 
 the shuffled mask is the mask | common/masking.py
->stages::test_controls_start_from_what_they_say
--entry.flatten()[torch.randperm(entry.numel(), generator=generator)].view(entry.shape)
-+entry.clone()
+>stages::test_control_arms_train_the_right_weights_under_the_right_mask
+-kept.flatten()[torch.randperm(kept.numel(), generator=generator)].view(kept.shape)
++kept.clone()
 
 a sparsity is missed by one weight | common/masking.py
 >masking::test_keep_count_meets_the_sparsity_to_one_weight
 -return round(total * (1 - sparsity))
 +return int(total * (1 - sparsity)) + 1
 
-masks of another network are taken | common/masking.py
+masks of another network are accepted | common/masking.py
 >refusals::test_later_stages_refuse
 -if any((positive != (weights[name] > 0)).any() for
 +if any(False for
 
-a pruned chain goes on from dense weights | prune_imp.py
+a chain continues from dense weights | prune_imp.py
 >stages::test_imp_prunes_20_percent_a_round_and_branches_off_to_each_sparsity
 -{"state_dict": cpu_state(model), "mask": mask, "round": number}
 +{"state_dict": weights, "mask": mask, "round": number}
 
-signs of the first weights | prune_imp.py
+signs of the initial weights | prune_imp.py
 >stages::test_imp_prunes_20_percent_a_round_and_branches_off_to_each_sparsity
 -masking.signs(weights, names)
 +masking.signs(checkpoint.load_dense(folder, 0)["state_dict"], names)
@@ -137,7 +137,7 @@ rewinding forgets to rewind | prune_imp.py
 -rewound["state_dict"] if rewound else weights
 +weights
 
-rewinding trains on the first rates | prune_imp.py
+rewinding starts at the first learning rate | prune_imp.py
 >stages::test_imp_with_rewinding_trains_from_epoch_k_on_the_dense_schedule
 -rates[rewind or 0 :]
 +rates[: len(rates) - (rewind or 0)]
@@ -176,18 +176,18 @@ gradients add up | common/training.py
 -        loss.backward()
 +        loss.backward()
 
-rates off by one epoch | common/training.py
+learning rates off by one epoch | common/training.py
 >training::test_schedules_by_hand
 -math.pi * epoch / epochs
 +math.pi * (epoch + 1) / epochs
 
-rates by absolute epoch | common/training.py
->stages::test_sparse_runs_train_the_asked_weights_under_the_asked_mask
+learning rates by absolute epoch | common/training.py
+>stages::test_sparse_runs_train_the_given_weights_under_the_given_mask
 -rates[epoch - first_epoch]
 +rates[min(epoch, len(rates) - 1)]
 
-weights are kept one epoch early | common/training.py
->stages::test_dense_runs_keep_the_initialisation_the_asked_epochs_and_the_last
+weights are saved one epoch early | common/training.py
+>stages::test_dense_runs_save_the_initialisation_the_requested_epochs_and_the_last
 -at_epoch(epoch + 1)
 +at_epoch(epoch)
 
@@ -196,33 +196,33 @@ evaluation in training mode | common/training.py
 -    model.eval()
 +    model.train()
 
-divergence is not seen | common/training.py
+divergence is not detected | common/training.py
 >learning::test_a_sparse_run_that_diverges_is_a_result
 -.isfinite():
 +.isnan().all():
 
 no momentum in stage 1 | train_dense.py
->stages::test_dense_runs_keep_the_initialisation_the_asked_epochs_and_the_last
+>stages::test_dense_runs_save_the_initialisation_the_requested_epochs_and_the_last
 -lr=0.0, momentum=momentum
 +lr=0.0, momentum=0.0
 
 no weight decay in stage 4 | train_sparse.py
->stages::test_sparse_runs_train_the_asked_weights_under_the_asked_mask
+>stages::test_sparse_runs_train_the_given_weights_under_the_given_mask
 -weight_decay=decay
 +weight_decay=0.0
 
 stage 4 starts from the last weights | train_sparse.py
->stages::test_sparse_runs_train_the_asked_weights_under_the_asked_mask
+>stages::test_sparse_runs_train_the_given_weights_under_the_given_mask
 -checkpoint.load_dense(args.weights, k)
 +checkpoint.load_dense(args.weights)
 
 stage 4 trains T epochs | train_sparse.py
->stages::test_sparse_runs_train_the_asked_weights_under_the_asked_mask
+>stages::test_sparse_runs_train_the_given_weights_under_the_given_mask
 -arguments["epochs"] - rewind, warmup
 +arguments["epochs"], warmup
 
 signs are not transferred | train_sparse.py
->stages::test_controls_start_from_what_they_say
+>stages::test_control_arms_train_the_right_weights_under_the_right_mask
 -    if signs:
 +    if False:
 
@@ -251,12 +251,12 @@ normalised the wrong way round | common/data/batches.py
 -.sub_(mean).div_(std)
 +.div_(std).sub_(mean)
 
-momenta are forgotten on the way | common/runtime/resume.py
->training::test_a_run_that_was_cut_off_ends_with_the_same_numbers
+momenta are lost on resuming | common/runtime/resume.py
+>training::test_an_interrupted_run_ends_with_the_same_numbers
 -self.optimiser.state_dict()["state"]
 +{}
 
-pickles are run | common/checkpoint.py
+pickles are executed | common/checkpoint.py
 >checkpoint::test_objects_are_never_loaded
 -weights_only=True
 +weights_only=False
@@ -266,27 +266,27 @@ files are written in place | common/checkpoint.py
 -os.replace(temporary, path)
 +path.write_bytes(temporary.read_bytes())
 
-a name comes before its file | common/checkpoint.py
->checkpoint::test_a_file_is_on_the_disk_before_its_name
+a file is renamed before it is synchronised | common/checkpoint.py
+>checkpoint::test_a_file_is_synchronised_before_its_rename_and_the_folder_after_it
 -os.fsync(file.fileno())
 +pass
 
-a changed checkpoint is taken | common/checkpoint.py
+a changed checkpoint is accepted | common/checkpoint.py
 >refusals::test_later_stages_refuse
 -if dense["sha256"] != kept[str(epoch)]:
 +if False:
 
-another experiment is gone on with | common/runs.py
+another experiment is resumed | common/runs.py
 >runs::test_another_experiment_in_a_folder_is_refused
 -        if changed:
 +        if False:
 
-two work in one folder | common/runs.py
+two processes work in one folder | common/runs.py
 >checkpoint::test_a_folder_in_which_another_process_works_is_left_alone
 -fcntl.LOCK_EX | fcntl.LOCK_NB
 +fcntl.LOCK_SH | fcntl.LOCK_NB
 
-result.json comes first | common/runs.py
+result.json is written first | common/runs.py
 >checkpoint::test_result_json_is_written_last
 -    checkpoint.save_csv(rows, folder / "log.csv")
 -    seconds
@@ -294,7 +294,7 @@ result.json comes first | common/runs.py
 +    checkpoint.save_csv(rows, folder / "log.csv")
 +    seconds
 
-an arm that contradicts its files | common/arms.py
+an arm that contradicts its files is accepted | common/arms.py
 >refusals::test_later_stages_refuse
 -if arm not in arms:
 +if False:
@@ -329,7 +329,7 @@ pairs share seeds | run_all.sh
 -$((2 * p)) $((2 * p + 1))
 +$((p)) $((p + 1))
 
-permuted runs take the masks of IMP | run_all.sh
+permuted runs use the unpermuted masks | run_all.sh
 >run_all::test_a_dry_run_prints_the_commands_in_order
 -arm permuted "$b" "align/$m/$pair"
 +arm permuted "$b" "imp/seed$a"
@@ -337,7 +337,7 @@ permuted runs take the masks of IMP | run_all.sh
 
 
 class Fault(NamedTuple):
-    what: str
+    description: str
     file: str
     test: str
     old: str
@@ -345,16 +345,17 @@ class Fault(NamedTuple):
 
 
 def faults() -> list[Fault]:
-    found = []
+    result = []
     for block in FAULTS.strip().split("\n\n"):
         head, *lines = block.splitlines()
         test, *texts = ("\n".join(line[1:] for line in lines if line[0] == sign) for sign in ">-+")
-        found.append(Fault(*head.split(" | "), f"tests/test_{test.replace('::', '.py::')}", *texts))
-    return found
+        path = f"tests/test_{test.replace('::', '.py::')}"
+        result.append(Fault(*head.split(" | "), path, *texts))
+    return result
 
 
-def failed(folder: Path, *tests: str) -> int:
-    """The exit code of tests in a copy of the project: 1 when one failed."""
+def run_tests(folder: Path, *tests: str) -> int:
+    """Run tests in a copy of the project; return pytest's exit code, 1 if a test failed."""
 
     def child() -> None:
         os.chdir(folder)
@@ -362,7 +363,7 @@ def failed(folder: Path, *tests: str) -> int:
         sys.dont_write_bytecode = True
         os._exit(pytest.main(["-qx", "-p", "no:cacheprovider", *tests]))
 
-    process = get_context("fork").Process(target=child)  # which has imported the packages already
+    process = get_context("fork").Process(target=child)  # has the packages imported already
     process.start()
     process.join()
     return process.exitcode
@@ -370,25 +371,28 @@ def failed(folder: Path, *tests: str) -> int:
 
 def main() -> None:
     words, caught = sys.argv[1:] or [""], 0
-    chosen = [fault for fault in faults() if any(word in fault.what for word in words)]
+    selected = [fault for fault in faults() if any(word in fault.description for word in words)]
     with tempfile.TemporaryDirectory() as folder:
-        copy, aside = Path(folder) / "copy", {".git", ".venv", "data", "runs"}
-        shutil.copytree(ROOT, copy, ignore=lambda here, _: aside if Path(here) == ROOT else ())
-        if failed(copy, *{fault.test for fault in chosen}):
+        copy, ignored = Path(folder) / "copy", {".git", ".venv", "data", "runs"}
+        shutil.copytree(ROOT, copy, ignore=lambda path, _: ignored if Path(path) == ROOT else ())
+        if run_tests(copy, *{fault.test for fault in selected}):
             sys.exit("the tests fail without any fault")
-        for fault in chosen:
+        for fault in selected:
             start, path = time.perf_counter(), copy / fault.file
             text = path.read_text()
             if text.count(fault.old) != 1:
-                sys.exit(f"{fault.what}: {text.count(fault.old)} times in {path}: {fault.old}")
+                sys.exit(
+                    f"{fault.description}: {text.count(fault.old)} times in {path}: {fault.old}"
+                )
             path.write_text(text.replace(fault.old, fault.new))
-            code = failed(copy, fault.test)
+            code = run_tests(copy, fault.test)
             path.write_text(text)
             caught += code == 1
-            told = {0: "MISSED", 1: "caught"}.get(code, f"BROKEN: pytest ended with {code}")
-            print(f"{time.perf_counter() - start:4.0f} s  {fault.what}: {told}", flush=True)
-    print(f"{caught} of {len(chosen)} were caught")
-    sys.exit(caught < len(chosen))
+            outcome = {0: "MISSED", 1: "caught"}.get(code, f"BROKEN: pytest ended with {code}")
+            seconds = time.perf_counter() - start
+            print(f"{seconds:4.0f} s  {fault.description}: {outcome}", flush=True)
+    print(f"{caught} of {len(selected)} were caught")
+    sys.exit(caught < len(selected))
 
 
 if __name__ == "__main__":

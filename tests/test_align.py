@@ -129,7 +129,7 @@ def test_weights_of_half_precision_are_matched_as_their_values(supplied, tmp_pat
 def test_the_weights_and_the_mask_of_a_pruned_network():
     layer = prune.random_unstructured(nn.Linear(4, 3), "weight", 5)
     values, mask = masking.from_prune(layer.state_dict())
-    assert values.keys() == {"weight", "bias"} and masking.kept(mask) == 12 - 5
+    assert values.keys() == {"weight", "bias"} and masking.num_kept(mask) == 12 - 5
     assert torch.equal(values["weight"], layer.weight)
 
 

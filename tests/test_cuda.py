@@ -30,7 +30,7 @@ from tests.conftest import (
 )
 from tests.pretend_gpu import Generator, pretend_gpu
 from tests.test_data import resident
-from tests.test_training import SETTINGS, masked, tiny
+from tests.test_training import SETTINGS, half_mask, tiny
 
 REAL = torch.cuda.is_available()
 TOLERANCES = {"fp32": 1e-4, "bf16": 3e-2} if REAL else {"fp32": 0}
@@ -74,7 +74,7 @@ def captures(monkeypatch):
 @pytest.mark.parametrize("precision", TOLERANCES)
 def test_a_graph_trains_as_the_plain_loop(tmp_path, captures, precision, count, capfd):
     """Also where it is cut off and goes on: place in the epoch, learning rate, momenta."""
-    settings = SETTINGS | {"precision": precision, "first_epoch": 2, "mask": masked(network())}
+    settings = SETTINGS | {"precision": precision, "first_epoch": 2, "mask": half_mask(network())}
     by_graph, by_loop, data = network(), network(), data_of(count)
     expected = plain(by_loop, data, RATES, **settings)
     settings |= {"folder": tmp_path, "checkpoint_minutes": 0}

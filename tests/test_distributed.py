@@ -200,7 +200,7 @@ def two(tmp_path_factory):
     dense, *others = commands(root, root)
     cut = imagenet1(root, root / "cut", SMALL)
     codes, out, err = torchrun(root, nodes, dense, *others, (*cut, "--checkpoint-minutes 0"))
-    assert 0 not in codes and err.count("stopped; the same command goes on") == 2, err
+    assert 0 not in codes and err.count("stopped; run the same command again") == 2, err
     assert len(re.findall(r"mlpx0.03125 seed \d  epoch", out)) == 6  # a line an epoch
     assert state(root / "cut/seed0/resume.pt")["step"] == 3
     (code,), out, err = torchrun(root, here, cut, dense, stage1(root / file / "dense"))

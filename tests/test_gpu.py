@@ -38,7 +38,7 @@ def alike(path, *roots):
     """Whether two masks agree but for rounding; of unlike ones at these sparsities half agree."""
     one, other = (state(root / path)["mask"] for root in roots)
     same = sum(int((one[name] == other[name]).sum()) for name in one)
-    return same >= (1 - TOLERANCE) * masking.size(one)
+    return same >= (1 - TOLERANCE) * masking.numel(one)
 
 
 def test_every_stage_on_a_gpu_does_what_it_does_on_a_cpu(runs, tmp_path):

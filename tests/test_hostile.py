@@ -1,6 +1,6 @@
-"""Generated hostile inputs: flags out of range, files that are cut, swapped or foreign.
+"""Fuzzing: flags out of range, and files that are truncated, swapped or foreign.
 
-Each ends in exit code 2 and one line, and changes nothing on disk. HOSTILE=500 makes so many files.
+Each ends in exit code 2 and one line, and changes nothing on disk. HOSTILE=500 tests 500 files.
 """
 
 import json
@@ -14,111 +14,111 @@ import pytest
 import torch
 
 from common import cli
-from tests.conftest import call, refuse, stage1, stage2, stage3, stage4, state
+from tests.conftest import call, refuse, snapshot, stage1, stage2, stage3, stage4, state
 
 COUNT = int(os.environ.get("HOSTILE", "40"))
-WORDS = ["-1", "x", "", "nan", "inf", "1e999", "9" * 400]  # no flag takes one of these
+WORDS = ["-1", "x", "", "nan", "inf", "1e999", "9" * 400]  # invalid for every typed flag
 TEXTS = [b"", b"hello", b"[]", b"{}", b"null", b'"x"', b"\xff\xfe", b"[" * 10**5, b"\x89PNG\r\n"]
 TEXTS += [b"PK\x05\x06" + bytes(18), bytes(1000), random.Random(0).randbytes(500)]
-VALUES = [None, [], {}, 0.5, [[1]]]  # no entry that is needed is one of these
+VALUES = [None, [], {}, 0.5, [[1]]]  # invalid for every entry that the stages need
 
 
 @pytest.mark.parametrize("script", ["train_dense", "prune_imp", "align_mask", "train_sparse"])
-def test_no_flag_takes_a_senseless_value(script, monkeypatch):
+def test_flags_refuse_invalid_values(script, monkeypatch):
     parsers = []
     with monkeypatch.context() as patch:
         patch.setattr(cli.Parser, "parse_args", lambda self: parsers.append(self) or self.exit())
         call(script)
-    actions = [one for one in parsers[0]._actions if one.choices or one.type not in (None, Path)]
+    actions = [a for a in parsers[0]._actions if a.choices or a.type not in (None, Path)]
     assert len(actions) > 5
     for flag in (action.option_strings[-1] for action in actions):
         for word in WORDS:
             refuse((script, flag, word), f"argument {flag}: ")
 
 
-class Evil:
-    """Would run code where it is unpickled."""
+class Malicious:
+    """Runs code if it is unpickled."""
 
     def __reduce__(self):
         return exec, ("raise SystemExit('code of a pickle was run')",)
 
 
-EVIL = [Evil(), {"x": Evil()}]
-THINGS = [*EVIL, *map(pickle.dumps, EVIL), [1], torch.nn.Linear(2, 2)]
+MALICIOUS = [Malicious(), {"x": Malicious()}]
+OBJECTS = [*MALICIOUS, *map(pickle.dumps, MALICIOUS), [1], torch.nn.Linear(2, 2)]
 
 
 def commands(root):
-    """Commands that have something to do, and the files that each reads."""
-    ends = source, target, imp = root / "dense/seed0", root / "dense/seed1", root / "imp/seed0"
+    """List commands that have work to do, each with the files that it reads."""
+    inputs = source, target, imp = root / "dense/seed0", root / "dense/seed1", root / "imp/seed0"
     aligned, new = root / "align/activation/seed0-seed1", root / "new"
-    read = [[end / "result.json", end / "epoch_0003.pt"] for end in (source, target)]
-    cells = [*read[1], target / "epoch_0000.pt", target / "epoch_0001.pt"]
-    chain = [imp / "round_05.pt"]
+    source_files, target_files = (
+        [run / "result.json", run / "epoch_0003.pt"] for run in (source, target)
+    )
+    weights = [*target_files, target / "epoch_0000.pt", target / "epoch_0001.pt"]
     masks, permuted = (sorted(folder.glob("mask_*.pt")) for folder in (imp, aligned))
     rounds = (source, imp, "--keep-rounds --sparsity")
     return [
         (stage1(root / "dense", "--seed 0"), [source / "arguments.json"]),
-        (stage2(source, new), read[0]),
+        (stage2(source, new), source_files),
         (stage2(*rounds, 0.3), [imp / "arguments.json"]),
-        (stage2(*rounds, 0.8), chain),
-        (stage3(*ends, new), [*read[0], *read[1], *masks]),
-        (stage3(*ends, aligned), [aligned / "arguments.json"]),
-        (stage4("naive", target, imp, new), [*cells, *masks]),
-        (stage4("permuted", target, aligned, new), [*cells, *permuted]),
+        (stage2(*rounds, 0.8), [imp / "round_05.pt"]),
+        (stage3(*inputs, new), [*source_files, *target_files, *masks]),
+        (stage3(*inputs, aligned), [aligned / "arguments.json"]),
+        (stage4("naive", target, imp, new), [*weights, *masks]),
+        (stage4("permuted", target, aligned, new), [*weights, *permuted]),
     ]
 
 
-def retyped(path, draw):
-    """The content of a file, with one of the entries that are needed missing or of no use."""
+def corrupt_entry(path, rng):
+    """Return the content of a file, with one necessary entry missing or of the wrong type."""
     if path.suffix == ".json":
         content = json.loads(path.read_text())
-        places = [(content, "stage")]
+        choices = [(content, ["stage"])]
     else:
         content = state(path)
-        kind = "mask" if "mask" in content else "state_dict"
-        places = [(content, f"model seed {kind}"), (content[kind], " ".join(content[kind]))]
+        tensors = "mask" if "mask" in content else "state_dict"
+        keys = ["model", "seed", tensors]
         if "source_seed" in content:
-            places[0] = (content, "model source_seed mask signs")
-    inner, keys = draw.choice(places)
-    key = draw.choice(keys.split())
-    inner[key] = draw.choice(VALUES)
-    if draw.random() < 0.5:
-        del inner[key]
+            keys = ["model", "source_seed", "mask", "signs"]
+        choices = [(content, keys), (content[tensors], [*content[tensors]])]
+    entries, keys = rng.choice(choices)
+    key = rng.choice(keys)
+    entries[key] = rng.choice(VALUES)
+    if rng.random() < 0.5:
+        del entries[key]
     return json.dumps(content).encode() if path.suffix == ".json" else content
 
 
-def spoilt(path, root, draw):
-    """What takes the place of a file: bytes, something to be saved, or None for a folder."""
-    whole, others = path.read_bytes(), map(Path.read_bytes, sorted(root.rglob(f"*{path.suffix}")))
-    made = [
-        whole[: draw.randrange(len(whole))],
-        draw.choice(TEXTS),
-        draw.choice(THINGS),
-        draw.choice([other for other in others if other != whole]),
+def corrupt(path, root, rng):
+    """Return what replaces a file: bytes, an object to be saved, or None for a folder."""
+    original = path.read_bytes()
+    others = map(Path.read_bytes, sorted(root.rglob(f"*{path.suffix}")))
+    replacements = [
+        original[: rng.randrange(len(original))],
+        rng.choice(TEXTS),
+        rng.choice(OBJECTS),
+        rng.choice([other for other in others if other != original]),
         None,
     ]
-    return draw.choice(made if path.name == "arguments.json" else [*made, retyped(path, draw)])
+    if path.name != "arguments.json":
+        replacements.append(corrupt_entry(path, rng))
+    return rng.choice(replacements)
 
 
-def snapshot(root):
-    found = {path: path.stat() for path in root.rglob("*")}
-    return {path: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in found.items()}
-
-
-@pytest.mark.parametrize("number", range(COUNT))
-def test_hostile_files_change_nothing_and_end_in_one_line(runs, tmp_path, number):
-    root, draw = shutil.copytree(runs, tmp_path / "runs"), random.Random(number)
-    command, files = draw.choice(commands(root))
-    path = draw.choice(files)
-    made = spoilt(path, root, draw)
-    print(path, str(made)[:99])
+@pytest.mark.parametrize("seed", range(COUNT))
+def test_hostile_files_change_nothing_and_end_in_one_line(runs, tmp_path, seed):
+    root, rng = shutil.copytree(runs, tmp_path / "runs"), random.Random(seed)
+    command, files = rng.choice(commands(root))
+    path = rng.choice(files)
+    content = corrupt(path, root, rng)
+    print(path, str(content)[:99])
     path.unlink()
-    if made is None:
+    if content is None:
         path.mkdir()
-    elif isinstance(made, bytes):
-        path.write_bytes(made)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
     else:
-        torch.save(made, path)
+        torch.save(content, path)
     before = snapshot(root)
     refuse(command)
     assert snapshot(root) == before

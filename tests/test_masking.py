@@ -18,26 +18,26 @@ def test_magnitude_pruning_by_hand():
     full = masking.dense_mask(WEIGHTS, ["a", "b"])
     mask = masking.prune_by_magnitude(WEIGHTS, full, 3)  # the three largest: 3, 4, 5
     assert as_lists(mask) == {"a": [[False, False], [True, True]], "b": [False, True]}
-    assert masking.sparsity(mask) == 0.5 and masking.size(mask) == 6
-    # What is pruned stays so, however large it is.
+    assert masking.sparsity(mask) == 0.5 and masking.numel(mask) == 6
+    # Pruned weights stay pruned, however large they are.
     again = masking.prune_by_magnitude(WEIGHTS | {"b": torch.tensor([9.0, -5.0])}, mask, 2)
     assert as_lists(again) == {"a": [[False, False], [False, True]], "b": [False, True]}
-    assert masking.kept(full) == 6  # the input is left alone
+    assert masking.num_kept(full) == 6  # the input is not modified
     with pytest.raises(ValueError):
         masking.prune_by_magnitude(WEIGHTS, mask, 4)
 
 
 @pytest.mark.parametrize(
-    "prune, words",
+    "prune, message",
     [
         (lambda _, mask, keep: mask, "kept 3 weights: it must keep exactly 2"),
         (lambda *_: {"a": WEIGHTS["a"] == 1, "b": torch.tensor([True, False])}, "brought back"),
         (lambda _, mask, keep: {"a": mask["a"] * 1.0, "b": mask["b"]}, "types"),
     ],
 )
-def test_a_pruning_function_that_breaks_its_contract_is_named(prune, words):
+def test_a_pruning_function_that_breaks_its_contract_is_named(prune, message):
     mask = {"a": WEIGHTS["a"] > 2, "b": torch.tensor([True, True])}
-    with pytest.raises(ValueError, match=f"<lambda> .*{words}"):
+    with pytest.raises(ValueError, match=f"<lambda> .*{message}"):
         masking.prune_exactly(prune, WEIGHTS, mask, 2)
 
 
@@ -48,20 +48,20 @@ def test_keep_count_meets_the_sparsity_to_one_weight():
 
 
 def test_the_plan_of_a_chain_by_hand():
-    """80, 64, 51 and so on of 100; a branch goes off the last round that keeps more."""
-    plan = [(1, 80, 0.2), (1, 80, None), (2, 70, 0.3), (2, 64, None), (3, 51, None), (4, 50, 0.5)]
-    assert masking.plan(100, [0.2, 0.5, 0.3], 0.2) == plan
-    assert masking.plan(100, [0.5, 0.3], 1) == [(1, 50, 0.5), (1, 70, 0.3)]  # one-shot
+    """80, 64, 51 and so on of 100; a branch starts from the last round that keeps more weights."""
+    rounds = [(1, 80, 0.2), (1, 80, None), (2, 70, 0.3), (2, 64, None), (3, 51, None), (4, 50, 0.5)]
+    assert masking.plan_rounds(100, [0.2, 0.5, 0.3], 0.2) == rounds
+    assert masking.plan_rounds(100, [0.5, 0.3], 1) == [(1, 50, 0.5), (1, 70, 0.3)]  # one-shot
     with pytest.raises(UserError, match="0.999 keeps all or none of the 100"):
-        masking.plan(100, [0.999], 0.2)
+        masking.plan_rounds(100, [0.999], 0.2)
 
 
 def test_sparsity_total_counts_the_shortcuts():
     model = build_model("resnet20", 1)
     full = masking.dense_mask(model.state_dict(), masking.prunable(model))
-    nothing = {name: ~entry for name, entry in full.items()}
-    assert masking.sparsity(nothing) == 1
-    assert masking.sparsity_total(nothing, model) == pytest.approx(268_336 / 291_376)
+    empty = {name: ~layer_mask for name, layer_mask in full.items()}
+    assert masking.sparsity(empty) == 1
+    assert masking.sparsity_total(empty, model) == pytest.approx(268_336 / 291_376)
 
 
 def test_apply_signs_fan_in_by_hand():
@@ -77,5 +77,5 @@ def test_apply_signs_fan_in_by_hand():
 
 def test_a_shuffled_mask_depends_on_the_seed_alone():
     mask = {"a": torch.arange(100) < 30}
-    one, again, other = (masking.shuffle(mask, seed) for seed in (1, 1, 2))
-    assert same(one, again) and not same(one, other)
+    first, again, other = (masking.shuffle(mask, seed) for seed in (1, 1, 2))
+    assert same(first, again) and not same(first, other)

@@ -7,44 +7,45 @@ from common.models import build_model
 from tests.conftest import same
 
 
-def count(model, names):
+def count_weights(model, names):
     return sum(model.get_parameter(name).numel() for name in names)
 
 
 def test_resnet20_has_the_papers_layers_and_counts():
     model = build_model("resnet20")
-    # By hand: stem; stages 6*2304, 4608+5*9216, 18432+5*36864; linear; 3x3 shortcuts.
+    # Stem; stages 6*2304, 4608+5*9216, 18432+5*36864; linear layer; and the 3x3 shortcuts.
     pruned, shortcuts = 432 + 13824 + 50688 + 202752 + 640, 4608 + 18432
-    assert count(model, prunable(model)) == pruned
-    assert count(model, layer_weights(model)) == pruned + shortcuts
-    # The paper's "95%" of all weights.
+    assert count_weights(model, prunable(model)) == pruned
+    assert count_weights(model, layer_weights(model)) == pruned + shortcuts
+    # The paper's "95%", as a share of all weights.
     assert 0.95 * pruned / (pruned + shortcuts) == pytest.approx(0.875, abs=1e-3)
 
 
-# The network, its width, px of its images; and the shape of a weight.
-WIDE = """\
+# Model, width, image size in px, the name of a weight and its expected shape. VGG11 reduces images
+# of 64 px to 2x2.
+WEIGHT_SHAPES = """\
 resnet20 4 32 fc.weight 10 256
 mlp 0.5 8 1.weight 256 192
 vgg11 0.25 64 22.weight 10 512
 resnet50 0.5 224 conv1.weight 32 3 7 7
 resnet50 0.5 224 layer4.2.conv2.weight 256 256 3 3
-resnet50 0.5 224 fc.weight 10 1024"""  # 2x2 places of 64 px are left in vgg11
+resnet50 0.5 224 fc.weight 10 1024"""
 
 
-@pytest.mark.parametrize("line", WIDE.splitlines())
+@pytest.mark.parametrize("line", WEIGHT_SHAPES.splitlines())
 def test_width_multiplies_every_channel_count(line):
-    name, width, pixels, weight, *shape = line.split()
-    model = build_model(name, float(width), 10, (3, int(pixels), int(pixels)))
+    name, width, size, weight, *shape = line.split()
+    model = build_model(name, float(width), 10, (3, int(size), int(size)))
     assert model.get_parameter(weight).shape == tuple(map(int, shape))
 
 
 def test_resnet50_prunes_all_but_the_shortcuts():
     model = build_model("resnet50", 0.25)
-    left = set(layer_weights(model)) - set(prunable(model))
-    assert left == {f"layer{stage}.0.downsample.0.weight" for stage in (1, 2, 3, 4)}
+    dense = set(layer_weights(model)) - set(prunable(model))
+    assert dense == {f"layer{stage}.0.downsample.0.weight" for stage in (1, 2, 3, 4)}
 
 
-def test_layers_stay_dense_by_a_part_of_their_name_or_by_all_of_it(monkeypatch):
+def test_shortcuts_match_a_part_of_a_name_or_the_whole_name(monkeypatch):
     model = build_model("resnet20", 0.25)
     monkeypatch.setattr(masking, "SHORTCUTS", {"fc", "conv1.weight", "blocks.0.conv1"})
     assert {*layer_weights(model)} - {*prunable(model)} == {"fc.weight", "conv1.weight"}
@@ -53,8 +54,8 @@ def test_layers_stay_dense_by_a_part_of_their_name_or_by_all_of_it(monkeypatch):
 @pytest.mark.parametrize("name", ["mlp", "vgg11", "resnet20", "resnet50"])
 def test_initialisation_depends_on_the_seed_alone(name):
     before = torch.random.get_rng_state()
-    one, again, other = (build_model(name, 0.125, seed=seed) for seed in (3, 3, 4))
-    assert torch.equal(before, torch.random.get_rng_state())  # the caller's is left alone
-    assert same(one.state_dict(), again.state_dict())
-    for weight in layer_weights(one):
-        assert not torch.equal(one.get_parameter(weight), other.get_parameter(weight))
+    first, again, other = (build_model(name, 0.125, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(before, torch.random.get_rng_state())  # the global generator is unchanged
+    assert same(first.state_dict(), again.state_dict())
+    for weight in layer_weights(first):
+        assert not torch.equal(first.get_parameter(weight), other.get_parameter(weight))

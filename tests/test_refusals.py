@@ -1,4 +1,4 @@
-"""What a user can get wrong ends in one line, exit code 2, and nothing half-written."""
+"""User errors end in one line, exit code 2, and no half-written files."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import torch
 from common import masking
 from tests.conftest import TINY, call, refuse, stage1, stage2, state, succeed
 
-WRONG = """\
+STAGE_1 = """\
 --model resnet20 --width 0.3 | 4.8
 --model mlp --width 0.001 | 0.512
 --model vgg11 --width 1 | 32 px
@@ -29,25 +29,25 @@ WRONG = """\
 --parallel 0 | --parallel"""
 
 
-@pytest.mark.parametrize("line", WRONG.splitlines())
+@pytest.mark.parametrize("line", STAGE_1.splitlines())
 def test_stage_1_refuses(tmp_path, line):
-    flags, said = line.split(" | ")
-    refuse(stage1(tmp_path, flags), said)
-    assert said == "diverged" or not list(tmp_path.iterdir())
+    flags, message = line.split(" | ")
+    refuse(stage1(tmp_path, flags), message)
+    assert message == "diverged" or not list(tmp_path.iterdir())
 
 
-def test_a_file_in_the_place_of_a_run_is_named(tmp_path):
+def test_a_file_in_the_place_of_a_run_folder_is_named(tmp_path):
     (tmp_path / "seed0").touch()
     refuse(stage1(tmp_path), "no run of this project")
 
 
-# Of stages 2 to 4, in a folder with the runs of two pairs and what `prepared` adds: the flags after
-# those that a stage always needs, which later ones override, and what is said.
-OTHERS = """\
-prune_imp --dense nowhere | nowhere | no dense run
-prune_imp --dense dense | no dense run | seed0, seed1
+# Stage, flags that are added to DEFAULTS, and parts of the message. The commands run in a folder
+# with the runs of two pairs and what `prepared` adds.
+LATER_STAGES = """\
+prune_imp --dense nowhere | nowhere | not a dense run
+prune_imp --dense dense | not a dense run | seed0, seed1
 prune_imp --dense imp/seed0 | prune_imp
-prune_imp --dense changed | epoch_0003.pt is not as the run wrote it
+prune_imp --dense changed | epoch_0003.pt was changed after the run
 prune_imp --dense unfinished | not finished
 prune_imp --sparsity 1.5 | 1.5
 prune_imp --sparsity 0 | above 0
@@ -84,7 +84,7 @@ train_sparse --rewind 2 | no weights after epoch 2 | 0, 1, 3
 train_sparse --rewind 3 | no epoch to train
 train_sparse --masks masks --sparsity 0.5 | prunes 70
 train_sparse --masks masks --sparsity 0.7 | mask_0.70.pt does not fit | 1.weight"""
-USUAL = {
+DEFAULTS = {
     "prune_imp": "--dense dense/seed0 --sparsity 0.5 --out new",
     "align_mask": "--source dense/seed0 --target dense/seed1 --masks imp/seed0 --out new",
     "train_sparse": "--arm naive --weights dense/seed1 --masks imp/seed0 --sparsity 0.5 --rewind 0 "
@@ -94,7 +94,7 @@ USUAL = {
 
 @pytest.fixture(scope="module")
 def prepared(runs, aligned, tmp_path_factory):
-    """The runs, masks by other methods, networks of other settings, and files that were spoilt."""
+    """Add to the runs: masks by other methods, networks of other settings, and damaged files."""
     root = shutil.copytree(runs, tmp_path_factory.mktemp("refusals") / "runs")
     shutil.copytree(aligned, root / "align", dirs_exist_ok=True)
     succeed(*stage1(root / "wide", "--width 0.0625 --epochs 1 --seed 0 1"))
@@ -104,24 +104,24 @@ def prepared(runs, aligned, tmp_path_factory):
         shutil.copytree(root / "dense/seed0", root / name)
     (root / "unfinished/result.json").unlink()
     shutil.copy(root / "dense/seed2/epoch_0003.pt", root / "changed")
-    entry = state(root / "imp/seed0/mask_0.70.pt")
+    mask_info = state(root / "imp/seed0/mask_0.70.pt")
     (root / "masks").mkdir()
-    torch.save(entry, root / "masks/mask_0.50.pt")  # a mask under the name of another sparsity
-    entry["mask"]["1.weight"] = entry["mask"]["1.weight"][:, :-1]
-    torch.save(entry, root / "masks/mask_0.70.pt")
+    torch.save(mask_info, root / "masks/mask_0.50.pt")  # of another sparsity than its name says
+    mask_info["mask"]["1.weight"] = mask_info["mask"]["1.weight"][:, :-1]
+    torch.save(mask_info, root / "masks/mask_0.70.pt")
     return root
 
 
-@pytest.mark.parametrize("line", OTHERS.splitlines())
+@pytest.mark.parametrize("line", LATER_STAGES.splitlines())
 def test_later_stages_refuse(prepared, monkeypatch, line):
     monkeypatch.chdir(prepared)
-    command, *said = line.split(" | ")
+    command, *messages = line.split(" | ")
     stage, flags = command.split(maxsplit=1)
-    refuse((stage, USUAL[stage], flags), *said)
+    refuse((stage, DEFAULTS[stage], flags), *messages)
     assert not (prepared / "new").exists()
 
 
-def test_a_round_in_the_place_of_another_is_named(runs, tmp_path):
+def test_a_round_under_the_name_of_another_is_named(runs, tmp_path):
     imp = shutil.copytree(runs / "imp/seed0", tmp_path / "imp")
     shutil.copy(imp / "round_04.pt", imp / "round_05.pt")
     command = stage2(runs / "dense/seed0", imp, "--keep-rounds --sparsity 0.8")
@@ -139,29 +139,29 @@ def test_a_finished_chain_of_other_code_gets_no_more_masks(runs, tmp_path):
 
 def test_a_sparsity_that_keeps_few_weights_is_met(runs, tmp_path):
     succeed(*stage2(runs / "dense/seed0", tmp_path, "--sparsity 0.999"))
-    mask = state(tmp_path / "mask_0.999.pt")["mask"]  # 20% of the last few weights is still one
-    assert masking.kept(mask) == masking.keep_count(masking.size(mask), 0.999) < 5
+    mask = state(tmp_path / "mask_0.999.pt")["mask"]  # a round prunes at least one weight
+    assert masking.num_kept(mask) == masking.keep_count(masking.numel(mask), 0.999) < 5
 
 
-def of_a_gpu():
-    told = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 7 GiB."
-    raise torch.OutOfMemoryError(told)
+def fill_gpu():
+    error = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 7 GiB."
+    raise torch.OutOfMemoryError(error)
 
 
 OUT_OF_MEMORY = [
     (lambda: torch.empty(10**15), "(can't allocate memory: you tried to allocate 40000000000000"),
     (lambda: numpy.empty(10**15), "7.11 PiB"),
-    (of_a_gpu, "(CUDA out of memory. Tried to allocate 20.00 MiB)"),
+    (fill_gpu, "(CUDA out of memory. Tried to allocate 20.00 MiB)"),
 ]
 
 
-@pytest.mark.parametrize("take, words", OUT_OF_MEMORY)
-def test_too_little_memory_is_one_line(monkeypatch, take, words):
-    monkeypatch.setattr("train_dense.load_data", lambda *_, **__: take())
-    refuse(("train_dense", TINY, "--out nowhere"), "out of memory: use smaller", words)
+@pytest.mark.parametrize("allocate, message", OUT_OF_MEMORY)
+def test_out_of_memory_is_one_line(monkeypatch, allocate, message):
+    monkeypatch.setattr("train_dense.load_data", lambda *_, **__: allocate())
+    refuse(("train_dense", TINY, "--out nowhere"), "out of memory: use smaller", message)
 
 
-def test_a_bug_of_ours_shows_its_traceback(monkeypatch):
+def test_a_bug_shows_its_traceback(monkeypatch):
     monkeypatch.setattr("train_dense.main", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         call("train_dense")

@@ -86,7 +86,7 @@ def test_the_stages_accept_the_commands_of_a_preset(tmp_path, preset, dataset, m
         if words[1] in STAGES:  # every flag is known: the stages get as far as the missing files
             outcome = call(words[1][:-3], *words[2:], "--device", "nowhere")
             assert outcome.code == 2, outcome.err
-            assert "nowhere" in outcome.err or "no dense run" in outcome.err
+            assert "nowhere" in outcome.err or "not a dense run" in outcome.err
 
 
 def test_a_dry_run_names_the_interpreter_that_has_the_packages(tmp_path):

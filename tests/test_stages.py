@@ -1,4 +1,4 @@
-"""Every stage through its command line, at a tiny budget: what it writes."""
+"""What each stage writes when called through its command line, at a tiny budget."""
 
 import subprocess
 import sys
@@ -34,7 +34,7 @@ RATES = learning_rates("cosine", 0.08, 3)  # of the dense runs
 
 
 def train_by_hand(start, epoch, stage, rates, mask=None, seed=0):
-    """The weights of a checkpoint that a stage trained on, as it should, from an epoch on."""
+    """Return the weights that a stage should get when it trains from a checkpoint and an epoch."""
     model, data = build_model(**start["model"]), load_data(start["dataset"])
     model.load_state_dict(masking.apply(start["state_dict"], mask or {}))
     settings = {"name": "by hand", "folder": None, "batch_size": 64, "precision": "fp32"}
@@ -43,15 +43,15 @@ def train_by_hand(start, epoch, stage, rates, mask=None, seed=0):
     return model.state_dict()
 
 
-def test_dense_runs_keep_the_initialisation_the_asked_epochs_and_the_last(runs):
+def test_dense_runs_save_the_initialisation_the_requested_epochs_and_the_last(runs):
     folder = runs / "dense/seed1"
-    kept = "epoch_0000.pt epoch_0001.pt epoch_0003.pt arguments.json log.csv result.json"
-    assert {path.name for path in folder.iterdir()} == set(kept.split())
+    files = "epoch_0000.pt epoch_0001.pt epoch_0003.pt arguments.json log.csv result.json"
+    assert {path.name for path in folder.iterdir()} == set(files.split())
     first, last = (state(folder / f"epoch_000{epoch}.pt") for epoch in (0, 3))
     assert set(first) == {*"model dataset seed epoch state_dict code commit tag".split()}
-    assert [(one["seed"], one["epoch"]) for one in (first, last)] == [(1, 0), (1, 3)]
+    assert [(saved["seed"], saved["epoch"]) for saved in (first, last)] == [(1, 0), (1, 3)]
     assert same(first["state_dict"], build_model(**first["model"], seed=1).state_dict())
-    # The second of four seeds is what it is alone.
+    # A seed gives the same weights as when it is trained alone.
     assert same(last["state_dict"], train_by_hand(first, 0, "dense", RATES, seed=1))
     log = pd.read_csv(folder / "log.csv")
     assert log["epoch"].tolist() == [1, 2, 3]
@@ -61,26 +61,27 @@ def test_dense_runs_keep_the_initialisation_the_asked_epochs_and_the_last(runs):
 
 def test_imp_prunes_20_percent_a_round_and_branches_off_to_each_sparsity(runs):
     folder, dense = runs / "imp/seed0", state(runs / "dense/seed0/epoch_0003.pt")
-    chain = [3744, 2995, 2396, 1917, 1534, 1227]  # less 20%, to the nearest weight
+    chain = [3744, 2995, 2396, 1917, 1534, 1227]  # minus 20% each, rounded
     log = pd.read_csv(folder / "log.csv")
     assert log["kept"].tolist() == sorted(chain[1:] + [1872, 1123], reverse=True)
     names = [*state(folder / "mask_0.50.pt")["mask"]]
     networks = [dense | {"mask": masking.dense_mask(dense["state_dict"], names), "round": 0}]
     networks += [state(folder / f"round_{number:02d}.pt") for number in range(1, 6)]
-    steps = [*zip(networks, networks[1:], chain[1:])]
-    # Off the last round that keeps more.
+    rounds = [*zip(networks, networks[1:], chain[1:])]
+    # A sparsity branches off the last round that keeps more weights.
     for sparsity, last, keep in (("0.50", networks[3], 1872), ("0.70", networks[5], 1123)):
-        masks, network = (state(folder / f"{kind}_{sparsity}.pt") for kind in ("mask", "sparse"))
-        steps.append((last, network, keep))
-        assert same(masks["mask"], network["mask"])
-        made = {"source_seed": 0, "target_seed": None, "sparsity": 1 - keep / chain[0]}
-        assert made.items() <= masks.items()
-        assert same(masks["signs"], masking.signs(dense["state_dict"], names))
-    for before, network, keep in steps:
+        mask_info = state(folder / f"mask_{sparsity}.pt")
+        network = state(folder / f"sparse_{sparsity}.pt")
+        rounds.append((last, network, keep))
+        assert same(mask_info["mask"], network["mask"])
+        expected = {"source_seed": 0, "target_seed": None, "sparsity": 1 - keep / chain[0]}
+        assert expected.items() <= mask_info.items()
+        assert same(mask_info["signs"], masking.signs(dense["state_dict"], names))
+    for before, network, keep in rounds:
         number = network["round"]
         mask = masking.prune_by_magnitude(before["state_dict"], before["mask"], keep)
         assert number == before["round"] + 1 and same(network["mask"], mask)
-        # On an epoch that no round before it, nor the dense run, has seen.
+        # Every round has epoch numbers, and so a data order, of its own.
         assert same(network["state_dict"], train_by_hand(before, 2 + number, "imp", [0.01], mask))
 
 
@@ -90,13 +91,13 @@ def test_no_stage_sees_the_batches_of_another():
 
 def test_imp_with_rewinding_trains_from_epoch_k_on_the_dense_schedule(runs, tmp_path):
     flags = "--sparsity 0.2 --rewind 1 --device cpu --precision fp32"
-    # Batch size and all else are the dense run's.
+    # The batch size and other hyper-parameters are the dense run's.
     succeed("prune_imp", flags, f"--dense {runs}/dense/seed0 --out {tmp_path}")
-    found = state(tmp_path / "sparse_0.20.pt")
-    assert same(found["mask"], state(runs / "imp/seed0/round_01.pt")["mask"])
+    pruned = state(tmp_path / "sparse_0.20.pt")
+    assert same(pruned["mask"], state(runs / "imp/seed0/round_01.pt")["mask"])
     start = state(runs / "dense/seed0/epoch_0001.pt")
-    expected = train_by_hand(start, 1, "imp", RATES[1:], found["mask"])
-    assert same(found["state_dict"], expected)
+    expected = train_by_hand(start, 1, "imp", RATES[1:], pruned["mask"])
+    assert same(pruned["state_dict"], expected)
 
 
 def test_one_shot_prunes_in_a_single_round(runs, tmp_path):
@@ -107,21 +108,23 @@ def test_one_shot_prunes_in_a_single_round(runs, tmp_path):
 
 def test_every_method_permutes_masks_and_signs_by_the_saved_permutation(runs, ends, aligned):
     source, _, imp = ends
-    shape, before = state(source / "epoch_0003.pt")["model"], state(imp / "mask_0.70.pt")
-    axes, gains = find_axes(build_model(**shape), shape["input_shape"]), {}
+    model, before = state(source / "epoch_0003.pt")["model"], state(imp / "mask_0.70.pt")
+    axes, objectives = find_axes(build_model(**model), model["input_shape"]), {}
     for folder in (runs / ALIGNED, *aligned.iterdir()):
         name = "permutation_0.70.pt" if folder.name == "masked" else "permutation.pt"
-        found, after = (state(folder / file) for file in (name, "mask_0.70.pt"))
-        permutation, method = found["permutation"], after["method"]
-        gains[method] = found["objective"]
-        for part in ("mask", "signs"):
-            assert same(after[part], permute(before[part], axes.dims, permutation))
-            assert same(after[part], before[part]) == (method == "identity")
-        made = {"source_seed": 0, "target_seed": 1, "match_epoch": 3}
-        assert made.items() <= after.items() and after["sparsity"] == before["sparsity"]
-    assert gains["weight"][1] > max(gains["random"][1], gains["weight"][0])
-    assert gains["masked"][1] > gains["masked"][0] and len({*gains["identity"]}) == 1
-    assert gains["masked"][0] != gains["weight"][0]  # the pruned source has another inner product
+        saved, after = (state(folder / file) for file in (name, "mask_0.70.pt"))
+        permutation, method = saved["permutation"], after["method"]
+        objectives[method] = saved["objective"]
+        for key in ("mask", "signs"):
+            assert same(after[key], permute(before[key], axes.dims, permutation))
+            assert same(after[key], before[key]) == (method == "identity")
+        expected = {"source_seed": 0, "target_seed": 1, "match_epoch": 3}
+        assert expected.items() <= after.items() and after["sparsity"] == before["sparsity"]
+    assert objectives["weight"][1] > max(objectives["random"][1], objectives["weight"][0])
+    assert objectives["masked"][1] > objectives["masked"][0]
+    assert len({*objectives["identity"]}) == 1
+    # The pruned source has another inner product with the target than the dense one.
+    assert objectives["masked"][0] != objectives["weight"][0]
     log = pd.read_csv(runs / ALIGNED / "log.csv", dtype={"axis": str})
     assert log["axis"].tolist() == list(axes.sizes)
     assert (log["after"] > log["before"]).all() and log["moved"].sum() > 0
@@ -131,38 +134,38 @@ ARMS = [("lth", 0, "imp/seed0"), ("naive", 1, "imp/seed0"), ("permuted", 1, ALIG
 
 
 @pytest.mark.parametrize("arm, target, masks", ARMS)
-def test_sparse_runs_train_the_asked_weights_under_the_asked_mask(runs, arm, target, masks):
-    """In the order of the target's seed, so that the arms of a pair share their batches."""
+def test_sparse_runs_train_the_given_weights_under_the_given_mask(runs, arm, target, masks):
+    """With the data order of the target's seed, so that the arms of a pair share their batches."""
     folder, mask = runs / f"sparse/{arm}/seed0-seed{target}", state(runs / masks / "mask_0.70.pt")
     start, final = runs / f"dense/seed{target}/epoch_0001.pt", state(folder / "s0.70_k001/final.pt")
     assert same(final["mask"], mask["mask"])
-    rates = learning_rates("cosine", 0.02, 2)  # T - k epochs, on a fresh schedule
+    rates = learning_rates("cosine", 0.02, 2)  # T - k epochs, on a new schedule
     expected = train_by_hand(state(start), 1, "sparse", rates, mask["mask"], target)
     assert same(final["state_dict"], expected)
     log = pd.read_csv(folder / "s0.70_k001/log.csv")
     assert log["epoch"].tolist() == [2, 3] and log["lr"].tolist() == pytest.approx([0.02, 0.01])
-    asked = {"arm": arm, "source_seed": 0, "target_seed": target, "rewind": 1}
-    assert asked.items() <= result(folder / "s0.70_k001")["arguments"].items()
+    expected = {"arm": arm, "source_seed": 0, "target_seed": target, "rewind": 1}
+    assert expected.items() <= result(folder / "s0.70_k001")["arguments"].items()
 
 
-def test_controls_start_from_what_they_say(ends, aligned, tmp_path):
+def test_control_arms_train_the_right_weights_under_the_right_mask(ends, aligned, tmp_path):
     source, target, imp = ends
-    for arm, dense, masks, *more in (
+    for arm, dense, masks, *flags in (
         ("shuffled", target, imp),
         ("random-permutation", target, aligned / "random"),
         ("imp-target", source, imp),
         ("naive", target, imp, "--signs --fan-in"),
     ):
-        succeed(*stage4(arm, dense, masks, tmp_path / arm, *more, "--sparsity 0.7 --rewind 0"))
-    entry, cell = state(imp / "mask_0.70.pt"), "s0.70_k000"
-    mask, shuffled = entry["mask"], state(tmp_path / f"shuffled/{cell}/final.pt")["mask"]
+        succeed(*stage4(arm, dense, masks, tmp_path / arm, *flags, "--sparsity 0.7 --rewind 0"))
+    mask_info, cell = state(imp / "mask_0.70.pt"), "s0.70_k000"
+    mask, shuffled = mask_info["mask"], state(tmp_path / f"shuffled/{cell}/final.pt")["mask"]
     assert not same(mask, shuffled)
-    assert all(entry.sum() == shuffled[name].sum() for name, entry in mask.items())
-    asked = {"signs": True, "fan_in": True, "mask_dataset": "glyphs"}
-    assert asked.items() <= result(tmp_path / "naive" / cell)["arguments"].items()
+    assert all(kept.sum() == shuffled[name].sum() for name, kept in mask.items())
+    expected = {"signs": True, "fan_in": True, "mask_dataset": "glyphs"}
+    assert expected.items() <= result(tmp_path / "naive" / cell)["arguments"].items()
     start, rates = state(target / "epoch_0000.pt"), learning_rates("cosine", 0.02, 3)
-    kept = masking.apply({name: start["state_dict"][name] for name in mask}, mask)
-    signed = masking.with_signs(kept, entry["signs"])
+    masked = masking.apply({name: start["state_dict"][name] for name in mask}, mask)
+    signed = masking.with_signs(masked, mask_info["signs"])
     start["state_dict"] |= masking.rescale_fan_in(signed, mask)
     expected = train_by_hand(start, 0, "sparse", rates, mask, seed=1)
     assert same(weights(tmp_path / "naive" / cell / "final.pt"), expected)
@@ -179,19 +182,19 @@ def test_the_seed_of_stage_4_changes_the_data_order(runs, ends, tmp_path):
     command = stage4("naive", *ends[1:], tmp_path, "--sparsity 0.5 --rewind 1 --seed 7")
     succeed(*command)
     cell = "s0.50_k001/final.pt"
-    usual = runs / "sparse/naive/seed0-seed1"
-    assert not same(weights(usual / cell), weights(tmp_path / cell))
+    default = runs / "sparse/naive/seed0-seed1"
+    assert not same(weights(default / cell), weights(tmp_path / cell))
     refuse((*command, "--seed 1"), "seed is 7 there")
 
 
-def test_imagenet_trains_in_a_process_of_its_own(tmp_path):
-    """Beside a CPU-only torch, torchvision must come in through common/vision.py alone."""
+def test_imagenet_trains_in_a_new_process(tmp_path):
+    """With a CPU-only torch, every import of torchvision must go through common/vision.py."""
     save_pictures(tmp_path / "data", (30, 40), train=2, val=1)
-    run = imagenet1(tmp_path, tmp_path, "--model mlp --width 0.015625")
-    script, *flags = words(*run)
-    command = [sys.executable, ROOT / f"{script}.py", *flags]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert result(tmp_path / "seed0")["test_top5"] == 100  # of two classes
-    # A folder is the same with a slash at its end.
-    assert "nothing to do" in succeed(*run, f"--data-dir {tmp_path}/data/")
+    command = imagenet1(tmp_path, tmp_path, "--model mlp --width 0.015625")
+    script, *flags = words(*command)
+    arguments = [sys.executable, ROOT / f"{script}.py", *flags]
+    process = subprocess.run(arguments, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert result(tmp_path / "seed0")["test_top5"] == 100  # there are two classes
+    # A slash at the end of a folder makes no difference.
+    assert "nothing to do" in succeed(*command, f"--data-dir {tmp_path}/data/")

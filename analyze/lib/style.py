@@ -63,7 +63,7 @@ def _known(variant: str) -> str:
 def save(figure: Figure, table: pd.DataFrame, folder: Path, name: str) -> None:
     """Write a figure as PNG and PDF, and its data as CSV beside them."""
     for suffix in ("png", "pdf"):
-        with checkpoint.replacing(folder / f"{name}.{suffix}") as file:
+        with checkpoint.atomic_write(folder / f"{name}.{suffix}") as file:
             figure.savefig(file, format=suffix)
     plt.close(figure)
     print(f"wrote {folder / name}.png")  # and the PDF beside it

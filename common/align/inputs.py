@@ -210,7 +210,7 @@ def load_masks(path: Path, source: Entry, model: nn.Module) -> dict[str, Entry]:
         masking.check_fits(mask, source["state_dict"], file)
         signs = masking.signs(source["state_dict"], list(mask))
         network = source | {"mask": mask, "signs": signs, "tag": None}
-        entry = masking.entry(network, model) | {"unpermuted": checkpoint.digest(file)}
+        entry = masking.mask_info(network, model) | {"unpermuted": checkpoint.digest(file)}
         name = paths.mask_file(path, round(entry["sparsity"], 4)).name
         masks[file.name if path.is_dir() else name] = entry
     return masks
