@@ -74,7 +74,7 @@ def evaluate(
         for place, k in enumerate((1, *top)):
             largest = logits.topk(min(k, logits.shape[1])).indices
             right[place] += (largest == labels[:, None]).sum()
-    count, loss, *right = distributed.gathered(count, loss, *right).sum(0).tolist()
+    count, loss, *right = distributed.all_gather(count, loss, *right).sum(0).tolist()
     return [loss / count, *(100 * hits / count for hits in right)]
 
 
@@ -124,7 +124,7 @@ def train(
     forward = prepared(model, device, precision, compiled)
     optimiser = make_optimiser(model.parameters())
     graphed = device.type == "cuda" and isinstance(data, Resident) and distributed.WORLD_SIZE == 1
-    graphed = graphed and graph.capturable(optimiser, device)
+    graphed = graphed and graph.make_capturable(optimiser, device)
     masker = Masker(model, mask or {})
     # Summed on the device and read once an epoch, so that the host does not wait at every step.
     sums = torch.zeros(2, device=device)
@@ -206,7 +206,7 @@ def prepared(model: nn.Module, device: torch.device, precision: str, compiled: b
 
 def epoch_metrics(sums: Tensor, images: int, test: list[float]) -> dict[str, float]:
     """Of an epoch of `images` images, from what `sums` has of each process, and of the test set."""
-    loss, right = distributed.gathered(*sums).sum(0).tolist()
+    loss, right = distributed.all_gather(*sums).sum(0).tolist()
     row = {"train_loss": loss / images, "train_acc": 100 * right / images}
     return row | dict(zip(("test_loss", "test_acc", "test_top5"), test))
 

@@ -301,8 +301,8 @@ an arm that contradicts its files | common/arms.py
 
 processes share the first slice | common/runtime/distributed.py
 >distributed::test_two_processes_train_what_one_does
--slice(RANK * part, (RANK + 1) * part)
-+slice(0, part)
+-slice(RANK * local, (RANK + 1) * local)
++slice(0, local)
 
 every process writes | common/checkpoint.py
 >distributed::test_the_first_process_alone_writes_and_deletes

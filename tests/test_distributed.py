@@ -77,7 +77,7 @@ def test_a_signal_to_any_process_stops_all(monkeypatch):
     model = torch.nn.Linear(1, 1)
     run = Resume(None, "test", "fp32", model, torch.optim.SGD(model.parameters(), 0.1), None, 10)
     monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
-    monkeypatch.setattr(distributed, "gathered", lambda *_: torch.tensor([[0.0, 0], [0, 1]]))
+    monkeypatch.setattr(distributed, "all_gather", lambda *_: torch.tensor([[0.0, 0], [0, 1]]))
     with pytest.raises(KeyboardInterrupt):
         run.save_or_stop(3)
 
@@ -86,7 +86,7 @@ def test_a_run_goes_on_with_another_number_of_processes(monkeypatch, tmp_path):
     """What three had summed up within an epoch is shared by two."""
     model, sums = torch.nn.Linear(1, 1), torch.tensor([[1.0], [2], [4]])
     settings = tmp_path, "test", "fp32", model, torch.optim.SGD(model.parameters(), 0.1)
-    monkeypatch.setattr(distributed, "gathered", lambda *_: sums)
+    monkeypatch.setattr(distributed, "all_gather", lambda *_: sums)
     Resume(*settings, torch.zeros(1), minutes=0).save_or_stop(step=3)
 
     def goes_on():
@@ -207,7 +207,7 @@ def two(tmp_path_factory):
     told = [line for line in err.splitlines() if "error: " in line and "torch" not in line]
     assert code != 0 and len(told) == 1 and "gloo" not in err, err
     assert f"cannot write {root / file}" in told[0]
-    assert out.count("nothing to do") == 2 and "goes on after epoch 1 and 3 steps" in out
+    assert out.count("nothing to do") == 2 and "resumes after epoch 1 and 3 steps" in out
     return root
 
 

@@ -109,6 +109,6 @@ def test_a_run_that_is_cut_off_within_an_epoch_goes_on_there(jpegs, tmp_path):
     assert process.exitcode == -signal.SIGKILL
     with pytest.raises(InterruptedError), ending_at(1, 4, interrupt):
         call(*run)
-    assert "goes on after epoch 1 and 4 steps" in succeed(*run)
+    assert "resumes after epoch 1 and 4 steps" in succeed(*run)
     succeed(*imagenet1(jpegs, tmp_path / "whole", MLP))
     same_files(tmp_path / "cut", tmp_path / "whole")

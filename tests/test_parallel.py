@@ -56,7 +56,7 @@ def test_a_killed_process_is_named(capfd, sent, kind):
     with pytest.raises(kind, match=r"1 of 2 runs failed \(killed\)"):
         parallel.side_by_side(runs, 2, CPU)
     err = capfd.readouterr().err
-    assert f"killed: error: ended by {sent}" in err and ("memory" in err) == (kind is UserError)
+    assert f"killed: error: killed by {sent}" in err and ("memory" in err) == (kind is UserError)
 
 
 def test_a_run_side_by_side_has_one_thread_whatever_the_others_have():
