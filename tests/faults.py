@@ -237,14 +237,14 @@ evaluation drops the last batch | common/data/resident.py
 +batches[distributed.RANK : -1 :
 
 every epoch is the same | common/data/resident.py
->data::test_an_epoch_depends_on_seed_and_epoch_alone
+>data::test_batches_depend_only_on_seed_and_epoch
 -manual_seed(derived_seed(seed, epoch))
 +manual_seed(derived_seed(seed, 0))
 
 crops are transposed | common/data/resident.py
->data::test_a_batch_is_cropped_and_mirrored_as_drawn
--windows[chosen, :, y[chosen], x[chosen]]
-+windows[chosen, :, x[chosen], y[chosen]]
+>data::test_a_batch_is_cropped_and_flipped_as_planned
+-windows[indices, :, y[indices], x[indices]]
++windows[indices, :, x[indices], y[indices]]
 
 normalised the wrong way round | common/data/batches.py
 >data::test_normalisation_by_hand

@@ -32,7 +32,7 @@ Data = Resident | Streamed
 def run_all(runs: dict[str, Run], parallel: str | None, width: float, data: Data) -> None:
     """Call each of `runs` (folder -> function), sequentially or as `--parallel` asks.
 
-    Raises UserError for `--parallel` under torchrun, and what `side_by_side` raises.
+    Raises UserError for `--parallel` under torchrun, and what `run_in_parallel` raises.
     """
     if distributed.WORLD_SIZE > 1 and parallel is not None:
         raise UserError(
@@ -45,7 +45,7 @@ def run_all(runs: dict[str, Run], parallel: str | None, width: float, data: Data
                 run()
                 print(f"wrote {folder}")
         else:
-            side_by_side(runs, pick_count(parallel, len(runs), width, data), data.device)
+            run_in_parallel(runs, pick_count(parallel, len(runs), width, data), data.device)
 
 
 def cores() -> int:
@@ -66,7 +66,7 @@ def pick_count(parallel: str, runs: int, width: float, data: Data) -> int:
     return max(1, min(count, runs, MAX_STREAMS))
 
 
-def side_by_side(runs: dict[str, Run], count: int, device: torch.device) -> None:
+def run_in_parallel(runs: dict[str, Run], count: int, device: torch.device) -> None:
     """Call each of `runs`, `count` at a time; a failure does not stop the others.
 
     After all have ended, raises RuntimeError if a run had a bug, or else UserError if one failed.
@@ -79,10 +79,9 @@ def side_by_side(runs: dict[str, Run], count: int, device: torch.device) -> None
     bugs = [name for name, code in failed.items() if code not in (2, -signal.SIGKILL)]
     if failed:
         names = ", ".join(bugs or failed)
-        message = (
-            f"{len(failed)} of {len(runs)} runs failed ({names}): see above; the same command "
-        )
-        raise (RuntimeError if bugs else UserError)(message + "repeats them")
+        summary = f"{len(failed)} of {len(runs)} runs failed ({names})"
+        kind = RuntimeError if bugs else UserError
+        raise kind(f"{summary}: see above; the same command repeats them")
 
 
 def _in_processes(runs: dict[str, Run], count: int, device: torch.device) -> dict[str, int]:
