@@ -300,12 +300,12 @@ an arm that contradicts its files | common/arms.py
 +if False:
 
 processes share the first slice | common/runtime/distributed.py
->distributed::test_two_processes_train_what_one_does
+>distributed::test_two_ranks_train_the_same_networks_as_one_process
 -slice(RANK * local, (RANK + 1) * local)
 +slice(0, local)
 
 every process writes | common/checkpoint.py
->distributed::test_the_first_process_alone_writes_and_deletes
+>distributed::test_only_rank_zero_writes_and_deletes
 -if RANK:
 +if False:
 
