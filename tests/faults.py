@@ -326,13 +326,13 @@ the barrier is the largest loss | analyze/lib/lines.py
 
 pairs share seeds | run_all.sh
 >run_all::test_a_dry_run_prints_the_commands_in_order
--$((2 * p)) $((2 * p + 1))
-+$((p)) $((p + 1))
+-$((2 * pair)) $((2 * pair + 1))
++$((pair)) $((pair + 1))
 
 permuted runs take the masks of IMP | run_all.sh
 >run_all::test_a_dry_run_prints_the_commands_in_order
--arm permuted "$b" "align/$m/$pair"
-+arm permuted "$b" "imp/seed$a"
+-arm permuted "$target" "align/$method/$pair"
++arm permuted "$target" "imp/seed$source"
 """
 
 

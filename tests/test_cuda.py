@@ -52,7 +52,7 @@ def data_of(count=16):
 
 def train_eagerly(*arguments, **settings):
     """`train` without a CUDA graph."""
-    with mock.patch.object(graph, "capturable", lambda *_: False):
+    with mock.patch.object(graph, "make_capturable", lambda *_: False):
         return train(*arguments, folder=None, **settings)
 
 
