@@ -148,7 +148,7 @@ def test_folder_caches_decoded_images_and_detects_changes(pictures, monkeypatch)
     Image.new("RGB", (12, 12), "red").save(picture)
     first = load(pictures)
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "read_picture", lambda _: pytest.fail("decoded again"))
+        patch.setattr(folder, "read_image", lambda _: pytest.fail("decoded again"))
         assert torch.equal(first.train, load(pictures).train)
     Image.new("RGB", (12, 12), "lime").save(picture)  # as many bytes as before
     os.utime(picture, (0, 0))

@@ -162,9 +162,8 @@ def torchrun(root, launches, *commands):
     environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     options = {"cwd": ROOT, "env": os.environ | environment, "text": True}
     options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    command_list = json.dumps([words(*command) for command in commands])
+    script = root / "run_commands.py", json.dumps([words(*command) for command in commands])
     launcher = [sys.executable, "-m", "torch.distributed.run"]
-    script = root / "run_commands.py", command_list
     processes = [
         subprocess.Popen([*launcher, *launch.split(), *script], **options) for launch in launches
     ]
@@ -203,13 +202,13 @@ def two_ranks(tmp_path_factory):
     one_node = ["--standalone --nproc-per-node 2"]
     dense, *others = commands(root, root)
     interrupted = imagenet1(root, root / "interrupted", SMALL)
-    command_list = dense, *others, (*interrupted, "--checkpoint-minutes 0")
-    codes, out, err = torchrun(root, two_nodes, *command_list)
+    first_run = (*interrupted, "--checkpoint-minutes 0")
+    codes, out, err = torchrun(root, two_nodes, dense, *others, first_run)
     assert 0 not in codes and err.count("stopped; the same command goes on") == 2, err
     assert len(re.findall(r"mlpx0.03125 seed \d  epoch", out)) == 6  # one line per epoch
     assert state(root / "interrupted/seed0/resume.pt")["step"] == 3
-    command_list = interrupted, dense, stage1(root / file / "dense")
-    (code,), out, err = torchrun(root, one_node, *command_list)
+    failing = stage1(root / file / "dense")
+    (code,), out, err = torchrun(root, one_node, interrupted, dense, failing)
     errors = [line for line in err.splitlines() if "error: " in line and "torch" not in line]
     assert code != 0 and len(errors) == 1 and "gloo" not in err, err
     assert f"cannot write {root / file}" in errors[0]

@@ -60,8 +60,7 @@ def balanced_indices(labels: Tensor, limit: int) -> Tensor:
     order = torch.randperm(len(labels), generator=generator)
     shuffled = labels[order]
     counts = torch.bincount(shuffled)
-    index_in_class = torch.empty_like(order)
-    numbers = torch.cat([torch.arange(int(count)) for count in counts])
-    index_in_class[shuffled.argsort(stable=True)] = numbers
-    chosen = order[torch.argsort(index_in_class * len(counts) + shuffled)[:limit]]
+    within_class = torch.empty_like(order)  # index of each image in its class
+    within_class[shuffled.argsort(stable=True)] = torch.cat([torch.arange(int(n)) for n in counts])
+    chosen = order[torch.argsort(within_class * len(counts) + shuffled)[:limit]]
     return chosen[torch.randperm(len(chosen), generator=generator)]

@@ -43,11 +43,11 @@ def read_folder(folder: Path, size: int | None) -> tuple:
     if len(files) > len(samples):
         ignored = f"ignored {len(files) - len(samples)} files of {folder}"
         tqdm.write(f"{ignored}: their extensions are not torchvision's (.jpg, .png, .webp, ...)")
-    side = size or read_picture(samples[0][0]).width
+    side = size or read_image(samples[0][0]).width
     images = np.empty((len(samples), 3, side, side), np.uint8)
     bar = tqdm(samples, f"decoding {folder}", unit="img", disable=None, leave=False)
     for row, (path, _) in enumerate(bar):
-        image = read_picture(path)
+        image = read_image(path)
         if size is None and image.size != (side, side):
             shape = f"{image.width}x{image.height} px, but the first image is {side}x{side}"
             raise UserError(f"{path} is {shape}: set --image-size to crop and resize all images")
@@ -56,7 +56,7 @@ def read_folder(folder: Path, size: int | None) -> tuple:
     parts = []
     for split, pixels in zip((train, test), np.split(images, [len(train)])):
         parts += [torch.from_numpy(pixels), torch.tensor(split.targets)]
-    # Not under torchrun: a rank could read a cache that another command has just written.
+    # Under torchrun, saving waits for all ranks, but one may have found another command's cache.
     if distributed.WORLD_SIZE == 1:
         with contextlib.suppress(UserError):  # a read-only folder only costs time
             checkpoint.save({"stamp": stamp, "parts": parts}, cache)
@@ -78,7 +78,7 @@ def image_folders(folder: Path, test_names: tuple[str, ...]) -> tuple[Any, Any]:
         raise UserError(f"{folder} needs {needed}, each with one folder of images per class")
     try:
         splits = [
-            torchvision.datasets.ImageFolder(str(path), loader=read_picture)
+            torchvision.datasets.ImageFolder(str(path), loader=read_image)
             for path in (folder / "train", test)
         ]
     except OSError as error:
@@ -92,7 +92,7 @@ def image_folders(folder: Path, test_names: tuple[str, ...]) -> tuple[Any, Any]:
     return tuple(splits)
 
 
-def read_picture(path: str) -> Image.Image:
+def read_image(path: str) -> Image.Image:
     """Read an image as RGB like torchvision, which ignores the EXIF orientation.
 
     Raises UserError when the file is not a readable image or has more than 8 bits per channel.
