@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from common import checkpoint, cli, masking, paths, runs
-from common.data import Resident, Streamed, load_data_cached, stage_seed
+from common.data import Resident, Streamed, load_cached, stage_seed
 from common.errors import UserError
 from common.models import build_model
 from common.runtime.device import pick_device
@@ -70,7 +70,7 @@ def main() -> None:
                 continue
             if made_by := runs.other_code(out, __file__):
                 raise UserError(f"{out} was made by {made_by}: choose another --out, and a --tag")
-        data = load_data_cached(dense["dataset"], args.data_dir, device, args.workers)
+        data = load_cached(dense["dataset"], args.data_dir, device, args.workers)
         data.steps(settings["batch_size"])  # a UserError where the images are too few
         names, weights = masking.prunable(build_model(**dense["model"])), dense["state_dict"]
         start = {key: dense[key] for key in checkpoint.WEIGHTS}

@@ -153,7 +153,7 @@ DEFAULT_STREAM = Stream()
 
 
 class ThreadState(threading.local):
-    """CUDA's state of a host thread."""
+    """CUDA's state in each host thread."""
 
     stream, graph, strict = DEFAULT_STREAM, None, False
 

@@ -120,7 +120,7 @@ def test_the_host_never_synchronises_within_an_epoch(monkeypatch):
 
 
 def test_parallel_runs_give_the_same_networks_as_sequential_ones():
-    """Of one to three epochs; on a real GPU, more of them than run at a time."""
+    """Runs of one to three epochs; on a real GPU, more runs than threads."""
     data, states = data_of(), [[], [], []]
 
     def run(seed, data):

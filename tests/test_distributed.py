@@ -187,7 +187,7 @@ def commands(root, images):
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    """The files of two ranks, on two emulated nodes, with a torchrun each, and then on one node.
+    """Files written by two ranks: on two emulated nodes with a torchrun each, then on one node.
 
     The first torchruns get SIGTERM within an epoch; the second resumes that run, and ends with an
     error.

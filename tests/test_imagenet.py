@@ -64,7 +64,7 @@ def test_all_stages_run_with_resnet50(tmp_path):
     succeed("analyze.results", tmp_path)
     rows = pd.read_csv(tmp_path / "results.csv")
     assert rows["arm"].tolist() == ["naive", "permuted"] and set(rows["dataset"]) == {"imagenet"}
-    assert rows["test_top5"].tolist() == [100] * 2  # of two classes
+    assert rows["test_top5"].tolist() == [100] * 2  # there are two classes
     assert result(source)["images"] == {"train": 4, "test": 4}
 
 

@@ -58,7 +58,7 @@ def test_which_functions_keep_the_layout():
         with torch.no_grad():
             assert model.bn1.eval()(x).is_mkldnn
         with pytest.raises(RuntimeError, match="type"):
-            model.conv1(images.double())  # the error without the layout
+            model.conv1(images.double())  # as without the layout
         with torch.autocast("cpu", enabled=False):
             assert model.conv1(images).dtype == torch.float32
 

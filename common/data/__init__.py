@@ -29,7 +29,7 @@ __all__ = [
     "balanced_indices",
     "derived_seed",
     "load_data",
-    "load_data_cached",
+    "load_cached",
     "stage_seed",
 ]
 
@@ -78,7 +78,7 @@ def load_data(
     return data
 
 
-def load_data_cached(spec: dict[str, Any], *args: Any) -> Resident | Streamed:
+def load_cached(spec: dict[str, Any], *args: Any) -> Resident | Streamed:
     """Like `load_data`, but reads each data set only once per process."""
     return _load_once(json.dumps(spec), *args)
 

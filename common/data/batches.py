@@ -23,6 +23,7 @@ def pixel_mean_std(description: dict[str, Any], device: torch.device) -> tuple[T
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 images as fp32 in channels-last format, minus `mean`, divided by `std`."""
     return images.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
 
 

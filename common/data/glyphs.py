@@ -17,7 +17,7 @@ FONTS = """DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSa
     DejaVuSerif DejaVuSerif-Bold DejaVuSerif-Italic STIXGeneral STIXGeneralBol STIXGeneralItalic
     cmr10 cmss10 cmtt10""".split()
 TRAIN, TEST = 10_000, 1_000
-CANVAS = 64  # px of the templates
+CANVAS = 64  # px of the templates, larger than the digits in the images
 NOISE = 30  # largest absolute noise, in 0..255
 CONTRAST = (20, 126)  # range of (digit - background) in each colour channel
 

@@ -70,7 +70,7 @@ class Streamed:
     def eval_batches(
         self, split: str = "test", batch_size: int = 250, limit: int | None = None
     ) -> Batches:
-        """This rank's batches of `split`, without augmentation; `limit`: of a balanced subset."""
+        """This rank's batches of `split`, or of `limit` class-balanced images, not augmented."""
         dataset = self.eval_sets[split]
         indices = torch.arange(len(dataset))
         if limit is not None:

@@ -80,7 +80,7 @@ class Resident:
     def eval_batches(
         self, split: str = "test", batch_size: int | None = None, limit: int | None = None
     ) -> Batches:
-        """This rank's batches of `split`, without augmentation; `limit`: of a balanced subset."""
+        """This rank's batches of `split`, or of `limit` class-balanced images, not augmented."""
         batch_size = batch_size or EVAL_BATCH.get(self.device.type, 500)
         images, labels = self.test, self.test_labels
         if split == "train":

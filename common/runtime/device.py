@@ -31,8 +31,8 @@ def pick_device(name: str | None) -> torch.device:
         raise UserError(
             f"device {name!r} is not available here ({reason}): try --device cpu"
         ) from error
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    torch.backends.cudnn.deterministic = True  # bit-equal reruns
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, in all threads
     # Needed in NVIDIA's containers, which set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE.
     torch.set_float32_matmul_precision("highest")
     if device.type == "cpu":

@@ -70,7 +70,7 @@ def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather of the ranks' batches; the backward pass all-reduces and returns the own part."""
+    """All-gather of the ranks' batches; backward all-reduces and keeps this rank's gradients."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class _SyncBatchNorm(_BatchNorm):
 
 
 def local_slice(batch_size: int) -> slice:
-    """This rank's part of a global batch; raises UserError when the ranks' parts are not equal."""
+    """This rank's part of a global batch; raises UserError when the batch has no equal parts."""
     if batch_size % WORLD_SIZE:
         raise UserError(f"--batch-size {batch_size} cannot be divided among {WORLD_SIZE} processes")
     local = batch_size // WORLD_SIZE
@@ -107,7 +107,7 @@ def local_slice(batch_size: int) -> slice:
 
 
 def let_rank_zero_print_first() -> None:
-    """Delay the error of other ranks: torchrun stops them once rank 0 has exited with the same."""
+    """Delay an error message on other ranks: torchrun stops them when rank 0 has failed."""
     if RANK:
         time.sleep(ERROR_DELAY)
 
@@ -125,5 +125,5 @@ def all_gather(*values: Tensor | float) -> Tensor:
 
 
 def barrier() -> None:
-    """Wait until all ranks get here."""
+    """Wait until all ranks have called this."""
     all_gather(0)

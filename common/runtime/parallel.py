@@ -54,7 +54,7 @@ def cores() -> int:
 
 
 def pick_count(parallel: str, runs: int, width: float, data: Data) -> int:
-    """How many of `runs` to do in parallel; `auto`: about one per core, or what fills a GPU."""
+    """How many of `runs` to train at a time; `auto`: about one per core, or what fills a GPU."""
     if parallel != "auto":
         count = int(parallel)
     elif data.device.type == "cpu":

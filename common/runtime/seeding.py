@@ -21,7 +21,7 @@ os.register_at_fork(after_in_child=_renew_lock)
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's global CPU generator within the block; restore it afterwards."""
+    """Seed torch's global CPU generator within the block, and exclude other threads from it."""
     with _lock, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
