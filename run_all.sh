@@ -242,7 +242,7 @@ case $mode$LAUNCH in
       refuse "OUT='$OUT' has jobs in the queue ($(echo $job)): wait for them, or scancel them"
     lines=$(python3 -m analyze.status --missing <<< "$lines")
     mkdir -p "$OUT/slurm" ;;
-  *) # two calls for the same run would stop each other
+  *) # a call fails on a run that another call is training
     if [ "$preset" != test ] && command -v flock > /dev/null; then
       mkdir -p "$OUT" 2> /dev/null && [ -w "$OUT" ] ||
         refuse "cannot write OUT='$OUT': choose another"
