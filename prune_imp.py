@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from common import checkpoint, cli, masking, paths, runs
-from common.data import Resident, Streamed, load_described, stage_seed
+from common.data import Resident, Streamed, load_cached, stage_seed
 from common.errors import UserError
 from common.models import build_model
 from common.runtime.device import pick_device
@@ -70,7 +70,7 @@ def main() -> None:
                 continue
             if code := runs.other_code(out, __file__):
                 raise UserError(f"{out} was made by {code}: choose another --out, and a --tag")
-        data = load_described(dense["dataset"], args.data_dir, device, args.workers)
+        data = load_cached(dense["dataset"], args.data_dir, device, args.workers)
         data.steps(settings["batch_size"])  # raises UserError if there are too few images
         names, weights = masking.prunable(build_model(**dense["model"])), dense["state_dict"]
         start = {key: dense[key] for key in checkpoint.WEIGHTS}

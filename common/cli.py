@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> None:
-        distributed.let_rank_zero_speak()
+        distributed.let_rank_zero_print_first()
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
@@ -63,7 +63,7 @@ def run(main: Callable[[], None], torchrun: bool = False) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
-        distributed.let_rank_zero_speak()
+        distributed.let_rank_zero_print_first()
         if (message := explain(error)) is None:
             raise
         print(f"{script}: error: {message}", file=sys.stderr)

@@ -74,7 +74,7 @@ def evaluate(
         for index, k in enumerate((1, *topk)):
             predictions = logits.topk(min(k, logits.shape[1])).indices
             correct[index] += (predictions == labels[:, None]).sum()
-    count, loss, *correct = distributed.gathered(count, loss, *correct).sum(0).tolist()
+    count, loss, *correct = distributed.all_gather(count, loss, *correct).sum(0).tolist()
     return [loss / count, *(100 * hits / count for hits in correct)]
 
 
@@ -124,7 +124,7 @@ def train(
     forward = prepare_model(model, device, precision, compiled)
     optimiser = make_optimiser(model.parameters())
     graphed = device.type == "cuda" and isinstance(data, Resident) and distributed.WORLD_SIZE == 1
-    graphed = graphed and graph.capturable(optimiser, device)
+    graphed = graphed and graph.make_capturable(optimiser, device)
     masker = Masker(model, mask or {})
     # Summed on the device and read once per epoch, to avoid a synchronisation in every step.
     sums = torch.zeros(2, device=device)
@@ -217,7 +217,7 @@ def epoch_metrics(sums: Tensor, images: int, test: list[float]) -> dict[str, flo
 
     `sums` holds loss and correct predictions of this process, `test` the result of `evaluate`.
     """
-    loss, correct = distributed.gathered(*sums).sum(0).tolist()
+    loss, correct = distributed.all_gather(*sums).sum(0).tolist()
     row = {"train_loss": loss / images, "train_acc": 100 * correct / images}
     return row | dict(zip(("test_loss", "test_acc", "test_top5"), test))
 

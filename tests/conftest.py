@@ -274,7 +274,7 @@ def quick():
             savefig(figure, file, format=format, dpi=40)
 
     torch.set_num_threads(1)
-    resume.EVERY = -1
+    resume.SAVE_INTERVAL = -1
     Figure.savefig = save_coarsely
 
 

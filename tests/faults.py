@@ -237,14 +237,14 @@ evaluation drops the last batch | common/data/resident.py
 +batches[distributed.RANK : -1 :
 
 every epoch is the same | common/data/resident.py
->data::test_an_epoch_depends_on_seed_and_epoch_alone
+>data::test_batches_depend_only_on_seed_and_epoch
 -manual_seed(derived_seed(seed, epoch))
 +manual_seed(derived_seed(seed, 0))
 
 crops are transposed | common/data/resident.py
->data::test_a_batch_is_cropped_and_mirrored_as_drawn
--windows[chosen, :, y[chosen], x[chosen]]
-+windows[chosen, :, x[chosen], y[chosen]]
+>data::test_a_batch_is_cropped_and_flipped_as_planned
+-windows[indices, :, y[indices], x[indices]]
++windows[indices, :, x[indices], y[indices]]
 
 normalised the wrong way round | common/data/batches.py
 >data::test_normalisation_by_hand
@@ -300,12 +300,12 @@ an arm that contradicts its files is accepted | common/arms.py
 +if False:
 
 processes share the first slice | common/runtime/distributed.py
->distributed::test_two_processes_train_what_one_does
--slice(RANK * part, (RANK + 1) * part)
-+slice(0, part)
+>distributed::test_two_ranks_train_the_same_networks_as_one_process
+-slice(RANK * local, (RANK + 1) * local)
++slice(0, local)
 
 every process writes | common/checkpoint.py
->distributed::test_the_first_process_alone_writes_and_deletes
+>distributed::test_only_rank_zero_writes_and_deletes
 -if RANK:
 +if False:
 
@@ -326,13 +326,13 @@ the barrier is the largest loss | analyze/lib/lines.py
 
 pairs share seeds | run_all.sh
 >run_all::test_a_dry_run_prints_the_commands_in_order
--$((2 * p)) $((2 * p + 1))
-+$((p)) $((p + 1))
+-$((2 * pair)) $((2 * pair + 1))
++$((pair)) $((pair + 1))
 
 permuted runs use the unpermuted masks | run_all.sh
 >run_all::test_a_dry_run_prints_the_commands_in_order
--arm permuted "$b" "align/$m/$pair"
-+arm permuted "$b" "imp/seed$a"
+-arm permuted "$target" "align/$method/$pair"
++arm permuted "$target" "imp/seed$source"
 """
 
 

@@ -1,9 +1,9 @@
-"""A GPU that is not there: its tensors say that they are on CUDA, and are computed on the CPU.
+"""An emulated GPU: its tensors report a CUDA device but are computed on the CPU.
 
-It keeps to what differs for a program, not for its numbers: tensors of two devices do not mix; what
-is captured is not computed until it is replayed, from and into the same memory; the host can ask
-for no value meanwhile; and a stream that reads what another wrote has to wait for it. Kernels,
-precisions, memory and speed of a real GPU are beyond it.
+It checks the rules that CUDA programs must follow: tensors on different devices do not mix; a graph
+capture computes nothing, and a replay reads and writes the captured memory; the host cannot
+synchronise during a capture; and a stream must wait for another stream whose results it reads.
+It does not emulate kernels, precision, memory or speed.
 """
 
 import contextlib
@@ -20,24 +20,24 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map, tree_map_only
 
-GPU = torch.device("cuda", 0)  # where a program finds a tensor
-INSIDE = torch.device("meta")  # and where torch does: it knows autograd and owns no memory
+GPU = torch.device("cuda", 0)  # the device that programs see
+INTERNAL = torch.device("meta")  # the device that torch sees: autograd works, without memory
 aten = torch.ops.aten
 COPIES = (aten.copy_, aten._to_copy)
-ASKS = (aten._local_scalar_dense, aten.equal, aten.nonzero)
+SYNCHRONISING = (aten._local_scalar_dense, aten.equal, aten.nonzero)
 
 
-class OnGpu(Tensor):
-    """A tensor on the GPU; `held` has its values."""
+class GpuTensor(Tensor):
+    """A tensor on the GPU; `cpu_tensor` holds its values."""
 
     device, is_cuda, is_cpu, is_meta = property(lambda self: GPU), True, False, False
 
     @staticmethod
     def __new__(cls, values):
         layout = {"strides": values.stride(), "storage_offset": values.storage_offset()}
-        layout |= {"dtype": values.dtype, "device": INSIDE}
+        layout |= {"dtype": values.dtype, "device": INTERNAL}
         gpu = Tensor._make_wrapper_subclass(cls, values.size(), **layout)
-        gpu.held = values
+        gpu.cpu_tensor = values
         return gpu
 
     @property
@@ -46,127 +46,129 @@ class OnGpu(Tensor):
 
     @data.setter
     def data(self, other):
-        self.held = other.held
+        self.cpu_tensor = other.cpu_tensor
 
     def tolist(self):
         return self.cpu().tolist()
 
     def __reduce_ex__(self, protocol):
-        return self.held.__reduce_ex__(protocol)  # a file is read onto the CPU
+        return self.cpu_tensor.__reduce_ex__(protocol)  # files are loaded onto the CPU
 
     @classmethod
     def __torch_dispatch__(cls, *_):
-        raise AssertionError("a tensor of the GPU was used where there is none")
+        raise AssertionError("a GPU tensor was used outside pretend_gpu()")
 
 
 class Devices(TorchFunctionMode):
-    """Names the device as torch knows it."""
+    """Replaces the GPU in arguments by the internal device."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.device:
             return function(*args, **kwargs or {})
-        args, kwargs = tree_map(_inside, (args, kwargs or {}))
-        if function is torch.tensor and kwargs.get("device") == INSIDE:
-            return function(*args, **kwargs | {"device": "cpu"}).to(INSIDE)
+        args, kwargs = tree_map(_to_internal, (args, kwargs or {}))
+        if function is torch.tensor and kwargs.get("device") == INTERNAL:
+            return function(*args, **kwargs | {"device": "cpu"}).to(INTERNAL)
         return function(*args, **kwargs)
 
 
-def _inside(value):
-    named = isinstance(value, (str, torch.device)) and str(value) in ("cuda", "cuda:0")
-    return INSIDE if named else value
+def _to_internal(value):
+    is_gpu = isinstance(value, (str, torch.device)) and str(value) in ("cuda", "cuda:0")
+    return INTERNAL if is_gpu else value
 
 
 class Kernels(TorchDispatchMode):
-    """Computes on the CPU what is asked of the GPU, and raises RuntimeError where CUDA would."""
+    """Computes operators of the GPU on the CPU, and raises RuntimeError where CUDA would."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs, packet = dict(kwargs or {}), function.overloadpacket
-        given = {id(getattr(value, "held", value)): value for value in _tensors(args, kwargs)}
-        here = [value for value in given.values() if not isinstance(value, OnGpu)]
-        on_gpu = len(here) < len(given)
-        device = kwargs.get("device") or (INSIDE if on_gpu else None)  # of the result
-        if not on_gpu and device != INSIDE:
+        inputs = {
+            id(getattr(value, "cpu_tensor", value)): value for value in _tensors(args, kwargs)
+        }
+        on_cpu = [value for value in inputs.values() if not isinstance(value, GpuTensor)]
+        on_gpu = len(on_cpu) < len(inputs)
+        device = kwargs.get("device") or (INTERNAL if on_gpu else None)  # of the result
+        if not on_gpu and device != INTERNAL:
             return function(*args, **kwargs)
         if packet in COPIES:
-            waits = bool(here) or device != INSIDE  # the host, until the GPU has finished this
+            synchronises = bool(on_cpu) or device != INTERNAL
         else:
-            waits = packet in ASKS
+            synchronises = packet in SYNCHRONISING
             changed = _changed(function, args, kwargs)
-            if any(value.dim() for value in here) or not all(value.is_cuda for value in changed):
+            if any(value.dim() for value in on_cpu) or not all(value.is_cuda for value in changed):
                 raise RuntimeError(f"Expected all tensors to be on the same device, in {function}")
-        if waits and (thread.graph or thread.strict):
-            raise RuntimeError(f"the host waits while a stream is capturing, in {function}")
+        if synchronises and (thread.graph or thread.strict):
+            raise RuntimeError(f"the host synchronises while a stream is capturing, in {function}")
         kwargs.pop("device", None)
-        run = thread.graph.add if thread.graph else compute
-        result = run(function, *tree_map_only(Tensor, _held, (args, kwargs)))
-        if waits:
-            finish(thread.stream)
+        execute = thread.graph.add if thread.graph else compute
+        result = execute(function, *tree_map_only(Tensor, _to_cpu, (args, kwargs)))
+        if synchronises:
+            synchronise(thread.stream)
 
-        def outside(value):
-            return given[id(value)] if id(value) in given else OnGpu(value)
+        def to_gpu(value):
+            return inputs[id(value)] if id(value) in inputs else GpuTensor(value)
 
-        return tree_map_only(Tensor, outside, result) if device == INSIDE else result
+        return tree_map_only(Tensor, to_gpu, result) if device == INTERNAL else result
 
 
 def _tensors(*values):
     return [value for value in tree_iter(values) if isinstance(value, Tensor)]
 
 
-def _held(value):
-    if isinstance(value, OnGpu):
-        return value.held
-    # A number of the host is captured as it is now.
+def _to_cpu(value):
+    if isinstance(value, GpuTensor):
+        return value.cpu_tensor
+    # A capture copies CPU scalars.
     return value.clone() if thread.graph else value
 
 
 def _changed(function, args, kwargs):
-    """The tensors that an operation changes in place."""
+    """The tensors that an operator changes in place."""
     pairs = zip_schema(function._schema, args, kwargs)
-    return _tensors([value for at, value in pairs if at.alias_info and at.alias_info.is_write])
+    return _tensors([value for arg, value in pairs if arg.alias_info and arg.alias_info.is_write])
 
 
 def _by_address(*values):
     return {value.untyped_storage().data_ptr(): value for value in _tensors(values)}
 
 
-def _made(result, given):
-    return [value for address, value in _by_address(result).items() if address not in given]
+def _created(result, inputs):
+    return [value for address, value in _by_address(result).items() if address not in inputs]
 
 
 # ---------------------------------------------------------------- streams and graphs
 
-writers = {}  # by address of memory: the stream that wrote there, if nobody has waited for it
+writers = {}  # memory address -> stream that wrote there and has not been synchronised
 
 
 class Stream:
-    """Work in turn, beside that of other streams."""
+    """A CUDA stream."""
 
     def __init__(self, device=None): ...
 
     def wait_stream(self, other):
-        finish(other)
+        synchronise(other)
 
 
-DEFAULT = Stream()
+DEFAULT_STREAM = Stream()
 
 
-class Thread(threading.local):
-    """What CUDA keeps for each thread of the host."""
+class ThreadState(threading.local):
+    """CUDA's state in each host thread."""
 
-    stream, graph, strict = DEFAULT, None, False
+    stream, graph, strict = DEFAULT_STREAM, None, False
 
 
-thread = Thread()
+thread = ThreadState()
 
 
 def set_stream(stream):
-    """As a thread of the host begins: torch keeps modes by thread."""
+    """Called at the start of a host thread: enters the modes, which torch keeps per thread."""
     thread.stream = stream
     Devices().__enter__(), Kernels().__enter__()
 
 
-def finish(stream):
-    """All may read what a stream wrote."""
+def synchronise(stream):
+    """Let all streams read what `stream` wrote."""
     for address, writer in list(writers.items()):
         if writer is stream:
             writers.pop(address, None)
@@ -175,19 +177,19 @@ def finish(stream):
 def compute(function, args, kwargs):
     """Compute on the current stream.
 
-    Raises RuntimeError where nobody has waited for another that wrote what this reads.
+    Raises RuntimeError when an input was written by another stream that has not been synchronised.
     """
-    given = _by_address(args, kwargs)
-    if any(writers.get(address, thread.stream) is not thread.stream for address in given):
-        raise RuntimeError(f"a stream does not wait for what another writes, in {function}")
+    inputs = _by_address(args, kwargs)
+    if any(writers.get(address, thread.stream) is not thread.stream for address in inputs):
+        raise RuntimeError(f"a stream does not wait for another that writes its input: {function}")
     result = function(*args, **kwargs)
-    changed = _by_address(_made(result, given), _changed(function, args, kwargs))
+    changed = _by_address(_created(result, inputs), _changed(function, args, kwargs))
     writers.update(dict.fromkeys(changed, thread.stream))
     return result
 
 
 class Generator:
-    """Numbers drawn on the GPU; of what it would hold, whether it takes itself to be capturing."""
+    """A CUDA generator that draws nothing: its state is whether it is marked as capturing."""
 
     def __init__(self):
         self.state = {"capturing": False}
@@ -205,89 +207,90 @@ class Generator:
             raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
 
 
-GENERATOR = Generator()  # the default
-failed = []  # captures, after which torch 2.6 to 2.12 make no other
+DEFAULT_GENERATOR = Generator()
+failed_captures = []  # torch 2.6 to 2.12 can capture nothing after a failed capture
 
 
 class Graph:
-    """What was captured: the operations in turn, and what was in their memory before.
+    """A CUDA graph: captured operators in order, and the contents of their memory before.
 
-    Generators and failed captures are those of torch 2.6.
+    Behaves like torch 2.6 for generators and failed captures.
     """
 
     def __init__(self):
-        self.work, self.before, self.states = [], {}, []
+        self.operators, self.initial_memory, self.generator_states = [], {}, []
 
     def register_generator_state(self, generator):
-        self.states.append(generator.state)
+        self.generator_states.append(generator.state)
 
     def add(self, function, args, kwargs):
-        given = _by_address(args, kwargs)
-        for address in given.keys() - self.before.keys():
-            memory = given[address].untyped_storage()
-            self.before[address] = memory, memory.clone()
+        inputs = _by_address(args, kwargs)
+        for address in inputs.keys() - self.initial_memory.keys():
+            memory = inputs[address].untyped_storage()
+            self.initial_memory[address] = memory, memory.clone()
         result = compute(function, args, kwargs)
-        made = _made(result, given)
-        self.work.append((function, args, kwargs, given, made))
+        created = _created(result, inputs)
+        self.operators.append((function, args, kwargs, inputs, created))
         return result
 
     @contextlib.contextmanager
-    def captured(self, **_):
-        """Undo what the capture computed, which a GPU would not have."""
-        if failed:
+    def capture(self, **_):
+        """Capture the block, then undo its computations, which a GPU would not have done."""
+        if failed_captures:
             raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
-        self.register_generator_state(GENERATOR)
-        for state in self.states:
+        self.register_generator_state(DEFAULT_GENERATOR)
+        for state in self.generator_states:
             state["capturing"] = True
         thread.graph = self
         try:
             yield
-            for state in self.states:
+            for state in self.generator_states:
                 state["capturing"] = False
         except RuntimeError:
-            failed.append(self)
+            failed_captures.append(self)
             raise
         finally:
             thread.graph = None
-            for memory, content in self.before.values():
-                memory.copy_(content)
-            for *_, made in self.work:
-                for value in made:
+            for memory, contents in self.initial_memory.values():
+                memory.copy_(contents)
+            for *_, created in self.operators:
+                for value in created:
                     value.zero_()
 
     @torch.no_grad()
     def replay(self):
-        if any(state["capturing"] for state in self.states):
+        if any(state["capturing"] for state in self.generator_states):
             raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
-        for function, args, kwargs, given, made in self.work:
-            for old, new in zip(made, _made(compute(function, args, kwargs), given), strict=True):
+        for function, args, kwargs, inputs, created in self.operators:
+            result = compute(function, args, kwargs)
+            for old, new in zip(created, _created(result, inputs), strict=True):
                 old.copy_(new)
 
 
 export = torch.export.export
 
 
-def exported(model, images, **how):
-    """The graph of a network on the CPU, by a thread without modes: fake tensors have their own."""
+def export_on_cpu(model, images, **options):
+    """torch.export on the CPU, in a thread without our modes, which fake tensors do not support."""
     model, images = copy.deepcopy(model).cpu(), tuple(value.cpu() for value in images)
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(export, model, images, **how).result()
+        return pool.submit(export, model, images, **options).result()
 
 
 @contextlib.contextmanager
 def pretend_gpu():
-    """Within it, torch has a GPU: the real one, where there is one."""
+    """Give torch a GPU within the block: a real one if available, else the emulated one."""
     if torch.cuda.is_available():
         yield
         return
-    writers.clear(), failed.clear()
-    GENERATOR.state = {"capturing": False}
+    writers.clear(), failed_captures.clear()
+    DEFAULT_GENERATOR.state = {"capturing": False}
     cuda = mock.patch.multiple(
         torch.cuda,
         is_available=lambda: True,
         is_bf16_supported=lambda **_: True,
         get_device_name=lambda _: "none",
-        default_stream=lambda *_: DEFAULT,
+        default_stream=lambda *_: DEFAULT_STREAM,
         current_stream=lambda *_: thread.stream,
         synchronize=lambda *_: writers.clear(),
         set_sync_debug_mode=lambda mode: setattr(thread, "strict", mode == "error"),
@@ -295,8 +298,8 @@ def pretend_gpu():
         stream=partial(mock.patch.object, thread, "stream"),
         set_stream=set_stream,
         CUDAGraph=Graph,
-        graph=Graph.captured,
-        default_generators=[GENERATOR],
+        graph=Graph.capture,
+        default_generators=[DEFAULT_GENERATOR],
     )
-    with cuda, mock.patch("torch.export.export", exported), Devices(), Kernels():
+    with cuda, mock.patch("torch.export.export", export_on_cpu), Devices(), Kernels():
         yield

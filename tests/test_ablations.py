@@ -116,7 +116,7 @@ def call_all(project, commands, interrupt):
             raise KeyboardInterrupt
 
     if interrupt:
-        checkpoint.save, resume.EVERY = save_and_interrupt, -1
+        checkpoint.save, resume.SAVE_INTERVAL = save_and_interrupt, -1
     data.read_glyphs = functools.cache(data.read_glyphs)
     outcomes = []
     for sys.argv in commands:

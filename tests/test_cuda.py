@@ -1,6 +1,6 @@
-"""Training on a GPU: a captured graph computes what single launches do, alone and beside others.
+"""Training by a captured CUDA graph equals eager training, also in parallel runs.
 
-Where there is none, on a pretended one (tests/pretend_gpu.py), and then to the last bit.
+Without a GPU on an emulated one (tests/pretend_gpu.py), where results are bit-identical.
 """
 
 import dataclasses
@@ -50,93 +50,93 @@ def data_of(count=16):
     return resident(count=count, pad=1, flip=True, mean=0.3, std=0.2, device="cuda")
 
 
-def plain(*arguments, **settings):
-    """As `train`, without a graph."""
-    with mock.patch.object(graph, "capturable", lambda *_: False):
+def train_eagerly(*arguments, **settings):
+    """`train` without a CUDA graph."""
+    with mock.patch.object(graph, "make_capturable", lambda *_: False):
         return train(*arguments, folder=None, **settings)
 
 
 @pytest.fixture
 def captures(monkeypatch):
-    """What each came to: the replay of a graph, or the step itself."""
+    """The outcome of each capture: "replay", or "_step" where it failed."""
     names, capture = [], GraphedStep._capture
 
-    def noted(step):
+    def recording_capture(step):
         replay = capture(step)
         names.append(replay.__name__)
         return replay
 
-    monkeypatch.setattr(GraphedStep, "_capture", noted)
+    monkeypatch.setattr(GraphedStep, "_capture", recording_capture)
     return names
 
 
 @pytest.mark.parametrize("count", [16, 6])
 @pytest.mark.parametrize("precision", TOLERANCES)
-def test_a_graph_trains_as_the_plain_loop(tmp_path, captures, precision, count, capfd):
-    """Also where it is cut off and goes on: place in the epoch, learning rate, momenta."""
+def test_a_graph_trains_like_the_eager_loop(tmp_path, captures, precision, count, capfd):
+    """Also after interruptions: position in the epoch, learning rate and momenta are restored."""
     settings = SETTINGS | {"precision": precision, "first_epoch": 2, "mask": half_mask(network())}
-    by_graph, by_loop, data = network(), network(), data_of(count)
-    expected = plain(by_loop, data, RATES, **settings)
+    graphed, eager, data = network(), network(), data_of(count)
+    expected = train_eagerly(eager, data, RATES, **settings)
     settings |= {"folder": tmp_path, "checkpoint_minutes": 0}
     steps = data.steps(4)
     for done, step in [(1, 0), (2, 2)] if steps > 1 else [(1, 0)]:
         with pytest.raises(InterruptedError), ending_at(done, step, interrupt):
             train(network(), data, RATES, **settings)
-    rows = train(by_graph, data, RATES, **settings)
+    rows = train(graphed, data, RATES, **settings)
     assert "starts again" not in capfd.readouterr().out
-    # A set of one batch is captured in a later epoch, and not before it was cut off.
+    # With one step per epoch, the first run is interrupted before the capture.
     assert captures == ["replay"] * (3 if steps > 1 else 1)
     tolerance = TOLERANCES[precision]
-    assert distance(cpu_state(by_loop), cpu_state(by_graph)) <= tolerance
+    assert distance(cpu_state(eager), cpu_state(graphed)) <= tolerance
     for key in ("train_loss", "train_acc", "test_loss"):
-        found, wanted = ([row[key] for row in some] for some in (rows, expected))
-        assert found == pytest.approx(wanted, rel=10 * tolerance, abs=100 * tolerance), key
+        got, want = ([row[key] for row in table] for table in (rows, expected))
+        assert got == pytest.approx(want, rel=10 * tolerance, abs=100 * tolerance), key
 
 
-@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.Adagrad])
-def test_any_optimiser_trains_in_a_graph_or_without(captures, make):
-    """The step count of AdamW is in the graph; others cannot be captured, and train without."""
-    settings = SETTINGS | {"make_optimiser": partial(make, lr=0.1)}
-    ends = []
-    for way in (plain, partial(train, folder=None)):
+@pytest.mark.parametrize("optimiser", [torch.optim.AdamW, torch.optim.Adagrad])
+def test_other_optimisers_train_with_or_without_a_graph(captures, optimiser):
+    """AdamW is capturable, with its step count in the graph; Adagrad trains eagerly."""
+    settings = SETTINGS | {"make_optimiser": partial(optimiser, lr=0.1)}
+    states = []
+    for train_fn in (train_eagerly, partial(train, folder=None)):
         model = tiny()
-        way(model, data_of(), [2**-7] * 2, **settings)
-        ends.append(cpu_state(model))
-    assert distance(*ends) < 1e-3 and bool(captures) == (make is torch.optim.AdamW)
+        train_fn(model, data_of(), [2**-7] * 2, **settings)
+        states.append(cpu_state(model))
+    assert distance(*states) < 1e-3 and bool(captures) == (optimiser is torch.optim.AdamW)
 
 
-def test_the_host_never_waits_within_an_epoch(monkeypatch):
-    call, seen = GraphedStep.__call__, []
+def test_the_host_never_synchronises_within_an_epoch(monkeypatch):
+    call, checked = GraphedStep.__call__, []
 
-    def watched(step):
+    def checked_call(step):
         call(step)
         strict = step.calls > graph.EAGER_STEPS and step.calls % step.steps
         torch.cuda.set_sync_debug_mode("error" if strict else "default")
-        seen.append(strict)
+        checked.append(strict)
 
-    monkeypatch.setattr(GraphedStep, "__call__", watched)
+    monkeypatch.setattr(GraphedStep, "__call__", checked_call)
     train(tiny(), data_of(), RATES[:4], folder=None, **SETTINGS)
-    assert sum(map(bool, seen)) == 4 * 3 - graph.EAGER_STEPS
+    assert sum(map(bool, checked)) == 4 * 3 - graph.EAGER_STEPS
 
 
-def test_networks_side_by_side_are_those_of_the_run_alone():
-    """On a GPU more of them than CUDA has streams to hand out, of one to three epochs."""
-    data, ends = data_of(), [[], [], []]
+def test_parallel_runs_give_the_same_networks_as_sequential_ones():
+    """Runs of one to three epochs; on a real GPU, more runs than threads."""
+    data, states = data_of(), [[], [], []]
 
     def run(seed, data):
         model, rates = small_cnn(seed), RATES[: 1 + seed]
         train(model, data, rates, folder=None, **SETTINGS | {"seed": seed, "progress": False})
-        ends[seed].append(cpu_state(model))
+        states[seed].append(cpu_state(model))
 
     for seed in range(3):
         run(seed, data)
-    # By a kernel, for which the other streams have to wait.
+    # Cloning is a kernel on this stream, for which the other streams have to wait.
     data = dataclasses.replace(data_of(), train=data.train.clone())
     runs = {str(number): partial(run, number % 3, data) for number in range(30 if REAL else 3)}
-    parallel.side_by_side(runs, 8 if REAL else 2, data.device)
-    for alone, *beside in ends:
-        assert beside and all(distance(alone, end) <= TOLERANCES["fp32"] for end in beside)
-    assert distance(ends[0][0], ends[1][0]) > 1e-2
+    parallel.run_in_parallel(runs, 8 if REAL else 2, data.device)
+    for sequential, *others in states:
+        assert others and all(distance(sequential, other) <= TOLERANCES["fp32"] for other in others)
+    assert distance(states[0][0], states[1][0]) > 1e-2
 
 
 def test_a_graph_is_replayed_while_another_is_captured():
@@ -153,42 +153,42 @@ def test_a_graph_is_replayed_while_another_is_captured():
         replayed.set()
 
     def second():
-        def hold(x, y):
+        def wait_for_replay(x, y):
             calls.append(step)
             if len(calls) > graph.EAGER_STEPS:
                 capturing.set()
                 assert replayed.wait(9)
 
-        step = GraphedStep(hold, data, 4)
+        step = GraphedStep(wait_for_replay, data, 4)
         assert ready.wait(9)
         for _ in range(graph.EAGER_STEPS + 1):
             step()
 
-    parallel.side_by_side({"first": first, "second": second}, 2, data.device)
+    parallel.run_in_parallel({"first": first, "second": second}, 2, data.device)
 
 
-def test_networks_are_set_up_one_at_a_time():
-    """To compile waits for the whole device, and so breaks what another thread captures."""
-    data, busy, seen = data_of(), threading.Lock(), []
+def test_threads_warm_up_and_capture_one_at_a_time():
+    """torch.compile synchronises the device, which breaks the capture of another thread."""
+    data, lock, acquired = data_of(), threading.Lock(), []
 
     def run():
-        def one_by_one(x, y):
-            seen.append(busy.acquire(blocking=False))
+        def acquire_lock(x, y):
+            acquired.append(lock.acquire(blocking=False))
             time.sleep(0.02)
-            if seen[-1]:
-                busy.release()
+            if acquired[-1]:
+                lock.release()
 
-        step = GraphedStep(one_by_one, data, 4)
+        step = GraphedStep(acquire_lock, data, 4)
         for _ in range(graph.EAGER_STEPS + 2):
             step()
 
-    parallel.side_by_side({"first": run, "second": run}, 2, data.device)
-    assert seen == [True] * 2 * (graph.EAGER_STEPS + 1)
+    parallel.run_in_parallel({"first": run, "second": run}, 2, data.device)
+    assert acquired == [True] * 2 * (graph.EAGER_STEPS + 1)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_train_what_one_does(tmp_path):
-    """A network with BatchNorm, whose statistics are taken over both."""
+def test_two_gpus_train_the_same_network_as_one(tmp_path):
+    """With BatchNorm, which uses statistics of the global batch."""
     launch = "-m torch.distributed.run --standalone --nproc-per-node"
     for count in (1, 2):
         script, *flags = words(*stage1(tmp_path / str(count), "--model resnet20 --device cuda"))
@@ -198,25 +198,23 @@ def test_two_gpus_train_what_one_does(tmp_path):
     assert distance(one, two) < 1e-3
 
 
-@pytest.mark.skipif(REAL, reason="up to torch 2.12 a failed capture is the last of a process")
-def test_a_step_that_asks_the_device_for_a_value_is_launched_one_by_one(
-    captures, capfd, monkeypatch
-):
-    """That of the next network too, with one line in all; what it draws goes on."""
-    monkeypatch.setattr(GraphedStep, "broken", False, raising=False)
+@pytest.mark.skipif(REAL, reason="up to torch 2.12 a process cannot capture after a failure")
+def test_a_step_that_synchronises_runs_eagerly(captures, capfd, monkeypatch):
+    """So does the next network's step, with one warning; its generator still works."""
+    monkeypatch.setattr(GraphedStep, "capture_failed", False)
     total, data, generator = torch.zeros((), device="cuda"), data_of(), Generator()
 
-    def asking(x, y):
+    def synchronising_step(x, y):
         generator.draw()
         total.add_(float(x.sum()))
 
     with graph.side_stream(data.device):
         for _ in range(2):
-            step = GraphedStep(asking, data, 4, generator)
+            step = GraphedStep(synchronising_step, data, 4, generator)
             for epoch in range(2):
                 for _ in step.start(0, epoch):
                     step()
-    told = capfd.readouterr().err
-    assert told.count("\n") == 1 and "slower" in told and captures == ["_step"]
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and "slower" in err and captures == ["_step"]
     batches = [x for epoch in range(2) for x, _ in data.train_batches(4, 0, epoch)]
     assert float(total) == pytest.approx(2 * sum(float(x.sum()) for x in batches), rel=1e-4)

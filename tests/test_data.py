@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.data import Resident, Streamed, balanced, derived_seed, folder, load_data
+from common.data import Resident, Streamed, balanced_indices, derived_seed, folder, load_data
 from common.data.glyphs import read_glyphs
 from common.errors import UserError
 from common.vision import torchvision
@@ -17,31 +17,31 @@ CPU = torch.device("cpu")
 
 
 def resident(count=6, pad=1, flip=False, mean=0.0, std=1 / 255, device="cpu"):
-    """A set of 8 px whose normalised pixels are the raw values.
+    """A data set of 8 px images whose normalised pixels equal the raw values.
 
-    Each image is filled with its own number but for one corner.
+    Image i is filled with i + 10, except for one corner.
     """
     images = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, 8, 8) + 10
     images[:, :, 0, 0] = 200
     padded = torch.nn.functional.pad(images, (pad,) * 4)
     description = {"name": "test", "classes": 2, "mean": [mean] * 3, "std": [std] * 3}
     labels = torch.arange(count) % 2
-    tensors = (part.to(device) for part in (padded, labels, images, labels))
+    tensors = (tensor.to(device) for tensor in (padded, labels, images, labels))
     return Resident(*tensors, pad, flip, description)
 
 
-def load(data_dir=None, name="folder", image_size=8, **wanted):
-    return load_data({"name": name, "image_size": image_size} | wanted, data_dir and str(data_dir))
+def load(data_dir=None, name="folder", image_size=8, **spec):
+    return load_data({"name": name, "image_size": image_size} | spec, data_dir and str(data_dir))
 
 
-def epoch(data, seed, number, batch=4):
-    return list(data.train_batches(batch, seed, number))
+def epoch(data, seed, number, batch_size=4):
+    return list(data.train_batches(batch_size, seed, number))
 
 
-def equal(some, others):
-    """Whether two lists of batches are the same."""
-    parts = (itertools.chain(*batches) for batches in (some, others))
-    return len(some) == len(others) and all(map(torch.equal, *parts))
+def equal(left, right):
+    """Whether two lists of batches are equal."""
+    tensors = (itertools.chain(*batches) for batches in (left, right))
+    return len(left) == len(right) and all(map(torch.equal, *tensors))
 
 
 def test_training_drops_the_last_short_batch_and_evaluation_never_does():
@@ -52,7 +52,7 @@ def test_training_drops_the_last_short_batch_and_evaluation_never_does():
     assert pixels.tolist() == list(range(10, 20))
 
 
-def test_an_epoch_depends_on_seed_and_epoch_alone():
+def test_batches_depend_only_on_seed_and_epoch():
     data = resident(count=12)
     first = epoch(data, 1, 5)
     epoch(data, 1, 4)
@@ -61,20 +61,20 @@ def test_an_epoch_depends_on_seed_and_epoch_alone():
     assert derived_seed(0, 1) != derived_seed(1, 0) != derived_seed(0, 0, 1)
 
 
-def test_a_batch_is_cropped_and_mirrored_as_drawn():
+def test_a_batch_is_cropped_and_flipped_as_planned():
     data = resident(count=100, pad=2, flip=True)
-    noise = torch.randint(256, data.train.shape, dtype=torch.uint8)  # no two crops alike
+    noise = torch.randint(256, data.train.shape, dtype=torch.uint8)  # all crops differ
     data = dataclasses.replace(data, train=noise)
-    order, y, x, mirror = data.draw(0, 3)
+    order, y, x, flipped = data.plan_epoch(0, 3)
     assert sorted(order.tolist()) == list(range(100)) != order.tolist()
     assert set(zip(y.tolist(), x.tolist())) == {*itertools.product(range(5), repeat=2)}
-    assert 30 < mirror.sum() < 70
-    ((images, labels),) = epoch(data, 0, 3, batch=100)
+    assert 30 < flipped.sum() < 70
+    ((images, labels),) = epoch(data, 0, 3, batch_size=100)
     assert torch.equal(labels, data.train_labels[order])
-    for image, found in zip(order, images):
-        window = data.train[image, :, y[image] :, x[image] :][:, :8, :8].float()
-        assert torch.equal(found.round(), window.flip(2) if mirror[image] else window)
-    assert not resident(count=100).draw(0, 3)[3].any()  # a set that may not be flipped
+    for index, image in zip(order, images):
+        crop = data.train[index, :, y[index] :, x[index] :][:, :8, :8].float()
+        assert torch.equal(image.round(), crop.flip(2) if flipped[index] else crop)
+    assert not resident(count=100, flip=False).plan_epoch(0, 3)[3].any()
 
 
 def test_normalisation_by_hand():
@@ -84,22 +84,21 @@ def test_normalisation_by_hand():
     assert images.is_contiguous(memory_format=torch.channels_last) and images.dtype == torch.float32
 
 
-def test_balanced_takes_equally_of_every_class_and_always_the_same():
+def test_balanced_indices_are_reproducible_and_equally_many_per_class():
     labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 20)
     for limit, counts in ((30, [10, 10, 10]), (90, [40, 30, 20]), (1000, [50, 30, 20])):
-        chosen = balanced(labels, limit)  # small classes give all they have
-        assert torch.equal(chosen, balanced(labels, limit))
-        assert len(chosen.unique()) == len(chosen)
-        assert torch.bincount(labels[chosen]).tolist() == counts
-        assert {*labels[chosen[-15:]].tolist()} == {0, 1, 2}  # mixed, as is any part of it
+        indices = balanced_indices(labels, limit)  # all images of small classes
+        assert torch.equal(indices, balanced_indices(labels, limit))
+        assert len(indices.unique()) == len(indices)
+        assert torch.bincount(labels[indices]).tolist() == counts
+        assert {*labels[indices[-15:]].tolist()} == {0, 1, 2}  # shuffled
 
 
-def test_images_in_order_of_class_are_limited_to_batches_of_all_classes(pictures):
-    """In batches of few classes activations vary less, and so would BatchNorm's statistics."""
-    small, streamed = load(pictures), Streamed(pictures, CPU, 0)
-    part = load(pictures, limit_train=8)  # whose places training draws: they stay
-    assert part.train_labels.tolist() == [0] * 4 + [1] * 4
-    for data in (small, streamed):
+def test_limited_evaluation_batches_mix_the_classes(pictures):
+    """Files are sorted by class; in batches of one class, BatchNorm statistics would be biased."""
+    subset = load(pictures, limit_train=8)  # keeps the order, as training shuffles
+    assert subset.train_labels.tolist() == [0] * 4 + [1] * 4
+    for data in (load(pictures), Streamed(pictures, CPU, 0)):
         for limit in (8, 100):
             batches = [set(labels.tolist()) for _, labels in data.eval_batches("train", 4, limit)]
             assert batches == [{0, 1}] * min(limit // 4, 3)
@@ -112,8 +111,8 @@ def test_glyphs_are_the_same_from_the_same_seed_and_not_flipped():
     assert not torch.equal(images[:200], test) and labels.bincount().tolist() == [50] * 10
     loaded = load(name="glyphs", limit_train=100)
     assert len(loaded.train) == 100 and not loaded.flip
-    checkpoints = loaded.description | {"mean": [0.5] * 3}
-    assert load_data(checkpoints).description == checkpoints
+    from_checkpoint = loaded.description | {"mean": [0.5] * 3}
+    assert load_data(from_checkpoint).description == from_checkpoint
     with pytest.raises(UserError, match="checksum differs"):
         load_data(loaded.description | {"checksum": "another"})
 
@@ -128,100 +127,100 @@ def test_folder_reads_pixels_labels_and_statistics(pictures):
     data, paths = load(pictures, image_size=None), sorted(pictures.glob("train/*/*"))
     expected = np.stack([Image.open(path) for path in paths]).transpose(0, 3, 1, 2)
     assert np.array_equal(data.train[:, :, 1:-1, 1:-1], expected)
-    assert data.train[:, :, 0].eq(0).all() and data.flip  # black around
+    assert data.train[:, :, 0].eq(0).all() and data.flip  # zero padding
     assert data.train_labels.tolist() == [0] * 6 + [1] * 6
     assert data.test_labels.tolist() == [0] * 3 + [1] * 3
-    about = data.description
-    assert about["class_names"] == ["cat", "dog"]
-    for moment in ("mean", "std"):
-        by_hand = getattr(expected / 255, moment)((0, 2, 3))
-        assert about[moment] == pytest.approx(by_hand.tolist())
+    assert data.description["class_names"] == ["cat", "dog"]
+    for statistic in ("mean", "std"):
+        by_hand = getattr(expected / 255, statistic)((0, 2, 3))
+        assert data.description[statistic] == pytest.approx(by_hand.tolist())
 
 
-def test_folder_tells_what_it_leaves_out(pictures, capsys):
+def test_folder_reports_ignored_files(pictures, capsys):
     for name in ("a.gif", "notes.txt", ".hidden.txt"):
         (pictures / "train/cat" / name).write_text("")
     assert len(load(pictures).train) == 12
-    assert "2 files of " in capsys.readouterr().out
+    assert "ignored 2 files of " in capsys.readouterr().out
 
 
-def test_folder_keeps_the_decoded_images_and_notices_a_change(pictures, monkeypatch):
+def test_folder_caches_decoded_images_and_detects_changes(pictures, monkeypatch):
     picture = pictures / "train/cat/0.png"
     Image.new("RGB", (12, 12), "red").save(picture)
     first = load(pictures)
-    with monkeypatch.context() as patched:
-        patched.setattr(folder, "read_picture", lambda _: pytest.fail("decoded again"))
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "read_image", lambda _: pytest.fail("decoded again"))
         assert torch.equal(first.train, load(pictures).train)
-    Image.new("RGB", (12, 12), "lime").save(picture)  # as many bytes
+    Image.new("RGB", (12, 12), "lime").save(picture)  # as many bytes as before
     os.utime(picture, (0, 0))
     changed = load(pictures)
     assert changed.train[0, 1, 1:-1, 1:-1].eq(255).all()
     cache = pictures / ".decoded-8.pt"
-    cache.write_bytes(cache.read_bytes()[:100])  # a cache that was cut off is made again
+    cache.write_bytes(cache.read_bytes()[:100])  # a truncated cache is replaced
     assert torch.equal(load(pictures).train, changed.train)
-    Image.new("RGB", (20, 20)).save(picture)  # of another size
+    Image.new("RGB", (20, 20)).save(picture)  # another file size
     with pytest.raises(UserError, match="checksum differs"):
         load_data(first.description | {"data_dir": "elsewhere"}, str(pictures))
 
 
-def test_folder_refuses_what_is_wrong_with_one_line(pictures):
-    def refused(words, size=8):
-        with pytest.raises(UserError, match=words):
+def test_folder_refuses_bad_images_and_classes(pictures):
+    def refused(message, size=8):
+        with pytest.raises(UserError, match=message):
             load(pictures, image_size=size)
 
     cat, emu = pictures / "train/cat", pictures / "train/emu"
     Image.new("RGB", (20, 10)).save(cat / "0.png")
     refused("image-size", None)
     assert load(pictures).input_shape == (3, 8, 8)
-    Image.fromarray(np.full((12, 12), 3000, np.uint16)).save(cat / "2.png")  # no 8-bit clipping
+    Image.fromarray(np.full((12, 12), 3000, np.uint16)).save(cat / "2.png")
     refused(r"cat/2\.png has more than 8 bits")
     (cat / "1.png").write_bytes(b"no image")
-    refused(r"cat/1\.png is no image")
+    refused(r"cat/1\.png cannot be read as an image")
     (cat / "9.png").symlink_to("nowhere.png")
-    refused(r"cat/9\.png is no image that can be read")
+    refused(r"cat/9\.png cannot be read as an image")
     emu.mkdir()
     refused("no valid file for the classes emu")
     Image.new("RGB", (12, 12)).save(emu / "0.png")
     refused("differ: emu")
 
 
-def test_imagenet_takes_val_and_not_its_unlabelled_test(pictures):
+def test_imagenet_evaluates_on_val_instead_of_the_unlabelled_test(pictures):
     (pictures / "test").mkdir()
     Image.new("RGB", (12, 12)).save(pictures / "test/0.png")
-    (first, _), *_ = Streamed(pictures, CPU, 0).plain["test"].samples
+    (first, _), *_ = Streamed(pictures, CPU, 0).eval_sets["test"].samples
     assert first == str(pictures / "val/cat/0.png")
 
 
-def test_imagenet_streams_the_same_batches_whatever_the_workers(pictures):
-    alone, helped = (Streamed(pictures, CPU, workers) for workers in (0, 2))
-    one, two = (epoch(data, 0, 1, batch=5) for data in (alone, helped))
-    assert len(one) == 2 and one[0][0].shape == (5, 3, 224, 224)  # of 12 images 2 are dropped
-    assert equal(one, two) and not equal(one, epoch(alone, 0, 2, batch=5))
-    alone.augmented.transform = alone.plain["test"].transform
-    # The order of an epoch is its own, too.
-    assert not equal(*(epoch(alone, 0, number, batch=12) for number in (1, 2)))
+def test_imagenet_batches_do_not_depend_on_the_workers(pictures):
+    without_workers, with_workers = (Streamed(pictures, CPU, workers) for workers in (0, 2))
+    batches = epoch(without_workers, 0, 1, batch_size=5)
+    assert len(batches) == 2 and batches[0][0].shape == (5, 3, 224, 224)  # 2 of 12 are dropped
+    assert equal(batches, epoch(with_workers, 0, 1, batch_size=5))
+    assert not equal(batches, epoch(without_workers, 0, 2, batch_size=5))
+    # Without augmentation, epochs still differ in order.
+    without_workers.train_set.transform = without_workers.eval_sets["test"].transform
+    assert not equal(*(epoch(without_workers, 0, number, batch_size=12) for number in (1, 2)))
     with pytest.raises(UserError, match="imagenet"):
         load(pictures, "imagenet", 224, limit_train=3)
 
 
 @pytest.mark.parametrize("name, flip", [("cifar10", True), ("cifar100", True), ("svhn", False)])
-def test_downloads_are_read_as_torchvision_holds_them(tmp_path, monkeypatch, name, flip):
+def test_downloads_are_read_from_torchvisions_arrays(tmp_path, monkeypatch, name, flip):
     pixels = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8).numpy()
 
-    def held(self, *_, **__):
+    def fake_init(self, *_, **__):
         self.classes, self.labels, self.targets = [*"abcde"], np.arange(5), [*range(5)]
         self.data = pixels if name == "svhn" else pixels.transpose(0, 2, 3, 1)
 
     def offline(self, root, download=False, **_):
         raise OSError("no network") if download else RuntimeError("Dataset not found")
 
-    kind = getattr(torchvision.datasets, name.upper())
-    monkeypatch.setattr(kind, "__init__", held)
+    dataset_class = getattr(torchvision.datasets, name.upper())
+    monkeypatch.setattr(dataset_class, "__init__", fake_init)
     data = load("nowhere", name, None)
     assert np.array_equal(data.test.numpy(), pixels) and data.test_labels.tolist() == [*range(5)]
     assert data.pad == 4 and data.flip == flip
     assert load("nowhere", name, 16).input_shape == (3, 16, 16)
-    monkeypatch.setattr(kind, "__init__", offline)
+    monkeypatch.setattr(dataset_class, "__init__", offline)
     with pytest.raises(UserError, match="is not in .* could not be downloaded .no network"):
         load(tmp_path / "wrong/place", name)
     assert not list(tmp_path.iterdir())

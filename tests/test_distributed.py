@@ -1,4 +1,4 @@
-"""One network trained by several processes is the network that one process trains."""
+"""Data-parallel training by several ranks gives the same network as a single process."""
 
 import json
 import os
@@ -39,32 +39,32 @@ from tests.conftest import (
 from tests.test_data import resident
 
 CPU = torch.device("cpu")
-SMALL = "--model mlp --width 0.015625"  # of ImageNet
+SMALL = "--model mlp --width 0.015625"  # on ImageNet
 
 
-def parts(monkeypatch, count, batches):
-    """What `batches` makes in each of so many processes."""
-    found = []
-    for rank in range(count):
-        with monkeypatch.context() as patched:
-            patched.setattr(distributed, "WORLD_SIZE", count)
-            patched.setattr(distributed, "RANK", rank)
-            found.append(list(batches()))
-    return found
+def on_each_rank(monkeypatch, world_size, function):
+    """What `function` returns on each rank, as lists."""
+    results = []
+    for rank in range(world_size):
+        with monkeypatch.context() as patch:
+            patch.setattr(distributed, "WORLD_SIZE", world_size)
+            patch.setattr(distributed, "RANK", rank)
+            results.append(list(function()))
+    return results
 
 
 def test_evaluation_sees_every_image_once(monkeypatch, tmp_path):
-    """Those of the last, short batch too, however many processes share them."""
+    """Also with a short last batch, and when the batches are not divisible among the ranks."""
     save_pictures(tmp_path, train=6, val=1)
     for data, count in ((resident(count=14, pad=1), 14), (Streamed(tmp_path, CPU, 0), 12)):
-        some = parts(monkeypatch, 3, partial(data.eval_batches, "train", 4))
-        batches = [batch for part in some for batch, _ in part]
+        ranks = on_each_rank(monkeypatch, 3, partial(data.eval_batches, "train", 4))
+        batches = [images for rank in ranks for images, _ in rank]
         assert max(map(len, batches)) <= 4
-        seen = torch.cat(batches)
-        assert len(seen) == len(seen.unique(dim=0)) == count
+        images = torch.cat(batches)
+        assert len(images) == len(images.unique(dim=0)) == count
 
 
-def test_what_is_not_for_several_processes_is_refused(monkeypatch, ends, tmp_path):
+def test_torchrun_is_refused_where_it_is_not_supported(monkeypatch, ends, tmp_path):
     monkeypatch.setattr(distributed, "WORLD_SIZE", 3)
     refuse(stage3(*ends, tmp_path / "x"), "torchrun")
     with pytest.raises(UserError, match="--parallel"):
@@ -73,62 +73,64 @@ def test_what_is_not_for_several_processes_is_refused(monkeypatch, ends, tmp_pat
         resident().steps(4)
 
 
-def test_a_signal_to_any_process_stops_all(monkeypatch):
+def test_a_signal_to_any_rank_stops_all(monkeypatch):
     model = torch.nn.Linear(1, 1)
     run = Resume(None, "test", "fp32", model, torch.optim.SGD(model.parameters(), 0.1), None, 10)
     monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
-    monkeypatch.setattr(distributed, "gathered", lambda *_: torch.tensor([[0.0, 0], [0, 1]]))
+    monkeypatch.setattr(distributed, "all_gather", lambda *_: torch.tensor([[0.0, 0], [0, 1]]))
     with pytest.raises(KeyboardInterrupt):
         run.save_or_stop(3)
 
 
-def test_a_run_goes_on_with_another_number_of_processes(monkeypatch, tmp_path):
-    """What three had summed up within an epoch is shared by two."""
+def test_a_run_resumes_with_another_world_size(monkeypatch, tmp_path):
+    """Two ranks share the running sums of three."""
     model, sums = torch.nn.Linear(1, 1), torch.tensor([[1.0], [2], [4]])
     settings = tmp_path, "test", "fp32", model, torch.optim.SGD(model.parameters(), 0.1)
-    monkeypatch.setattr(distributed, "gathered", lambda *_: sums)
+    monkeypatch.setattr(distributed, "all_gather", lambda *_: sums)
     Resume(*settings, torch.zeros(1), minutes=0).save_or_stop(step=3)
 
-    def goes_on():
-        mine = torch.zeros(1)
-        assert Resume(*settings, mine, minutes=0).step == 3
-        return mine.tolist()
+    def resumed_sums():
+        sums = torch.zeros(1)
+        assert Resume(*settings, sums, minutes=0).step == 3
+        return sums.tolist()
 
-    assert parts(monkeypatch, 2, goes_on) == [[5], [2]]
+    assert on_each_rank(monkeypatch, 2, resumed_sums) == [[5], [2]]
 
 
-def test_every_process_has_its_own_gpu(monkeypatch):
-    gpu, here = torch.device("cuda"), {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+def test_every_rank_has_its_own_gpu(monkeypatch):
+    gpu, environment = torch.device("cuda"), {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(os, "environ", here)
+    monkeypatch.setattr(os, "environ", environment)
     assert distributed.local_device(gpu) == torch.device("cuda:1")
     assert distributed.local_device(CPU) == CPU
     with pytest.raises(UserError, match="without a number"):
         distributed.local_device(torch.device("cuda:1"))
-    here |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}  # also where there is a GPU for this one
+    environment |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}  # refused on every rank
     with pytest.raises(UserError, match="3 processes.* 2 GPUs"):
         distributed.local_device(gpu)
 
 
-def test_the_first_process_tells_an_error_before_the_others(monkeypatch, tmp_path):
-    naps = []
-    monkeypatch.setattr(distributed.time, "sleep", naps.append)
-    for wrong in ("--limit-train 1000000", "--epochs 0"):
+def test_rank_zero_prints_an_error_before_the_others(monkeypatch, tmp_path):
+    delays = []
+    monkeypatch.setattr(distributed.time, "sleep", delays.append)
+    for flags in ("--limit-train 1000000", "--epochs 0"):
         for rank in (0, 1):
             monkeypatch.setattr(distributed, "RANK", rank)
-            refuse(stage1(tmp_path, wrong))
-    assert naps == [distributed.ERROR_DELAY] * 2
+            refuse(stage1(tmp_path, flags))
+    assert delays == [distributed.ERROR_DELAY] * 2
 
 
-def test_a_process_whose_peer_ended_says_no_more(monkeypatch, tmp_path):
-    """As where the peer alone read a broken picture, and told its name."""
-    gone = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.1]:7")
-    monkeypatch.setattr(train_dense, "main", mock.Mock(side_effect=gone))
+def test_a_rank_whose_peer_failed_refers_to_its_message(monkeypatch, tmp_path):
+    """For example, only the peer has read a corrupt image, and has named it."""
+    lost_connection = RuntimeError(
+        "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.1]:7"
+    )
+    monkeypatch.setattr(train_dense, "main", mock.Mock(side_effect=lost_connection))
     refuse(stage1(tmp_path), "another process of this run ended")
 
 
-def test_the_first_process_alone_writes_and_deletes(monkeypatch, tmp_path):
+def test_only_rank_zero_writes_and_deletes(monkeypatch, tmp_path):
     old = tmp_path / "old.pt"
     old.touch()
     monkeypatch.setattr(checkpoint, "RANK", 1)
@@ -137,12 +139,12 @@ def test_the_first_process_alone_writes_and_deletes(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == [old]
 
 
-SEVERAL = """
+RUN_COMMANDS = """
 import json, os, runpy, signal, sys
 from common.runtime import distributed
 from tests.conftest import ending_at
 
-distributed.shut_down = lambda: None  # not between the commands
+distributed.shut_down = lambda: None  # keep the process group for the next command
 with ending_at(1, 2, lambda: os.kill(os.getpid(), signal.SIGTERM)):
     for script, *arguments in json.loads(sys.argv[1]):
         sys.argv = [script, *arguments]
@@ -151,80 +153,83 @@ with ending_at(1, 2, lambda: os.kill(os.getpid(), signal.SIGTERM)):
 
 
 def torchrun(root, launches, *commands):
-    """Run commands one after the other, by so many torchruns; their exit codes and outputs.
+    """Start a torchrun for the flags of each of `launches`, which run the commands in sequence.
 
-    A run that writes its state two steps into its second epoch ends there by SIGTERM.
+    A run that saves its state two steps into its second epoch gets SIGTERM there. Returns the exit
+    codes, and all of stdout and of stderr.
     """
-    (root / "several.py").write_text(SEVERAL)
-    here = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    how = {"cwd": ROOT, "env": os.environ | here, "text": True}
-    how |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    work = json.dumps([words(*command) for command in commands])
+    (root / "run_commands.py").write_text(RUN_COMMANDS)
+    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    options = {"cwd": ROOT, "env": os.environ | environment, "text": True}
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    script = root / "run_commands.py", json.dumps([words(*command) for command in commands])
     launcher = [sys.executable, "-m", "torch.distributed.run"]
-    started = [
-        subprocess.Popen([*launcher, *launch.split(), root / "several.py", work], **how)
-        for launch in launches
+    processes = [
+        subprocess.Popen([*launcher, *launch.split(), *script], **options) for launch in launches
     ]
-    outs, errs = zip(*[process.communicate(timeout=600) for process in started])
-    return [process.returncode for process in started], "".join(outs), "".join(errs)
+    outs, errs = zip(*[process.communicate(timeout=600) for process in processes])
+    return [process.returncode for process in processes], "".join(outs), "".join(errs)
 
 
 def commands(root, images):
-    """Of all stages that train; with BatchNorm; and of images that are streamed."""
+    """All stages that train; a network with BatchNorm; ImageNet streamed."""
     dense, masks = root / "dense/seed0", root / "imp"
-    normed = "--model resnet20 --width 0.25 --epochs 1 --lr 0.02"
+    with_batchnorm = "--model resnet20 --width 0.25 --epochs 1 --lr 0.02"
     lth = stage4("lth", dense, masks, root / "sparse", "--sparsity 0.3 --rewind 1")
     return (
         stage1(root / "dense", "--seed 0 1"),
         stage2(dense, masks, "--sparsity 0.3"),
         lth,
-        stage1(root / "normed", normed),
+        stage1(root / "batchnorm", with_batchnorm),
         imagenet1(images, root / "streamed", SMALL),
     )
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """What two processes make: of two torchruns, as on two nodes, and then of one.
+def two_ranks(tmp_path_factory):
+    """Files written by two ranks: on two emulated nodes with a torchrun each, then on one node.
 
-    The first ends by SIGTERM within an epoch of a run, which the second goes on with, and in turn
-    ends with an error.
+    The first torchruns get SIGTERM within an epoch; the second resumes that run, and ends with an
+    error.
     """
-    root, file = tmp_path_factory.mktemp("two"), "file"
+    root, file = tmp_path_factory.mktemp("two_ranks"), "file"
     save_pictures(root / "data", train=9, val=7)
     (root / file).touch()
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        meet = f"--rdzv-backend c10d --rdzv-endpoint localhost:{free.getsockname()[1]}"
-    nodes, here = [f"--nnodes 2 --nproc-per-node 1 {meet}"] * 2, ["--standalone --nproc-per-node 2"]
+        rendezvous = f"--rdzv-backend c10d --rdzv-endpoint localhost:{free.getsockname()[1]}"
+    two_nodes = [f"--nnodes 2 --nproc-per-node 1 {rendezvous}"] * 2
+    one_node = ["--standalone --nproc-per-node 2"]
     dense, *others = commands(root, root)
-    cut = imagenet1(root, root / "cut", SMALL)
-    codes, out, err = torchrun(root, nodes, dense, *others, (*cut, "--checkpoint-minutes 0"))
+    interrupted = imagenet1(root, root / "interrupted", SMALL)
+    first_run = (*interrupted, "--checkpoint-minutes 0")
+    codes, out, err = torchrun(root, two_nodes, dense, *others, first_run)
     assert 0 not in codes and err.count("stopped; run the same command again") == 2, err
-    assert len(re.findall(r"mlpx0.03125 seed \d  epoch", out)) == 6  # a line an epoch
-    assert state(root / "cut/seed0/resume.pt")["step"] == 3
-    (code,), out, err = torchrun(root, here, cut, dense, stage1(root / file / "dense"))
-    told = [line for line in err.splitlines() if "error: " in line and "torch" not in line]
-    assert code != 0 and len(told) == 1 and "gloo" not in err, err
-    assert f"cannot write {root / file}" in told[0]
-    assert out.count("nothing to do") == 2 and "goes on after epoch 1 and 3 steps" in out
+    assert len(re.findall(r"mlpx0.03125 seed \d  epoch", out)) == 6  # one line per epoch
+    assert state(root / "interrupted/seed0/resume.pt")["step"] == 3
+    failing = stage1(root / file / "dense")
+    (code,), out, err = torchrun(root, one_node, interrupted, dense, failing)
+    errors = [line for line in err.splitlines() if "error: " in line and "torch" not in line]
+    assert code != 0 and len(errors) == 1 and "gloo" not in err, err
+    assert f"cannot write {root / file}" in errors[0]
+    assert out.count("nothing to do") == 2 and "resumes after epoch 1 and 3 steps" in out
     return root
 
 
-def test_two_processes_train_what_one_does(two, tmp_path):
-    """Up to the order in which sums are taken; BatchNorm over both."""
-    for command in commands(tmp_path, two):
+def test_two_ranks_train_the_same_networks_as_one_process(two_ranks, tmp_path):
+    """Up to the order of summation; BatchNorm uses the global batch."""
+    for command in commands(tmp_path, two_ranks):
         succeed(*command)
-    found = {path.relative_to(tmp_path) for path in tmp_path.rglob("*.pt")}
-    assert found
-    for path in found - {Path("imp/mask_0.30.pt")}:
-        assert distance(weights(tmp_path / path), weights(two / path)) < 1e-4, path
-    assert distance(*(weights(two / f"dense/seed{n}/epoch_0003.pt") for n in (0, 1))) > 1e-2
-    results = [result(folder / "streamed/seed0") for folder in (tmp_path, two)]
+    paths = {path.relative_to(tmp_path) for path in tmp_path.rglob("*.pt")}
+    assert paths
+    for path in paths - {Path("imp/mask_0.30.pt")}:
+        assert distance(weights(tmp_path / path), weights(two_ranks / path)) < 1e-4, path
+    assert distance(*(weights(two_ranks / f"dense/seed{n}/epoch_0003.pt") for n in (0, 1))) > 1e-2
+    results = [result(folder / "streamed/seed0") for folder in (tmp_path, two_ranks)]
     assert [result["processes"] for result in results] == [1, 2]
     for key in ("train_loss", "test_loss", "train_acc", "test_acc", "test_top5"):
         assert results[1][key] == pytest.approx(results[0][key], rel=1e-3), key
 
 
-def test_two_processes_that_were_cut_off_within_an_epoch_go_on_there(two):
-    same_files(two / "cut", two / "streamed")
+def test_two_ranks_interrupted_within_an_epoch_resume_there(two_ranks):
+    same_files(two_ranks / "interrupted", two_ranks / "streamed")

@@ -1,4 +1,4 @@
-"""Stages, analyses and benchmark on a GPU, or a pretended one: the same results as on a CPU."""
+"""Stages, analyses and benchmark give the same on a GPU, or an emulated one, as on a CPU."""
 
 import shutil
 from unittest import mock
@@ -24,7 +24,7 @@ from tests.conftest import (
 from tests.pretend_gpu import pretend_gpu
 
 REAL = torch.cuda.is_available()
-# A channel or an image that rounding turns is a few percent of these small runs.
+# On a real GPU, rounding may move a channel or an image: a few percent of these small runs.
 TOLERANCE = 0.1 if REAL else 1e-3
 
 
@@ -34,17 +34,17 @@ def gpu():
         yield
 
 
-def alike(path, *roots):
-    """Whether two masks agree but for rounding; of unlike ones at these sparsities half agree."""
-    one, other = (state(root / path)["mask"] for root in roots)
-    same = sum(int((one[name] == other[name]).sum()) for name in one)
-    return same >= (1 - TOLERANCE) * masking.numel(one)
+def masks_agree(path, *roots):
+    """Whether two masks agree up to rounding; at these sparsities, half of unrelated ones agree."""
+    left, right = (state(root / path)["mask"] for root in roots)
+    agreeing = sum(int((left[name] == right[name]).sum()) for name in left)
+    return agreeing >= (1 - TOLERANCE) * masking.numel(left)
 
 
-def test_every_stage_on_a_gpu_does_what_it_does_on_a_cpu(runs, tmp_path):
+def test_every_stage_gives_the_same_on_a_gpu_as_on_a_cpu(runs, tmp_path):
     for command in (stage1(tmp_path / "dense", "--seed 0 1"), *pipeline(tmp_path, 0, 1)):
-        beside = "--parallel 2" * ("align_mask" not in command[0])
-        outcome = call(*command, beside, "--device cuda")
+        parallel = "--parallel 2" * ("align_mask" not in command[0])
+        outcome = call(*command, parallel, "--device cuda")
         assert outcome.code == 0 and "slower" not in outcome.err, outcome.err
 
     for name in (
@@ -54,16 +54,16 @@ def test_every_stage_on_a_gpu_does_what_it_does_on_a_cpu(runs, tmp_path):
     ):
         assert distance(*(weights(root / name) for root in (runs, tmp_path))) < 1e-3
         assert result((tmp_path / name).parent)["device"].startswith("cuda")
-    # What the tolerance can tell apart.
+    # The tolerance can distinguish networks.
     assert distance(*(weights(runs / f"dense/seed{n}/epoch_0003.pt") for n in (0, 1))) > 0.1
     for folder in ("imp/seed0", "align/activation/seed0-seed1"):
-        assert alike(f"{folder}/mask_0.50.pt", runs, tmp_path)
+        assert masks_agree(f"{folder}/mask_0.50.pt", runs, tmp_path)
 
 
 @pytest.mark.parametrize("method", ["weight", "masked"])
 def test_methods_without_images_on_a_gpu(ends, aligned, tmp_path, method):
     succeed(*stage3(*ends, tmp_path, "--method", method, "--device cuda"))
-    assert alike("mask_0.70.pt", aligned / method, tmp_path)
+    assert masks_agree("mask_0.70.pt", aligned / method, tmp_path)
 
 
 ANALYSES = {
@@ -76,12 +76,12 @@ ANALYSES = {
 
 @pytest.mark.parametrize("name", ANALYSES)
 def test_analyses_on_a_gpu(runs, tmp_path, name):
-    """Of one pair, and one of its rounds; of two pairs where one is none."""
-    few = shutil.ignore_patterns("round_0[2-5].pt", *["seed[23]*"] * (name != "diversity"))
+    """On one pair and one IMP round; diversity needs two pairs."""
+    ignore = shutil.ignore_patterns("round_0[2-5].pt", *["seed[23]*"] * (name != "diversity"))
     tables = []
     for device in ("cpu", "cuda"):
         root = tmp_path / device
-        shutil.copytree(runs, root, ignore=few)
+        shutil.copytree(runs, root, ignore=ignore)
         succeed(f"analyze.{name}", root, ANALYSES[name], "--device", device)
         (path, *_) = sorted([*root.glob(f"{name}*.csv"), *root.glob(f"figures/{name}*.csv")])
         tables.append(pd.read_csv(path))
@@ -91,19 +91,19 @@ def test_analyses_on_a_gpu(runs, tmp_path, name):
 # ---------------------------------------------------------------- the benchmark
 
 
-def test_every_row_on_a_gpu(tmp_path, capfd):
-    """Of small networks on few images, --compile only asked for."""
-    training_rate, asked, out = benchmark.training_rate, [], tmp_path / "table.csv"
+def test_every_benchmark_row_on_a_gpu(tmp_path, capfd):
+    """With small networks and few images, without really compiling."""
+    training_rate, compile_flags, out = benchmark.training_rate, [], tmp_path / "table.csv"
 
-    def eager(*arguments, compiled=False, **settings):
-        asked.append(compiled)
+    def eager_rate(*arguments, compiled=False, **settings):
+        compile_flags.append(compiled)
         return training_rate(*arguments, **settings)
 
-    small = {"build_model": lambda *about: small_cnn(about[-1]), "training_rate": eager}
+    small = {"build_model": lambda *args: small_cnn(args[-1]), "training_rate": eager_rate}
     small |= {"COUNTS": [2, 3], "IMAGES": 64, "SIZE": 8, "STEPS": {"cuda": 1}}
     with mock.patch.multiple(benchmark, **small):
         text = succeed("analyze.benchmark --repeats 1 --device cuda --out", out)
     table = pd.read_csv(out)
-    assert "cuda: " in text and len(table) == 3 * 4 + 2 + 2 + 3 and asked.count(True) == 3
+    assert "cuda: " in text and len(table) == 3 * 4 + 2 + 2 + 3 and compile_flags.count(True) == 3
     assert table[["ours /s", "baseline /s", "ratio"]].min(axis=None) > 0
     assert "slower" not in capfd.readouterr().err

@@ -10,7 +10,7 @@ from scipy.stats import entropy
 from analyze import diversity, landscape
 from analyze.lib import lines, networks
 from analyze.lib import runs as finished
-from common.data import load_described, resident
+from common.data import load_cached, resident
 from tests.conftest import (
     align_and_train,
     call,
@@ -140,9 +140,9 @@ def test_curves_and_planes_do_not_depend_on_how_many_images_a_device_takes(
     monkeypatch.setitem(resident.EVAL_BATCH, "cpu", -1)  # an error where it is used
     monkeypatch.setattr(landscape, "update_bn", lambda batches, _: [*batches])
     triple = networks.triples(matched_early).iloc[0]
-    table = landscape.measure(triple, 3, 90, load_described)
+    table = landscape.measure(triple, 3, 90, load_cached)
     files = [triple[name] for name in ("lth", "permutation", "permuted")]
-    barrier = lines.barriers(lines.curve(files, 11, 90, load_described)).set_index("repair")["test"]
+    barrier = lines.barriers(lines.curve(files, 11, 90, load_cached)).set_index("repair")["test"]
     assert table["loss_barrier"].dropna().tolist() == [pytest.approx(barrier[True])]
 
 

@@ -167,8 +167,8 @@ def test_a_signal_stops_every_run_and_saves_its_state(tmp_path, signal_number, p
 
 
 def test_a_second_ctrl_c_ends_at_once(monkeypatch):
-    monkeypatch.setattr(resume, "stopping", threading.Event())
-    with resume.signals_end_steps():
+    monkeypatch.setattr(resume, "stop_requested", threading.Event())
+    with resume.stop_on_signals():
         for first in (signal.SIGINT, signal.SIGTERM):
             signal.raise_signal(first)
         with pytest.raises(KeyboardInterrupt):
@@ -176,10 +176,10 @@ def test_a_second_ctrl_c_ends_at_once(monkeypatch):
 
 
 def test_an_evaluation_ends_early_after_sigterm(monkeypatch):
-    monkeypatch.setattr(resume, "stopping", threading.Event())
+    monkeypatch.setattr(resume, "stop_requested", threading.Event())
     for batch in resume.until_stopped(iter(range(9))):
         if batch == 1:
-            resume.stopping.set()
+            resume.stop_requested.set()
     assert batch == 1
 
 

@@ -149,7 +149,7 @@ def test_the_state_is_saved_at_intervals_and_at_the_end(tmp_path, monkeypatch):
     clock = types.SimpleNamespace(perf_counter=lambda: 20 * len(epochs))
     monkeypatch.setattr(checkpoint, "save", lambda state, path: written.append(len(state["rows"])))
     monkeypatch.setattr(resume, "time", clock)
-    monkeypatch.setattr(resume, "EVERY", 30)
+    monkeypatch.setattr(resume, "SAVE_INTERVAL", 30)
     for folder in (tmp_path, None):
         train(tiny(), resident(), [0.1] * 5, folder=folder, at_epoch=epochs.append, **SETTINGS)
     assert written == [2, 4, 5]

@@ -20,7 +20,7 @@ from analyze.lib.runs import (
     sparse_runs,
 )
 from common import checkpoint, cli, masking, paths
-from common.data import load_described
+from common.data import load_cached
 from common.errors import UserError
 from common.runtime.device import pick_device
 
@@ -50,7 +50,7 @@ def arguments(doc: str, **defaults: Any) -> argparse.Namespace:
     cli.add_data(parser)
     args = parser.parse_args()
     device = pick_device(args.device)
-    args.read = lambda dataset: load_described(dataset, args.data_dir, device, args.workers)
+    args.read = lambda dataset: load_cached(dataset, args.data_dir, device, args.workers)
     return args
 
 

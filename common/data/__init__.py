@@ -1,8 +1,8 @@
 """Data sets: small images resident on the training device, ImageNet streamed.
 
-Both kinds offer the same two methods, `train_batches` and `eval_batches`, and a `description` for
-checkpoints. Where several processes train one network (common/runtime/distributed.py), both give
-each process its share. The order and augmentation of an epoch depend on (seed, stage, epoch) alone.
+Both kinds have the methods `train_batches` and `eval_batches`, and a `description` for checkpoints.
+Under torchrun (common/runtime/distributed.py) each rank gets its share of every batch. The order
+and augmentation of an epoch depend only on (seed, stage, epoch).
 """
 
 import functools
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from common.data.batches import Batches, balanced, derived_seed, stage_seed
+from common.data.batches import Batches, balanced_indices, derived_seed, stage_seed
 from common.data.downloads import read_torchvision
 from common.data.folder import read_folder
 from common.data.glyphs import read_glyphs
@@ -26,16 +26,16 @@ __all__ = [
     "Batches",
     "Resident",
     "Streamed",
-    "balanced",
+    "balanced_indices",
     "derived_seed",
     "load_data",
-    "load_described",
+    "load_cached",
     "stage_seed",
 ]
 
-# Small-image sets by the name that --dataset takes: (data_dir, image_size or None) -> training
-# images (N, 3, S, S) in uint8, their labels in int64, test images, their labels, the names of the
-# classes, and a checksum of data that are not the same everywhere, else None.
+# Small-image sets by their --dataset name: (data_dir, image_size or None) -> training images
+# (N, 3, S, S) uint8, training labels int64, test images, test labels, class names, and a checksum,
+# which is None for data sets that are the same on every machine.
 SMALL_IMAGES: dict[str, Callable[[str, int | None], tuple]] = {
     "glyphs": lambda data_dir, image_size: read_glyphs(image_size or 32),
     "cifar10": functools.partial(read_torchvision, "CIFAR10"),
@@ -47,20 +47,20 @@ DATASETS = (*SMALL_IMAGES, "imagenet")
 
 
 def load_data(
-    wanted: dict[str, Any],
+    spec: dict[str, Any],
     data_dir: str | None = None,
     device: torch.device | str = "cpu",
     workers: int = 8,
 ) -> Resident | Streamed:
-    """Load a data set onto `device`, from `data_dir` or where it was.
+    """Load a data set onto `device`, from `data_dir` or else from the folder named in `spec`.
 
-    `wanted` is the `dataset` of a checkpoint, whose normalisation is taken over, or has `name` and,
-    if at all, `image_size` in px and `limit_train` in images. Raises UserError when the data are
-    missing, malformed, or not the checkpoint's.
+    `spec` is the `dataset` entry of a checkpoint, whose normalisation is reused, or a dict with
+    `name` and optionally `image_size` (px) and `limit_train` (images). Raises UserError when the
+    data are missing, malformed, or differ from the checkpoint's.
     """
-    device, name = torch.device(device), wanted["name"]
-    data_dir = data_dir or wanted.get("data_dir") or "data"
-    size, limit = wanted.get("image_size"), wanted.get("limit_train")
+    device, name = torch.device(device), spec["name"]
+    data_dir = data_dir or spec.get("data_dir") or "data"
+    size, limit = spec.get("image_size"), spec.get("limit_train")
     if name == "imagenet":
         if limit or size not in (None, Streamed.input_shape[-1]):
             raise UserError(
@@ -68,21 +68,21 @@ def load_data(
             )
         data = Streamed(Path(data_dir), device, workers)
     else:
-        where = {"data_dir": None if name == "glyphs" else data_dir}
-        data = make_resident(wanted | where, *SMALL_IMAGES[name](data_dir, size), device)
+        location = {"data_dir": None if name == "glyphs" else data_dir}
+        data = make_resident(spec | location, *SMALL_IMAGES[name](data_dir, size), device)
     for key in ("class_names", "checksum"):
-        if key in wanted and wanted[key] != data.description[key]:
+        if key in spec and spec[key] != data.description[key]:
             raise UserError(
                 f"{name} in {data_dir} is not the data of the checkpoint: its {key} differs"
             )
     return data
 
 
-def load_described(description: dict[str, Any], *where: Any) -> Resident | Streamed:
-    """As `load_data`, with each data set read once."""
-    return _load_once(json.dumps(description), *where)
+def load_cached(spec: dict[str, Any], *args: Any) -> Resident | Streamed:
+    """Like `load_data`, but reads each data set only once per process."""
+    return _load_once(json.dumps(spec), *args)
 
 
 @functools.cache
-def _load_once(description: str, *where: Any) -> Resident | Streamed:
-    return load_data(json.loads(description), *where)
+def _load_once(spec_json: str, *args: Any) -> Resident | Streamed:
+    return load_data(json.loads(spec_json), *args)

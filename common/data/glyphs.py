@@ -1,9 +1,8 @@
-"""Glyphs: a generated ten-class image set of coloured digits, drawn in the fonts that matplotlib
-ships.
+"""Glyphs: a generated ten-class data set of coloured digits, drawn in matplotlib's fonts.
 
-Font, size, place, rotation, shear, colours, clutter and noise vary. All arithmetic is Pillow's and
-integer NumPy's, so the same versions of Pillow and matplotlib draw the same images from the same
-seed.
+Font, size, position, rotation, shear, colours, clutter and noise vary. All arithmetic is done by
+Pillow or in NumPy integers: the same versions of Pillow and matplotlib draw identical images from
+the same seed.
 """
 
 import hashlib
@@ -18,40 +17,41 @@ FONTS = """DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSa
     DejaVuSerif DejaVuSerif-Bold DejaVuSerif-Italic STIXGeneral STIXGeneralBol STIXGeneralItalic
     cmr10 cmss10 cmtt10""".split()
 TRAIN, TEST = 10_000, 1_000
-CANVAS = 64  # px of the templates, several times the size at which they are drawn
-NOISE = 30  # largest absolute noise, of 255
-CONTRAST = (20, 126)  # of ink above paper in each colour
+CANVAS = 64  # px of the templates, larger than the digits in the images
+NOISE = 30  # largest absolute noise, in 0..255
+CONTRAST = (20, 126)  # range of (digit - background) in each colour channel
 
 
 def read_glyphs(size: int, seed: int = 0) -> tuple:
-    """Images of `size` px and labels, for training and testing, class names, and a checksum."""
+    """Draw the data set in the format of `SMALL_IMAGES`, with images of `size` px."""
     templates, parts = _templates(), []
-    for part, count in enumerate((TRAIN, TEST)):
+    for split, count in enumerate((TRAIN, TEST)):
         labels = np.arange(count) % 10
-        images = _draw(templates, labels, size, np.random.default_rng([seed, part, size]))
+        images = _draw(templates, labels, size, np.random.default_rng([seed, split, size]))
         parts += [torch.from_numpy(images), torch.from_numpy(labels)]
-    # They depend on library versions: later stages must see the very same ones.
+    # The images depend on library versions; later stages must use identical ones.
     checksum = hashlib.sha256(b"".join(images.numpy().tobytes() for images in parts[::2]))
     return *parts, list("0123456789"), checksum.hexdigest()[:16]
 
 
 def _templates() -> list[list[Image.Image]]:
-    """A grey picture of every digit in every font, centred."""
+    """A centred greyscale image of every digit, as templates[font][digit]."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     templates = []
     for name in FONTS:
         font = ImageFont.truetype(str(folder / f"{name}.ttf"), 48)
         templates.append([])
         for digit in "0123456789":
-            picture = Image.new("L", (CANVAS, CANVAS))
-            ImageDraw.Draw(picture).text((CANVAS // 2, CANVAS // 2), digit, 255, font, anchor="mm")
-            templates[-1].append(picture)
+            image = Image.new("L", (CANVAS, CANVAS))
+            ImageDraw.Draw(image).text((CANVAS // 2, CANVAS // 2), digit, 255, font, anchor="mm")
+            templates[-1].append(image)
     return templates
 
 
 def _draw(
     templates: list[list[Image.Image]], labels: np.ndarray, size: int, rng: np.random.Generator
 ) -> np.ndarray:
+    """Images (N, 3, size, size) uint8: the digit of each label over two digits of clutter."""
     n = len(labels)
     fonts = rng.integers(len(FONTS), size=(3, n))
     digits = np.stack([labels, *rng.integers(10, size=(2, n))])
@@ -59,33 +59,36 @@ def _draw(
     shear = rng.uniform(-0.3, 0.3, (3, n))
     scale = rng.uniform(0.9, 1.5, (3, n)) * size / CANVAS
     shift = rng.uniform(-0.15, 0.15, (3, 2, n)) * size
-    # Two more digits stand half outside the picture, as clutter: place them near the corners.
+    # The clutter lies near the corners, half outside the image.
     corner = rng.integers(0, 2, (2, 2, n)) * 2 - 1
     shift[1:] += corner * 0.62 * size
-    ink = np.empty((3, n, size, size), np.int32)
+    alpha = np.empty((3, n, size, size), np.int32)
     for k in range(3):
         for i in range(n):
-            where = _inverse_affine(angle[k, i], shear[k, i], scale[k, i], *shift[k, :, i], size)
-            digit = templates[fonts[k, i]][digits[k, i]]
-            look = Image.Transform.AFFINE, where, Image.Resampling.BILINEAR
-            ink[k, i] = digit.transform((size, size), *look)
-    paper = rng.integers(0, 130, (n, 3), dtype=np.int32)
-    colour, clutter = paper + rng.integers(*CONTRAST, (2, n, 3), dtype=np.int32)
+            matrix = _inverse_affine(angle[k, i], shear[k, i], scale[k, i], *shift[k, :, i], size)
+            template = templates[fonts[k, i]][digits[k, i]]
+            affine = Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR
+            alpha[k, i] = template.transform((size, size), *affine)
+    background = rng.integers(0, 130, (n, 3), dtype=np.int32)
+    digit_colour, clutter_colour = background + rng.integers(*CONTRAST, (2, n, 3), dtype=np.int32)
     slope = rng.integers(-50, 51, (n, 2, 1, 1, 1), dtype=np.int32)
     ramp = np.arange(size, dtype=np.int32) * 2 - size + 1
-    picture = paper[:, :, None, None] + slope[:, 0] * ramp[:, None] // size
-    picture = picture + slope[:, 1] * ramp // size
-    for layer, hue in ((ink[1:].max(0), clutter), (ink[0], colour)):
+    images = background[:, :, None, None] + slope[:, 0] * ramp[:, None] // size
+    images = images + slope[:, 1] * ramp // size
+    for layer, colour in ((alpha[1:].max(0), clutter_colour), (alpha[0], digit_colour)):
         weight = layer[:, None]
-        picture = (picture * (255 - weight) + hue[:, :, None, None] * weight) // 255
-    picture += rng.integers(-NOISE, NOISE + 1, picture.shape, dtype=np.int32)
-    return picture.clip(0, 255).astype(np.uint8)
+        images = (images * (255 - weight) + colour[:, :, None, None] * weight) // 255
+    images += rng.integers(-NOISE, NOISE + 1, images.shape, dtype=np.int32)
+    return images.clip(0, 255).astype(np.uint8)
 
 
 def _inverse_affine(
     angle: float, shear: float, scale: float, dx: float, dy: float, size: int
 ) -> tuple[float, ...]:
-    """Pillow maps output to input: undo the shift, then the rotation and shear, then the scale."""
+    """Pillow's six affine coefficients, which map output to input pixels.
+
+    They undo the shift (px), then the rotation (rad) and the shear, then the scale.
+    """
     cos, sin = np.cos(angle) / scale, np.sin(angle) / scale
     a, b, d, e = cos + shear * sin, sin - shear * cos, -sin, cos
     x, y = size / 2 + dx, size / 2 + dy

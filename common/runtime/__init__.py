@@ -1,1 +1,1 @@
-"""How and where training runs: devices, several networks, several GPUs."""
+"""Where training runs: device, CUDA graph, parallel runs, data-parallel ranks, resumption."""

@@ -1,4 +1,4 @@
-"""Where and in which precision networks compute."""
+"""The device and the precision of training and evaluation."""
 
 import contextlib
 import ctypes
@@ -13,11 +13,11 @@ from common.runtime import distributed, onednn
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The named device, or CUDA where there is one; under torchrun each process gets its own GPU.
+    """The named device, by default CUDA if available; under torchrun each rank gets its own GPU.
 
-    Raises UserError when the device is not there.
+    Raises UserError when the device is not available.
     """
-    # Otherwise networks side by side share 8 queues to the GPU.
+    # Parallel runs would share the default 8 hardware queues of the GPU.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,15 +25,15 @@ def pick_device(name: str | None) -> torch.device:
         device = distributed.local_device(torch.device(name))
         torch.zeros(1, device=device).cpu()
         if device.index is not None and device.type == "cuda":
-            torch.cuda.set_device(device)  # for what asks for no device, as torch.cuda.synchronize
+            torch.cuda.set_device(device)  # for calls without a device argument
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"device {name!r} is not available here ({reason}): try --device cpu"
         ) from error
-    torch.backends.cudnn.deterministic = True  # the same numbers on every run
-    torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32; once, as it holds for all threads
-    # NVIDIA's containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE.
+    torch.backends.cudnn.deterministic = True  # bit-equal reruns
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32, in all threads
+    # Needed in NVIDIA's containers, which set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE.
     torch.set_float32_matmul_precision("highest")
     if device.type == "cpu":
         keep_freed_memory()
@@ -42,19 +42,19 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Let this process reuse freed activations, where libc is glibc, instead of returning them.
+    """Make glibc keep freed memory in the process for reuse; do nothing with another libc.
 
-    Faulting large blocks in anew for every layer costs nearly half of a forward pass on a CPU.
+    Page faults on newly mapped activations cost nearly half of a forward pass on a CPU.
     """
-    m_trim_threshold, m_mmap_max = -1, -4  # of <malloc.h>
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc: only speed is lost
+    m_trim_threshold, m_mmap_max = -1, -4  # from <malloc.h>
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
         libc = ctypes.CDLL(None)
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, -1)
 
 
 def pick_precision(name: str | None, device: torch.device) -> str:
-    """The named precision, or bf16 where the hardware is fast at it and fp32 elsewhere."""
+    """The named precision, by default bf16 on hardware with fast bf16 and else fp32."""
     if name is not None:
         return name
     if device.type == "cuda":
@@ -67,14 +67,14 @@ def pick_precision(name: str | None, device: torch.device) -> str:
 
 
 def in_onednn_layout(model: nn.Module, device: torch.device, precision: str) -> bool:
-    """Whether `model` computes in oneDNN's own layout (common/runtime/onednn.py)."""
-    return device.type == "cpu" and precision == "bf16" and onednn.suits(model)
+    """Whether `model` computes in oneDNN's blocked layout (common/runtime/onednn.py)."""
+    return device.type == "cpu" and precision == "bf16" and onednn.is_suited(model)
 
 
 @contextlib.contextmanager
 def autocast(model: nn.Module, device: torch.device, precision: str) -> Iterator[None]:
-    """For forward passes of `model`, in fp32 or, where that is safe, in bf16."""
+    """Run forward passes of `model` in this context: bf16 autocast, and oneDNN's layout if used."""
     onednn_layout = in_onednn_layout(model, device, precision)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        with onednn.Blocked() if onednn_layout else contextlib.nullcontext():
+        with onednn.BlockedLayout() if onednn_layout else contextlib.nullcontext():
             yield

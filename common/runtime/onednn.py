@@ -1,4 +1,4 @@
-"""Convolutional networks on a CPU in oneDNN's layout: half the time for all but convolutions."""
+"""oneDNN's blocked layout for CNNs on a CPU: halves the time of all but the convolutions."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,29 +10,29 @@ from torch.overrides import TorchFunctionMode
 
 from common.errors import UserError
 
-# What stays in the layout; all else is slow in it, as pooling, or does not know it.
-SINGLE = {F.relu, torch.relu, Tensor.relu, Tensor.register_hook, Tensor.retain_grad}
-PAIR = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__}
-ASKING = {Tensor.dim, Tensor.size} | {
+# Functions that keep the layout. All others do not support it, or are slow in it, like pooling.
+UNARY = {F.relu, torch.relu, Tensor.relu, Tensor.register_hook, Tensor.retain_grad}
+ADDITION = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__}
+QUERIES = {Tensor.dim, Tensor.size} | {
     getattr(Tensor, name).__get__
     for name in ("shape", "ndim", "dtype", "device", "is_mkldnn", "requires_grad")
 }
 
-SUITED = ("ResNet20",)  # classes of networks: ResNet20 is 1.15 times as fast, ResNet50 is not
+SUITED = ("ResNet20",)  # class names: ResNet20 is 1.15 times as fast, ResNet50 is no faster
 
 
-def suits(model: nn.Module) -> bool:
-    """Whether `model` gains by the layout and this machine has it."""
+def is_suited(model: nn.Module) -> bool:
+    """Whether `model` is faster in the layout and this machine supports it."""
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
-    return type(model).__name__ in SUITED  # compiled networks lay out their tensors themselves
+    return type(model).__name__ in SUITED  # torch.compile chooses its own layouts
 
 
-class Blocked(TorchFunctionMode):
-    """Within it and autocast to bf16, convolutions without bias enter the layout.
+class BlockedLayout(TorchFunctionMode):
+    """Make convolutions without bias return tensors in the layout, under autocast to bf16.
 
-    What does not know the layout leaves it. The backward pass follows by itself. Raises UserError
-    for what would have to change a tensor of the layout in place.
+    Functions without support for the layout get dense tensors. Autograd handles the backward pass.
+    Raises UserError for in-place operations on tensors in the layout.
     """
 
     def __torch_function__(
@@ -43,48 +43,51 @@ class Blocked(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if function is torch.conv2d and not kwargs and _enters(*args):
+        if function is torch.conv2d and not kwargs and _can_convolve(*args):
             return _convolve(*args)
-        pair = function in PAIR and _alike(*args)
-        norm = function is F.batch_norm and _learns(**kwargs)
-        if function in SINGLE | ASKING or pair or norm:
+        add = function in ADDITION and _can_add(*args)
+        normalise = function is F.batch_norm and _can_normalise(**kwargs)
+        if function in UNARY | QUERIES or add or normalise:
             return function(*args, **kwargs)
         name = getattr(function, "__name__", "")
         in_place = name == "__setitem__" or name.endswith("_") and not name.endswith("__")
-        if in_place and args and _is_blocked(args[0]):
+        if in_place and args and _has_layout(args[0]):
             raise UserError(
-                f"{name} changes in place what oneDNN's layout holds: write it out of place, or "
-                "take the network out of SUITED in common/runtime/onednn.py"
+                f"{name} changes a tensor in oneDNN's layout in place: use an out-of-place "
+                "operation, or remove the network from SUITED in common/runtime/onednn.py"
             )
-        return function(*_plain(args), **{key: _plain(value) for key, value in kwargs.items()})
+        kwargs = {key: _to_dense(value) for key, value in kwargs.items()}
+        return function(*_to_dense(args), **kwargs)
 
 
-def _is_blocked(value: Any) -> bool:
+def _has_layout(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_mkldnn
 
 
-def _alike(first: Any, second: Any = None, *_: Any) -> bool:
-    """Whether oneDNN can add two values: it does not broadcast."""
-    return _is_blocked(first) and _is_blocked(second) and first.shape == second.shape
+def _can_add(left: Any, right: Any = None, *_: Any) -> bool:
+    """Whether oneDNN can add two values; it does not broadcast."""
+    return _has_layout(left) and _has_layout(right) and left.shape == right.shape
 
 
-def _learns(weight: Any = None, bias: Any = None, training: bool = False, **_: Any) -> bool:
-    """Whether oneDNN can do a BatchNorm: with scale and shift, and no fixed statistics backward."""
+def _can_normalise(weight: Any = None, bias: Any = None, training: bool = False, **_: Any) -> bool:
+    """Whether oneDNN can do a BatchNorm: only an affine one, and in evaluation mode no backward."""
     return weight is not None and bias is not None and (training or not torch.is_grad_enabled())
 
 
-def _plain(value: Any) -> Any:
-    if type(value) in (list, tuple):  # as torch.cat takes
-        return type(value)(_plain(each) for each in value)
-    return value.to_dense() if _is_blocked(value) else value
+def _to_dense(value: Any) -> Any:
+    if type(value) in (list, tuple):  # e.g. the argument of torch.cat
+        return type(value)(_to_dense(item) for item in value)
+    return value.to_dense() if _has_layout(value) else value
 
 
-def _enters(images: Tensor, weight: Tensor, bias: Tensor | None = None, *where: Any) -> bool:
-    """Whether the layout takes a convolution: as nn.Conv2d calls it, under autocast, no bias."""
-    from_nn = len(where) == 4 and all(isinstance(value, tuple) for value in where[:3])
-    plain = bias is None and images.dim() == 4 and weight.dtype == torch.float32
+def _can_convolve(
+    images: Tensor, weight: Tensor, bias: Tensor | None = None, *geometry: Any
+) -> bool:
+    """Whether a conv2d can use the layout: called by nn.Conv2d, under autocast, without bias."""
+    from_nn = len(geometry) == 4 and all(isinstance(value, tuple) for value in geometry[:3])
+    supported = bias is None and images.dim() == 4 and weight.dtype == torch.float32
     floats = images.dtype in (torch.float32, torch.bfloat16)
-    return from_nn and plain and floats and torch.is_autocast_enabled("cpu")
+    return from_nn and supported and floats and torch.is_autocast_enabled("cpu")
 
 
 def _convolve(
@@ -92,5 +95,5 @@ def _convolve(
 ) -> Tensor:
     if not images.is_mkldnn:
         images = images.to_mkldnn(torch.bfloat16)
-    # Not conv2d, because autocast would make the weights bf16, which oneDNN takes as fp32 here.
+    # Not conv2d: autocast would cast the weights to bf16, but oneDNN wants fp32 weights here.
     return torch.mkldnn_convolution(images, weight, None, padding, stride, *rest)

@@ -1,4 +1,4 @@
-"""The state of a run that is cut off, and how it goes on."""
+"""Saving the state of a run, and resuming from it."""
 
 import contextlib
 import signal
@@ -17,44 +17,45 @@ from common.errors import UserError
 from common.models import check_fits
 from common.runtime import distributed
 
-EVERY = 30  # seconds between two writings of resume.pt at the ends of epochs
-stopping = threading.Event()  # set by a signal: runs stop after their step
+SAVE_INTERVAL = 30  # minimum seconds between two saves of resume.pt at the ends of epochs
+stop_requested = threading.Event()  # set by a signal: runs stop after their current step
 
 
 @contextlib.contextmanager
-def signals_end_steps() -> Iterator[None]:
-    """Within it SIGTERM, as a scheduler sends it ahead of the end, and Ctrl-C let runs finish their
-    step; a second Ctrl-C ends them at once.
+def stop_on_signals() -> Iterator[None]:
+    """Let runs finish their step on SIGTERM, which schedulers send before they kill, or Ctrl-C.
+
+    A second Ctrl-C interrupts at once.
     """
 
     def stop(number: int, _: Any) -> None:
-        if stopping.is_set() and number == signal.SIGINT:
+        if stop_requested.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
-        stopping.set()
+        stop_requested.set()
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def until_stopped(batches: Iterator[Any]) -> Iterator[Any]:
-    """The first of `batches`, and more until a signal comes: an evaluation that nobody will see."""
+    """Yield `batches`, at least one, until a signal comes, which discards the evaluation."""
     for batch in batches:
         yield batch
-        if stopping.is_set():
+        if stop_requested.is_set():
             return
 
 
 class Resume:
-    """Writes a run's state to `folder`/resume.pt now and then, also within an epoch.
+    """Saves a run's state to `folder`/resume.pt at intervals, and restores it if it exists.
 
-    The state of an earlier run called `name` is taken up: model, optimiser, `rows` of the epochs
-    that it finished, and of the one after those `step`, how many steps are done, `sums`, of which
-    this process has its part, and `started`, when it would have begun without a break. Raises
-    UserError when that was of another precision or optimiser, as a mixture would be no experiment.
+    The state of a run `name` is its model, its optimiser, `rows` of metrics of the finished epochs,
+    and of the current epoch: `step`, the number of steps done; `sums`, this rank's running sums of
+    metrics; and `started`, its start time without the interruption. Raises UserError when the saved
+    run had another precision or optimiser.
     """
 
     def __init__(
@@ -67,31 +68,31 @@ class Resume:
         sums: Tensor,
         minutes: float,
     ):
-        """`minutes` are those between two writings within an epoch."""
+        """`minutes`: time between two saves within an epoch."""
         self.path = folder / "resume.pt" if folder else None
         self.name, self.model, self.optimiser, self.sums = name, model, optimiser, sums
-        self.how = f"{precision} by {type(optimiser).__name__}"
+        self.setup = f"{precision} by {type(optimiser).__name__}"
         self.rows: list[dict[str, Any]] = []
-        self.step, self.within = 0, 60 * minutes
-        self.saved = self.started = time.perf_counter()
-        if stopping.is_set():
+        self.step, self.step_interval = 0, 60 * minutes
+        self.last_save = self.started = time.perf_counter()
+        if stop_requested.is_set():
             raise KeyboardInterrupt
         if self.path and self.path.is_file():
             self._load()
 
     def save_or_stop(self, step: int = 0, last: bool = False) -> None:
-        """Write the state, `step` steps into an epoch, if it is due; stop where a signal came.
+        """Save the state, `step` steps into an epoch, if due; raise KeyboardInterrupt on a signal.
 
-        After the `last` epoch it is due, and nothing is left to be stopped.
+        After the `last` epoch it always saves and never stops.
         """
-        self.step, every = step, self.within if step else EVERY
-        due = last or time.perf_counter() - self.saved > every
-        # Several processes write together, when the clock of the first says so, and stop when a
-        # signal came to any: that one may have left its evaluation.
-        stop = stopping.is_set() and not last
+        self.step, interval = step, self.step_interval if step else SAVE_INTERVAL
+        due = last or time.perf_counter() - self.last_save > interval
+        # Ranks save together, by the clock of rank 0. They all stop when a signal came to any of
+        # them, because that rank may have skipped part of its evaluation.
+        stop = stop_requested.is_set() and not last
         if distributed.WORLD_SIZE > 1:
-            asked = distributed.gathered(due, stop)
-            due, stop = asked[0, 0], asked[:, 1].any()
+            votes = distributed.all_gather(due, stop)
+            due, stop = votes[0, 0], votes[:, 1].any()
         if self.path and (due or stop):
             self._write()
         if stop:
@@ -99,12 +100,12 @@ class Resume:
 
     def _write(self) -> None:
         weights = {key: value.cpu().contiguous() for key, value in self.model.state_dict().items()}
-        state = {"name": self.name, "how": self.how, "state_dict": weights}
+        state = {"name": self.name, "how": self.setup, "state_dict": weights}
         state |= {"optimiser": self.optimiser.state_dict()["state"], "rows": self.rows}
-        state |= {"step": self.step, "sums": distributed.gathered(*self.sums)}
+        state |= {"step": self.step, "sums": distributed.all_gather(*self.sums)}
         state["seconds"] = time.perf_counter() - self.started
         checkpoint.save(state, self.path)
-        self.saved = time.perf_counter()
+        self.last_save = time.perf_counter()
 
     def _load(self) -> None:
         keys = ("name", "how", "state_dict", "optimiser", "rows", "step")
@@ -115,23 +116,23 @@ class Resume:
             return
         if state["name"] != self.name:
             return
-        if state["how"] != self.how:
-            other = f"{self.path} was trained in {state['how']} and not {self.how}"
-            raise UserError(f"{other}: go back to that, or remove the file to start again")
+        if state["how"] != self.setup:
+            difference = f"{self.path} was trained in {state['how']} and not {self.setup}"
+            raise UserError(f"{difference}: go back to that, or remove the file to start again")
         check_fits(state["state_dict"], self.model, self.path, "the network as it is now")
-        # The settings are this run's, as a graph may need them; the rest is the file's.
+        # Keep this run's param_groups, which a CUDA graph may read; load only the state.
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state["optimiser"], "param_groups": groups})
-        for parameter, kept in self.optimiser.state.items():
-            for key, value in kept.items():
+        for parameter, values in self.optimiser.state.items():
+            for key, value in values.items():
                 if torch.is_tensor(value) and value.shape == parameter.shape:
-                    # In the layout of the weights: fused optimisers pair them by memory.
-                    kept[key] = torch.empty_like(parameter).copy_(value)
+                    # In the weights' memory format: fused optimisers assume equal strides.
+                    values[key] = torch.empty_like(parameter).copy_(value)
         self.rows, self.step = state["rows"], state["step"]
         done = [f"epoch {self.rows[-1]['epoch']}"] if self.rows else []
         if self.step:
-            # Also where other processes than these had summed.
+            # Ranks split the saved sums, also when the world size has changed.
             self.sums.copy_(state["sums"][distributed.RANK :: distributed.WORLD_SIZE].sum(0))
             self.started -= state["seconds"]
             done.append(f"{self.step} steps")
-        tqdm.write(f"{self.name}  goes on after {' and '.join(done)}")
+        tqdm.write(f"{self.name}  resumes after {' and '.join(done)}")

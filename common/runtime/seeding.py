@@ -1,4 +1,4 @@
-"""Torch's global generator, used by one thread at a time."""
+"""Seeding of torch's global CPU generator, by one thread at a time."""
 
 import contextlib
 import os
@@ -7,21 +7,21 @@ from collections.abc import Iterator
 
 import torch
 
-_alone = threading.RLock()
+_lock = threading.RLock()
 
 
-def _renew() -> None:
-    """A process forked while another thread drew would wait for that thread for ever."""
-    global _alone
-    _alone = threading.RLock()
+def _renew_lock() -> None:
+    """Replace the lock in a forked child: a thread that held it does not exist there."""
+    global _lock
+    _lock = threading.RLock()
 
 
-os.register_at_fork(after_in_child=_renew)
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Set torch's global CPU generator to `seed` for a while, and for this thread alone."""
-    with _alone, torch.random.fork_rng(devices=[]):
+    """Seed torch's global CPU generator within the block, and exclude other threads from it."""
+    with _lock, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
