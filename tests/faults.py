@@ -49,7 +49,7 @@ another function is not noticed | common/align/permutation.py
 
 parts of an axis that are treated differently | common/align/labels.py
 >axes::test_what_networks_are_made_of
--self.tie(label, label, mark)
+-self.tie(label, label, tag)
 +self.tie(label, label)
 
 transposed assignment | common/align/matching.py

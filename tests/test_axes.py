@@ -325,8 +325,8 @@ def test_what_fixes_an_order_pins_it_and_the_reason_says_so(body, reason):
 def test_readouts_are_before_and_after_the_nonlinearity_and_ahead_of_dropout():
     model = between([conv(8, 6, 1), nn.PReLU(6), nn.Dropout(), nn.MaxPool2d(2)]).train()
     axes = find_axes(model, (3, 8, 8))
-    (place,) = axes.readouts["body.0"]
-    assert place[:2] == ("dropout", 1) and axes.before["dropout"] == "conv2d_1"
+    (place,) = axes.activations["body.0"]
+    assert place[:2] == ("dropout", 1) and axes.pre_activation["dropout"] == "conv2d_1"
     assert all(module.training for module in model.modules())
 
 
@@ -335,7 +335,7 @@ def test_padded_channels_are_read_where_they_are():
         [nn.ReLU(), Network(lambda net, x: F.pad(x, (0, 0, 0, 0, 1, 2))), conv(11, 6, 1)]
     )
     axes = find_axes(model, (3, 8, 8))
-    assert axes.readouts["conv"][-1].tensor == axes.before["pad"] == "pad"
+    assert axes.activations["conv"][-1].tensor == axes.pre_activation["pad"] == "pad"
 
 
 def test_a_weight_under_two_names_moves_under_both():

@@ -28,13 +28,13 @@ def test_axes_of_resnet20_are_those_a_person_would_name():
     assert layout(axes, "conv1.weight") == {0: ("conv1", 16, 1)}  # not the colours of the input
     # The last tensor of a stream is the output of its last block, after the nonlinearity, before
     # pooling.
-    readouts = axes.readouts
+    readouts = axes.activations
     assert [readouts[name][-1].tensor for name in streams] == ["relu_6", "relu_12", "relu_18"]
     # Layers read the first stream from the stem and from two blocks; the last block's is read by
     # the next stage.
     first = [place.tensor for place in readouts["conv1"]]
     assert first == ["relu", "relu_2", "relu_4", "relu_6"]
-    assert [axes.before[name] for name in first[:2]] == ["batch_norm", "add"]
+    assert [axes.pre_activation[name] for name in first[:2]] == ["batch_norm", "add"]
 
 
 def test_a_channel_is_spread_over_places_by_flattening():

@@ -79,7 +79,7 @@ def export(model: nn.Module, shape: Iterable[int]) -> Graph:
     return Graph(program.graph_module, inputs)
 
 
-def where(node: fx.Node) -> str:
+def location(node: fx.Node) -> str:
     """What a node calls, in which layer, and at which line."""
     name = str(node.target).removeprefix("aten.").partition(".")[0]
     *_, (layer, kind) = [("", ""), *node.meta.get("nn_module_stack", {}).values()]

@@ -125,10 +125,10 @@ def similarities(
     states = [model.state_dict() for model in (target, source)]
     moments: dict[str, list[Any]] = {axis: [] for axis in axes.sizes}
     wanted: dict[str, list[tuple[Any, Place]]] = {}
-    for axis, places in axes.readouts.items():
+    for axis, places in axes.activations.items():
         for place in places if stream == "mean" else places[-1:]:
             moments[axis].append(new_similarity(statistic))
-            node = place.tensor if match_on == "post" else axes.before[place.tensor]
+            node = place.tensor if match_on == "post" else axes.pre_activation[place.tensor]
             wanted.setdefault(node, []).append((moments[axis][-1], place))
     graph = functools.cache(functools.partial(export, target))  # holds for one number of images
     for images in batches:

@@ -49,7 +49,7 @@ class Axes:
     """The permutation axes of a network.
 
     dims: for every parameter and buffer, where axes lie in it. sizes: channels of every axis that
-    may be permuted. groups: these axes, each once, in the groups that move together. readouts: for
+    may be permuted. groups: these axes, each once, in the groups that move together. activations: for
     each of them, where in the nodes of the graph layers read it, in order, after a nonlinearity;
     for a residual stream the stem's and every block's. before: for every node the one ahead of that
     nonlinearity, or itself. pinned: for every layer whose channels must stay in order, how many
@@ -60,8 +60,8 @@ class Axes:
     dims: dict[str, list[Place]]
     sizes: dict[str, int]
     groups: tuple[BlockGroup, ...]
-    readouts: dict[str, list[Place]]
-    before: dict[str, str]
+    activations: dict[str, list[Place]]
+    pre_activation: dict[str, str]
     pinned: dict[str, tuple[int, str]]
     weights: tuple[str, ...]
 
