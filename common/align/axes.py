@@ -45,24 +45,26 @@ def find_axes(model: nn.Module, input_shape: tuple[int, ...]) -> Axes:
     propagation = LabelPropagation(export(model, (2, *input_shape)))
     channels, classes = find_classes(propagation.mode)
     sizes, groups, pinned = name_axes(propagation, channels, classes)
-    names, (axis, rank) = [*sizes], classes.loc[channels["class"], ["axis", "rank"]].to_numpy().T
+    # The number of every channel's axis, or -1, and the channel's rank along it.
+    axis, rank = classes.loc[channels["class"], ["axis", "rank"]].to_numpy().T
+    names = [*sizes]
 
     def find_places(name: str, tensor: Tensor | None) -> list[Place]:
-        """Where complete axes lie in a parameter or an activation."""
+        """Where axes lie in a parameter or an activation with all their channels."""
         places = []
         for label in labels(tensor):
             if len(dims_of(label)) > 1:
                 continue
-            column = unexpand(label).flatten()
-            here = propagation.mode.group_columns.get(int(column[0]), column).flatten().numpy()
-            for number in sorted({*axis[here].tolist()} - {-1}):
-                at = np.flatnonzero(axis[here] == number)
-                at = at[np.argsort(rank[here[at]], kind="stable")]
-                entries = np.bincount(rank[here[at]], minlength=sizes[names[number]])
+            own = unexpand(label).flatten()
+            along = propagation.mode.group_columns.get(int(own[0]), own).flatten().numpy()
+            for number in sorted({*axis[along].tolist()} - {-1}):
+                index = np.flatnonzero(axis[along] == number)
+                index = index[np.argsort(rank[along[index]], kind="stable")]
+                entries = np.bincount(rank[along[index]], minlength=sizes[names[number]])
                 if (entries == entries[0]).all():
-                    positions = torch.from_numpy(at).view(len(entries), -1)
-                    along = names[number], positions, len(here) // len(column)
-                    places.append(Place(name, *dims_of(label), *along))
+                    positions = torch.from_numpy(index).view(len(entries), -1)
+                    where = *dims_of(label), names[number], positions
+                    places.append(Place(name, *where, len(along) // len(own)))
         return places
 
     state = model.state_dict(keep_vars=True)
@@ -82,7 +84,7 @@ def find_axes(model: nn.Module, input_shape: tuple[int, ...]) -> Axes:
 
 
 def find_pre_activations(values: dict[fx.Node, Tensor]) -> dict[str, str]:
-    """For every node the one ahead of the nonlinearities that end in it, or itself."""
+    """For every node the one ahead of the pointwise operators that lead to it, or itself."""
     pre_activation: dict[str, str] = {}
     for node, value in values.items():
         inputs = node.all_input_nodes
@@ -106,17 +108,17 @@ class LabelPropagation:
         interpreter = fx.Interpreter(graph.module)
         self.values = interpreter.env  # of every node
         self.parameters: dict[str, Tensor] = {}  # with labels; also the buffers
-        self.vector_names: dict[int, str] = {}  # of vectors along parameters, by their index
+        self.vector_names: dict[int, str] = {}  # of the vectors along parameters, by index
         self.matmuls: set[fx.Node] = set()  # nodes that multiply matrices or convolve
-        self.weights: set[str] = set()  # the parameters that these nodes multiply by
+        self.weights: set[str] = set()  # the parameters that these nodes use
         inputs = iter(graph.inputs)
-        # The parameters from which a node's value is computed; None where images take part.
+        # The parameters that a node's value is computed from; None if it depends on the images.
         sources: dict[fx.Node, set[str] | None] = {}
         for node in graph.module.graph.nodes:
             if node.op == "placeholder":
                 node.meta["input"] = value = next(inputs)
-                constant = {value} if isinstance(value, str) else set()
-                sources[node] = None if value is None else constant
+                names = {value} if isinstance(value, str) else set()
+                sources[node] = None if value is None else names
                 continue
             for argument in node.all_input_nodes:
                 if argument not in self.values:
@@ -135,14 +137,14 @@ class LabelPropagation:
                     self.mode.pin(labels(self.values[argument]), "is the output")
 
     def read(self, source: str | Tensor | None, example: Tensor) -> Tensor:
-        """An input of the graph as a labelled meta tensor; see Graph.inputs for `source`.
+        """Create a labelled meta tensor for an input of the graph; `source` is as in Graph.inputs.
 
-        Every index along a parameter is a channel of its own, from where it is first read.
+        Every index along every dimension of a parameter is a new channel.
         """
         with torch.inference_mode():
             x = torch.empty(example.shape, dtype=example.dtype, device=META)
         if isinstance(source, Tensor) and not source.is_meta:
-            # Along dimensions along which a constant repeats itself, its order is free.
+            # The order of a constant is free along dimensions along which it does not change.
             free = [d for d in range(x.dim()) if (source == source.narrow(d, 0, 1)).all()]
             new = [self.mode.new_channels(shape_along({dim}, x.shape)) for dim in free]
             return self.mode.set_labels(x, new)
@@ -180,55 +182,52 @@ def hash_rows(*columns: np.ndarray) -> np.ndarray:
 
 
 def find_classes(mode: LabelMode) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The classes of tied channels: a table of the channels, and one of the classes.
+    """Find the classes of tied channels; returns a table of channels and a table of classes.
 
-    Of a channel: its vector, its class, and its unit, which is the class of the block that holds it
-    or else its own. Of a class: the reason for which it is pinned; whether it is a block; and its
-    colour, a hash of its ties and their tags, as in colour refinement (Weisfeiler and Leman 1968).
-    Classes of one colour can be exchanged, with their entries in order: this takes every tie to
-    a tie of the same operator.
+    Channels have a vector, a class, and a unit: the class of their block, or their own. Classes
+    have the reason for which they are pinned; whether they are blocks; and a colour, a hash of
+    their ties with the tags, as in colour refinement (Weisfeiler and Leman 1968). Classes of one
+    colour can be exchanged, with their entries in order: this takes all ties to ties.
     """
     vector = np.repeat(np.arange(len(mode.offsets) - 1), np.diff(mode.offsets))
     ties, members = (torch.cat(rows, 1).numpy() for rows in (mode.ties, mode.members))
-    # Node i is channel i, and node len(vector) + i the block that holds it: where channels are
-    # tied, so are their blocks.
-    inside = members + [[0], [len(vector)]]
-    edges = ties[:2], ties[:2] + len(vector), inside
-    own, holder = components(2 * len(vector), *edges).reshape(2, -1)
-    blocks, contents = own[members]
-    is_block = np.isin(np.arange(holder.max() + 1), blocks)
-    unit = np.where(is_block[holder], holder, own)
+    # Node i is channel i, and node len(vector) + i its block: ties of channels tie their blocks.
+    membership = members + [[0], [len(vector)]]
+    edges = ties[:2], ties[:2] + len(vector), membership
+    class_of, block_of = components(2 * len(vector), *edges).reshape(2, -1)
+    blocks, contents = class_of[members]
+    is_block = np.isin(np.arange(block_of.max() + 1), blocks)
+    unit = np.where(is_block[block_of], block_of, class_of)
     nested = torch.from_numpy(members[1][is_block[contents]])
     reasons = np.full(len(is_block), None)
     for label, reason in reversed([*mode.pins, (nested, "its blocks are in larger blocks")]):
-        reasons[own[label.flatten().numpy()]] = reason
-    # An entry of a class is told from others by its vector, and which it is of those in the vector.
-    entry = hash_rows(vector, pd.Series(vector).groupby([own, vector]).cumcount())
+        reasons[class_of[label.flatten().numpy()]] = reason
+    # Identifies the entries of a class: by vector, and number among the entries in that vector.
+    entry = hash_rows(vector, pd.Series(vector).groupby([class_of, vector]).cumcount())
     # Pinned classes have colours of their own.
     colour = hash_rows(np.where(pd.isna(reasons), -1, np.arange(len(reasons))))
-    np.add.at(colour, own, entry)
-    np.add.at(colour, own[ties[0]], hash_rows(entry[ties[0]], entry[ties[1]], ties[2]))
-    # A block's colour depends on those of its contents, and then theirs on the block's.
+    np.add.at(colour, class_of, entry)
+    np.add.at(colour, class_of[ties[0]], hash_rows(entry[ties[0]], entry[ties[1]], ties[2]))
+    # The colour of a block depends on those of its contents, and theirs then on the block's.
     role = hash_rows(*entry[members])
     np.add.at(colour, blocks, hash_rows(role, colour[contents]))
     np.add.at(colour, contents, hash_rows(role, colour[blocks]))
     classes = {"reason": reasons, "colour": colour, "is_block": is_block}
-    return pd.DataFrame({"class": own, "vector": vector, "unit": unit}), pd.DataFrame(classes)
+    return pd.DataFrame({"class": class_of, "vector": vector, "unit": unit}), pd.DataFrame(classes)
 
 
 def name_axes(
     propagation: LabelPropagation, channels: pd.DataFrame, classes: pd.DataFrame
 ) -> tuple[dict[str, int], tuple[BlockGroup, ...], dict[str, tuple[int, str]]]:
-    """The `sizes`, `groups` and `pinned` of Axes.
+    """Return `sizes`, `groups` and `pinned` of Axes.
 
-    Adds to `classes` the number of the axis, or -1, and the rank along it.
+    Adds to `classes` the number of their axis, or -1, and their rank along it.
     """
     channels["name"] = channels["vector"].map(propagation.vector_names)
     channels["entries"] = channels.groupby(["class", "vector"])["name"].transform("size")
     # A class is named after the first parameter in which it lies.
     named = channels.dropna().drop_duplicates("class").join(classes, on="class")
-    named["first"] = named.index
-    named["first"] = named.groupby("unit")["first"].transform("min")
+    named["first"] = named.index.to_series().groupby(named["unit"]).transform("min")
     alone = (named["entries"] > 1) & ~named["colour"].duplicated(keep=False)
     named["reason"] = named["reason"].mask(alone & named["reason"].isna(), "it is tied to itself")
     is_pinned = named["reason"].notna()

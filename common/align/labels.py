@@ -4,17 +4,17 @@ The network runs on meta tensors under LabelMode, a TorchDispatchMode, which see
 Operators in RULES have a rule; PyTorch's decompositions take the others apart until only those
 are left. An operator without a decomposition pins its inputs.
 
-channel: an integer. At first every index along every dimension of a parameter has its own.
+channel: an integer. At first every index along every dimension of a parameter is one of its own.
 vector: channels that were created together, with consecutive numbers.
-label: an int64 tensor that gives, for every index of a value, the channel that lies there. It has
-    the shape of the value, expanded (stride 0) along dimensions that the channel does not depend
-    on. A value can have several: a weight has one along each dimension. What moves the entries of
-    a value also moves those of its labels. Along a dimension without label the order is fixed.
-tie: two channels are the same, because an operator adds or multiplies their values. Ties that must
-    not be mistaken for each other have different tags.
-block: a channel that stands for a set of channels, where an operator sums over them or otherwise
-    ignores their order: a group of a convolution or of GroupNorm, an attention head.
-pin: a channel must stay where it is, with the reason.
+label: an int64 tensor of the shape of a value that gives the channel at every index. It is expanded
+    (stride 0) along dimensions that the channel does not depend on; the others are its own. A
+    weight has one label for each dimension. Operators that move the entries of a value move those
+    of its labels alike. Along a dimension of a value that no label has, the order is fixed.
+tie: two channels are the same, because an operator adds or multiplies their values. Its tag tells
+    kinds of ties apart: exchanging channels must take ties to ties with the same tag.
+block: a channel that stands for a set of channels whose order an operator ignores, as it does
+    within a group of a convolution or of GroupNorm, or within an attention head.
+pin: a channel must stay where it is, for a reason.
 """
 
 import bisect
@@ -45,12 +45,12 @@ def tensors(x: Any) -> list[Tensor]:
 
 
 def dims_of(label: Tensor) -> set[int]:
-    """The dimensions of more than one entry along which a label is not expanded."""
+    """A label's own dimensions: of more than one entry, and not expanded."""
     return {dim for dim, size in enumerate(label.shape) if size > 1 and label.stride(dim)}
 
 
 def unexpand(label: Tensor) -> Tensor:
-    """The label with size 1 along all other dimensions than its own."""
+    """The label with size 1 along dimensions that are not its own."""
     dims = dims_of(label)
     return label[tuple(slice(None if dim in dims else 1) for dim in range(label.dim()))]
 
@@ -65,12 +65,12 @@ def drop_constant_dims(label: Tensor) -> Tensor:
 
 
 def fixed_dims(x: Tensor) -> set[int]:
-    """The dimensions of a value without label, as negative numbers."""
+    """The dimensions of a value that no label has, as negative numbers."""
     return {dim - x.dim() for dim in dims_of(x).difference(*map(dims_of, labels(x)))}
 
 
 def shape_along(dims: Iterable[int], shape: Iterable[int]) -> list[int]:
-    """The shape with size 1 along all dimensions but `dims`."""
+    """The shape, but size 1 along all dimensions except `dims`."""
     return [size if dim in dims else 1 for dim, size in enumerate(shape)]
 
 
@@ -83,8 +83,8 @@ class LabelMode(TorchDispatchMode):
         self.ties = [torch.zeros(3, 0, dtype=torch.int64)]  # channel, channel, tag
         self.members = [torch.zeros(2, 0, dtype=torch.int64)]  # block, channel in it
         self.pins: list[tuple[Tensor, str]] = []
-        # The weight of a grouped convolution has the same columns for every group, which meet other
-        # input channels in each: by the first channel of the columns, the label of these channels.
+        # The columns of a grouped convolution's weight are other input channels in every group.
+        # Maps the first channel of the columns to the label of all these input channels.
         self.group_columns: dict[int, Tensor] = {}
         self.location = ""  # of the current operator in the network, for reasons
         self.num_matmuls = 0  # matrix multiplications and convolutions so far
@@ -103,13 +103,14 @@ class LabelMode(TorchDispatchMode):
         out = op(*args, **kwargs)
         arguments = dict(zip((arg.name for arg in op._schema.arguments), args), **kwargs, name=name)
         inputs, outputs = tensors(arguments), tensors(out)
-        tag = len(self.ties)  # of this operator: it uses these channels, not others of their vector
+        # An operator that uses a part of a vector tells these channels from the others.
+        tag = len(self.ties)
         for label in itertools.chain(*map(labels, inputs)):
             if label.numel() and not self.is_whole(label):
                 self.tie(label, label, tag)
         if rule == "move":
             moved = [tensors(op(label, *args[1:], **kwargs)) for label in labels(inputs[0])]
-            new_labels = [[label[i] for label in moved] for i in range(len(outputs))]
+            new_labels = zip(*moved)
         else:
             new_labels = [(rule or pin_inputs)(self, arguments, x, *inputs) for x in outputs]
         for x, new in zip(outputs, new_labels):
@@ -122,7 +123,7 @@ class LabelMode(TorchDispatchMode):
         new = [drop_constant_dims(label) for label in new if label is not None]
         for label in sorted(new, key=lambda label: -len(dims_of(label))):
             if not dims_of(label):
-                self.tie(label, label, len(self.ties))  # a single channel, unlike any other
+                self.tie(label, label, len(self.ties))  # a single channel, like no other
             elif not any(dims_of(label) <= dims_of(other) for other in x.labels):
                 x.labels.append(unexpand(label).expand(x.shape))
         return x
@@ -133,7 +134,7 @@ class LabelMode(TorchDispatchMode):
         return torch.arange(self.offsets[-2], self.offsets[-1]).view(shape)
 
     def is_whole(self, label: Tensor) -> bool:
-        """Whether its channels are a whole vector, or several consecutive ones."""
+        """Whether a label has all channels of a vector, or of several consecutive ones."""
         channels = torch.unique(unexpand(label))
         start, end = int(channels[0]), int(channels[-1]) + 1
         return len(channels) == end - start and all(
@@ -166,10 +167,10 @@ class LabelMode(TorchDispatchMode):
     def fix_order(
         self, x: Tensor, dims: Iterable[int], reason: str = "slides over it"
     ) -> list[Tensor]:
-        """The labels of a value that remain when the order along `dims` must stay.
+        """Return the labels of a value that remain when its order along `dims` is fixed.
 
-        Pins the channels of a label along `dims` alone. Channels that also lie along other
-        dimensions become the entries of new channels along those, each tied with its position.
+        A label along `dims` alone is pinned. One along other dimensions, too, is replaced by new
+        channels along those, which are tied to their entries along `dims`, tagged by position.
         """
         dims, remaining = {dim % x.dim() for dim in dims}, []
         for label in labels(x):
@@ -187,8 +188,8 @@ class LabelMode(TorchDispatchMode):
 
 
 # ---------------------------------------------------------------- rules
-# A rule gets an operator's arguments, one output, and all inputs, which are tensors. It returns the
-# labels of that output, of any shape that broadcasts to the output's.
+# A rule gets an operator's arguments, one of its outputs, and the tensors among the arguments. It
+# returns the labels of that output, whose shapes need only broadcast to the output's.
 
 
 def pin_inputs(mode: LabelMode, arguments: Arguments, out: Tensor, *inputs: Tensor) -> list[Tensor]:
@@ -212,7 +213,7 @@ def pointwise(mode: LabelMode, arguments: Arguments, out: Tensor, *inputs: Tenso
 
 
 def reduction(mode: LabelMode, arguments: Arguments, out: Tensor, x: Tensor) -> list[Tensor]:
-    """Reduces dimensions regardless of the order along them."""
+    """Reduces dimensions: the order along them does not matter."""
     dims = arguments.get("dim")
     dims = [dims] if isinstance(dims, int) else dims or range(x.dim())
     dims, keepdim = [dim % x.dim() for dim in dims], out.dim() == x.dim()
@@ -282,14 +283,14 @@ def pad(mode: LabelMode, arguments: Arguments, out: Tensor, x: Tensor) -> list[T
 
 
 def constant(mode: LabelMode, arguments: Arguments, out: Tensor, *inputs: Tensor) -> list[Tensor]:
-    """Makes a constant: any order of new channels along each dimension is as good."""
+    """Creates a constant, whose order is free along every dimension: new channels."""
     return [mode.new_channels(shape_along({dim}, out.shape)) for dim in dims_of(out)]
 
 
 def index(
     mode: LabelMode, arguments: Arguments, out: Tensor, x: Tensor, *indices: Tensor
 ) -> list[Tensor]:
-    """Indexes by tensors, which needs a fixed order along the indexed dimensions."""
+    """Indexes by tensors, which fixes the order along the indexed dimensions."""
     dims = [dim for dim, entry in enumerate(arguments["indices"]) if entry is not None]
     pin_inputs(mode, arguments, out, *indices)
     remaining = mode.fix_order(x, dims, "indexes it")
@@ -335,7 +336,7 @@ def convolution(
         if arguments["transposed"]:
             weight = weight.transpose(1, 2)
     if groups > 1 and weight.shape[2] > 1:
-        # Tying would make the columns the same channels in all groups: note what they meet.
+        # Ties would make the input channels of all groups the same: use group_columns instead.
         columns = [label for label in labels(weight) if dims_of(label) == {2}]
         inputs = [unexpand(label) for label in labels(x) if dims_of(label) == {1, 3}]
         if arguments["transposed"] or len(columns) != 1 or len(inputs) != 1:
