@@ -193,6 +193,7 @@ class LabelMode(TorchDispatchMode):
 
 
 def pin_inputs(mode: LabelMode, arguments: Arguments, out: Tensor, *inputs: Tensor) -> list[Tensor]:
+    """The rule of operators that are not in RULES and have no decomposition."""
     mode.pin(itertools.chain(*map(labels, inputs)), "depends on its order")
     return []
 
@@ -356,6 +357,7 @@ def convolution(
 RULES = {
     name: rule
     for rule, names in {
+        # The operator moves entries, and is applied to the labels themselves.
         "move": "expand permute transpose t numpy_T swapaxes swapdims movedim slice select split "
         "split_with_sizes chunk unbind narrow unsqueeze squeeze unfold flip roll detach alias",
         reshape: "view _unsafe_view reshape flatten unflatten view_as reshape_as",
