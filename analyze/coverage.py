@@ -1,12 +1,12 @@
-"""Which channels of a network can be permuted: torchvision's, timm's if it is there, or one's own.
+"""Which channels of a network can be permuted: torchvision's, timm's if installed, or your own.
 
     python -m analyze.coverage [model ...] [--out docs/coverage.md]
     python -m analyze.coverage --model-fn my_nets:build [--input-shape 3 32 32]
 
-Prints a row a network: its axes, how many channels may move freely, how many in blocks (grouped
-convolutions, heads of attention), how many are pinned (the classes always are), and the seconds
-that finding them took; a network that cannot be followed is named with the reason. For --model-fn
-then what is pinned, layer by layer, and why.
+Prints a row per network: the number of axes; of channels that move freely, that move in blocks
+(grouped convolutions, attention heads), and that are pinned (the classes always are); and the
+seconds that the search took. A network that torch.export cannot follow is listed with the reason.
+With --model-fn also lists the pinned layers, with the reason for each.
 """
 
 import time
@@ -25,10 +25,10 @@ from common.vision import torchvision
 CLASSES = 10
 HEAD = """# What can be permuted
 
-Written by `python -m analyze.coverage --out docs/coverage.md`. Channels that move freely; in blocks
-(grouped convolutions, heads of attention), within them and with them; and that are pinned, the ten
-classes among them. `python -m analyze.coverage --model-fn M:F` says for a network of your own which
-layers are pinned, and why.
+Written by `python -m analyze.coverage --out docs/coverage.md`: the number of channels that move
+freely, that move in blocks (grouped convolutions, attention heads: within a block and together with
+it), and that are pinned, among them the ten classes. `python -m analyze.coverage --model-fn M:F`
+lists the pinned layers of your own network, with the reason for each.
 """
 TIMM = (
     "resnet50d seresnet50 ecaresnet50d resnetv2_50 res2net50_26w_4s dla34 hrnet_w18_small "
@@ -45,7 +45,7 @@ def names() -> list[str]:
 
 
 def timm_names() -> list[str]:
-    """A network of every family of timm that torchvision has not; none where timm is missing."""
+    """A network of every family of timm that torchvision lacks; none if timm is not installed."""
     try:
         import timm  # noqa: F401
     except ImportError:
@@ -60,26 +60,26 @@ def build(name: str) -> nn.Module:
 
         return timm.create_model(name.removeprefix("timm."), num_classes=CLASSES)
     if name not in names():
-        known = ", ".join(names() + timm_names())
-        raise UserError(f"there is no classification network {name!r}: choose from {known}")
-    # Their own initialisation of these two is very slow, and nothing here depends on it.
-    slow = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    return torchvision.models.get_model(name, weights=None, num_classes=CLASSES, **slow)
+        choices = ", ".join(names() + timm_names())
+        raise UserError(f"there is no classification network {name!r}: choose from {choices}")
+    # The initialisation of these two is very slow, and nothing here depends on it.
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    return torchvision.models.get_model(name, weights=None, num_classes=CLASSES, **options)
 
 
 def image_size(name: str) -> int:
-    """Pixels of a small input: the smallest that all poolings of the network leave something of."""
-    whole = any(part in name for part in ("vit_", "maxvit", "mixer", "resmlp"))
-    return 224 if whole else 96 if "inception" in name else 64
+    """The side, in pixels, of the smallest images that a network takes."""
+    full_size = any(part in name for part in ("vit_", "maxvit", "mixer", "resmlp"))
+    return 224 if full_size else 96 if "inception" in name else 64
 
 
 def count(axes: Axes) -> dict[str, int]:
-    """Channels by what may become of them."""
-    blocked = {axis for group in axes.groups if group.blocks > 1 for axis in group.axes}
+    """The number of axes, and of channels that move freely, move in blocks, and are pinned."""
+    in_blocks = {axis for group in axes.groups if group.blocks > 1 for axis in group.axes}
     return {
         "axes": len(axes.sizes),
-        "free": sum(size for axis, size in axes.sizes.items() if axis not in blocked),
-        "in blocks": sum(axes.sizes[axis] for axis in blocked),
+        "free": sum(size for axis, size in axes.sizes.items() if axis not in in_blocks),
+        "in blocks": sum(axes.sizes[axis] for axis in in_blocks),
         "pinned": sum(size for size, _ in axes.pinned.values()),
     }
 
@@ -87,10 +87,10 @@ def count(axes: Axes) -> dict[str, int]:
 def main() -> None:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("models", nargs="*", help="default: all of torchvision's, and one a family of timm's")
+    add("models", nargs="*", help="default: all of torchvision, and one per family of timm")
     add("--model-fn", metavar="M:F", help="function F() of module M that builds the network")
     add("--input-shape", type=cli.positive, nargs="+", default=[3, 32, 32], help="of --model-fn")
-    add("--out", type=Path, metavar="FILE", help="write the table there, in Markdown")
+    add("--out", type=Path, metavar="FILE", help="write the table to this file, in Markdown")
     args = parser.parse_args()
     chosen = [args.model_fn] if args.model_fn else args.models or names() + timm_names()
     lines = [["model", "axes", "free", "in blocks", "pinned", "seconds"]]
@@ -100,14 +100,14 @@ def main() -> None:
         if args.model_fn:
             model, shape = inputs.build(name), args.input_shape
         else:
-            # Shapes are all that matters; but RegNets compute with tensors when they are built.
+            # Only shapes matter, but RegNets and timm's networks need values to be built.
             with torch.device("cpu" if "regnet" in name or "." in name else "meta"):
                 model, shape = build(name), (3, image_size(name), image_size(name))
         start = time.perf_counter()
         try:
             axes = find_axes(model, shape)
-            found = [f"{number:,}" for number in count(axes).values()]
-            lines.append([name, *found, f"{time.perf_counter() - start:.1f}"])
+            counts = [f"{number:,}" for number in count(axes).values()]
+            lines.append([name, *counts, f"{time.perf_counter() - start:.1f}"])
         except UserError as error:
             if args.model_fn:
                 raise

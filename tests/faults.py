@@ -38,7 +38,7 @@ permuted along the wrong axis | common/align/permutation.py
 +rows.index_select(0, column)
 
 BatchNorm buffers not moved | common/align/permutation.py
->axes::test_every_tensor_of_our_networks_moves_with_the_others
+>axes::test_every_tensor_of_our_models_moves_with_the_others
 -if place.axis in permutation]
 +if place.axis in permutation and "running" not in name]
 
@@ -48,8 +48,8 @@ a changed function is not noticed | common/align/permutation.py
 +if False:
 
 parts of an axis with different roles are exchanged | common/align/labels.py
->axes::test_what_networks_are_made_of
--self.tie(label, label, mark)
+>axes::test_axes_of_building_blocks
+-self.tie(label, label, tag)
 +self.tie(label, label)
 
 transposed assignment | common/align/matching.py
@@ -69,8 +69,8 @@ signs are not permuted | align_mask.py
 
 `masked` matches the whole source | align_mask.py
 >stages::test_every_method_permutes_masks_and_signs_by_the_saved_permutation
--masking.apply(a, of_layers), by_activations()
-+a, by_activations()
+-masking.apply(w_a, mask), match_activations()
++w_a, match_activations()
 
 the early target is matched at its last epoch | align_mask.py
 >stages::test_early_matching_uses_the_targets_early_weights

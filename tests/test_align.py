@@ -1,4 +1,4 @@
-"""Stage 3 beyond the paper's setting: other statistics, and networks trained elsewhere."""
+"""Stage 3 beyond the paper's settings: other statistics, and networks trained elsewhere."""
 
 import importlib
 import sys
@@ -13,40 +13,42 @@ from common.align.axes import find_axes
 from common.align.permutation import permute
 from tests.conftest import refuse, result, same, stage3, stage4, state, succeed, weights
 
-OTHER = {
+VARIANTS = {
     "activation-mean": "--stream mean",
     "activation-pre-covariance": "--match-on pre --statistic covariance",
 }
 
 
-@pytest.mark.parametrize("label", OTHER)
-def test_other_statistics_give_another_permutation_and_name(runs, ends, tmp_path, label):
-    succeed(*stage3(*ends, tmp_path, OTHER[label]))
-    found = state(tmp_path / "permutation.pt")
-    usual = state(runs / "align/activation/seed0-seed1/permutation.pt")
-    assert found["method"] == state(tmp_path / "mask_0.70.pt")["method"] == label
-    no_stream = label == "activation-mean"  # in an mlp
-    assert same(found["permutation"], usual["permutation"]) == no_stream
-    refuse(stage3(*ends, tmp_path), "method", label)
+@pytest.mark.parametrize("method", VARIANTS)
+def test_variants_of_activation_matching_have_their_own_permutation_and_name(
+    runs, ends, tmp_path, method
+):
+    succeed(*stage3(*ends, tmp_path, VARIANTS[method]))
+    variant = state(tmp_path / "permutation.pt")
+    default = state(runs / "align/activation/seed0-seed1/permutation.pt")
+    assert variant["method"] == state(tmp_path / "mask_0.70.pt")["method"] == method
+    no_effect = method == "activation-mean"  # an mlp has no residual stream
+    assert same(variant["permutation"], default["permutation"]) == no_effect
+    refuse(stage3(*ends, tmp_path), "method", method)
 
 
 def test_each_pair_has_a_random_permutation_of_its_own(runs, ends, aligned, tmp_path):
-    one = state(aligned / "random/permutation.pt")["permutation"]
-    other = (runs / "dense/seed2", runs / "dense/seed3", runs / "imp/seed2")
-    for files in (ends, other):
-        out = tmp_path / files[0].name
-        succeed(*stage3(*files, out, "--method random"))
-        assert same(state(out / "permutation.pt")["permutation"], one) == (files == ends)
+    expected = state(aligned / "random/permutation.pt")["permutation"]
+    other_pair = (runs / "dense/seed2", runs / "dense/seed3", runs / "imp/seed2")
+    for pair in (ends, other_pair):
+        out = tmp_path / pair[0].name
+        succeed(*stage3(*pair, out, "--method random"))
+        assert same(state(out / "permutation.pt")["permutation"], expected) == (pair == ends)
 
 
-def test_a_tag_is_added_to_that_of_the_inputs_and_the_code_of_the_mask_stays(ends, tmp_path):
+def test_a_tag_is_appended_to_the_inputs_and_the_code_of_the_mask_is_kept(ends, tmp_path):
     succeed(*stage3(*ends, tmp_path / "align", "--method identity --tag one"))
     for tag, joined in ((None, "one"), ("one", "one"), ("two", "one+two")):
         flags = "--sparsity 0.5 --rewind 1" + (f" --tag {tag}" if tag else "")
         succeed(*stage4("permuted", ends[1], tmp_path / "align", tmp_path / f"{tag}", flags))
-        made = result(tmp_path / f"{tag}/s0.50_k001")
-        assert made["arguments"]["tag"] == joined
-        assert made["mask_code"] == state(ends[2] / "mask_0.50.pt")["code"]
+        run = result(tmp_path / f"{tag}/s0.50_k001")
+        assert run["arguments"]["tag"] == joined
+        assert run["mask_code"] == state(ends[2] / "mask_0.50.pt")["code"]
 
 
 # ---------------------------------------------------------------- user-supplied networks
@@ -72,7 +74,7 @@ def parallel():
 
 @pytest.fixture(scope="module")
 def supplied(tmp_path_factory):
-    """A module that is not ours, two state dicts, and the first of them pruned by torch."""
+    """A user's module, two state dicts, and the first of them pruned by torch.nn.utils.prune."""
     folder = tmp_path_factory.mktemp("supplied")
     (folder / "my_nets.py").write_text(MODULE)
     sys.path.insert(0, str(folder))
@@ -100,30 +102,30 @@ def test_user_supplied_networks(supplied, tmp_path, method):
     command = align(supplied, tmp_path, "--method", method, images * (method != "weight"))
     assert "same function" in succeed(*command)
     assert "nothing to do" in succeed(*command)
-    found, pruned = state(tmp_path / "mask_0.50.pt"), weights(supplied / "my_a_pruned.pt")
+    permuted, pruned = state(tmp_path / "mask_0.50.pt"), weights(supplied / "my_a_pruned.pt")
     name = "permutation_0.50.pt" if method == "masked" else "permutation.pt"
     permutation = state(tmp_path / name)["permutation"]
     assert permutation["conv"].tolist() != list(range(6))
     blocks = {int(channel) // 3 for channel in permutation["conv"][:3]}
-    assert len(blocks) == 1  # GroupNorm's stay together
-    before = {"conv.weight": pruned["conv.weight_mask"].bool()}
+    assert len(blocks) == 1  # the groups of GroupNorm stay together
+    mask = {"conv.weight": pruned["conv.weight_mask"].bool()}
     axes = find_axes(my_nets.Net(), (3, 16, 16))
-    assert same(found["mask"], permute(before, axes.dims, permutation))
-    made = {"source_seed": "my_a", "target_seed": "my_b", "sparsity": 0.5}
-    assert made.items() <= found.items()
-    other = "--input-shape 3 24 24" if method == "weight" else "--match-images 100"
-    refuse((*command, other), "another experiment", other.split()[0][2:].replace("-", "_"))
+    assert same(permuted["mask"], permute(mask, axes.dims, permutation))
+    metadata = {"source_seed": "my_a", "target_seed": "my_b", "sparsity": 0.5}
+    assert metadata.items() <= permuted.items()
+    change = "--input-shape 3 24 24" if method == "weight" else "--match-images 100"
+    refuse((*command, change), "another experiment", change.split()[0][2:].replace("-", "_"))
 
 
-def test_weights_of_half_precision_are_matched_as_their_values(supplied, tmp_path):
-    found = []
-    for kind in (torch.half, torch.float):
-        file, out = tmp_path / f"{kind}.pt", tmp_path / str(kind)
+def test_half_precision_weights_are_matched_like_their_fp32_values(supplied, tmp_path):
+    permutations = []
+    for dtype in (torch.half, torch.float):
+        file, out = tmp_path / f"{dtype}.pt", tmp_path / str(dtype)
         values = {name: value.half() for name, value in state(supplied / "my_a.pt").items()}
-        torch.save({name: value.to(kind) for name, value in values.items()}, file)
+        torch.save({name: value.to(dtype) for name, value in values.items()}, file)
         succeed(*align(supplied, out, "--source", file))
-        found.append(state(out / "permutation.pt")["permutation"])
-    assert same(*found)
+        permutations.append(state(out / "permutation.pt")["permutation"])
+    assert same(*permutations)
 
 
 def test_the_weights_and_the_mask_of_a_pruned_network():
@@ -134,8 +136,7 @@ def test_the_weights_and_the_mask_of_a_pruned_network():
 
 
 def test_networks_with_parametrized_layers_and_saved_parameters(supplied, tmp_path, monkeypatch):
-    """What stage 3 takes apart: `weight` of a layer may be computed, and a state dict may hold
-    parameters."""
+    """A layer's `weight` may be computed, and a state dict may hold nn.Parameters."""
     code = "from torch import nn\nfrom torch.nn.utils.parametrizations import weight_norm\n"
     code += "def net():\n    return nn.Sequential(weight_norm(nn.Conv2d(3, 6, 3)), nn.ReLU(), "
     code += "nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))\n"
@@ -148,26 +149,26 @@ def test_networks_with_parametrized_layers_and_saved_parameters(supplied, tmp_pa
     torch.save(importlib.import_module("normed").net().state_dict(), "b.pt")
     command = stage3("a.pt", "b.pt", tmp_path, "out")
     succeed(*command, "--method weight --model-fn normed:net --input-shape 3 16 16")
-    share, pruned = state(tmp_path / "out/mask_0.50.pt")["sparsity_total"], network[2].weight <= 0
-    assert share == int(pruned.sum()) / (6 * 27 + 4 * 54 + 2 * 4)
+    sparsity = state(tmp_path / "out/mask_0.50.pt")["sparsity_total"]
+    assert sparsity == int((network[2].weight <= 0).sum()) / (6 * 27 + 4 * 54 + 2 * 4)
 
 
 REFUSED = """\
 --method activation | --dataset
 --masks {supplied}/my_a.pt | no masks in | my_a.pt
---masks {spoilt} | holds no mask
+--masks {broken} | holds no mask
 --model-fn my_nets:Nut | my_nets:Nut | package.module:function
 --target-epoch 1 | --target-epoch
 --match-images 9 | --match-images
 --model-fn nowhere | nowhere
 --model-fn math:pi | math:pi
---model-fn builtins:dict | made a dict
---source {spoilt}/list.pt | list.pt is no state dict
---source {spoilt}/saved.pt | saved.pt is no state dict | it holds model, epoch
---model-fn my_nets:parallel | made a DataParallel | .module
---source {spoilt}/nan.pt | not finite
---source {spoilt}/part.pt | part.pt does not fit my_nets:Net
---source {spoilt}/cut.pt | cut.pt does not fit my_nets:Net"""
+--model-fn builtins:dict | returned a dict
+--source {broken}/list.pt | list.pt is not a state dict
+--source {broken}/saved.pt | saved.pt is not a state dict | it holds model, epoch
+--model-fn my_nets:parallel | returned a DataParallel | .module
+--source {broken}/nan.pt | not finite
+--source {broken}/part.pt | part.pt does not fit my_nets:Net
+--source {broken}/cut.pt | cut.pt does not fit my_nets:Net"""
 
 
 def test_user_supplied_networks_that_do_not_fit_are_refused(supplied, tmp_path):
@@ -181,7 +182,7 @@ def test_user_supplied_networks_that_do_not_fit_are_refused(supplied, tmp_path):
         ("mask_0.50", {"mask": {}}),
     ):
         torch.save(content, tmp_path / f"{name}.pt")
-    for line in REFUSED.format(supplied=supplied, spoilt=tmp_path).splitlines():
-        flags, *said = line.split(" | ")
-        refuse(align(supplied, tmp_path / "o", flags), *said)
+    for line in REFUSED.format(supplied=supplied, broken=tmp_path).splitlines():
+        flags, *words = line.split(" | ")
+        refuse(align(supplied, tmp_path / "o", flags), *words)
     assert not (tmp_path / "o").exists()

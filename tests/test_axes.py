@@ -1,6 +1,4 @@
-"""The axes of networks: those that a person would name, and for every network that what they allow
-is right.
-"""
+"""The axes of networks: the expected ones, along which permuting keeps the function."""
 
 import pytest
 import torch
@@ -15,14 +13,14 @@ from common.models import build_model
 from tests.conftest import same
 
 conv, norm = nn.Conv2d, nn.GroupNorm
-ours = pytest.mark.parametrize(
+our_models = pytest.mark.parametrize(
     "name, width, size",
     [("mlp", 0.25, 8), ("vgg11", 0.125, 64), ("resnet20", 0.5, 16), ("resnet50", 0.125, 64)],
 )
 
 
-def tell_apart(model, inputs):
-    """Make every channel of `model` count and differ from the others, at the inputs' scale."""
+def make_channels_distinct(model, inputs):
+    """Randomise constant parameters and set BatchNorm statistics, so that all channels differ."""
     for value in model.state_dict().values():
         if value.is_floating_point() and (value.dim() == 1 or len(value.unique()) == 1):
             value.add_(torch.rand(value.shape) * 0.5)
@@ -30,32 +28,31 @@ def tell_apart(model, inputs):
     return model
 
 
-def check_axes(model, input_shape, alone=6):
-    """Random permutations of all axes keep the output; one of a single tensor changes it.
-
-    Returns the axes.
+def check_axes(model, input_shape, single=6):
+    """Find the axes, and check them: random permutations of all axes keep the output, and permuting
+    a tensor along one dimension alone changes it, for `single` random choices.
     """
     inputs = torch.randn(8, *input_shape)
-    tell_apart(model, inputs)
+    make_channels_distinct(model, inputs)
     axes, state, images = find_axes(model, input_shape), model.state_dict(), inputs[:2]
     assert axes.dims.keys() == state.keys()
     assert sorted(axis for group in axes.groups for axis in group.axes) == sorted(axes.sizes)
     for seed in (0, 1):
         permutation = random_permutation(axes, seed)
-        after = permute(state, axes.dims, permutation)
-        check_same_function(model, state, after, images)
-        assert same(permute(after, axes.dims, inverse(permutation)), state)
-    live = sorted({(name, place.dim) for name in axes.dims for place in axes.dims[name]})
-    for i in torch.randperm(len(live))[:alone].tolist():
-        name, dim = live[i]
-        one = state | {name: state[name].roll(state[name].shape[dim] // 3 or 1, dim)}
+        permuted = permute(state, axes.dims, permutation)
+        check_same_function(model, state, permuted, images)
+        assert same(permute(permuted, axes.dims, inverse(permutation)), state)
+    dims = sorted({(name, place.dim) for name in axes.dims for place in axes.dims[name]})
+    for i in torch.randperm(len(dims))[:single].tolist():
+        name, dim = dims[i]
+        rolled = state | {name: state[name].roll(state[name].shape[dim] // 3 or 1, dim)}
         with pytest.raises(RuntimeError, match="another function"):
-            check_same_function(model, state, one, images)
+            check_same_function(model, state, rolled, images)
     return axes
 
 
 class Network(nn.Module):
-    """Computes `function(self, x)`, with modules, parameters and tensors of the given names."""
+    """Computes `function(self, x)`; `parts` are its modules, parameters and constants."""
 
     def __init__(self, function, **parts):
         super().__init__()
@@ -67,8 +64,8 @@ class Network(nn.Module):
         return self.function(self, x)
 
 
-def between(body):
-    """A body, or a list of modules, between a convolution to 8 channels and a linear layer."""
+def wrap(body):
+    """Put a body, or a list of modules, between a convolution to 8 channels and a linear layer."""
     body = nn.Sequential(*body) if isinstance(body, list) else body
     channels = body(torch.rand(2, 8, 8, 8)).shape[1]
     ends = {"conv": nn.Conv2d(3, 8, 3, padding=1, bias=False), "fc": nn.Linear(channels, 3)}
@@ -76,53 +73,55 @@ def between(body):
 
 
 def layout(axes, name):
-    """Of the dimensions of a tensor the axis along it, with its channels and entries of each."""
+    """For each dimension of a tensor: the axis, its number of channels, and entries per channel."""
     return {place.dim: (place.axis, *place.positions.shape) for place in axes.dims[name]}
 
 
-# ---------------------------------------------------------------- what networks are made of
+# ---------------------------------------------------------------- building blocks of networks
 
 
-@ours
-def test_every_tensor_of_our_networks_moves_with_the_others(name, width, size):
-    check_axes(build_model(name, width, 10, (3, size, size)), (3, size, size), alone=999)
+@our_models
+def test_every_tensor_of_our_models_moves_with_the_others(name, width, size):
+    check_axes(build_model(name, width, 10, (3, size, size)), (3, size, size), single=999)
 
 
 def test_a_grouped_convolution_moves_in_blocks():
-    one, two, three = conv(3, 8, 1), conv(8, 12, 3, groups=4), conv(12, 5, 1)
-    model = nn.Sequential(one, nn.ReLU(), two, nn.ReLU(), three, nn.Flatten())
+    grouped = conv(8, 12, 3, groups=4)
+    model = nn.Sequential(
+        conv(3, 8, 1), nn.ReLU(), grouped, nn.ReLU(), conv(12, 5, 1), nn.Flatten()
+    )
     axes = check_axes(model, (3, 3, 3))
     assert axes.sizes == {"0": 8, "2": 12} and axes.groups == ((("0", "2"), 4),)
     assert layout(axes, "2.weight") == {0: ("2", 12, 1), 1: ("0", 8, 1)}
-    # Group 1 goes first with its channels swapped, the others follow in order: by hand.
-    swap = torch.tensor([3, 2, 0, 1, 4, 5, 6, 7])
-    move = torch.tensor([3, 4, 5, 0, 1, 2, *range(6, 12)])
+    # By hand: exchange groups 0 and 1, and the two input channels of group 1.
+    index_in = torch.tensor([3, 2, 0, 1, 4, 5, 6, 7])
+    index_out = torch.tensor([3, 4, 5, 0, 1, 2, *range(6, 12)])
     state = model.state_dict()
-    moved = permute(state, axes.dims, {"0": swap, "2": move})
-    assert torch.equal(moved["2.weight"][0], state["2.weight"][3].flip(0))
-    assert torch.equal(moved["2.weight"][3], state["2.weight"][0])
-    check_same_function(model, state, moved, torch.randn(2, 3, 3, 3))
+    permuted = permute(state, axes.dims, {"0": index_in, "2": index_out})
+    assert torch.equal(permuted["2.weight"][0], state["2.weight"][3].flip(0))
+    assert torch.equal(permuted["2.weight"][3], state["2.weight"][0])
+    check_same_function(model, state, permuted, torch.randn(2, 3, 3, 3))
 
 
 def option_a(net, x):
-    """The shortcut of He et al. for CIFAR: every second pixel, zero channels."""
+    """The shortcut of He et al. for CIFAR: every second pixel, padded with zero channels."""
     return F.relu(net.conv(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4), "constant", 0))
 
 
 def channelwise(net, x):
-    """A parameter as second operand, and one that is spread out first."""
+    """Parameters as exponent, as bound, and expanded."""
     y = torch.clamp(x.sigmoid().pow(net.power), min=net.floor * 0.5)
     mean = y.mean(axis=(2, 3), keepdim=True)
     return torch.cat([y * net.floor.expand_as(y), y - mean], axis=1)
 
 
 def across_channels(net, x):
-    """A convolution that slides over the channels themselves (Wang et al. 2020)."""
+    """A convolution along the channel dimension (ECA, Wang et al. 2020)."""
     y = net.gate(x.mean((2, 3)).unsqueeze(1))
     return x * torch.sigmoid(y).squeeze(1)[:, :, None, None]
 
 
-def turn():
+def rotate_dims():
     return Network(lambda net, x: x.permute(0, 2, 3, 1))
 
 
@@ -130,26 +129,26 @@ def parameter(*shape):
     return nn.Parameter(torch.rand(*shape) + 1)
 
 
-def inside_blocks(net, x):
-    """Heads that each have a temperature, and values in the other order of dimensions."""
+def attention(net, x):
+    """A temperature for each head; the channels of a head precede the sequence dimension."""
     q, v = net.q(x.mean(3)).unflatten(1, (4, 2)), net.v(x.mean(3)).unflatten(1, (4, 3))
     scores = torch.einsum("bhcq,bhck->bhqk", q, q) * net.temperature
     return torch.einsum("bhqk,bhck->bhcq", scores.softmax(-1), v).flatten(1, 2)[..., None]
 
 
 def normalised_in_halves(net, x):
-    """InstanceNorm of each half of the channels, as one long channel."""
+    """InstanceNorm over each half of the channels, flattened into one channel."""
     return F.instance_norm(x.unflatten(1, (2, 4)).flatten(2)).view_as(x).relu()
 
 
 def weighted(net, x):
-    """Learned weights of two paths (Tan et al. 2020), which are numbers; and a sum with nothing."""
+    """Two paths with learned scalar weights (Tan et al. 2020), and an empty tensor in a cat."""
     y = net.share[0] * net.one(x) + net.share[1] * net.two(x)
     return torch.cat([y[:, :0], y], 1)
 
 
 class Standardised(nn.Conv2d):
-    """Weights standardised on the fly (Qiao et al. 2019)."""
+    """Weight standardisation (Qiao et al. 2019)."""
 
     def forward(self, x):
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
@@ -157,21 +156,21 @@ class Standardised(nn.Conv2d):
         return F.conv2d(x, weight * self.weight.new_ones(()), self.bias, groups=self.groups)
 
 
-def parts_apart(net, x):
-    """Quarters of the channels, and nothing but what happens to them tells them apart."""
-    one, two, three, four = (net.norm(x) * net.norm(x).sum(3, keepdim=True)).chunk(4, 1)
-    pooled = F.max_pool2d(three, 3, 1, 1), F.avg_pool2d(four, 3, 1, 1)
-    return torch.cat([one.relu(), two.sigmoid(), *pooled], 1)
+def different_quarters(net, x):
+    """The quarters of the channels differ only in the operators that are applied to them."""
+    a, b, c, d = (net.norm(x) * net.norm(x).sum(3, keepdim=True)).chunk(4, 1)
+    pooled = F.max_pool2d(c, 3, 1, 1), F.avg_pool2d(d, 3, 1, 1)
+    return torch.cat([a.relu(), b.sigmoid(), *pooled], 1)
 
 
-def moved_apart(net, x):
-    """Half of the channels mirrored: the halves lie in other places."""
-    one, two = x.chunk(2, 1)
-    return net.conv(torch.cat([one, two.flip(3)], 1)).relu()
+def flipped_half(net, x):
+    """Half of the channels are mirrored horizontally."""
+    a, b = x.chunk(2, 1)
+    return net.conv(torch.cat([a, b.flip(3)], 1)).relu()
 
 
-def hidden(net, x):
-    """A recurrent layer over the pixels."""
+def recurrent(net, x):
+    """An LSTM over the pixels."""
     return net.lstm(x.flatten(2).transpose(1, 2))[0].transpose(1, 2)[..., None]
 
 
@@ -181,26 +180,26 @@ def frozen(net, x):
 
 
 def selective(net, x):
-    """A share for each channel of two paths (Li et al. 2019), which are in order."""
+    """A softmax over two paths for each channel (Li et al. 2019)."""
     share = net.share(x.mean((2, 3))).unflatten(1, (2, 6)).softmax(1)[..., None, None]
     return (torch.stack([net.one(x), net.two(x)], 1) * share).sum(1)
 
 
-def blocks_of_blocks(net, x):
-    """Pairs of channels are weighed by their sum, against the other pair of their half."""
+def nested_blocks(net, x):
+    """Each pair of channels is weighted by a softmax of its sum over the two pairs of its half."""
     y = x.unflatten(1, (2, 2, 2))
     return (y * y.sum(3, keepdim=True).softmax(2)).flatten(1, 3)
 
 
-# A body, and its axes: "a+b:4" are two that move together in 4 blocks. Whole families of networks
-# are in tests/test_zoo.py.
+# A body and its axes: "a+b:4" are two that move together in 4 blocks. tests/test_zoo.py has whole
+# networks.
 CASES = {
     "channel by channel": (
         [norm(1, 8), nn.PReLU(8), nn.InstanceNorm2d(8, affine=True), nn.SiLU(), nn.MaxPool2d(2)],
         "conv",
     ),
     "multiplier": ([conv(8, 24, 3, groups=8), nn.ReLU6()], "conv+body.0:8"),
-    # Halves of a block of the norm: channels stay in them, and the blocks move.
+    # The convolution's groups are halves of the norm's: channels stay in their half.
     "groups in groups": ([norm(4, 8), nn.ReLU(), conv(8, 8, 1, groups=2)], "conv+conv.1+body.2:2"),
     "groups in groups, of tied channels": (
         Network(
@@ -215,23 +214,23 @@ CASES = {
         Network(channelwise, power=parameter(8, 1, 1), floor=parameter(8, 1, 1)),
         "conv",
     ),
-    # What is added to constant channels only may trade places.
+    # Channels that are added to constant ones are free.
     "option A": (Network(option_a, conv=conv(8, 16, 3, stride=2, padding=1)), "conv body.conv"),
     "a part that is summed": (
         Network(lambda net, x: x * x[:, :4].sum(1, keepdim=True).sigmoid()),
         "conv conv.1",
     ),
     "parts that are treated differently": (
-        Network(parts_apart, norm=nn.BatchNorm2d(8)),
+        Network(different_quarters, norm=nn.BatchNorm2d(8)),
         "conv conv.1 conv.2 conv.3",
     ),
-    "twice, and turned": (
+    "twice, and rolled": (
         Network(lambda net, x: net.conv(torch.cat([x, -x], 1).roll(1, 1)), conv=conv(16, 8, 1)),
         "conv conv.1 body.conv",
     ),
-    "moved apart": (Network(moved_apart, conv=conv(8, 8, 3)), "conv conv.1 body.conv"),
+    "flipped half": (Network(flipped_half, conv=conv(8, 8, 3)), "conv conv.1 body.conv"),
     "recurrent": (
-        Network(hidden, lstm=nn.LSTM(8, 6, batch_first=True)),
+        Network(recurrent, lstm=nn.LSTM(8, 6, batch_first=True)),
         "conv body.lstm.weight_ih_l0",
     ),
     "normalised in halves": (Network(normalised_in_halves), "conv:2"),
@@ -250,14 +249,11 @@ CASES = {
         ),
         "conv",
     ),
-    # Of which only the innermost are free.
-    "blocks of blocks": (Network(blocks_of_blocks), "conv conv.1 conv.2 conv.3"),
+    # Only the innermost blocks are free.
+    "nested blocks": (Network(nested_blocks), "conv conv.1 conv.2 conv.3"),
     "heads": (
         Network(
-            inside_blocks,
-            q=nn.Conv1d(8, 8, 1),
-            v=nn.Conv1d(8, 12, 1),
-            temperature=parameter(4, 1, 1),
+            attention, q=nn.Conv1d(8, 8, 1), v=nn.Conv1d(8, 12, 1), temperature=parameter(4, 1, 1)
         ),
         "conv body.q+body.v+body.temperature:4",
     ),
@@ -273,7 +269,7 @@ CASES = {
     "weight norm by hooks": ([nn.utils.weight_norm(conv(8, 6, 1))], "conv body.0"),
     "standardised": ([Standardised(8, 6, 3, groups=2)], "conv+body.0:2"),
 }
-WEIGHTS = {  # what weight matching compares: what layers multiply with, in a module or not
+WEIGHTS = {  # the parameters that weight matching compares
     "functional": "weight bias",
     "standardised": "0.weight 0.bias",
     "weight norm by hooks": "0.bias 0.weight_g 0.weight_v",
@@ -283,13 +279,11 @@ WEIGHTS = {  # what weight matching compares: what layers multiply with, in a mo
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_networks_are_made_of(case):
-    body, groups = CASES[case]
-    axes = check_axes(between(body), (3, 8, 8), alone=99)
-    found = [
-        "+".join(group.axes) + f":{group.blocks}" * (group.blocks > 1) for group in axes.groups
-    ]
-    assert {*found} == {*groups.split()}
+def test_axes_of_building_blocks(case):
+    body, expected = CASES[case]
+    axes = check_axes(wrap(body), (3, 8, 8), single=99)
+    groups = {"+".join(names) + f":{blocks}" * (blocks > 1) for names, blocks in axes.groups}
+    assert groups == {*expected.split()}
     assert list(axes.pinned) == ["fc"]
     if case in WEIGHTS:
         ends = {"conv.weight", "fc.weight", "fc.bias"}
@@ -307,7 +301,7 @@ def test_what_networks_are_made_of(case):
             Network(across_channels, gate=nn.Conv1d(1, 1, 3, padding=1)),
             "conv1d in body.gate (Conv1d",
         ),
-        ([turn(), nn.AvgPool2d(3, 1, 1), turn(), turn()], "body.1 (AvgPool2d"),
+        ([rotate_dims(), nn.AvgPool2d(3, 1, 1), rotate_dims(), rotate_dims()], "body.1 (AvgPool2d"),
         ([nn.ConvTranspose2d(8, 8, 2, groups=2)], "conv_transpose2d in body.0"),
         (
             Network(lambda net, x: x.diagonal(0, 1, 2).movedim(-1, 1)[..., None]),
@@ -317,43 +311,41 @@ def test_what_networks_are_made_of(case):
         (Network(lambda net, x: x.sort(1).values), "sort"),
     ],
 )
-def test_what_fixes_an_order_pins_it_and_the_reason_says_so(body, reason):
-    axes = check_axes(between(body), (3, 8, 8), alone=0)
+def test_channels_of_fixed_order_are_pinned_with_the_reason(body, reason):
+    axes = check_axes(wrap(body), (3, 8, 8), single=0)
     assert "conv" not in axes.sizes and reason in axes.pinned["conv"][1]
 
 
-def test_readouts_are_before_and_after_the_nonlinearity_and_ahead_of_dropout():
-    model = between([conv(8, 6, 1), nn.PReLU(6), nn.Dropout(), nn.MaxPool2d(2)]).train()
+def test_activations_before_and_after_the_nonlinearity():
+    model = wrap([conv(8, 6, 1), nn.PReLU(6), nn.Dropout(), nn.MaxPool2d(2)]).train()
     axes = find_axes(model, (3, 8, 8))
-    (place,) = axes.readouts["body.0"]
-    assert place[:2] == ("dropout", 1) and axes.before["dropout"] == "conv2d_1"
+    (place,) = axes.activations["body.0"]
+    assert place[:2] == ("dropout", 1) and axes.pre_activation["dropout"] == "conv2d_1"
     assert all(module.training for module in model.modules())
 
 
-def test_padded_channels_are_read_where_they_are():
-    model = between(
-        [nn.ReLU(), Network(lambda net, x: F.pad(x, (0, 0, 0, 0, 1, 2))), conv(11, 6, 1)]
-    )
+def test_activations_of_padded_channels_are_taken_after_padding():
+    model = wrap([nn.ReLU(), Network(lambda net, x: F.pad(x, (0, 0, 0, 0, 1, 2))), conv(11, 6, 1)])
     axes = find_axes(model, (3, 8, 8))
-    assert axes.readouts["conv"][-1].tensor == axes.before["pad"] == "pad"
+    assert axes.activations["conv"][-1].tensor == axes.pre_activation["pad"] == "pad"
 
 
 def test_a_weight_under_two_names_moves_under_both():
-    one = conv(8, 8, 1)
-    axes = check_axes(between([one, nn.ReLU(), nn.Sequential(one)]), (3, 8, 8), alone=0)
+    shared = conv(8, 8, 1)
+    axes = check_axes(wrap([shared, nn.ReLU(), nn.Sequential(shared)]), (3, 8, 8), single=0)
     assert axes.sizes == {"conv": 8}
     assert layout(axes, "body.2.0.weight") == {dim: ("conv", 8, 1) for dim in (0, 1)}
 
 
-def test_what_cannot_be_exported_is_refused(capfd):
-    """In a line, without torch's own report."""
+def test_a_network_that_cannot_be_exported_raises_one_line(capfd):
+    """Without torch's own report."""
     body = Network(lambda net, x: x if x.sum() > 0 else -x)
-    for model, of in ((between(body), "Network"), (nn.Sequential(nn.Linear(9, 2)), "Sequential")):
-        with pytest.raises(UserError, match=f"torch.export cannot follow {of}"):
+    for model, kind in ((wrap(body), "Network"), (nn.Sequential(nn.Linear(9, 2)), "Sequential")):
+        with pytest.raises(UserError, match=f"torch.export cannot follow {kind}"):
             find_axes(model, (3, 8, 8))
     assert capfd.readouterr().err == ""
 
 
-def test_a_network_may_give_several_values():
-    model = Network(lambda net, x: {"a": (y := net.body(x)), "b": [y.sum(1)]}, body=between([]))
-    check_axes(model, (3, 8, 8), alone=0)
+def test_a_network_can_return_several_tensors():
+    model = Network(lambda net, x: {"a": (y := net.body(x)), "b": [y.sum(1)]}, body=wrap([]))
+    check_axes(model, (3, 8, 8), single=0)

@@ -16,22 +16,22 @@ def test_permute_by_hand():
         "v": [place("in", 0, [[0, 1], [2, 3]])],  # channels of two entries each
     }
     rows = {"out": torch.tensor([2, 0, 1])}
-    moved = permute(tensors, dims, rows | {"in": torch.tensor([1, 0])})
-    # index[i] is the source channel that lands at i: row 2 of w comes first, its columns swap.
-    assert moved["w"].tolist() == [[6, 5], [2, 1], [4, 3]]
-    assert moved["v"].tolist() == [12, 13, 10, 11]
+    permuted = permute(tensors, dims, rows | {"in": torch.tensor([1, 0])})
+    # Entry i is the source channel that moves to i: row 2 of w comes first, its columns swapped.
+    assert permuted["w"].tolist() == [[6, 5], [2, 1], [4, 3]]
+    assert permuted["v"].tolist() == [12, 13, 10, 11]
     assert tensors["w"].tolist() == [[1, 2], [3, 4], [5, 6]]
     assert permute(tensors, dims, rows)["w"].tolist() == [[5, 6], [1, 2], [3, 4]]
 
 
-def test_an_axis_that_lies_in_several_places_by_hand():
+def test_an_axis_of_scattered_positions_by_hand():
     # Channel 0 lies at 0, 1 and 5, channel 1 at 2, 3 and 6; position 4 is another axis.
     dims = {"w": [place("a", 0, [[0, 1, 5], [2, 3, 6]]), place("b", 0, [[4]])]}
-    moved = permute({"w": torch.arange(1, 8)}, dims, {"a": torch.tensor([1, 0])})
-    assert moved["w"].tolist() == [3, 4, 1, 2, 5, 7, 6]
+    permuted = permute({"w": torch.arange(1, 8)}, dims, {"a": torch.tensor([1, 0])})
+    assert permuted["w"].tolist() == [3, 4, 1, 2, 5, 7, 6]
 
 
-def test_a_network_that_makes_constants_is_compared_in_float64_too():
+def test_a_network_that_creates_constants_is_compared_in_float64():
     class Fixed(nn.Linear):
         def forward(self, x):
             return super().forward(x) @ torch.eye(self.out_features)

@@ -75,7 +75,7 @@ def match_layer_by_layer(
     ends = [target.state_dict(), original]
     graph_of = functools.cache(functools.partial(export, target))
     permutation: dict[str, Tensor] = {}
-    for axis, (*_, place) in axes.readouts.items():
+    for axis, (*_, place) in axes.activations.items():
         moments = Moments()
         for images in batches:
             runs = [graph_of(images.shape).start(end, images) for end in ends]

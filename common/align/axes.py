@@ -1,20 +1,18 @@
-"""Finding the permutation axes of a network: which channels move together, read off its ATen graph.
+"""Finds the permutation axes of a network, which are channels that move together, from its graph.
 
-1. Every index along every dimension of a parameter or buffer is a channel of its own (Walk.read).
-2. The graph runs on tensors without content, and what each operator does to channels says one table
-   (common/align/labels.py): which are the same, which form a block whose inner order is free, and
-   which must stay in order. PyTorch takes all other operators apart until they are of those in the
-   table; one that it cannot take apart pins what it reads, with the reason.
-3. Channels that are the same make a class. Classes to which the same happens everywhere may trade
-   places (settle): they are an axis, named after the first parameter along which it lies.
+1. Every index along every dimension of a parameter or buffer starts as a channel of its own.
+2. LabelPropagation runs the graph of ATen operators on meta tensors. The rules in
+   common/align/labels.py say which channels an operator ties, groups into blocks or pins.
+3. Tied channels form a class (find_classes). Classes that have the same ties everywhere can be
+   exchanged, and form an axis, named after the first parameter along which it lies (name_axes).
 
-Take `fc(relu(conv(image)))`, with 8 filters and means over space. `conv.weight` has channels 0 to 7
-along its first dimension and 8 to 10 along its second. The convolution sums over the second: there
-they meet the image's colours, which nothing may move, so 8 to 10 are pinned. Its value has channels
-0 to 7 along its second dimension, relu keeps them, and `fc`, which sums over them, ties them to the
-8 channels along the second dimension of `fc.weight`. So there are 8 classes of two channels, alike
-but for the index: the axis `conv` lies along `conv.weight`'s first and `fc.weight`'s second
-dimension. The channels along `fc.weight`'s first dimension are the output, and pinned.
+Take `fc(relu(conv(image)))` with 8 filters and a mean over space before `fc`. `conv.weight` has
+channels 0 to 7 along dimension 0 and 8 to 10 along dimension 1. The convolution sums over the
+latter, which meet the colours of the image, whose order is fixed: 8 to 10 are pinned. Its output
+has channels 0 to 7 along dimension 1, relu keeps them, and `fc`, which sums over them, ties them to
+the 8 channels along dimension 1 of `fc.weight`. This makes 8 classes of two channels each that
+differ in nothing but the index: the axis `conv`, along dimension 0 of `conv.weight` and dimension 1
+of `fc.weight`. The channels along dimension 0 of `fc.weight` are the output, and pinned.
 """
 
 import re
@@ -26,8 +24,16 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx, nn
 
-from common.align.graph import Graph, export, where
-from common.align.labels import META, Labels, along, core, is_pointwise, labels, only
+from common.align.graph import Graph, export, location
+from common.align.labels import (
+    META,
+    LabelMode,
+    dims_of,
+    is_pointwise,
+    labels,
+    shape_along,
+    unexpand,
+)
 from common.align.permutation import Axes, BlockGroup, Place
 
 
@@ -36,189 +42,212 @@ def find_axes(model: nn.Module, input_shape: tuple[int, ...]) -> Axes:
 
     Raises UserError when torch.export cannot follow the forward pass.
     """
-    walk = Walk(export(model, (2, *input_shape)))
-    channels, classes = settle(walk.known)
-    sizes, groups, pinned = name_axes(walk, channels, classes)
-    names, (axis, rank) = [*sizes], classes.loc[channels["class"], ["axis", "rank"]].to_numpy().T
+    propagation = LabelPropagation(export(model, (2, *input_shape)))
+    channels, classes = find_classes(propagation.mode)
+    sizes, groups, pinned = name_axes(propagation, channels, classes)
+    # The number of every channel's axis, or -1, and the channel's rank along it.
+    axis, rank = classes.loc[channels["class"], ["axis", "rank"]].to_numpy().T
+    names = [*sizes]
 
-    def places(tensor: str, label: Tensor) -> list[Place]:
-        """Where along a label axes are as a whole."""
-        label, found = core(label), []
-        here = walk.known.columns.get(int(label.flatten()[0]), label).flatten().numpy()
-        for number in sorted({*axis[here].tolist()} - {-1}):
-            at = np.flatnonzero(axis[here] == number)
-            at = at[np.argsort(rank[here[at]], kind="stable")]
-            many = np.bincount(rank[here[at]], minlength=sizes[names[number]])
-            if (many == many[0]).all() and len(along(label)) == 1:
-                about = names[number], torch.from_numpy(at).view(len(many), -1)
-                found.append(Place(tensor, *along(label), *about, len(here) // label.numel()))
-        return found
+    def find_places(name: str, tensor: Tensor | None) -> list[Place]:
+        """Where axes lie in a parameter or an activation with all their channels."""
+        places = []
+        for label in labels(tensor):
+            if len(dims_of(label)) > 1:
+                continue
+            own = unexpand(label).flatten()
+            along = propagation.mode.group_columns.get(int(own[0]), own).flatten().numpy()
+            for number in sorted({*axis[along].tolist()} - {-1}):
+                index = np.flatnonzero(axis[along] == number)
+                index = index[np.argsort(rank[along[index]], kind="stable")]
+                entries = np.bincount(rank[along[index]], minlength=sizes[names[number]])
+                if (entries == entries[0]).all():
+                    positions = torch.from_numpy(index).view(len(entries), -1)
+                    where = *dims_of(label), names[number], positions
+                    places.append(Place(name, *where, len(along) // len(own)))
+        return places
 
     state = model.state_dict(keep_vars=True)
-    used = {id(state[name]): name for name in walk.parameters}  # one name of what is tied
-    tensors = {name: walk.parameters.get(used.get(id(value))) for name, value in state.items()}
-    dims = {
-        name: [place for label in labels(tensor) for place in places(name, label)]
-        for name, tensor in tensors.items()
-    }
-    weights = tuple(name for name, value in state.items() if used.get(id(value)) in walk.weights)
-    readouts: dict[str, list[Place]] = {name: [] for name in names}
-    before: dict[str, str] = {}
-    for node, value in walk.run.env.items():
+    # A shared parameter has several names in the state dict, and one of them in the graph.
+    by_id = {id(state[name]): name for name in propagation.parameters}
+    in_graph = {name: by_id.get(id(value)) for name, value in state.items()}
+    dims = {name: find_places(name, propagation.parameters.get(in_graph[name])) for name in state}
+    weights = tuple(name for name in state if in_graph[name] in propagation.weights)
+    activations: dict[str, list[Place]] = {name: [] for name in names}
+    for node, value in propagation.values.items():
+        computed = is_pointwise(node) or node in propagation.matmuls
+        if computed and not all(map(is_pointwise, node.users)):
+            for place in find_places(node.name, value):
+                activations[place.axis].append(place)
+    pre_activation = find_pre_activations(propagation.values)
+    return Axes(dims, sizes, groups, activations, pre_activation, pinned, weights)
+
+
+def find_pre_activations(values: dict[fx.Node, Tensor]) -> dict[str, str]:
+    """For every node the one ahead of the pointwise operators that lead to it, or itself."""
+    pre_activation: dict[str, str] = {}
+    for node, value in values.items():
         inputs = node.all_input_nodes
-        activation = is_pointwise(node) and (len(inputs) == 1 or "prelu" in node.name)
-        # What pads channels puts them elsewhere.
-        activation = activation and extents(value) == extents(walk.run.env[inputs[0]])
-        before[node.name] = before[inputs[0].name] if activation else node.name
-        made = is_pointwise(node) or node in walk.contractions
-        if made and not all(map(is_pointwise, node.users)):
-            for place in (place for label in labels(value) for place in places(node.name, label)):
-                readouts[place.axis].append(place)
-    return Axes(dims, sizes, groups, readouts, before, pinned, weights)
+        nonlinear = is_pointwise(node) and (len(inputs) == 1 or "prelu" in node.name)
+        # Not padding, which moves channels to other positions.
+        nonlinear = nonlinear and labelled_shape(value) == labelled_shape(values[inputs[0]])
+        pre_activation[node.name] = pre_activation[inputs[0].name] if nonlinear else node.name
+    return pre_activation
 
 
-def extents(x: Tensor) -> set[tuple[int, int]]:
-    """The dimensions along which channels lie, and their sizes."""
-    return {(dim, x.shape[dim]) for label in labels(x) for dim in along(label)}
+def labelled_shape(x: Tensor) -> set[tuple[int, int]]:
+    """The dimensions of a value that have a label, and their sizes."""
+    return {(dim, x.shape[dim]) for label in labels(x) for dim in dims_of(label)}
 
 
-class Walk:
-    """Runs a network on tensors that carry labels, one operator after the other."""
+class LabelPropagation:
+    """Runs a graph on meta tensors with labels, as torch.fx's ShapeProp does for shapes."""
 
     def __init__(self, graph: Graph) -> None:
-        self.known = Labels()
-        self.parameters: dict[str, Tensor] = {}
-        self.names: dict[int, str] = {}  # of the vectors of channels along parameters
-        self.run = fx.Interpreter(graph.module)
-        self.contractions: set[fx.Node] = set()  # what multiplies matrices
-        self.weights: set[str] = set()  # the parameters that it multiplies
-        nodes, given = graph.module.graph.nodes, iter(graph.inputs)
-        # Of what is computed from no image, the parameters that it is computed from.
+        self.mode = LabelMode()
+        interpreter = fx.Interpreter(graph.module)
+        self.values = interpreter.env  # of every node
+        self.parameters: dict[str, Tensor] = {}  # with labels; also the buffers
+        self.vector_names: dict[int, str] = {}  # of the vectors along parameters, by index
+        self.matmuls: set[fx.Node] = set()  # nodes that multiply matrices or convolve
+        self.weights: set[str] = set()  # the parameters that these nodes use
+        inputs = iter(graph.inputs)
+        # The parameters that a node's value is computed from; None if it depends on the images.
         sources: dict[fx.Node, set[str] | None] = {}
-        for node in nodes:
+        for node in graph.module.graph.nodes:
             if node.op == "placeholder":
-                node.meta["given"] = one = next(given)
-                sources[node] = None if one is None else {one} if isinstance(one, str) else set()
+                node.meta["input"] = value = next(inputs)
+                names = {value} if isinstance(value, str) else set()
+                sources[node] = None if value is None else names
                 continue
-            for one in node.all_input_nodes:
-                if one not in self.run.env:
-                    self.run.env[one] = self.read(one.meta["given"], one.meta["val"])
-            self.known.where, count = where(node), self.known.products
-            with torch.inference_mode(), self.known:
-                self.run.env[node] = self.run.run_node(node)
-            before = [sources[one] for one in node.all_input_nodes]
-            sources[node] = None if None in before else set().union(*before)
-            if self.known.products > count:
-                self.contractions.add(node)
-                self.weights.update(*filter(None, before))
+            for argument in node.all_input_nodes:
+                if argument not in self.values:
+                    meta = argument.meta
+                    self.values[argument] = self.read(meta["input"], meta["val"])
+            self.mode.location, num_matmuls = location(node), self.mode.num_matmuls
+            with torch.inference_mode(), self.mode:
+                self.values[node] = interpreter.run_node(node)
+            operands = [sources[argument] for argument in node.all_input_nodes]
+            sources[node] = None if None in operands else set().union(*operands)
+            if self.mode.num_matmuls > num_matmuls:
+                self.matmuls.add(node)
+                self.weights.update(*filter(None, operands))
             if node.op == "output":
-                for one in node.all_input_nodes:
-                    self.known.pin(labels(self.run.env[one]), "is the output")
+                for argument in node.all_input_nodes:
+                    self.mode.pin(labels(self.values[argument]), "is the output")
 
-    def read(self, given: str | Tensor | None, value: Tensor) -> Tensor:
-        """Every index along a parameter is a channel of its own, from where it is first read."""
+    def read(self, source: str | Tensor | None, example: Tensor) -> Tensor:
+        """Create a labelled meta tensor for an input of the graph; `source` is as in Graph.inputs.
+
+        Every index along every dimension of a parameter is a new channel.
+        """
         with torch.inference_mode():
-            x = torch.empty(value.shape, dtype=value.dtype, device=META)
-        if isinstance(given, Tensor) and not given.is_meta:
-            same = [d for d in range(x.dim()) if (given == given.narrow(d, 0, 1)).all()]
-            return self.known.give(x, [self.known.fresh(only({dim}, x.shape)) for dim in same])
-        if not isinstance(given, str):
+            x = torch.empty(example.shape, dtype=example.dtype, device=META)
+        if isinstance(source, Tensor) and not source.is_meta:
+            # The order of a constant is free along dimensions along which it does not change.
+            free = [d for d in range(x.dim()) if (source == source.narrow(d, 0, 1)).all()]
+            new = [self.mode.new_channels(shape_along({dim}, x.shape)) for dim in free]
+            return self.mode.set_labels(x, new)
+        if not isinstance(source, str):
             return x
-        large, found = along(x), []
-        for dim in large:
-            name = layer(given) if dim == 0 or len(large) == 1 else f"{given}.{dim}"
-            self.names[len(self.known.starts) - 1] = name
-            found.append(self.known.fresh(only({dim}, x.shape)))
-        self.parameters[given] = self.known.give(x, found)
+        dims, new = dims_of(x), []
+        for dim in dims:
+            name = layer_name(source) if dim == 0 or len(dims) == 1 else f"{source}.{dim}"
+            self.vector_names[len(self.mode.offsets) - 1] = name
+            new.append(self.mode.new_channels(shape_along({dim}, x.shape)))
+        self.parameters[source] = self.mode.set_labels(x, new)
         return x
 
 
-def layer(parameter: str) -> str:
-    """What the first dimension of a parameter is called."""
+def layer_name(parameter: str) -> str:
+    """The name of the channels along dimension 0 of a parameter: its layer's for a weight."""
     return re.sub(r"[._](parametrizations\.)?weight(_v|_orig|\.original\d*)?$", "", parameter)
 
 
-# ---------------------------------------------------------------- what the walk has found
+# ---------------------------------------------------------------- classes of channels
 
 
-def components(count: int, *links: np.ndarray) -> np.ndarray:
-    """The connected component of each of `count` nodes, from (2, n) arrays of their links."""
-    ends = np.concatenate(links, 1)
+def components(count: int, *edges: np.ndarray) -> np.ndarray:
+    """The connected component of each of `count` nodes, from (2, n) arrays of edges."""
+    ends = np.concatenate(edges, 1)
     graph = coo_matrix((np.ones(ends.shape[1]), tuple(ends)), (count, count))
     return connected_components(graph, directed=False)[1]
 
 
-def scramble(*columns: np.ndarray) -> np.ndarray:
-    """A random-looking 64-bit number for every row of integers, the same for equal rows."""
+def hash_rows(*columns: np.ndarray) -> np.ndarray:
+    """A 64-bit hash of every row of integers."""
     rows = pd.DataFrame(dict(enumerate(columns)))
-    # A copy, because pandas 3 gives out arrays that are read-only.
+    # A copy, because pandas 3 returns read-only arrays.
     return pd.util.hash_pandas_object(rows, index=False).to_numpy(copy=True).view(np.int64)
 
 
-def settle(known: Labels) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """For every channel its vector, the class of channels that are the same, and its unit, which is
-    the block that it is in, or that class; and a table of the classes.
+def find_classes(mode: LabelMode) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Find the classes of tied channels; returns a table of channels and a table of classes.
 
-    reason: why it is pinned. colour: of one colour are those that may trade places. They may when
-    every tie of one is a tie of the other, by the same operators: exchanging them, with all their
-    entries in order, then takes ties to ties. holds: whether it is a block.
+    Channels have a vector, a class, and a unit: the class of their block, or their own. Classes
+    have the reason for which they are pinned; whether they are blocks; and a colour, a hash of
+    their ties with the tags, as in colour refinement (Weisfeiler and Leman 1968). Classes of one
+    colour can be exchanged, with their entries in order: this takes all ties to ties.
     """
-    vector = np.repeat(np.arange(len(known.starts) - 1), np.diff(known.starts))
-    ties, members = (torch.cat(rows, 1).numpy() for rows in (known.ties, known.members))
-    # Beside every channel stands the block that it is in: blocks that share a channel are the same.
-    inner = members + [[0], [len(vector)]]
-    links = ties[:2], ties[:2] + len(vector), inner
-    root, block = components(2 * len(vector), *links).reshape(2, -1)
-    blocks, inside = root[members]
-    unit = np.where(np.isin(block, blocks), block, root)
-    nested = torch.from_numpy(members[1][np.isin(inside, blocks)])
-    reason = np.full(block.max() + 1, None)
-    for label, why in reversed([*known.pins, (nested, "its blocks are in larger blocks")]):
-        reason[root[label.flatten().numpy()]] = why
-    code = scramble(vector, pd.Series(vector).groupby([root, vector]).cumcount())
-    colour = scramble(np.where(pd.isna(reason), -1, np.arange(len(reason))))
-    np.add.at(colour, root, code)
-    np.add.at(colour, root[ties[0]], scramble(code[ties[0]], code[ties[1]], ties[2]))
-    # What is in a block tells it apart, and then the block what is in it.
-    role = scramble(*code[members])
-    np.add.at(colour, blocks, scramble(role, colour[inside]))
-    np.add.at(colour, inside, scramble(role, colour[blocks]))
-    holds = np.isin(np.arange(len(colour)), blocks)
-    classes = {"reason": reason, "colour": colour, "holds": holds}
-    return pd.DataFrame({"class": root, "vector": vector, "unit": unit}), pd.DataFrame(classes)
+    vector = np.repeat(np.arange(len(mode.offsets) - 1), np.diff(mode.offsets))
+    ties, members = (torch.cat(rows, 1).numpy() for rows in (mode.ties, mode.members))
+    # Node i is channel i, and node len(vector) + i its block: ties of channels tie their blocks.
+    membership = members + [[0], [len(vector)]]
+    edges = ties[:2], ties[:2] + len(vector), membership
+    class_of, block_of = components(2 * len(vector), *edges).reshape(2, -1)
+    blocks, contents = class_of[members]
+    is_block = np.isin(np.arange(block_of.max() + 1), blocks)
+    unit = np.where(is_block[block_of], block_of, class_of)
+    nested = torch.from_numpy(members[1][is_block[contents]])
+    reasons = np.full(len(is_block), None)
+    for label, reason in reversed([*mode.pins, (nested, "its blocks are in larger blocks")]):
+        reasons[class_of[label.flatten().numpy()]] = reason
+    # Identifies the entries of a class: by vector, and number among the entries in that vector.
+    entry = hash_rows(vector, pd.Series(vector).groupby([class_of, vector]).cumcount())
+    # Pinned classes have colours of their own.
+    colour = hash_rows(np.where(pd.isna(reasons), -1, np.arange(len(reasons))))
+    np.add.at(colour, class_of, entry)
+    np.add.at(colour, class_of[ties[0]], hash_rows(entry[ties[0]], entry[ties[1]], ties[2]))
+    # The colour of a block depends on those of its contents, and theirs then on the block's.
+    role = hash_rows(*entry[members])
+    np.add.at(colour, blocks, hash_rows(role, colour[contents]))
+    np.add.at(colour, contents, hash_rows(role, colour[blocks]))
+    classes = {"reason": reasons, "colour": colour, "is_block": is_block}
+    return pd.DataFrame({"class": class_of, "vector": vector, "unit": unit}), pd.DataFrame(classes)
 
 
 def name_axes(
-    walk: Walk, channels: pd.DataFrame, classes: pd.DataFrame
+    propagation: LabelPropagation, channels: pd.DataFrame, classes: pd.DataFrame
 ) -> tuple[dict[str, int], tuple[BlockGroup, ...], dict[str, tuple[int, str]]]:
-    """Sizes, groups and what is pinned, as in Axes; adds to `classes` the number of their axis,
-    or -1, and their rank along it.
+    """Return `sizes`, `groups` and `pinned` of Axes.
+
+    Adds to `classes` the number of their axis, or -1, and their rank along it.
     """
-    # A class is named after the parameter that is the first to have it.
-    channels["name"] = channels["vector"].map(walk.names)
+    channels["name"] = channels["vector"].map(propagation.vector_names)
     channels["entries"] = channels.groupby(["class", "vector"])["name"].transform("size")
-    live = channels.dropna().drop_duplicates("class").join(classes, on="class")
-    live["front"] = live.index
-    live["front"] = live.groupby("unit")["front"].transform("min")
-    tied = (live["entries"] > 1) & ~live["colour"].duplicated(keep=False)
-    live["reason"] = live["reason"].mask(tied & live["reason"].isna(), "it is tied to itself")
-    stuck = live["reason"].notna()
-    layers = [*map(layer, walk.weights)]
+    # A class is named after the first parameter in which it lies.
+    named = channels.dropna().drop_duplicates("class").join(classes, on="class")
+    named["first"] = named.index.to_series().groupby(named["unit"]).transform("min")
+    alone = (named["entries"] > 1) & ~named["colour"].duplicated(keep=False)
+    named["reason"] = named["reason"].mask(alone & named["reason"].isna(), "it is tied to itself")
+    is_pinned = named["reason"].notna()
+    layers = [*map(layer_name, propagation.weights)]
     pinned = {
         name: (int(rows["entries"].sum()), rows["reason"].iloc[0])
-        for name, rows in live[stuck & live["name"].isin(layers)].groupby("name", sort=False)
+        for name, rows in named[is_pinned & named["name"].isin(layers)].groupby("name", sort=False)
     }
     classes["axis"], classes["rank"] = -1, 0
     sizes: dict[str, int] = {}
     groups: dict[int, tuple[list[str], int]] = {}
-    for colour, same in live[~stuck].groupby("colour", sort=False):
-        name, unit = same["name"].iloc[0], classes.loc[same["unit"].iloc[0]]
+    for colour, rows in named[~is_pinned].groupby("colour", sort=False):
+        name, unit = rows["name"].iloc[0], classes.loc[rows["unit"].iloc[0]]
         while name in sizes:
             name = f"{name}.{len(sizes)}"
-        order = same.sort_values("front", kind="stable")["class"]
+        # Channels of a block lie next to each other along the axis.
+        order = rows.sort_values("first", kind="stable")["class"]
         classes.loc[order, "axis"], classes.loc[order, "rank"] = len(sizes), np.arange(len(order))
-        sizes[name], blocks = len(order), same["unit"].nunique() if unit["holds"] else 1
-        # All axes that lie in the same blocks move with them.
+        sizes[name], blocks = len(order), rows["unit"].nunique() if unit["is_block"] else 1
+        # All axes in the same blocks move with them.
         key = unit["colour"] if blocks > 1 else colour
         groups.setdefault(key, ([], blocks))[0].append(name)
     return sizes, tuple(BlockGroup(tuple(axes), blocks) for axes, blocks in groups.values()), pinned

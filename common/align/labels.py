@@ -1,11 +1,20 @@
-"""Labels: which channel of a network lies where in a tensor, and what operators do to that.
+"""Channel labels: which channel lies at each index of a tensor, and how operators propagate that.
 
-A network runs on meta tensors under a mode that sees every operator. The few at the end have a
-rule; all others are taken apart by PyTorch's own decompositions until those are left.
+The network runs on meta tensors under LabelMode, a TorchDispatchMode, which sees every operator.
+Operators in RULES have a rule; PyTorch's decompositions take the others apart until only those
+are left. An operator without a decomposition pins its inputs.
 
-A label has the shape of its value and holds the number of the channel that lies at each index; it
-is expanded (its stride is zero) along dimensions that it says nothing about. What only moves
-entries moves those of labels, too. Along a dimension without label nothing may move.
+channel: an integer. At first every index along every dimension of a parameter is one of its own.
+vector: channels that were created together, with consecutive numbers.
+label: an int64 tensor of the shape of a value that gives the channel at every index. It is expanded
+    (stride 0) along dimensions that the channel does not depend on; the others are its own. A
+    weight has one label for each dimension. Operators that move the entries of a value move those
+    of its labels alike. Along a dimension of a value that no label has, the order is fixed.
+tie: two channels are the same, because an operator adds or multiplies their values. Its tag tells
+    kinds of ties apart: exchanging channels must take ties to ties with the same tag.
+block: a channel that stands for a set of channels whose order an operator ignores, as it does
+    within a group of a convolution or of GroupNorm, or within an attention head.
+pin: a channel must stay where it is, for a reason.
 """
 
 import bisect
@@ -19,11 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._decomp import decomposition_table
-from torch.utils import _pytree as tree
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 META = torch.device("meta")
-Given = dict[str, Any]
+Arguments = dict[str, Any]  # of an operator, by the names in its schema; its own name as `name`
 
 
 def labels(x: Tensor) -> list[Tensor]:
@@ -31,298 +40,324 @@ def labels(x: Tensor) -> list[Tensor]:
 
 
 def tensors(x: Any) -> list[Tensor]:
-    return [leaf for leaf in tree.tree_leaves(x) if isinstance(leaf, Tensor)]
+    """All tensors in nested lists, tuples and dicts."""
+    return [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
 
 
-def along(label: Tensor) -> set[int]:
-    """The dimensions that a label tells about."""
+def dims_of(label: Tensor) -> set[int]:
+    """A label's own dimensions: of more than one entry, and not expanded."""
     return {dim for dim, size in enumerate(label.shape) if size > 1 and label.stride(dim)}
 
 
-def core(label: Tensor) -> Tensor:
-    """A label of size one along the dimensions that it says nothing about."""
-    dims = along(label)
+def unexpand(label: Tensor) -> Tensor:
+    """The label with size 1 along dimensions that are not its own."""
+    dims = dims_of(label)
     return label[tuple(slice(None if dim in dims else 1) for dim in range(label.dim()))]
 
 
-def lean(label: Tensor) -> Tensor:
-    """A label that says nothing about dimensions along which it repeats itself."""
-    for dim in along(label):
+def drop_constant_dims(label: Tensor) -> Tensor:
+    """The label, expanded along dimensions along which its channels do not change."""
+    for dim in dims_of(label):
         first = label.narrow(dim, 0, 1)
-        if (core(label) == core(first)).all():
+        if (unexpand(label) == unexpand(first)).all():
             label = first.expand(label.shape)
     return label
 
 
-def in_order(x: Tensor) -> set[int]:
-    """The dimensions along which nothing may move, counted from the end."""
-    return {dim - x.dim() for dim in along(x).difference(*map(along, labels(x)))}
+def fixed_dims(x: Tensor) -> set[int]:
+    """The dimensions of a value that no label has, as negative numbers."""
+    return {dim - x.dim() for dim in dims_of(x).difference(*map(dims_of, labels(x)))}
 
 
-def only(dims: Iterable[int], shape: Iterable[int]) -> list[int]:
-    """A shape of size one along all other dimensions."""
+def shape_along(dims: Iterable[int], shape: Iterable[int]) -> list[int]:
+    """The shape, but size 1 along all dimensions except `dims`."""
     return [size if dim in dims else 1 for dim, size in enumerate(shape)]
 
 
-class Labels(TorchDispatchMode):
-    """What is known of the channels of a network: which are the same, in a block, or in order."""
+class LabelMode(TorchDispatchMode):
+    """Propagates labels through operators, and collects ties, blocks and pins."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.starts = [0]  # of each vector of channels that is made, and the end of the last
-        self.ties = [torch.zeros(3, 0, dtype=torch.int64)]  # two channels, a mark
-        self.members = [torch.zeros(2, 0, dtype=torch.int64)]  # a block, a channel in it
+        self.offsets = [0]  # of vectors: the i-th has channels offsets[i] to offsets[i + 1] - 1
+        self.ties = [torch.zeros(3, 0, dtype=torch.int64)]  # channel, channel, tag
+        self.members = [torch.zeros(2, 0, dtype=torch.int64)]  # block, channel in it
         self.pins: list[tuple[Tensor, str]] = []
-        self.columns: dict[int, Tensor] = {}  # what those of grouped convolutions stand for
-        self.where = ""  # the operator, for reasons
-        self.products = 0  # how often matrices were multiplied
+        # The columns of a grouped convolution's weight are other input channels in every group.
+        # Maps the first channel of the columns to the label of all these input channels.
+        self.group_columns: dict[int, Tensor] = {}
+        self.location = ""  # of the current operator in the network, for reasons
+        self.num_matmuls = 0  # matrix multiplications and convolutions so far
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args = [META if isinstance(one, torch.device) else one for one in args]
-        kwargs = {key: META if key == "device" else one for key, one in (kwargs or {}).items()}
+        args = [META if isinstance(arg, torch.device) else arg for arg in args]
+        kwargs = {key: META if key == "device" else arg for key, arg in (kwargs or {}).items()}
         name = op.overloadpacket.__name__.rstrip("_")
         rule = RULES.get(name, pointwise if torch.Tag.pointwise in op.tags else None)
-        if rule is None and op.namespace != "prim":  # of which one asks for the device
-            # What PyTorch fails to take apart is pinned below.
-            with self, contextlib.suppress(NotImplementedError, RuntimeError):
-                taken_apart = decomposition_table.get(op, op.decompose)(*args, **kwargs)
-                if taken_apart is not NotImplemented:
-                    return taken_apart
+        if rule is None and op.namespace != "prim":  # prim.device has no decomposition
+            # An operator that PyTorch fails to decompose pins its inputs below.
+            with self, contextlib.suppress(RuntimeError):
+                decomposed = decomposition_table.get(op, op.decompose)(*args, **kwargs)
+                if decomposed is not NotImplemented:
+                    return decomposed
         out = op(*args, **kwargs)
-        given = dict(zip((one.name for one in op._schema.arguments), args), **kwargs, name=name)
-        read, outs = tensors(given), tensors(out)
-        mark = len(self.ties)  # these channels, and no others of their vectors, take part in this
-        for label in itertools.chain(*map(labels, read)):
+        arguments = dict(zip((arg.name for arg in op._schema.arguments), args), **kwargs, name=name)
+        inputs, outputs = tensors(arguments), tensors(out)
+        # An operator that uses a part of a vector tells these channels from the others.
+        tag = len(self.ties)
+        for label in itertools.chain(*map(labels, inputs)):
             if label.numel() and not self.is_whole(label):
-                self.tie(label, label, mark)
+                self.tie(label, label, tag)
         if rule == "move":
-            moved = [tensors(op(label, *args[1:], **kwargs)) for label in labels(read[0])]
-            made = [[label[i] for label in moved] for i in range(len(outs))]
+            moved = [tensors(op(label, *args[1:], **kwargs)) for label in labels(inputs[0])]
+            new_labels = zip(*moved)
         else:
-            made = [(rule or unknown)(self, given, one, *read) for one in outs]
-        for one, found in zip(outs, made):
-            self.give(one, found)
+            new_labels = [(rule or pin_inputs)(self, arguments, x, *inputs) for x in outputs]
+        for x, new in zip(outputs, new_labels):
+            self.set_labels(x, new)
         return out
 
-    def give(self, x: Tensor, found: Iterable[Tensor | None]) -> Tensor:
-        """Label a tensor, without those that say less than another."""
+    def set_labels(self, x: Tensor, new: Iterable[Tensor | None]) -> Tensor:
+        """Label a value, without labels whose dimensions another label has too."""
         x.labels = []
-        found = [lean(label) for label in found if label is not None]
-        for label in sorted(found, key=lambda label: -len(along(label))):
-            if not along(label):
-                self.tie(label, label, len(self.ties))  # a channel by itself
-            elif not any(along(label) <= along(other) for other in x.labels):
-                x.labels.append(core(label).expand(x.shape))
+        new = [drop_constant_dims(label) for label in new if label is not None]
+        for label in sorted(new, key=lambda label: -len(dims_of(label))):
+            if not dims_of(label):
+                self.tie(label, label, len(self.ties))  # a single channel, like no other
+            elif not any(dims_of(label) <= dims_of(other) for other in x.labels):
+                x.labels.append(unexpand(label).expand(x.shape))
         return x
 
-    def fresh(self, shape: Iterable[int]) -> Tensor:
-        """New channels."""
-        self.starts.append(self.starts[-1] + math.prod(shape))
-        return torch.arange(self.starts[-2], self.starts[-1]).view(shape)
+    def new_channels(self, shape: Iterable[int]) -> Tensor:
+        """A label of `shape` with a new vector of channels."""
+        self.offsets.append(self.offsets[-1] + math.prod(shape))
+        return torch.arange(self.offsets[-2], self.offsets[-1]).view(shape)
 
     def is_whole(self, label: Tensor) -> bool:
-        """Whether it has all channels of a vector, or of several that were made in turn."""
-        found = torch.unique(core(label))
-        low, end = int(found[0]), int(found[-1]) + 1
-        return len(found) == end - low and all(
-            self.starts[bisect.bisect_left(self.starts, one)] == one for one in (low, end)
+        """Whether a label has all channels of a vector, or of several consecutive ones."""
+        channels = torch.unique(unexpand(label))
+        start, end = int(channels[0]), int(channels[-1]) + 1
+        return len(channels) == end - start and all(
+            self.offsets[bisect.bisect_left(self.offsets, edge)] == edge for edge in (start, end)
         )
 
-    def tie(self, one: Tensor, other: Tensor, mark: Tensor | int = 0) -> None:
-        """Channels of two labels are the same, entry by entry; others have another mark."""
-        rows = torch.broadcast_tensors(core(one), core(other), torch.as_tensor(mark))
+    def tie(self, label: Tensor, other: Tensor, tag: Tensor | int = 0) -> None:
+        """Tie the channels of two labels, index by index."""
+        rows = torch.broadcast_tensors(unexpand(label), unexpand(other), torch.as_tensor(tag))
         self.ties.append(torch.stack(rows).view(3, -1))
 
-    def pin(self, found: Iterable[Tensor], why: str) -> None:
-        """These channels must stay in order."""
-        self.pins += [(core(label), f"{self.where} {why}") for label in found]
+    def pin(self, pinned: Iterable[Tensor], reason: str) -> None:
+        """Pin all channels of some labels."""
+        self.pins += [(unexpand(label), f"{self.location} {reason}") for label in pinned]
 
-    def group(self, label: Tensor, dims: Iterable[int]) -> Tensor | None:
-        """What is left of a label when the order along `dims` is free: blocks of channels."""
-        free = sorted(along(label) & {*dims})
-        if not free or len(free) == len(along(label)):
+    def to_blocks(self, label: Tensor, dims: Iterable[int]) -> Tensor | None:
+        """Replace the channels of a label along `dims` by the block that holds them; None if it has
+        no other dimension.
+        """
+        free = sorted(dims_of(label) & {*dims})
+        if not free or len(free) == len(dims_of(label)):
             return None if free else label
-        rows = core(label).movedim(free, [*range(-len(free), 0)]).flatten(-len(free)).sort(-1)[0]
-        sets, which = torch.unique(rows.flatten(0, -2), dim=0, return_inverse=True)
-        blocks = self.fresh([len(sets)])
+        rows = unexpand(label).movedim(free, [*range(-len(free), 0)])
+        rows = rows.flatten(-len(free)).sort(-1)[0]
+        sets, index = torch.unique(rows.flatten(0, -2), dim=0, return_inverse=True)
+        blocks = self.new_channels([len(sets)])
         self.members.append(torch.stack(torch.broadcast_tensors(blocks[:, None], sets)).flatten(1))
-        return blocks[which].view(only(along(label) - {*free}, label.shape))
+        return blocks[index].view(shape_along(dims_of(label) - {*free}, label.shape))
 
-    def slide(self, x: Tensor, dims: Iterable[int], why: str = "slides over it") -> list[Tensor]:
-        """The order along `dims` must stay, as neighbours must stay neighbours."""
-        dims, kept = {dim % x.dim() for dim in dims}, []
+    def fix_order(
+        self, x: Tensor, dims: Iterable[int], reason: str = "slides over it"
+    ) -> list[Tensor]:
+        """Return the labels of a value that remain when its order along `dims` is fixed.
+
+        A label along `dims` alone is pinned. One along other dimensions, too, is replaced by new
+        channels along those, which are tied to their entries along `dims`, tagged by position.
+        """
+        dims, remaining = {dim % x.dim() for dim in dims}, []
         for label in labels(x):
-            fixed = along(label) & dims
-            if fixed == along(label):
-                self.pin([label], why)
+            fixed = dims_of(label) & dims
+            if fixed == dims_of(label):
+                self.pin([label], reason)
             elif fixed:
-                whole = self.fresh(only(along(label) - fixed, label.shape))
-                shape = only(fixed, label.shape)
+                whole = self.new_channels(shape_along(dims_of(label) - fixed, label.shape))
+                shape = shape_along(fixed, label.shape)
                 self.tie(whole, label, torch.arange(math.prod(shape)).view(shape))
-                kept.append(whole)
+                remaining.append(whole)
             else:
-                kept.append(core(label))
-        return kept
+                remaining.append(unexpand(label))
+        return remaining
 
 
-# ---------------------------------------------------------------- the rules
+# ---------------------------------------------------------------- rules
+# A rule gets an operator's arguments, one of its outputs, and the tensors among the arguments. It
+# returns the labels of that output, whose shapes need only broadcast to the output's.
 
 
-def unknown(known: Labels, given: Given, out: Tensor, *read: Tensor) -> list[Tensor]:
-    known.pin(itertools.chain(*map(labels, read)), "keeps its order")
+def pin_inputs(mode: LabelMode, arguments: Arguments, out: Tensor, *inputs: Tensor) -> list[Tensor]:
+    """The rule of operators that are not in RULES and have no decomposition."""
+    mode.pin(itertools.chain(*map(labels, inputs)), "depends on its order")
     return []
 
 
-def pointwise(known: Labels, given: Given, out: Tensor, *read: Tensor) -> list[Tensor]:
-    """What is given broadcasts; what lies along the same dimension moves together."""
-    stay, met = set().union(*map(in_order, read)), []
-    for x in read:
-        here = [dim for dim in stay if -dim <= x.dim()]
-        slid = known.slide(x, here, "joins it with values of fixed order")
-        new = [label.expand(out.shape) for label in slid]
-        for pair in itertools.product(met, new):
-            both = set.intersection(*map(along, pair))
-            if both:
-                known.tie(*(known.group(label, along(label) - both) for label in pair))
-        met += [label for label in new if along(label) not in map(along, met)]
-    return met
+def pointwise(mode: LabelMode, arguments: Arguments, out: Tensor, *inputs: Tensor) -> list[Tensor]:
+    """Broadcasts its inputs: channels that meet along a dimension are tied."""
+    fixed, out_labels = set().union(*map(fixed_dims, inputs)), []
+    for x in inputs:
+        dims = [dim for dim in fixed if -dim <= x.dim()]
+        remaining = mode.fix_order(x, dims, "combines it with values of fixed order")
+        new = [label.expand(out.shape) for label in remaining]
+        for pair in itertools.product(out_labels, new):
+            shared = set.intersection(*map(dims_of, pair))
+            if shared:
+                mode.tie(*(mode.to_blocks(label, dims_of(label) - shared) for label in pair))
+        out_labels += [label for label in new if dims_of(label) not in map(dims_of, out_labels)]
+    return out_labels
 
 
-def reduction(known: Labels, given: Given, out: Tensor, x: Tensor) -> list[Tensor]:
-    """Takes dimensions together in a way that does not look at their order."""
-    dims = given.get("dim")
+def reduction(mode: LabelMode, arguments: Arguments, out: Tensor, x: Tensor) -> list[Tensor]:
+    """Reduces dimensions: the order along them does not matter."""
+    dims = arguments.get("dim")
     dims = [dims] if isinstance(dims, int) else dims or range(x.dim())
     dims, keepdim = [dim % x.dim() for dim in dims], out.dim() == x.dim()
-    left = [known.group(label, dims) for label in labels(x)]
-    return [core(label).amax(dims, keepdim) for label in left if label is not None]
+    remaining = [mode.to_blocks(label, dims) for label in labels(x)]
+    return [unexpand(label).amax(dims, keepdim) for label in remaining if label is not None]
 
 
-def reshape(known: Labels, given: Given, out: Tensor, x: Tensor, *like: Tensor) -> list[Tensor]:
-    """Cuts dimensions, or joins them: what is joined to a channel becomes its entries."""
-    made: list[tuple[Tensor, Tensor]] = []
+def reshape(
+    mode: LabelMode, arguments: Arguments, out: Tensor, x: Tensor, *like: Tensor
+) -> list[Tensor]:
+    """Splits or joins dimensions; where two labelled ones are joined, pins the channels of one."""
+    pairs: list[tuple[Tensor, Tensor]] = []
     for old in labels(x):
-        new = lean(old.reshape(out.shape))
-        if any(along(new) & along(b) and not along(old) & along(a) for a, b in made):
-            known.pin([new], "joins it with other channels")
+        new = drop_constant_dims(old.reshape(out.shape))
+        if any(dims_of(new) & dims_of(b) and not dims_of(old) & dims_of(a) for a, b in pairs):
+            mode.pin([new], "flattens it with other channels")
         else:
-            made.append((old, new))
-    return [new for _, new in made]
+            pairs.append((old, new))
+    return [new for _, new in pairs]
 
 
-def window(known: Labels, given: Given, out: Tensor, x: Tensor) -> list[Tensor]:
-    """Pooling and resizing of the last dimensions, as many as the operator's name says."""
-    return known.slide(x, range(-int(re.search(r"(\d)d", given["name"])[1]), 0))
+def window(mode: LabelMode, arguments: Arguments, out: Tensor, x: Tensor) -> list[Tensor]:
+    """Pools or resizes the last dimensions, whose number is in the operator's name."""
+    return mode.fix_order(x, range(-int(re.search(r"(\d)d", arguments["name"])[1]), 0))
 
 
-def cat(known: Labels, given: Given, out: Tensor, *read: Tensor) -> list[Tensor]:
-    """Side by side along `dim`, as channels of their own, which those of cat(x, -x) need to be told
-    apart by; along the others they meet.
+def cat(mode: LabelMode, arguments: Arguments, out: Tensor, *inputs: Tensor) -> list[Tensor]:
+    """Concatenates. Along `dim` the output has new channels, tied to those of the inputs, so that
+    cat(x, -x) does not have each channel twice; along other dimensions it is pointwise.
     """
-    dim, start, rest = given.get("dim", 0) % out.dim(), 0, []
-    made = known.fresh(only({dim}, out.shape))
-    for x in filter(Tensor.numel, read):
-        here = [label for label in labels(x) if dim in along(label)]
-        here.sort(key=lambda label: len(along(label)))
-        part, start = made.narrow(dim, start, x.shape[dim]), start + x.shape[dim]
-        if here and len(along(here[0])) == 1:
-            known.tie(part, here.pop(0))
+    dim, start, slices = arguments.get("dim", 0) % out.dim(), 0, []
+    joined = mode.new_channels(shape_along({dim}, out.shape))
+    for x in filter(Tensor.numel, inputs):
+        along_dim = [label for label in labels(x) if dim in dims_of(label)]
+        along_dim.sort(key=lambda label: len(dims_of(label)))
+        part, start = joined.narrow(dim, start, x.shape[dim]), start + x.shape[dim]
+        if along_dim and len(dims_of(along_dim[0])) == 1:
+            mode.tie(part, along_dim.pop(0))
         else:
-            known.pin([part], "joins values of fixed order")
-        known.pin(here, "joins it with others")
-        rest.append(x.narrow(dim, 0, 1))
-        rest[-1].labels = [one.narrow(dim, 0, 1) for one in labels(x) if dim not in along(one)]
-    met = pointwise(known, given, out.narrow(dim, 0, 1), *rest)
-    moving = any(dim in along(label) for x in read for label in labels(x))
-    return [*met, made] if moving else met
+            mode.pin([part], "concatenates values of fixed order")
+        mode.pin(along_dim, "concatenates it with others")
+        slices.append(x.narrow(dim, 0, 1))
+        others = [label.narrow(dim, 0, 1) for label in labels(x) if dim not in dims_of(label)]
+        slices[-1].labels = others
+    out_labels = pointwise(mode, arguments, out.narrow(dim, 0, 1), *slices)
+    labelled = any(dim in dims_of(label) for x in inputs for label in labels(x))
+    return [*out_labels, joined] if labelled else out_labels
 
 
-def stack(known: Labels, given: Given, out: Tensor, *read: Tensor) -> list[Tensor]:
-    dim = given.get("dim", 0)
-    with known:
-        return labels(torch.cat([x.unsqueeze(dim) for x in read], dim))
+def stack(mode: LabelMode, arguments: Arguments, out: Tensor, *inputs: Tensor) -> list[Tensor]:
+    dim = arguments.get("dim", 0)
+    with mode:
+        return labels(torch.cat([x.unsqueeze(dim) for x in inputs], dim))
 
 
-def pad(known: Labels, given: Given, out: Tensor, x: Tensor) -> list[Tensor]:
-    """Entries of a constant are channels of their own."""
-    made, pairs = [*map(core, labels(x))], zip(given["pad"][::2], given["pad"][1::2])
-    if min(given["pad"]) < 0:
-        return unknown(known, given, out, x)
+def pad(mode: LabelMode, arguments: Arguments, out: Tensor, x: Tensor) -> list[Tensor]:
+    """Pads with a constant, in new channels."""
+    padded, pairs = [*map(unexpand, labels(x))], zip(arguments["pad"][::2], arguments["pad"][1::2])
+    if min(arguments["pad"]) < 0:
+        return pin_inputs(mode, arguments, out, x)
     for dim, (low, high) in zip(reversed(range(out.dim())), pairs):
-        for i, label in enumerate(made):
+        for i, label in enumerate(padded):
             if label.shape[dim] > 1:
                 shape = [*label.shape[:dim], low + high, *label.shape[dim + 1 :]]
-                made[i] = torch.cat([label, known.fresh(shape)], dim).roll(low, dim)
-    return made
+                padded[i] = torch.cat([label, mode.new_channels(shape)], dim).roll(low, dim)
+    return padded
 
 
-def constant(known: Labels, given: Given, out: Tensor, *read: Tensor) -> list[Tensor]:
-    """All the same, so that any channels may lie there."""
-    return [known.fresh(only({dim}, out.shape)) for dim in along(out)]
+def constant(mode: LabelMode, arguments: Arguments, out: Tensor, *inputs: Tensor) -> list[Tensor]:
+    """Creates a constant, whose order is free along every dimension: new channels."""
+    return [mode.new_channels(shape_along({dim}, out.shape)) for dim in dims_of(out)]
 
 
-def index(known: Labels, given: Given, out: Tensor, x: Tensor, *by: Tensor) -> list[Tensor]:
-    """What is looked up by a number keeps it."""
-    dims = [dim for dim, one in enumerate(given["indices"]) if one is not None]
-    unknown(known, given, out, *by)
-    slid = known.slide(x, dims, "looks up parts of it")
-    if dims[-1] - dims[0] >= len(dims):
-        known.pin(slid, "looks up parts of it")
+def index(
+    mode: LabelMode, arguments: Arguments, out: Tensor, x: Tensor, *indices: Tensor
+) -> list[Tensor]:
+    """Indexes by tensors, which fixes the order along the indexed dimensions."""
+    dims = [dim for dim, entry in enumerate(arguments["indices"]) if entry is not None]
+    pin_inputs(mode, arguments, out, *indices)
+    remaining = mode.fix_order(x, dims, "indexes it")
+    if dims[-1] - dims[0] >= len(dims):  # not adjacent: the indexed dimensions come first
+        mode.pin(remaining, "indexes it")
         return []
     front = (slice(None),) * dims[0]
     new = front + (None,) * (out.dim() - x.dim() + len(dims))
-    return [label[front + (0,) * len(dims)][new] for label in slid]
+    return [label[front + (0,) * len(dims)][new] for label in remaining]
 
 
-def by_channel(
-    known: Labels, given: Given, out: Tensor, x: Tensor, *scales: Tensor
+def channelwise(
+    mode: LabelMode, arguments: Arguments, out: Tensor, x: Tensor, *parameters: Tensor
 ) -> list[Tensor]:
-    """Batch normalisation, PReLU: parameters along the second dimension."""
-    with known:
-        scales = [scale.view(-1, *[1] * (x.dim() - 2)) for scale in scales]
-        if given.get("training"):  # by the statistics of these very values, as InstanceNorm
-            scales.append(x.mean([dim for dim in range(x.dim()) if dim != 1], keepdim=True))
-    return pointwise(known, given, out, x, *scales)
+    """Batch normalisation and PReLU, whose parameters lie along dimension 1."""
+    with mode:
+        parameters = [value.view(-1, *[1] * (x.dim() - 2)) for value in parameters]
+        if arguments.get("training"):  # InstanceNorm: statistics of the input itself
+            dims = [dim for dim in range(x.dim()) if dim != 1]
+            parameters.append(x.mean(dims, keepdim=True))
+    return pointwise(mode, arguments, out, x, *parameters)
 
 
-def matmul(known: Labels, given: Given, out: Tensor, x: Tensor, y: Tensor) -> list[Tensor]:
-    """The inner products of the rows of x and the columns of y."""
-    known.products += 1
-    with known:
+def matmul(
+    mode: LabelMode, arguments: Arguments, out: Tensor, x: Tensor, y: Tensor
+) -> list[Tensor]:
+    """Multiplies each row of x with each column of y, and sums."""
+    mode.num_matmuls += 1
+    with mode:
         return labels((x.unsqueeze(-1) * y.unsqueeze(-3)).sum(-2))
 
 
 def convolution(
-    known: Labels, given: Given, out: Tensor, x: Tensor, weight: Tensor, *bias: Tensor
+    mode: LabelMode, arguments: Arguments, out: Tensor, x: Tensor, weight: Tensor, *bias: Tensor
 ) -> list[Tensor]:
-    """Slides over space, and sums over the channels of each group."""
-    known.products += 1
-    space, groups = range(2, out.dim()), given["groups"]
-    x, weight = (known.give(v.clone(), known.slide(v, space)) for v in (x, weight))
-    with known:
+    """Fixes the order over space, and multiplies matrices in each group of channels."""
+    mode.num_matmuls += 1
+    space, groups = range(2, out.dim()), arguments["groups"]
+    x, weight = (mode.set_labels(v.clone(), mode.fix_order(v, space)) for v in (x, weight))
+    with mode:
         x = x.flatten(2).sum(2).unflatten(1, (groups, 1, -1))  # (n, groups, 1, columns)
         weight = weight.flatten(2).sum(2).unflatten(0, (groups, -1))  # (groups, rows, columns)
-        if given["transposed"]:
+        if arguments["transposed"]:
             weight = weight.transpose(1, 2)
     if groups > 1 and weight.shape[2] > 1:
-        # The columns of the weight stand for other channels in every group: note which.
-        inner = [label for label in labels(weight) if along(label) == {2}]
-        outer = [core(label) for label in labels(x) if along(label) == {1, 3}]
-        if given["transposed"] or len(inner) != 1 or len(outer) != 1:
-            return unknown(known, given, out, x, weight, *bias)
-        known.pin(inner, "differs from group to group")
-        known.tie(known.columns.setdefault(int(inner[0].flatten()[0]), outer[0]), outer[0])
-        rows = [label[..., :1] for label in labels(weight) if label is not inner[0]]
-        weight = known.give(weight[..., :1], rows)
-    with known:
+        # Ties would make the input channels of all groups the same: use group_columns instead.
+        columns = [label for label in labels(weight) if dims_of(label) == {2}]
+        inputs = [unexpand(label) for label in labels(x) if dims_of(label) == {1, 3}]
+        if arguments["transposed"] or len(columns) != 1 or len(inputs) != 1:
+            return pin_inputs(mode, arguments, out, x, weight, *bias)
+        mode.pin(columns, "differs from group to group")
+        first = int(columns[0].flatten()[0])
+        mode.tie(mode.group_columns.setdefault(first, inputs[0]), inputs[0])
+        rows = [label[..., :1] for label in labels(weight) if label is not columns[0]]
+        weight = mode.set_labels(weight[..., :1], rows)
+    with mode:
         y = (x * weight).sum(3).flatten(1)
-        for one in bias:
-            y = y + one
-    return [core(label)[(..., *[None] * len(space))] for label in labels(y)]
+        for value in bias:
+            y = y + value
+    return [unexpand(label)[(..., *[None] * len(space))] for label in labels(y)]
 
 
 RULES = {
     name: rule
     for rule, names in {
+        # The operator moves entries, and is applied to the labels themselves.
         "move": "expand permute transpose t numpy_T swapaxes swapdims movedim slice select split "
         "split_with_sizes chunk unbind narrow unsqueeze squeeze unfold flip roll detach alias",
         reshape: "view _unsafe_view reshape flatten unflatten view_as reshape_as",
@@ -333,7 +368,7 @@ RULES = {
         index: "index",
         matmul: "mm bmm",
         convolution: "convolution",
-        by_channel: "batch_norm prelu",
+        channelwise: "batch_norm prelu",
         pad: "constant_pad_nd",
         constant: "zeros ones full empty zeros_like ones_like full_like empty_like new_zeros "
         "new_ones new_full new_empty",
@@ -346,16 +381,16 @@ RULES = {
     }.items()
     for name in names.split()
 }
-# Also what PyTorch tags so.
+# Beside those that PyTorch tags as pointwise.
 POINTWISE = (
     "instance_norm group_norm layer_norm rms_norm softmax log_softmax pad alias detach log_sigmoid "
     "hardswish hardtanh hardsigmoid relu6 leaky_relu elu selu celu mish masked_fill"
 ).split()
-POINTWISE += [name for name, rule in RULES.items() if rule in (pointwise, by_channel, pad)]
+POINTWISE += [name for name, rule in RULES.items() if rule in (pointwise, channelwise, pad)]
 
 
 def is_pointwise(node: fx.Node) -> bool:
-    """Whether it makes values anew, each channel from itself."""
+    """Whether a node computes new values, each channel from the same channel."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     name = node.target.overloadpacket.__name__.rstrip("_")

@@ -1,4 +1,4 @@
-"""Finding the permutation that maps the source network onto the target (paper, section 3)."""
+"""Finds the permutation that maps the source network onto the target (paper, section 3)."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -15,26 +15,27 @@ Permutation = dict[str, Tensor]
 
 
 class Moments:
-    """Streaming correlation of the channels of two tensors: batches in fp32, totals in float64.
+    """Streaming covariance and correlation of the channels of two tensors: fp32 within a batch,
+    float64 across batches.
 
-    Values are shifted by the mean of the first batch, so that large means do not swallow small
-    variances.
+    Values are shifted by the mean of the first batch, because a large mean would cost a small
+    variance its precision.
     """
 
     def __init__(self) -> None:
         self.count = 0
 
     def add(self, target: Tensor, source: Tensor) -> None:
-        """Take in two (samples, channels) tensors of one batch."""
+        """Add two (samples, channels) tensors of one batch."""
         if self.count == 0:
             self.shifts = target.mean(0), source.mean(0)
             self.sums = [torch.zeros_like(shift, dtype=torch.float64) for shift in self.shifts]
             self.squares = [total.clone() for total in self.sums]
             self.products = torch.outer(*self.sums)
-        # A piece that stays in a processor's cache: several times faster.
+        # Chunks that fit the CPU cache are several times faster.
         rows = max(4096, 2**18 // target.shape[1])
-        for piece in zip(target.split(rows), source.split(rows)):
-            pair = [t - shift for t, shift in zip(piece, self.shifts)]
+        for chunks in zip(target.split(rows), source.split(rows)):
+            pair = [chunk - shift for chunk, shift in zip(chunks, self.shifts)]
             for values, total, square in zip(pair, self.sums, self.squares):
                 total += values.sum(0)
                 square += values.square().sum(0)
@@ -47,15 +48,13 @@ class Moments:
         return (self.products / self.count - torch.outer(*means)).cpu()
 
     def correlation(self) -> Tensor:
-        """The (target channels, source channels) correlation; a channel of zero variance correlates
-        0 with everything.
-        """
+        """The (target channels, source channels) correlation, 0 for channels of zero variance."""
         deviations = []
         for total, square in zip(self.sums, self.squares):
-            second = square / self.count
-            variance = second - (total / self.count).square()
-            # Below fp32's resolution of the sums a variance is rounding, not signal.
-            deviations.append(torch.where(variance > 1e-7 * second, variance, 0).sqrt())
+            second_moment = square / self.count
+            variance = second_moment - (total / self.count).square()
+            # A smaller variance is the rounding error of fp32 sums.
+            deviations.append(torch.where(variance > 1e-7 * second_moment, variance, 0).sqrt())
         scale = torch.outer(*deviations).cpu()
         return torch.where(scale > 0, self.covariance() / scale, 0).clamp(-1, 1)
 
@@ -69,22 +68,22 @@ class Covariance(Moments):
 
 
 class Summed:
-    """A function of the two (samples, channels) tensors of a batch, summed over batches."""
+    """Sums a function of two (samples, channels) tensors over batches."""
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor]):
         self.function, self.total = function, 0.0
 
     def add(self, target: Tensor, source: Tensor) -> None:
         if isinstance(self.total, float) and target.shape[1] > 1:
-            self.matrix(target[:, 1:], source)  # once, because a transposed square does not show
+            self.matrix(target[:, 1:], source)  # a square matrix does not show a transposition
         self.total = self.total + self.matrix(target, source).double().cpu()
 
     def matrix(self, target: Tensor, source: Tensor) -> Tensor:
         matrix, channels = self.function(target, source), (target.shape[1], source.shape[1])
         if matrix.shape != channels:
             raise ValueError(
-                f"{self.function.__name__} made a {tuple(matrix.shape)} tensor, not one of "
-                f"(target channels, source channels), {channels}"
+                f"{self.function.__name__} returned a {tuple(matrix.shape)} tensor instead of "
+                f"(target channels, source channels) {channels}"
             )
         return matrix
 
@@ -92,15 +91,15 @@ class Summed:
         return self.total
 
 
-# By the name that --statistic takes: a class with `add` and `result` as above, or a function
-# (target, source) -> (target channels, source channels) matrix that is summed over batches.
+# Choices of --statistic: a class with `add` and `result` as above, or a function f(target, source)
+# that returns a (target channels, source channels) matrix, which is summed over batches.
 SIMILARITIES: dict[str, Any] = {"correlation": Correlation, "covariance": Covariance}
 
 
 def new_similarity(name: str) -> Any:
-    """What takes in batches by `add(target, source)` and gives the matrix by `result()`."""
-    made = SIMILARITIES[name]
-    return made() if isinstance(made, type) else Summed(made)
+    """A new accumulator, with `add(target, source)` and `result()`."""
+    similarity = SIMILARITIES[name]
+    return similarity() if isinstance(similarity, type) else Summed(similarity)
 
 
 @torch.no_grad()
@@ -113,104 +112,104 @@ def similarities(
     statistic: str = "correlation",
     stream: str = "last",
 ) -> dict[str, Tensor]:
-    """Correlate the channels of every axis in one pass over `batches` of images, in fp32 and
+    """Compare the channels of every axis in one pass over `batches` of images, in fp32 and
     evaluation mode.
 
-    match_on: `post`, the values after the nonlinearity, or `pre`, before it. statistic: a name of
-    SIMILARITIES. stream: where layers read an axis from several tensors, as from a residual stream,
-    the `last` or the `mean` over all. Returns a (target channels, source channels) float64 matrix
-    for each axis that is seen. One pass is enough: a permuted network computes the same function,
-    so permuting early channels changes no later channel's values.
+    match_on: activations after (`post`) or before (`pre`) the nonlinearity. statistic: a key of
+    SIMILARITIES. stream: for an axis with several activations, as a residual stream, the `last` or
+    the `mean` over all. Returns a (target channels, source channels) float64 matrix for each axis
+    that has activations. One pass is enough: permuting a network's early channels does not change
+    the values of later ones.
     """
     states = [model.state_dict() for model in (target, source)]
-    moments: dict[str, list[Any]] = {axis: [] for axis in axes.sizes}
-    wanted: dict[str, list[tuple[Any, Place]]] = {}
-    for axis, places in axes.readouts.items():
+    accumulators: dict[str, list[Any]] = {axis: [] for axis in axes.sizes}
+    by_node: dict[str, list[tuple[Any, Place]]] = {}
+    for axis, places in axes.activations.items():
         for place in places if stream == "mean" else places[-1:]:
-            moments[axis].append(new_similarity(statistic))
-            node = place.tensor if match_on == "post" else axes.before[place.tensor]
-            wanted.setdefault(node, []).append((moments[axis][-1], place))
-    graph = functools.cache(functools.partial(export, target))  # holds for one number of images
+            accumulators[axis].append(new_similarity(statistic))
+            node = place.tensor if match_on == "post" else axes.pre_activation[place.tensor]
+            by_node.setdefault(node, []).append((accumulators[axis][-1], place))
+    graph = functools.cache(functools.partial(export, target))  # a graph has a fixed batch size
     for images in batches:
         images = images.float()
         runs = [graph(images.shape).start(state, images) for state in states]
         for node, _ in lockstep(runs):
-            for moment, place in wanted.get(node.name, ()):
-                moment.add(*(samples(run.env[node], place) for run in runs))
-    found = {}
-    for axis, several in moments.items():
-        if several:
-            found[axis] = sum(moment.result() for moment in several) / len(several)
-            if not found[axis].isfinite().all():
+            for accumulator, place in by_node.get(node.name, ()):
+                accumulator.add(*(samples(run.env[node], place) for run in runs))
+    matrices = {}
+    for axis, parts in accumulators.items():
+        if parts:
+            matrices[axis] = sum(part.result() for part in parts) / len(parts)
+            if not matrices[axis].isfinite().all():
                 raise ValueError(
-                    f"{statistic} is NaN or inf along {axis}, perhaps of dead channels"
+                    f"{statistic} is NaN or inf along {axis}, perhaps because of dead channels"
                 )
-    return found
+    return matrices
 
 
 def samples(value: Tensor, place: Place) -> Tensor:
-    """An activation as (samples, channels) of the axis that lies at `place`."""
+    """Flatten an activation to the (samples, channels) of the axis at `place`."""
     return by_channel(value, place).movedim(0, -1).flatten(0, -2)
 
 
 def assign(similarity: Tensor) -> Tensor:
-    """The permutation that maximises the summed similarity; index[i] is the source channel for
-    target position i.
+    """The permutation with the largest sum of matched similarities (linear assignment).
+
+    Entry i is the source channel for target channel i.
     """
     return torch.from_numpy(linear_sum_assignment(similarity.numpy(), maximize=True)[1])
 
 
-def assign_blocks(within: list[Tensor], fixed: list[Tensor], blocks: int) -> list[Tensor]:
-    """The permutations of axes that share an order of blocks, of the largest summed similarity.
+def assign_blocks(free: list[Tensor], fixed: list[Tensor], blocks: int) -> list[Tensor]:
+    """The permutations of axes that share an order of blocks, with the largest summed similarity.
 
-    A source block can go to the place of any target block; the channels of the `within` axes can
-    also be permuted inside it, those of the `fixed` axes not. Exact: the best order inside is found
-    for each pair of blocks, and then the best pairing. Returns a permutation for each of `within`,
-    then for each of `fixed`.
+    Every axis has a similarity matrix. Within blocks the channels of `free` axes can be permuted,
+    those of `fixed` axes not. Exact: solves the assignment within every pair of blocks, and then
+    that of the blocks. Returns a permutation for each axis of `free`, then of `fixed`.
     """
     score = torch.zeros(blocks, blocks, dtype=torch.float64)
-    orders: list[Tensor] = []  # (target block, source block, channel within)
-    for position, similarity in enumerate([*within, *fixed]):
+    orders: list[Tensor] = []  # (target block, source block, channel in the block)
+    for position, similarity in enumerate([*free, *fixed]):
         size = len(similarity) // blocks
         pairs = similarity.unflatten(0, (blocks, size)).unflatten(2, (blocks, size)).transpose(1, 2)
         order = torch.arange(size).expand(blocks, blocks, size)
-        if position < len(within) and size > 1:
+        if position < len(free) and size > 1:
             order = torch.stack([assign(pair) for pair in pairs.flatten(0, 1)]).view(
                 blocks, blocks, size
             )
         score += pairs.gather(3, order[..., None]).sum((2, 3))
         orders.append(order)
-    placed = assign(score)
+    block = assign(score)
     return [
-        (placed[:, None] * order.shape[2] + order[torch.arange(blocks), placed]).flatten()
+        (block[:, None] * order.shape[2] + order[torch.arange(blocks), block]).flatten()
         for order in orders
     ]
 
 
 def match_activations(
-    source: nn.Module, target: nn.Module, axes: Axes, batches: Iterable[Tensor], **how: str
+    source: nn.Module, target: nn.Module, axes: Axes, batches: Iterable[Tensor], **options: str
 ) -> tuple[Permutation, list[dict]]:
     """Activation matching: for every axis the permutation of the source that correlates best with
     the target.
 
-    `how` goes to `similarities`. Returns the permutation and a row an axis: channels, how many
-    moved, mean matched similarity before and after.
+    `options` are those of `similarities`. Returns the permutation and a row per axis: its channels,
+    how many move, and the mean similarity of matched channels before and after.
     """
-    matrices = similarities(source, target, axes, batches, **how)
+    matrices = similarities(source, target, axes, batches, **options)
     permutation = {}
     for names, blocks in axes.groups:
-        if matrices.keys() >= set(names):  # inside an attention layer no values are seen
+        if matrices.keys() >= set(names):  # the axes inside attention have no activations
             permutation |= zip(names, assign_blocks([matrices[axis] for axis in names], [], blocks))
     rows = describe(permutation)
     for row in rows:
         matrix, index = matrices[row["axis"]], permutation[row["axis"]]
         row["before"] = float(matrix.diagonal().mean())
-        row["after"] = float(matrix[torch.arange(len(index)), index].mean())
+        row["after"] = matched_sum(matrix, index) / len(index)
     return permutation, rows
 
 
 def describe(permutation: Permutation) -> list[dict[str, Any]]:
-    """A row an axis: how many channels it has, and how many move."""
+    """A row per axis: how many channels it has, and how many move."""
     rows = []
     for axis, index in permutation.items():
         moved = int((index != torch.arange(len(index))).sum())
@@ -222,7 +221,7 @@ def describe(permutation: Permutation) -> list[dict[str, Any]]:
 
 
 def objective(source: dict[str, Tensor], target: dict[str, Tensor]) -> float:
-    """The inner product <source, target> over all entries of `source`, in float64."""
+    """The inner product <source, target>, summed over the tensors of `source`, in float64."""
     return sum(
         float((value * target[name]).sum(dtype=torch.float64)) for name, value in source.items()
     )
@@ -231,39 +230,41 @@ def objective(source: dict[str, Tensor], target: dict[str, Tensor]) -> float:
 class Products:
     """The (target channels, source channels) inner products of an axis, summed over its places.
 
-    They are kept from visit to visit, so that only what has changed in between is multiplied.
+    Updated incrementally: only what has changed in the source since the last update is multiplied.
     """
 
     def __init__(self, channels: int) -> None:
         self.total = torch.zeros(channels, channels, dtype=torch.float64)  # on the CPU
-        self.seen: dict[tuple[str, int], Tensor] = {}  # the source at each place, at the last visit
+        # The source at each place, at the last update.
+        self.seen: dict[tuple[str, int], Tensor] = {}
 
     def update(
         self, places: list[Place], target: dict[str, Tensor], source: dict[str, Tensor]
     ) -> Tensor:
-        """The products with the source as it is now."""
-        gained = None
+        """The products with the current source."""
+        change = None
         for place in places:
-            now, then = source[place.tensor], self.seen.get(place[:2])
-            if now is then:
+            new, old = source[place.tensor], self.seen.get(place[:2])
+            if new is old:
                 continue
-            self.seen[place[:2]], fixed = now, target[place.tensor]
-            if then is not None:
-                if now.dim() > 1 and place.groups == 1:  # few neighbours move in later sweeps
-                    side = int(place.dim == 0)
-                    at = (now != then).movedim(side, 0).flatten(1).any(1).nonzero().flatten()
-                    now, then, fixed = (one.index_select(side, at) for one in (now, then, fixed))
-                now = now - then
-            fixed, now = (by_channel(one, place).flatten(1) for one in (fixed, now))
-            gained = fixed @ now.T if gained is None else gained.addmm_(fixed, now.T)
-        if gained is not None:
-            self.total += gained.cpu()
+            self.seen[place[:2]], fixed = new, target[place.tensor]
+            if old is not None:
+                # Late sweeps move few of the channels along the other dimension.
+                if new.dim() > 1 and place.groups == 1:
+                    other = int(place.dim == 0)
+                    changed = (new != old).movedim(other, 0).flatten(1).any(1).nonzero().flatten()
+                    new, old, fixed = (x.index_select(other, changed) for x in (new, old, fixed))
+                new = new - old
+            fixed, new = (by_channel(x, place).flatten(1) for x in (fixed, new))
+            change = fixed @ new.T if change is None else change.addmm_(fixed, new.T)
+        if change is not None:
+            self.total += change.cpu()
         return self.total
 
     def move(self, order: Tensor, source: dict[str, Tensor]) -> None:
-        """Follow the source after this axis, and no other beside it, has moved."""
-        there = (order != torch.arange(len(order))).nonzero().flatten()
-        self.total[:, there] = self.total[:, order[there]]
+        """Permute the products by `order`, by which this axis of `source` has just moved."""
+        changed = (order != torch.arange(len(order))).nonzero().flatten()
+        self.total[:, changed] = self.total[:, order[changed]]
         self.seen = {(tensor, dim): source[tensor] for tensor, dim in self.seen}
 
 
@@ -277,71 +278,77 @@ def match_weights(
     """Weight matching: raise <π(source), target> axis by axis until no axis improves it (Ainsworth
     et al. 2023, Alg. 1).
 
-    `source` and `target` hold the tensors to match, the source's already masked for mask-aware
-    matching. Starts from `start` or the identity, and visits the axes in an order drawn from
-    `seed`. Returns the permutation and the objective at the start and after every sweep, which
-    never falls.
+    `source` and `target` hold the tensors to match; mask-aware matching masks the source's first.
+    Starts from `start` or the identity, and visits the axes in an order drawn from `seed`. Returns
+    the permutation, and the objective, which never decreases, at the start and after every sweep.
     """
     permutation = identity(axes) | (start or {})
-    moved = permute(source, axes.dims, permutation)
+    permuted = permute(source, axes.dims, permutation)
     places = axes.places(source)
-    tensors = {axis: {place.tensor for place in found} for axis, found in places.items()}
+    tensors = {axis: {place.tensor for place in along} for axis, along in places.items()}
     groups = {axis: group for group in axes.groups for axis in group.axes}
     products = {axis: Products(size) for axis, size in axes.sizes.items()}
     generator = torch.Generator().manual_seed(seed)
-    names, history = list(axes.sizes), [objective(moved, target)]
-    stale = set(names)  # axes beside which something has moved since they were last optimal
+    names, history = list(axes.sizes), [objective(permuted, target)]
+    stale = set(names)  # axes with a tensor that has changed since they were last optimal
+
+    def improve(axis: str) -> float:
+        """Permute an axis, and those of its group, and return by how much the objective rises."""
+        members = [axis, *(other for other in groups[axis].axes if other != axis)]
+        occurrences = [place.tensor for member in members for place in places[member]]
+        current = {name: permuted[name] for name in occurrences}
+        independent = len(occurrences) == len(current)
+        if not independent:
+            products.update({member: Products(axes.sizes[member]) for member in members})
+        matrices, counted = [], set()  # a tensor along which several members lie counts once
+        for member in members:
+            remaining = [place for place in places[member] if place.tensor not in counted]
+            matrices.append(products[member].update(remaining, target, permuted))
+            counted.update(tensors[member])
+        if independent:
+            before = sum(float(matrix.trace()) for matrix in matrices)
+        else:
+            before = objective(current, target)
+        # Where axes of a group, or one axis twice, lie along the same tensor, their best orders
+        # depend on each other. The assignment is then a proposal, and accepted if the objective
+        # rises: first with all axes of the group free, then with this one alone.
+        for free in sorted({len(members), 1}, reverse=True):
+            orders = assign_blocks(matrices[:free], matrices[free:], groups[axis].blocks)
+            steps = dict(zip(members, orders))
+            if independent:
+                gain = sum(map(matched_sum, matrices, orders)) - before
+            else:
+                gain = objective(permute(current, axes.dims, steps), target) - before
+            if gain > 1e-7 * abs(before):
+                permuted.update(permute(current, axes.dims, steps))
+                for member, step in steps.items():
+                    permutation[member] = permutation[member][step]
+                    products[member].move(step, permuted)
+                stale.update(name for name in names if tensors[name] & current.keys())
+                if independent:
+                    stale.discard(axis)  # the assignment was exact
+                return gain
+        return 0.0
+
     while stale:
         history.append(history[-1])
         for position in torch.randperm(len(names), generator=generator).tolist():
             axis = names[position]
-            if axis not in stale:
-                continue
-            stale.discard(axis)
-            members = [axis, *(other for other in groups[axis].axes if other != axis)]
-            beside = [place.tensor for member in members for place in places[member]]
-            touched = {name: moved[name] for name in beside}
-            apart = len(beside) == len(touched)
-            if not apart:
-                products |= {member: Products(axes.sizes[member]) for member in members}
-            sums, counted = [], set()  # a tensor along which several members lie counts once
-            for member in members:
-                here = [place for place in places[member] if place.tensor not in counted]
-                sums.append(products[member].update(here, target, moved))
-                counted |= tensors[member]
-            best = sum(float(one.trace()) for one in sums) if apart else objective(touched, target)
-            # Judged by the true gain: where axes of a group, or one axis twice, share a tensor,
-            # their best orders depend on each other, and the assignment is a proposal. So there are
-            # two of them, with the others' orders free or kept.
-            for free in sorted({len(members), 1}, reverse=True):
-                orders = assign_blocks(sums[:free], sums[free:], groups[axis].blocks)
-                steps = dict(zip(members, orders))
-                if apart:
-                    gain = sum(map(matched_sum, sums, orders)) - best
-                else:
-                    gain = objective(permute(touched, axes.dims, steps), target) - best
-                if gain > 1e-7 * abs(best):
-                    moved |= permute(touched, axes.dims, steps)
-                    history[-1] += gain
-                    for member, step in steps.items():
-                        permutation[member] = permutation[member][step]
-                        products[member].move(step, moved)
-                    stale |= {name for name in names if tensors[name] & touched.keys()}
-                    if apart:
-                        stale.discard(axis)  # the assignment was exact
-                    break
+            if axis in stale:
+                stale.discard(axis)
+                history[-1] += improve(axis)
     return permutation, history
 
 
 def matched_sum(similarity: Tensor, order: Tensor) -> float:
-    """The summed similarity of what `order` matches."""
+    """The sum of the similarities that `order` matches."""
     return float(similarity[torch.arange(len(order)), order].sum())
 
 
 def match_weights_best(
     source: dict[str, Tensor], target: dict[str, Tensor], axes: Axes, restarts: int, seed: int = 0
 ) -> Permutation:
-    """The best of `restarts` weight matchings: from the identity, and from random permutations."""
+    """The best of `restarts` weight matchings, from the identity and random permutations."""
     starts = [identity(axes), *(random_permutation(axes, seed + i) for i in range(1, restarts))]
-    tries = [match_weights(source, target, axes, start, seed + i) for i, start in enumerate(starts)]
-    return max(tries, key=lambda found: found[1][-1])[0]
+    runs = [match_weights(source, target, axes, start, seed + i) for i, start in enumerate(starts)]
+    return max(runs, key=lambda run: run[1][-1])[0]  # by the last objective
