@@ -36,11 +36,12 @@ def main() -> None:
         for metric in panels.METRICS:
             if group[metric].isna().all():
                 continue
-            groups = (
-                group.groupby([*CELL, "variant"])[metric],
-                levels.groupby([*NETWORK, "variant"])[metric],
-            )
-            points = [part.agg(["mean", "std", "count"]).reset_index() for part in groups]
+            points = [
+                table.groupby([*keys, "variant"])[metric]
+                .agg(["mean", "std", "count"])
+                .reset_index()
+                for table, keys in ((group, CELL), (levels, NETWORK))
+            ]
             points = pd.concat(points, ignore_index=True)
             if args.paper:
                 theirs = paper_numbers.accuracies(metric).merge(points[CELL].drop_duplicates())

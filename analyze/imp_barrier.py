@@ -2,8 +2,7 @@
 
 The barrier in test loss and test error on the line from the dense network to the network after each
 round of IMP, with and without REPAIR, against sparsity. Uses the rounds that `prune_imp.py
---keep-rounds` kept. Without them it uses the networks at the asked sparsities, and no line joins
-their points. Writes figures/imp_barrier_*; each curve is cached beside its pruned network.
+--keep-rounds` kept, or else the networks at the requested sparsities, whose points no line joins. Writes figures/imp_barrier_*; each curve is cached beside its pruned network.
 """
 
 import pandas as pd
@@ -56,8 +55,8 @@ def main() -> None:
         seeds, rounds = group["seed"].nunique(), group["rounds"].all()
         count = group.groupby("width")["sparsity"].nunique().max()
         title = f"dense network to IMP's, {model} on {dataset}, {seeds} seed{'s' * (seeds != 1)}\n"
-        asked = "at the asked sparsities, not after every round"
-        title += f"after each of {count} rounds" if rounds else asked
+        requested = "at the requested sparsities, not after every round"
+        title += f"after each of {count} rounds" if rounds else requested
         figure = plot(points, title, joined=rounds and count >= MIN_ROUNDS)
         name = f"imp_barrier_{model}_{dataset}" + f"_{tag}" * bool(tag)
         style.save_figure(figure, points, args.root / "figures", name)

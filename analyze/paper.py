@@ -34,8 +34,10 @@ def main() -> None:
     if args.table is None:
         draw_figures(args.folder)
         return
-    folder, ours = args.folder / "tables", paper_numbers.our_results(args.folder)
-    table = paper_numbers.save_comparison(args.table, ours, folder)
+    folder = args.folder / "tables"
+    table = paper_numbers.save_comparison(
+        args.table, paper_numbers.our_results(args.folder), folder
+    )
     print(f"Table {args.table}\n{table.to_string()}")
     print(f"wrote {folder / f'table_{args.table}'}.csv and .tex")
 

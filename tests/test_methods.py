@@ -104,9 +104,10 @@ def test_cosines_by_hand(compared):
     expected = torch.cosine_similarity(a, b, 0).item()
     assert rows[0]["masked_cosine"] == pytest.approx(expected, abs=1e-6)
     # In the table, a mean over pairs, naive is compared with the latest B.
-    table = methods.compare_methods(compared)
-    row = table.query("method == 'naive' and sparsity == 0.5 and k == 0")
-    assert row["cosine"].item() == pytest.approx(np.mean([row["cosine"] for row in rows]))
+    table = methods.compare_methods(compared).query(
+        "method == 'naive' and sparsity == 0.5 and k == 0"
+    )
+    assert table["cosine"].item() == pytest.approx(np.mean([row["cosine"] for row in rows]))
 
 
 def test_barriers_are_read_from_the_file_of_interpolation(compared):

@@ -109,7 +109,7 @@ def test_imp_barrier_names_its_networks(runs, tmp_path):
     refused(call(*command), "copy/round_01.pt", "have the same settings and seeds")
     shutil.rmtree(duplicate)
     edit(tmp_path, "imp", keep_rounds=False)  # only the last round is kept
-    assert "at the asked sparsities, not after every round" in succeed(*command)
+    assert "at the requested sparsities, not after every round" in succeed(*command)
     table = pd.read_csv(tmp_path / "figures/imp_barrier_mlp_glyphs.csv")
     assert table["sparsity"].round(1).tolist() == [0.5, 0.7, 0.5, 0.7]
 

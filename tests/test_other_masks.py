@@ -27,7 +27,7 @@ def test_erk_by_hand():
     assert density == pytest.approx({"conv": 24 / 72, "wide": 40 / 100, "thin": 1})
 
 
-def test_random_masks_have_the_asked_densities():
+def test_random_masks_have_the_requested_densities():
     density = other_masks.densities(SHAPES, 37)
     scores = [other_masks.random_scores(SHAPES, density, seed) for seed in (0, 1)]
     dense = masking.dense_mask(scores[0], [*SHAPES])

@@ -51,8 +51,7 @@ def move_to_paper_cells(root, model, dataset, rewinds, **metrics):
     edit(root, model=model, width=1.0, dataset=dataset, mask_dataset=dataset, **metrics)
     for sparsity, new_sparsity in ((0.5, 0.8), (0.7, 0.9)):
         for rewind, new_rewind in enumerate(rewinds):
-            name = f"s{sparsity:.2f}_k{rewind:03d}"
-            edit(root, name, sparsity=new_sparsity, rewind=new_rewind)
+            edit(root, f"s{sparsity:.2f}_k{rewind:03d}", sparsity=new_sparsity, rewind=new_rewind)
 
 
 def test_figures_and_their_data_are_written(root, monkeypatch):
@@ -219,7 +218,7 @@ def test_the_report_has_every_section_or_its_reason_to_be_missing(root, in_proce
     assert finished.sparse_runs(root)["code"].iloc[0] in text
 
 
-def test_the_report_runs_only_the_asked_analyses(root, in_process):
+def test_the_report_runs_only_the_requested_analyses(root, in_process):
     out = succeed("analyze.report", root, "--only results masks")
     page, text = read_report(root)
     assert "interpolation " not in out

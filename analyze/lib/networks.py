@@ -81,8 +81,8 @@ def runs_with_dense(root: Path, stage: str, *roles: str) -> Iterator[dict[str, A
 def imp_networks(root: Path, rounds: bool) -> pd.DataFrame:
     """Return the networks that IMP pruned below `root`: columns IMP, `dense`, `file`, `rounds`.
 
-    They are those at the asked sparsities or, with `rounds`, after each round of the chains that
-    kept them. Prints one line for a file that cannot be read and skips it.
+    With `rounds` they are those after each round, where these were kept, or else those at the
+    requested sparsities. Prints one line for a file that cannot be read and skips it.
     """
     rows = []
     for run in runs_with_dense(root, "prune_imp", "dense"):
@@ -124,8 +124,9 @@ def triples(root: Path) -> pd.DataFrame:
     lth = runs.loc[runs["arm"] == "lth", [*keys, "path"]].drop_duplicates(keys)
     pairs = runs[runs["arm"] == "permuted"].merge(lth, on=keys, suffixes=("", "_lth"))
     if pairs.empty:
-        message = f"no permuted network with LTH's beside it below {root}"
-        raise UserError(f"{message}: run train_sparse.py for both")
+        raise UserError(
+            f"no permuted network beside LTH below {root}: run train_sparse.py for both"
+        )
     masks = alignments(root)[["mask", "permutation", "source"]]
     masks = masks.rename(columns={"source": "dense"})
     masks["mask"] = masks["mask"].map(checkpoint.digest)  # sparse runs record the digest

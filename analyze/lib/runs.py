@@ -119,8 +119,7 @@ def check_unique(table: pd.DataFrame, keys: list[str], file: str = "path") -> No
 
 def dense_runs(root: Path) -> pd.DataFrame:
     """Return all finished dense runs below `root`: COLUMNS, as far as they apply; variant dense."""
-    required = [*NETWORK, "seed", "epochs", "test_acc"]
-    runs = read_runs(root, "train_dense", required)
+    runs = read_runs(root, "train_dense", [*NETWORK, "seed", "epochs", "test_acc"])
     return runs.assign(variant=with_tag("dense", runs["tag"]))
 
 

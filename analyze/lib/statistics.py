@@ -78,11 +78,6 @@ def ratio_interval(numerators: pd.Series, denominators: pd.Series) -> tuple[floa
     return low, high
 
 
-def accuracy(cell: pd.DataFrame) -> pd.DataFrame:
-    """Return mean, sample std and number of the runs of a cell, by arm and variant."""
-    return cell.groupby(["arm", "variant"])["test_acc"].agg(["mean", "std", "count"])
-
-
 def mean_over_cells(pairs: pd.DataFrame) -> pd.DataFrame:
     """Average the accuracy of each pair and variant over the cells of a network.
 
@@ -108,8 +103,8 @@ def summary(runs: pd.DataFrame, against: str | None = None) -> pd.DataFrame:
     """
     pairs, keys = accuracy_by_pair(runs), [*CELL, "arm", "variant"]
     means = mean_over_cells(with_gains(pairs, against))
-    cells = pd.concat([runs, means]).groupby(CELL, dropna=False)[[*keys[-2:], "test_acc"]]
-    table = cells.apply(accuracy).reset_index()
+    groups = pd.concat([runs, means]).groupby(keys, dropna=False)["test_acc"]
+    table = groups.agg(["mean", "std", "count"]).reset_index()
     gains = with_gains(pd.concat([pairs, means]), against).dropna(subset="gain")
     groups = gains.groupby(keys, dropna=False)
     rows = [dict(zip(keys, values)) | gain_statistics(group) for values, group in groups]
