@@ -25,6 +25,7 @@ from analyze.lib.runs import (
     shared_networks,
     sparse_runs,
     with_gains,
+    with_tag,
 )
 from analyze.lib.statistics import paired_test
 from common import cli, paths
@@ -58,13 +59,14 @@ def pruned(root: Path) -> pd.DataFrame:
 
     A row per permutation that a sparse network used, and a naive row without permutation.
     """
-    keys = [*NETWORK, "tag", "sparsity"]
-    imp = networks.imp_networks(root, rounds=False)[[*networks.IMP, "file"]]
-    imp = imp.drop_duplicates(networks.IMP, keep="last")
+    keys = [*NETWORK, "mask_tag", "sparsity"]
+    imp = networks.imp_networks(root, rounds=False).rename(columns={"tag": "mask_tag"})
+    imp = imp.drop_duplicates([*keys, "seed"], keep="last")[[*keys, "seed", "file"]]
     table = networks.triples(root).drop_duplicates([*keys, *SEEDS, "variant"])
     for seed, end in zip(SEEDS, ("imp_source", "imp_target")):
         table = table.merge(imp.rename(columns={"seed": seed, "file": end}), on=[*keys, seed])
-    naive = table.drop_duplicates([*keys, *SEEDS]).assign(variant="naive")
+    naive = table.drop_duplicates([*keys, *SEEDS])
+    naive = naive.assign(variant=with_tag("naive", naive["mask_tag"]))
     naive = lines.with_files(naive, "imp_source", "imp_target")
     permuted = lines.with_files(table, "imp_source", "permutation", "imp_target")
     return pd.concat([naive, permuted]).assign(kind="pruned", rewind=math.nan)

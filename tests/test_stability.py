@@ -8,7 +8,7 @@ import pytest
 from analyze import stability
 from analyze.lib.runs import CELL, sparse_runs
 from common.checkpoint import load_dense
-from tests.conftest import call, refused, stage4, succeed
+from tests.conftest import call, edit, refused, stage4, succeed
 
 
 def test_lines_between_orders_basins_and_pruned_networks(runs, tmp_path):
@@ -51,6 +51,9 @@ def test_lines_between_orders_basins_and_pruned_networks(runs, tmp_path):
     assert pruned["naive", 0.5] == expected
     expected.insert(1, root / "align/activation/seed0-seed1/permutation.pt")
     assert pruned["permuted", 0.5] == expected
+    # Settings of sparse training, which are added to the tag of a run, are not those of its mask.
+    edit(root, "again", lr=0.5)
+    assert {*stability.pruned(root)["variant"]} == {"naive", "permuted [lr=0.02]"}
     shutil.rmtree(root / "imp")
     assert stability.pruned(root).empty
 

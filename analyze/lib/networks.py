@@ -118,7 +118,8 @@ def triples(root: Path) -> pd.DataFrame:
     """Return the files of LTH, permuted and dense source network with the permutation of the mask.
 
     A row per cell and pair of seeds, late matches first, has them as `lth`, `permuted`, `dense` and
-    `permutation`. Raises UserError when there is no such row.
+    `permutation`. The tag of the mask is `mask_tag`: unlike that of the run it has no settings.
+    Raises UserError when there is no such row.
     """
     runs, keys = without_signs_or_fan_in(sparse_runs(root)), [*CELL, "source_seed", "tag"]
     lth = runs.loc[runs["arm"] == "lth", [*keys, "path"]].drop_duplicates(keys)
@@ -127,8 +128,8 @@ def triples(root: Path) -> pd.DataFrame:
         raise UserError(
             f"no permuted network beside LTH below {root}: run train_sparse.py for both"
         )
-    masks = alignments(root)[["mask", "permutation", "source"]]
-    masks = masks.rename(columns={"source": "dense"})
+    masks = alignments(root)[["mask", "permutation", "source", "tag"]]
+    masks = masks.rename(columns={"source": "dense", "tag": "mask_tag"})
     masks["mask"] = masks["mask"].map(checkpoint.digest)  # sparse runs record the digest
     table = pairs.merge(masks.drop_duplicates("mask", keep="last"), on="mask")
     table["lth"] = table["path_lth"].map(paths.final_file)
