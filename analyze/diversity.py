@@ -103,8 +103,9 @@ def compare_members(networks: pd.DataFrame, load_data: Callable) -> pd.DataFrame
     sizes = networks.groupby(ENSEMBLE, dropna=False)["file"].transform("size")
     ensembles = networks[sizes > 1].groupby(ENSEMBLE, dropna=False)
     for key, group in tqdm(ensembles, "ensembles", unit="ensemble", disable=None):
-        outputs = [try_read(predict, path, load_data) for path in group["file"]]
-        outputs = [output for output in outputs if output]
+        outputs = [
+            output for path in group["file"] if (output := try_read(predict, path, load_data))
+        ]
         if len(outputs) < 2:
             warn_skipped(f"{key[-1]}: an ensemble needs two members")
             continue

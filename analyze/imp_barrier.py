@@ -2,7 +2,8 @@
 
 The barrier in test loss and test error on the line from the dense network to the network after each
 round of IMP, with and without REPAIR, against sparsity. Uses the rounds that `prune_imp.py
---keep-rounds` kept, or else the networks at the requested sparsities, whose points no line joins. Writes figures/imp_barrier_*; each curve is cached beside its pruned network.
+--keep-rounds` kept, or else the networks at the requested sparsities, whose points no line joins.
+Writes figures/imp_barrier_*; each curve is cached beside its pruned network.
 """
 
 import pandas as pd

@@ -39,10 +39,10 @@ def main() -> None:
         pairs = len(group[SEEDS].drop_duplicates())
         title = f"{model} on {dataset}, {pairs} seed pair{'s' * (pairs != 1)}\n"
         title += f"matched by {method} at epoch {epoch}"
-        folder, name = args.root / "figures", f"{method}_{model}_{dataset}_k{epoch:03d}"
+        name = f"interpolation_{method}_{model}_{dataset}_k{epoch:03d}"
         barriers = lines.barriers(group, ROW).groupby(CURVE)[["test", "train"]]
         figure = panels.draw_lines(group, title, barriers.mean()["test"])
-        style.save_figure(figure, group, folder, f"interpolation_{name}")
+        style.save_figure(figure, group, args.root / "figures", name)
         print(f"barriers in loss (nats), {model} on {dataset}, {method} at epoch {epoch}")
         print(barriers.agg(["mean", "std", "count"]).round(3).to_string())
 

@@ -3,9 +3,9 @@
 A row for every method that permuted masks below the folder; values are means over pairs of seeds.
 By network: the cosine of π(A) and B over the matched weights, and the loss barrier between them
 with and without REPAIR (from barriers.csv, which analyze.interpolation writes). By sparsity: the
-cosine of π(m_A ⊙ A) and B, the number of weights that π(m_A) shares with IMP's mask of B relative
-to the number expected by chance (if B was pruned too), and the accuracy of sparse training and its
-difference to naive with the standard error. Writes methods.csv; a dash marks a missing value.
+cosine of π(m_A ⊙ A) and B, how many weights π(m_A) shares with IMP's mask of B relative to
+chance (if B was pruned too), and the accuracy of sparse training and its difference to naive
+with the standard error. Writes methods.csv; a dash marks a missing value.
 """
 
 from pathlib import Path

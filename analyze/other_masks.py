@@ -41,7 +41,7 @@ def densities(shapes: dict[str, torch.Size], keep: int) -> dict[str, float]:
 
 
 def random_scores(shapes: dict[str, torch.Size], density: dict[str, float], seed: int) -> dict:
-    """Return random positive scores of which the largest, over all layers, have these densities."""
+    """Return random scores > 0 by which global pruning keeps the fraction `density` of a layer."""
     generator = torch.Generator().manual_seed(seed)
     scores = {}
     for name, shape in shapes.items():

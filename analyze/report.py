@@ -85,10 +85,10 @@ def run(name: str, root: Path, flags: list[str]) -> tuple[str, str, list[Path]]:
     if process.returncode:  # a bug, or a broken run; continue with the other analyses
         print(process.stderr, file=sys.stderr)
         return f"failed ({errors[-1]})", "", []
-    printed, wrote = process.stdout.splitlines(), "wrote "
-    lines = [line for line in printed if not line.startswith(wrote)]
+    printed = process.stdout.splitlines()
+    lines = [line for line in printed if not line.startswith("wrote ")]
     lines += [line for line in errors if line.startswith("skipped ")]
-    files = [Path(line.removeprefix(wrote)) for line in printed if line.startswith(wrote)]
+    files = [Path(line.removeprefix("wrote ")) for line in printed if line.startswith("wrote ")]
     return "", "\n".join(lines).strip(), files
 
 

@@ -4,9 +4,9 @@
 
 The loss barrier, without REPAIR, on the line between two sparse networks, by arm and rewind epoch.
 `orders`: two runs that differ only in `train_sparse.py --seed`, the order of their batches.
-`basins`: from π(LTH) to the permuted network. `pruned`: from the network that IMP pruned from the
-source, naive (A) or permuted (π(A)), to the one that it pruned from the target, if both were
-pruned. With 95% intervals over pairs of networks, and Spearman's correlation, over the pairs of a
+`basins`: from π(LTH) to the permuted network. `pruned`: from the network that IMP made of the
+source, as it is (naive) or permuted, to the one that it made of the target, if both were pruned.
+With 95% intervals over pairs of networks, and Spearman's correlation, over the pairs of a
 cell, of the barrier and the gain of permuting. Writes figures/stability_*; every curve is cached
 beside its target.
 """

@@ -172,9 +172,8 @@ def print_status() -> None:
         raise ValueError("no command of a stage on standard input")
     for run in filter(Run.finished, runs):
         finished[run[:2]].append(run)
-    speeds = {}
-    for stage, group in {run[:2] for run in runs}:
-        speeds[stage, group] = seconds_per_epoch(finished[stage, group] or finished["dense", group])
+    keys = {run[:2] for run in runs}
+    speeds = {key: seconds_per_epoch(finished[key] or finished["dense", key[1]]) for key in keys}
     for stage in STAGES.values():
         print(f"{stage:<8}{progress([run for run in runs if run.stage == stage], speeds)}")
     print(f"runs done {progress(runs, speeds)}")

@@ -99,8 +99,7 @@ def test_the_interval_of_a_ratio():
     near_zero, single = pd.Series([-5.0, 1.0, 5.0]), pd.Series([1.0])
     assert math.isnan(statistics.ratio_interval(numerators, near_zero)[0])
     assert math.isnan(statistics.ratio_interval(single, 2 * single)[0])
-    constant = pd.Series(3 * [4.0])
-    assert statistics.ratio_interval(near_zero, constant)[1] > 0
+    assert statistics.ratio_interval(near_zero, pd.Series(3 * [4.0]))[1] > 0  # constant
 
 
 def test_summary_by_hand():

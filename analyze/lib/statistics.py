@@ -103,8 +103,11 @@ def summary(runs: pd.DataFrame, against: str | None = None) -> pd.DataFrame:
     """
     pairs, keys = accuracy_by_pair(runs), [*CELL, "arm", "variant"]
     means = mean_over_cells(with_gains(pairs, against))
-    groups = pd.concat([runs, means]).groupby(keys, dropna=False)["test_acc"]
-    table = groups.agg(["mean", "std", "count"]).reset_index()
+    cells = pd.concat([runs, means]).groupby(CELL, dropna=False)[[*keys[-2:], "test_acc"]]
+    # One groupby over all keys would sum in another order and change the last digit.
+    table = cells.apply(
+        lambda cell: cell.groupby(keys[-2:])["test_acc"].agg(["mean", "std", "count"])
+    ).reset_index()
     gains = with_gains(pd.concat([pairs, means]), against).dropna(subset="gain")
     groups = gains.groupby(keys, dropna=False)
     rows = [dict(zip(keys, values)) | gain_statistics(group) for values, group in groups]
