@@ -97,8 +97,8 @@ def measure_plane(
             update_bn(data.eval_batches("train", lines.BATCH, images), model)
             loss, accuracy = evaluate(model, data.eval_batches("test", lines.BATCH))
             rows.append({"x": x, "y": y, "test_loss": loss, "test_error": 100 - accuracy})
-        networks = pd.DataFrame(corners, columns=["x", "y"]).assign(network=[*NETWORKS])
-        return pd.concat([pd.DataFrame(rows), networks])
+        corner_rows = pd.DataFrame(corners, columns=["x", "y"]).assign(network=[*NETWORKS])
+        return pd.concat([pd.DataFrame(rows), corner_rows])
 
     all_files = [triple["dense"], *files]
     table = lines.cached(__file__, "plane", all_files, (resolution, images), compute)
@@ -109,7 +109,7 @@ def measure_plane(
 
 def plot(table: pd.DataFrame, title: str) -> style.Figure:
     """Draw test loss and 0-1 loss beside each other, with a marker for each network."""
-    networks, table = table[table["network"].notna()], table[table["network"].isna()]
+    corners, table = table[table["network"].notna()], table[table["network"].isna()]
     figure, axes = style.plt.subplots(1, 2, figsize=(8.4, 3.9), sharey=True)
     for axis, (metric, label) in zip(axes, METRICS.items()):
         values = table.pivot(index="y", columns="x", values=metric)
@@ -121,10 +121,10 @@ def plot(table: pd.DataFrame, title: str) -> style.Figure:
             values.columns, values.index, values, levels, cmap="cividis", extend="max"
         )
         figure.colorbar(filled, ax=axis, label=label, shrink=0.75, ticks=levels[::3])
-        for row in networks.itertuples():
-            label, marker = NETWORKS[row.network]
+        for row in corners.itertuples():
+            name, marker = NETWORKS[row.network]
             options = {"color": "white", "markeredgecolor": "black", "markersize": 9}
-            axis.plot(row.x, row.y, marker, label=label, **options)
+            axis.plot(row.x, row.y, marker, label=name, **options)
         axis.grid(False)
         axis.set(aspect="equal", xlabel="distance along π(LTH) to permuted")
     axes[0].set_ylabel("distance across")
