@@ -1,14 +1,14 @@
-"""How fast this code is against a standard PyTorch baseline, measured side by side in one run.
+"""Speed of this code relative to a standard PyTorch baseline, measured in one run.
 
     python -m analyze.benchmark [--device cuda] [--out benchmark.csv]
 
-Every row runs ours and the baseline in turn, several times, and prints the medians of the rates and
-the median of the paired ratios. `training`: dense and masked networks, data included, against an
+Every row alternates ours and the baseline several times, and prints the medians of the rates and
+the median of the paired ratios. `training`: dense and masked training, data included, against an
 fp32 NCHW loop with PIL transforms in a DataLoader and torch.nn.utils.prune hooks
-(analyze/lib/baselines.py), what a mask costs and, on a GPU, whether --compile pays. `parallel`:
-networks side by side against one after the other and against the baseline. `line`: the line between
-two networks with REPAIR. `matching`: one pass against layer by layer. `weights`: weight matching
-against its published algorithm. The images are noise.
+(analyze/lib/baselines.py); the cost of a mask and, on a GPU, the gain of --compile. `parallel`:
+training networks in parallel against one after the other and against the baseline. `line`: the line
+between two networks with REPAIR. `matching`: activation matching in one pass against layer by
+layer. `weights`: weight matching against its published algorithm. The images are noise.
 """
 
 import contextlib
@@ -40,18 +40,18 @@ SIZE = 32  # of images, px
 BATCH = 128
 SGD = partial(torch.optim.SGD, lr=0.0, momentum=0.9, weight_decay=5e-4, fused=True)
 SPARSITY = 0.9
-STEPS = {"cpu": 40, "cuda": 390}  # of training, at width 1
+STEPS = {"cpu": 40, "cuda": 390}  # per epoch, at width 1
 REPEATS = 5
 WIDTHS = {"cpu": [1], "cuda": [1, 4, 16]}
-SETUP = 300  # seconds that networks side by side wait for the slowest to end its first epoch
-COUNTS = [4, 16]  # of networks side by side on a GPU
-IMAGES = 2000  # of a line and of matching
+TIMEOUT = 300  # seconds that parallel networks wait for the slowest to end its first epoch
+COUNTS = [4, 16]  # of parallel networks on a GPU
+IMAGES = 2000  # for a line and for matching
 
-Row = tuple[str, Callable[[], float], Callable[[], float]]  # name, and rates: ours, the baseline's
+Row = tuple[str, Callable[[], float], Callable[[], float]]  # name, our rate, the baseline's rate
 
 
 def random_images(count: int, size: int, device: torch.device) -> Resident:
-    """Noise in the shape of a small-image set, with a test set too small to matter."""
+    """Return noise in the shape of a small-image set, with a test set of negligible cost."""
     images = torch.randint(256, (count + 8, 3, size, size), dtype=torch.uint8)
     labels, classes = torch.arange(count + 8) % 10, [*map(str, range(10))]
     parts = images[8:], labels[8:], images[:8], labels[:8], classes
@@ -62,7 +62,7 @@ def network(data: Resident, width: float = 1, seed: int = 0) -> nn.Module:
     return build_model("resnet20", width, 10, data.input_shape, seed).to(data.device)
 
 
-def about(width: float) -> str:
+def network_name(width: float) -> str:
     return f"resnet20 x{width:g}, {SIZE} px"
 
 
@@ -75,7 +75,7 @@ def random_mask(model: nn.Module) -> Mask:
 
 
 def rate(work: float, run: Callable[[], Any]) -> float:
-    """`work` by the seconds that a second call of `run` takes."""
+    """Return `work` per second of the second call of `run`; the first one warms up."""
     for _ in range(2):
         start = time.perf_counter()
         run()
@@ -91,40 +91,40 @@ def rates(work: float, *runs: Callable[[], Any]) -> list[Callable[[], float]]:
 def training_rate(
     models: list[nn.Module], data: Resident, mask: Mask | None = None, compiled: bool = False
 ) -> float:
-    """Images a second of all `models`, side by side, in the second of two epochs.
+    """Return images per second of training all `models` in parallel, in the second of two epochs.
 
-    The first sets up. The learning rate is 0, which costs what any other does and cannot diverge on
-    images that nothing can be learned from. The second epochs start together, so that none is
-    measured while it has the device to itself. No state is kept, which would weigh much here.
+    The first epoch warms up. The learning rate is 0, which costs the same as any other and cannot
+    diverge on noise. The second epochs start together, so that no network is measured while it has
+    the device to itself. No resume state is written, as its cost would dominate so short a run.
     """
     fork = multiprocessing.get_context("fork")
-    together, start = fork.Barrier(len(models)), fork.Value("d")
-    how = {"make_optimiser": SGD, "batch_size": BATCH, "mask": mask, "seed": 0, "folder": None}
-    how |= {"precision": pick_precision(None, data.device), "compiled": compiled}
+    barrier, start = fork.Barrier(len(models)), fork.Value("d")
+    options = {"make_optimiser": SGD, "batch_size": BATCH, "mask": mask, "seed": 0, "folder": None}
+    options |= {"precision": pick_precision(None, data.device), "compiled": compiled}
+    options |= {"name": "", "progress": False}
 
     def at_epoch(epoch: int) -> None:
         if epoch == 1:
-            together.wait(SETUP)
-            start.value = time.perf_counter()  # one clock for all processes
+            barrier.wait(TIMEOUT)
+            start.value = time.perf_counter()  # the same clock in all processes
 
     def run(model: nn.Module) -> None:
-        quietly = {"name": "", "progress": False, "at_epoch": at_epoch}
-        train(copy.deepcopy(model), data, [0.0, 0.0], **how, **quietly)
+        train(copy.deepcopy(model), data, [0.0, 0.0], at_epoch=at_epoch, **options)
 
     runs = {str(number): partial(run, model) for number, model in enumerate(models)}
-    with contextlib.redirect_stdout(io.StringIO()):  # here, because it holds for all threads
+    with contextlib.redirect_stdout(io.StringIO()):  # not in `run`, as it affects all threads
         run_all(runs, str(len(models)) if len(models) > 1 else None, 1, data)
     return len(models) * data.steps(BATCH) * BATCH / (time.perf_counter() - start.value)
 
 
 def baseline_rate(width: float, data: Resident, mask: Mask | None = None) -> float:
-    """Images a second of the baseline's training."""
-    model = baselines.pruned(network(data, width), mask or {})
-    epoch = partial(baselines.train_epoch, model, baselines.loader(data, BATCH), data.device)
+    """Return images per second of training the baseline."""
+    model = baselines.add_prune_hooks(network(data, width), mask or {})
+    epoch = partial(baselines.train_epoch, model, baselines.make_loader(data, BATCH), data.device)
     return rate(data.steps(BATCH) * BATCH, epoch)
 
 
-# ---------------------------------------------------------------- what is compared
+# ---------------------------------------------------------------- rows
 
 
 def training(device: torch.device, widths: list[float]) -> Iterator[Row]:
@@ -133,11 +133,15 @@ def training(device: torch.device, widths: list[float]) -> Iterator[Row]:
         model = network(data, width)
         mask, dense = random_mask(model), partial(training_rate, [model], data)
         standard, masked = partial(baseline_rate, width, data), partial(dense, mask)
-        yield f"dense training, {about(width)}", dense, standard
-        yield f"masked training, {about(width)}", masked, partial(standard, mask)
-        yield f"masked over dense training, {about(width)}", masked, dense
+        yield f"dense training, {network_name(width)}", dense, standard
+        yield f"masked training, {network_name(width)}", masked, partial(standard, mask)
+        yield f"masked over dense training, {network_name(width)}", masked, dense
         if device.type == "cuda":
-            yield f"eager over --compile, {about(width)}", dense, partial(dense, compiled=True)
+            yield (
+                f"eager over --compile, {network_name(width)}",
+                dense,
+                partial(dense, compiled=True),
+            )
 
 
 def parallel(device: torch.device, _: object) -> Iterator[Row]:
@@ -145,89 +149,98 @@ def parallel(device: torch.device, _: object) -> Iterator[Row]:
     counts = [pick_count("auto", 99, 1, data)] if device.type == "cpu" else COUNTS
     models = [network(data, seed=seed) for seed in range(max(counts))]
     for count in counts:
-        together, alone = (partial(training_rate, models[:n], data) for n in (count, 1))
-        yield f"{count} side by side over one after the other, {about(1)}", together, alone
+        concurrent, single = (partial(training_rate, models[:n], data) for n in (count, 1))
+        yield (
+            f"{count} side by side over one after the other, {network_name(1)}",
+            concurrent,
+            single,
+        )
     for kind, mask in (("dense", None), ("masked", random_mask(models[0]))):
         baseline = partial(baseline_rate, 1, data, mask)
-        yield f"{count} side by side, {kind}, {about(1)}", partial(together, mask), baseline
+        yield (
+            f"{count} side by side, {kind}, {network_name(1)}",
+            partial(concurrent, mask),
+            baseline,
+        )
 
 
 def line(device: torch.device, _: object) -> Iterator[Row]:
-    """Three points of a line, with and without REPAIR, on the same images as test and train.
+    """Evaluate three points of a line, with and without REPAIR, on the same test and train images.
 
-    The baseline has them from a DataLoader, and its network in NCHW.
+    The baseline reads them from a DataLoader and has its network in NCHW.
     """
     data = random_images(IMAGES, SIZE, device)
     models = [network(data, seed=seed) for seed in (0, 1)]
-    ends = [copy.deepcopy(model.state_dict()) for model in models]
+    states = [copy.deepcopy(model.state_dict()) for model in models]
     models[0].to(memory_format=torch.channels_last)
-    loader = baselines.loader(data, lines.BATCH, train=False)
+    loader = baselines.make_loader(data, lines.BATCH, train=False)
 
     def loaded() -> Batches:
         return ((x.to(device), y.to(device)) for x, y in loader)
 
-    along = partial(lines.metrics_along, alphas=(0.0, 0.5, 1.0))
+    evaluate = partial(lines.evaluate_line, alphas=(0.0, 0.5, 1.0))
     resident = partial(data.eval_batches, "train", lines.BATCH)
-    ours = partial(along, models[0], *ends, test=resident, train=resident)
-    theirs = partial(along, models[1], *ends, test=loaded, train=loaded)
-    yield f"line with REPAIR, {about(1)}", *rates(15 * IMAGES, ours, theirs)
+    ours = partial(evaluate, models[0], *states, test=resident, train=resident)
+    theirs = partial(evaluate, models[1], *states, test=loaded, train=loaded)
+    yield f"line with REPAIR, {network_name(1)}", *rates(15 * IMAGES, ours, theirs)
 
 
 def matching(device: torch.device, _: object) -> Iterator[Row]:
-    """One pass against layer by layer."""
+    """Match by activations in one pass and layer by layer."""
     data = random_images(IMAGES, SIZE, device)
-    ends = [network(data, seed=seed).to(memory_format=torch.channels_last) for seed in (0, 1)]
+    models = [network(data, seed=seed).to(memory_format=torch.channels_last) for seed in (0, 1)]
     images = [batch for batch, _ in data.eval_batches("train", lines.BATCH)]
-    what = *ends, find_axes(ends[0], data.input_shape), images
-    ways = partial(match_activations, *what), partial(baselines.match_layer_by_layer, *what)
-    yield f"activation matching, {about(1)}", *rates(IMAGES, *ways)
+    inputs = *models, find_axes(models[0], data.input_shape), images
+    runs = partial(match_activations, *inputs), partial(baselines.match_layer_by_layer, *inputs)
+    yield f"activation matching, {network_name(1)}", *rates(IMAGES, *runs)
 
 
 def weights(device: torch.device, _: object) -> Iterator[Row]:
-    """From the same start, in the same order of axes; rates of whole matchings."""
+    """Match weights from the same start, with the axes in the same order; rates are matchings/s."""
     data = random_images(1, 32, device)
     states = [network(data, 4, seed).state_dict() for seed in (0, 1)]
     axes = find_axes(network(data, 4), data.input_shape)
-    ends = [{name: state[name] for name in axes.weights} for state in states]
-    ways = match_weights, baselines.match_weights_every_axis
-    yield "weight matching, resnet20 x4", *rates(1, *(partial(way, *ends, axes) for way in ways))
+    states = [{name: state[name] for name in axes.weights} for state in states]
+    algorithms = match_weights, baselines.match_weights_every_axis
+    runs = (partial(algorithm, *states, axes) for algorithm in algorithms)
+    yield "weight matching, resnet20 x4", *rates(1, *runs)
 
 
 PARTS = {part.__name__: part for part in (training, parallel, line, matching, weights)}
 
 
 def compare(row: Row, repeats: int) -> dict[str, Any]:
-    """Both in turn: medians of the rates, and median and range of the paired ratios."""
-    name, *both = row
-    pairs = pd.DataFrame([[one() for one in both] for _ in range(repeats)])
+    """Measure both in turn; return the medians of the rates, and median and range of the ratios."""
+    name, *measures = row
+    pairs = pd.DataFrame([[measure() for measure in measures] for _ in range(repeats)])
     pairs.columns = ["ours /s", "baseline /s"]
     ratios = pairs["ours /s"] / pairs["baseline /s"]
-    found = {"ratio": ratios.median(), "min": ratios.min(), "max": ratios.max()}
-    return {"measure": name, **pairs.median(), **found}
+    ratio = {"ratio": ratios.median(), "min": ratios.min(), "max": ratios.max()}
+    return {"measure": name, **pairs.median(), **ratio}
 
 
 def main() -> None:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--only", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: all)")
-    fewer = "of training, and half as many of the others (default: %(default)s)"
-    add("--repeats", type=cli.positive, default=REPEATS, help=fewer)
+    repeats = "of training rows, and half as many of the others (default: %(default)s)"
+    add("--repeats", type=cli.positive, default=REPEATS, help=repeats)
     add("--widths", type=cli.positive_float, nargs="+", help=f"of training (default: {WIDTHS})")
-    add("--out", type=Path, help="write the table as CSV too, as far as it has come")
+    add("--out", type=Path, help="also write the table as CSV, after every row")
     cli.add_device(parser)
     args = parser.parse_args()
     device = pick_device(args.device)
     name, precision = provenance.environment(device)["device"], pick_precision(None, device)
-    how = f"{torch.get_num_threads()} threads, torch {torch.__version__}, {precision}"
-    print(f"{name}, {how}, {args.repeats} repeats")
+    environment = f"{torch.get_num_threads()} threads, torch {torch.__version__}, {precision}"
+    print(f"{name}, {environment}, {args.repeats} repeats")
     print("images a second (weight matching: runs), ours over the baseline's, and their ratio")
-    rows, shown = [], "{measure}: {ours /s:,.4g} over {baseline /s:,.4g}, "
-    shown += "{ratio:.2f} ({min:.2f} to {max:.2f})"
+    rows, line_format = [], "{measure}: {ours /s:,.4g} over {baseline /s:,.4g}, "
+    line_format += "{ratio:.2f} ({min:.2f} to {max:.2f})"
     for part in args.only:
         repeats = args.repeats if part == "training" else max(1, args.repeats // 2)
         for row in PARTS[part](device, args.widths or WIDTHS[device.type]):
             rows.append(compare(row, repeats))
-            print(shown.format(**rows[-1]), flush=True)
+            print(line_format.format(**rows[-1]), flush=True)
             if args.out:
                 checkpoint.save_csv(rows, args.out)
 

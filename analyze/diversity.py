@@ -2,12 +2,13 @@
 
     python -m analyze.diversity runs/quick
 
-A row for every set of two or more networks that differ in their seeds alone: the sparse networks of
-an arm in one cell, the networks that IMP left at a sparsity, and the dense ones. Mean accuracy of
-the members, accuracy of the ensemble (mean of the probabilities), disagreement (share of images on
-which two members predict different classes), and the mean over images of the KL divergence (over
-ordered pairs) and the JS divergence (over unordered pairs), in nats (Fort et al. 2020; Evci et al.
-2022). All on the whole test set in fp32. Writes diversity.csv.
+A row for every ensemble of two or more networks that differ only in their seeds: the sparse
+networks of an arm in one cell, the networks pruned by IMP to one sparsity, and the dense networks.
+Columns are the mean accuracy of the members, the accuracy of the ensemble (mean of the
+probabilities), the disagreement (fraction of images on which two members predict different classes)
+and the mean over images of the KL divergence (over ordered pairs) and the JS divergence (over
+unordered pairs), in nats (Fort et al. 2020; Evci et al. 2022). All are measured on the whole test
+set in fp32. Writes diversity.csv.
 """
 
 import contextlib
@@ -22,29 +23,32 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from analyze.lib.lines import build
-from analyze.lib.networks import arguments, imp_networks
+from analyze.lib.lines import load_network
+from analyze.lib.networks import imp_networks, parse_args
 from analyze.lib.runs import (
     CELL,
     NETWORK,
     SEEDS,
+    check_unique,
     dense_runs,
-    readable,
-    refuse_repeats,
-    save,
-    skipped,
+    save_table,
     sparse_runs,
+    try_read,
+    warn_skipped,
     with_tag,
 )
 from common import checkpoint, cli, paths
 from common.errors import UserError
 
-SET = [*CELL, "variant"]  # what the members of an ensemble share
+ENSEMBLE = [*CELL, "variant"]  # the columns in which all members agree
 
 
 def diversity(logits: list[Tensor], labels: Tensor) -> dict[str, float]:
-    """Accuracies in percent, disagreement in [0, 1], KL and JS in nats, of several logits."""
-    logs = [F.log_softmax(one.double(), 1) for one in logits]
+    """Compare the logits of several networks, each (images, classes).
+
+    Accuracies are in percent, disagreement in [0, 1], KL and JS divergence in nats.
+    """
+    log_probs = [F.log_softmax(scores.double(), 1) for scores in logits]
 
     def accuracy(scores: Tensor) -> float:
         return 100 * float((scores.argmax(1) == labels).double().mean())
@@ -53,71 +57,73 @@ def diversity(logits: list[Tensor], labels: Tensor) -> dict[str, float]:
         return float((p.exp() * (p - q)).sum(1).mean())
 
     def compare(p: Tensor, q: Tensor) -> dict[str, float]:
-        middle = torch.logaddexp(p, q) - math.log(2)
-        differ = float((p.argmax(1) != q.argmax(1)).double().mean())
-        js = (kl(p, middle) + kl(q, middle)) / 2
-        return {"disagreement": differ, "kl": (kl(p, q) + kl(q, p)) / 2, "js": js}
+        mean = torch.logaddexp(p, q) - math.log(2)
+        disagreement = float((p.argmax(1) != q.argmax(1)).double().mean())
+        js = (kl(p, mean) + kl(q, mean)) / 2
+        return {"disagreement": disagreement, "kl": (kl(p, q) + kl(q, p)) / 2, "js": js}
 
-    alone = pd.Series([accuracy(one) for one in logs])
-    found = {"members": len(logs), "mean_acc": alone.mean(), "std_acc": alone.std()}
-    found["ensemble_acc"] = accuracy(sum(one.exp() for one in logs))
-    pairs = [compare(*pair) for pair in itertools.combinations(logs, 2)]
-    return found | pd.DataFrame(pairs).mean().to_dict()
+    accuracies = pd.Series([accuracy(member) for member in log_probs])
+    row = {"members": len(log_probs), "mean_acc": accuracies.mean(), "std_acc": accuracies.std()}
+    row["ensemble_acc"] = accuracy(sum(member.exp() for member in log_probs))
+    pairs = [compare(*pair) for pair in itertools.combinations(log_probs, 2)]
+    return row | pd.DataFrame(pairs).mean().to_dict()
 
 
-def members(root: Path) -> pd.DataFrame:
-    """All finished networks below `root`: cell, variant, seeds and file."""
+def find_networks(root: Path) -> pd.DataFrame:
+    """Return all finished networks below `root`: columns ENSEMBLE, `seed` and `file`."""
     dense = dense_runs(root).assign(sparsity=0.0)
     dense["file"] = list(map(paths.epoch_file, dense["path"], dense["epochs"]))
     imp = imp_networks(root, rounds=False)
     parts = [dense, imp.assign(variant=with_tag("IMP", imp["tag"]))]
-    with contextlib.suppress(UserError):  # none yet
+    with contextlib.suppress(UserError):  # no sparse run yet
         sparse = sparse_runs(root)
         seeds = sparse[[*SEEDS, "seed"]].astype(str).agg("-".join, axis=1)
         parts.append(sparse.assign(seed=seeds, file=sparse["path"].map(paths.final_file)))
     if not (parts := [part for part in parts if len(part)]):
         raise UserError(f"no finished network below {root}: run the stages first")
-    found = pd.concat(parts).reindex(columns=[*SET, "seed", "file"])
-    refuse_repeats(found, [*SET, "seed"], "file")
-    return found
+    networks = pd.concat(parts).reindex(columns=[*ENSEMBLE, "seed", "file"])
+    check_unique(networks, [*ENSEMBLE, "seed"], "file")
+    return networks
 
 
 @torch.no_grad()
-def predict(path: Path, read: Callable) -> tuple[Tensor, Tensor]:
-    """Logits (images, classes) on the test set, in fp32 as results.csv has them, and the labels."""
+def predict(path: Path, load_data: Callable) -> tuple[Tensor, Tensor]:
+    """Return logits (images, classes) and labels of the test set, in fp32 as for results.csv."""
     entry = checkpoint.load(path, checkpoint.WEIGHTS)
-    data = read(entry["dataset"])
-    model = build(entry, data).eval()
-    parts = [(model(images), labels) for images, labels in data.eval_batches()]
-    logits, labels = (torch.cat(part).cpu() for part in zip(*parts))
+    data = load_data(entry["dataset"])
+    model = load_network(entry, data).eval()
+    batches = [(model(images), labels) for images, labels in data.eval_batches()]
+    logits, labels = (torch.cat(tensors).cpu() for tensors in zip(*batches))
     return logits, labels
 
 
-def table(found: pd.DataFrame, read: Callable) -> pd.DataFrame:
-    """A row a set of networks that has two or more members."""
+def compare_members(networks: pd.DataFrame, load_data: Callable) -> pd.DataFrame:
+    """Return the `diversity` of every ensemble of two or more networks, a row each."""
     rows = []
-    sizes = found.groupby(SET, dropna=False)["file"].transform("size")
-    sets = found[sizes > 1].groupby(SET, dropna=False)
-    for key, group in tqdm(sets, "sets", unit="set", disable=None):
-        predicted = [one for path in group["file"] if (one := readable(predict, path, read))]
-        if len(predicted) < 2:
-            skipped(f"{key[-1]}: a set needs two members")
+    sizes = networks.groupby(ENSEMBLE, dropna=False)["file"].transform("size")
+    ensembles = networks[sizes > 1].groupby(ENSEMBLE, dropna=False)
+    for key, group in tqdm(ensembles, "ensembles", unit="ensemble", disable=None):
+        outputs = [
+            output for path in group["file"] if (output := try_read(predict, path, load_data))
+        ]
+        if len(outputs) < 2:
+            warn_skipped(f"{key[-1]}: an ensemble needs two members")
             continue
-        logits, labels = zip(*predicted)
-        rows.append(dict(zip(SET, key)) | diversity(logits, labels[0]))
+        logits, labels = zip(*outputs)
+        rows.append(dict(zip(ENSEMBLE, key)) | diversity(logits, labels[0]))
     return pd.DataFrame(rows)
 
 
 def main() -> None:
-    args = arguments(__doc__)
-    result, root = table(members(args.root), args.read), args.root
-    if result.empty:
+    args = parse_args(__doc__)
+    table, root = compare_members(find_networks(args.root), args.load_data), args.root
+    if table.empty:
         raise UserError(f"no two finished networks of the same kind below {root}: train more seeds")
-    save(result, root / "diversity.csv")
-    for (model, width, dataset), group in result.groupby(NETWORK):
+    save_table(table, root / "diversity.csv")
+    for (model, width, dataset), group in table.groupby(NETWORK):
         print(f"\n{model} x{width:g} on {dataset}: accuracy in percent, KL and JS in nats")
-        shown = group.drop(columns=NETWORK)
-        print(shown.to_string(index=False, na_rep="", float_format="{:.3f}".format))
+        columns = group.drop(columns=NETWORK)
+        print(columns.to_string(index=False, na_rep="", float_format="{:.3f}".format))
 
 
 if __name__ == "__main__":

@@ -1,72 +1,72 @@
-"""How early a target can be matched against (Table 15).
+"""How early in its training a target can be matched to (Table 15).
 
     python -m analyze.early_matching runs/mine
 
-Accuracy of the permuted arm by the epoch of B's weights that `align_mask.py --target-epoch` matched
-against, a column a rewind epoch (the paper's is 20), beside naive and LTH: mean ± sample std over
-pairs of seeds. Writes early_matching.csv and figures/early_matching_*. analyze.results has the
-differences to naive, with their intervals.
+Accuracy of the permuted arm by the epoch of B's weights that A was matched to (`align_mask.py
+--target-epoch`), with a column per rewind epoch (the paper's is 20), beside naive and LTH: mean ±
+sample std over pairs of seeds. Writes early_matching.csv and figures/early_matching_*.
+analyze.results has the differences to naive, with their intervals.
 """
 
 import pandas as pd
 
 from analyze.lib import style
-from analyze.lib.panels import accuracy
+from analyze.lib.panels import draw_accuracy
 from analyze.lib.runs import (
     CELL,
-    other_mask,
-    parse_root,
-    plain,
-    remarks,
-    save,
+    caveats,
+    foreign_mask_dataset,
+    root_parser,
+    save_table,
     sparse_runs,
     with_tag,
+    without_signs_or_fan_in,
 )
-from analyze.lib.statistics import plus_minus
+from analyze.lib.statistics import format_mean
 from common import cli
 from common.errors import UserError
 
-COLUMNS = [*CELL, "tag", "arm", "match_epoch"]
+KEYS = [*CELL, "tag", "arm", "match_epoch"]
 
 
-def compared(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs that Table 15 compares: LTH, naive, and permuted by activations."""
-    runs = plain(runs[other_mask(runs).isna()])
-    matched = (runs["arm"] == "permuted") & (runs["method"] == "activation")
-    return runs[matched | runs["arm"].isin(["lth", "naive"])]
+def select_runs(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs that Table 15 compares: LTH, naive, and permuted by activation matching."""
+    runs = without_signs_or_fan_in(runs[foreign_mask_dataset(runs).isna()])
+    by_activation = (runs["arm"] == "permuted") & (runs["method"] == "activation")
+    return runs[by_activation | runs["arm"].isin(["lth", "naive"])]
 
 
-def table(runs: pd.DataFrame) -> pd.DataFrame:
-    """A row a cell, tag, arm and match epoch, which LTH and naive have not: mean, std and count.
+def summarise(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return mean, std and count of the accuracy by KEYS; LTH and naive have no match epoch.
 
-    Raises UserError where no cell has two match epochs.
+    Raises UserError if no cell has two match epochs.
     """
-    found = runs.groupby(COLUMNS, dropna=False)["test_acc"].agg(["mean", "std", "count"])
-    found = found.reset_index()
-    if not (found.groupby(COLUMNS[:-2])["match_epoch"].nunique() > 1).any():
-        missing = "no permuted runs matched at two epochs of the target"
-        raise UserError(f"{missing}: align with --target-epoch and train them")
-    return found.assign(variant=with_tag(found["arm"].replace("lth", "LTH"), found["tag"]))
+    table = runs.groupby(KEYS, dropna=False)["test_acc"].agg(["mean", "std", "count"])
+    table = table.reset_index()
+    if not (table.groupby(KEYS[:-2])["match_epoch"].nunique() > 1).any():
+        message = "no permuted runs matched at two epochs of the target"
+        raise UserError(f"{message}: align with --target-epoch and train them")
+    return table.assign(variant=with_tag(table["arm"].replace("lth", "LTH"), table["tag"]))
 
 
 def main() -> None:
-    root = parse_root(__doc__).parse_args().root
-    runs = compared(sparse_runs(root))
-    found = table(runs)
-    save(found, root / "early_matching.csv")
-    shown = found.assign(text=list(map(plus_minus, found["mean"], found["std"])))
-    shown["match"] = found["match_epoch"].map("{:g}".format, "ignore").fillna("")
-    for (model, dataset), group in shown.groupby(["model", "dataset"]):
+    root = root_parser(__doc__).parse_args().root
+    runs = select_runs(sparse_runs(root))
+    table = summarise(runs)
+    save_table(table, root / "early_matching.csv")
+    rows = table.assign(text=list(map(format_mean, table["mean"], table["std"])))
+    rows["match"] = table["match_epoch"].map("{:g}".format, "ignore").fillna("")
+    for (model, dataset), group in rows.groupby(["model", "dataset"]):
         title = f"{model} on {dataset}: test accuracy in percent, by match epoch"
-        rows = ["width", "sparsity", "variant", "match"]
-        grid = group.pivot(index=rows, columns="rewind", values="text")
+        index = ["width", "sparsity", "variant", "match"]
+        grid = group.pivot(index=index, columns="rewind", values="text")
         print(f"{title}\n{grid.to_string(na_rep='-')}")
         for rewind, points in group.groupby("rewind"):
-            about = f"{model} on {dataset}, k = {rewind}"
-            figure = accuracy(points, "match_epoch", "sparsity", about)
+            title = f"{model} on {dataset}, k = {rewind}"
+            figure = draw_accuracy(points, "match_epoch", "sparsity", title)
             name = f"early_matching_{model}_{dataset}_k{rewind:03d}"
-            style.save(figure, points[found.columns], root / "figures", name)
-    for line in remarks(runs):
+            style.save_figure(figure, points[table.columns], root / "figures", name)
+    for line in caveats(runs):
         print(line)
 
 

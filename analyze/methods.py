@@ -1,11 +1,11 @@
 """Which matching method is best: `python -m analyze.methods runs/quick`.
 
-A row for every method that permuted masks below the folder, means over pairs of seeds. By network:
-the cosine of π(A) and B over the matched weights, and the loss barrier between them with and
-without REPAIR (from barriers.csv, which analyze.interpolation writes). By sparsity: the cosine of
-π(m_A ⊙ A) and B, the weights that π(m_A) shares with IMP's mask of B over what chance gives
-(where B was pruned too), and the accuracy of sparse training minus naive with its standard error.
-Writes methods.csv; a dash stands for what is missing.
+A row for every method that permuted masks below the folder; values are means over pairs of seeds.
+By network: the cosine of π(A) and B over the matched weights, and the loss barrier between them
+with and without REPAIR (from barriers.csv, which analyze.interpolation writes). By sparsity: the
+cosine of π(m_A ⊙ A) and B, how many weights π(m_A) shares with IMP's mask of B relative to
+chance (if B was pruned too), and the accuracy of sparse training and its difference to naive
+with the standard error. Writes methods.csv; a dash marks a missing value.
 """
 
 from pathlib import Path
@@ -20,12 +20,12 @@ from analyze.lib.networks import alignments
 from analyze.lib.runs import (
     NETWORK,
     SEEDS,
-    other_mask,
-    parse_root,
-    plain,
-    readable,
-    save,
+    foreign_mask_dataset,
+    root_parser,
+    save_table,
     sparse_runs,
+    try_read,
+    without_signs_or_fan_in,
 )
 from analyze.lib.statistics import summary
 from common import checkpoint, cli, masking
@@ -36,86 +36,98 @@ from common.errors import UserError
 from common.masking import Mask
 from common.models import build_model
 
-NAIVE = "naive"
 LINE = ["permutation", "curve"]
-ROW = [*NETWORK, "tag", "sparsity", "method", "match_epoch"]
+KEYS = [*NETWORK, "tag", "sparsity", "method", "match_epoch"]
 
 
-def cosine(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """The cosine of the angle between two sets of tensors."""
-    return objective(one, other) / np.sqrt(objective(one, one) * objective(other, other))
+def cosine(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Return the cosine of the angle between two sets of tensors."""
+    return objective(a, b) / np.sqrt(objective(a, a) * objective(b, b))
 
 
 def cosines(weights: dict[str, Tensor], mask: Mask, target: dict[str, Tensor]) -> dict[str, float]:
-    """Of weights, and of those that a mask keeps, with the target's."""
-    kept = masking.apply(weights, mask)
-    return {"cosine": cosine(weights, target), "masked_cosine": cosine(kept, target)}
+    """Return the cosines of weights, and of the weights that a mask keeps, with the target's."""
+    masked = masking.apply(weights, mask)
+    return {"cosine": cosine(weights, target), "masked_cosine": cosine(masked, target)}
 
 
-def measures(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row of naive and one of the method, of a mask that a permutation moved."""
-    ends = [checkpoint.load(run[end], checkpoint.WEIGHTS) for end in ("source", "target")]
-    axes = find_axes(build_model(**ends[1]["model"]), ends[1]["model"]["input_shape"])
-    a, b = ({name: end["state_dict"][name] for name in axes.weights} for end in ends)
+def measure_alignment(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the `cosines` of a row of `alignments`: a naive row and one of its method."""
+    networks = [checkpoint.load(run[end], checkpoint.WEIGHTS) for end in ("source", "target")]
+    model = networks[1]["model"]
+    axes = find_axes(build_model(**model), model["input_shape"])
+    a, b = ({name: entry["state_dict"][name] for name in axes.weights} for entry in networks)
     permutation = checkpoint.load(run["permutation"], ("permutation",))["permutation"]
     entry = checkpoint.load(run["mask"], checkpoint.MASKS)
-    moved = permute(a, axes.dims, permutation)
-    unpermuted = permute(entry["mask"], axes.dims, inverse(permutation))
-    about = {key: run[key] for key in (*ROW, *SEEDS, "permutation")}
-    about["tag"] = entry.get("tag") or ""
-    naive = about | {"method": NAIVE, "match_epoch": None, "curve": "naive"}
-    naive |= cosines(a, unpermuted, b)
-    return [naive, about | {"curve": "aligned"} | cosines(moved, entry["mask"], b)]
+    permuted = permute(a, axes.dims, permutation)
+    unpermuted_mask = permute(entry["mask"], axes.dims, inverse(permutation))
+    row = {key: run[key] for key in (*KEYS, *SEEDS, "permutation")}
+    row["tag"] = entry.get("tag") or ""
+    naive = row | {"method": "naive", "match_epoch": None, "curve": "naive"}
+    naive |= cosines(a, unpermuted_mask, b)
+    return [naive, row | {"curve": "aligned"} | cosines(permuted, entry["mask"], b)]
 
 
-def table(root: Path) -> pd.DataFrame:
-    """The whole comparison, a row a (network, match epoch, sparsity, method, rewind epoch).
-
-    Raises UserError without an alignment.
-    """
+def measure_alignments(root: Path) -> pd.DataFrame:
+    """Return cosines and barriers by KEYS, means over pairs. Raises UserError if there are none."""
     runs = alignments(root).sort_values("match_epoch", kind="stable").to_dict("records")
-    found = pd.DataFrame([row for run in runs for row in readable(measures, run) or []])
-    if found.empty:
+    table = pd.DataFrame([row for run in runs for row in try_read(measure_alignment, run) or []])
+    if table.empty:
         raise UserError(f"no alignment below {root} can be read: run align_mask.py again")
     if (root / "barriers.csv").is_file():
         barriers = pd.read_csv(root / "barriers.csv").pivot(index=LINE, columns="repair")["test"]
         barriers = barriers.rename(columns={False: "barrier", True: "barrier, REPAIR"})
-        found["permutation"] = [str(path.relative_to(root)) for path in found["permutation"]]
-        found = found.join(barriers, on=LINE)
-    # Naive comes with every method; that beside the latest B counts.
-    found = found.drop_duplicates([*ROW, *SEEDS], keep="last").drop(columns=[*SEEDS, *LINE])
-    result = found.groupby(ROW, dropna=False).mean().reset_index()
-    masks = overlap.load_all(root)
+        table["permutation"] = [str(path.relative_to(root)) for path in table["permutation"]]
+        table = table.join(barriers, on=LINE)
+    # Every alignment of a pair has a naive row: keep the one with the latest B.
+    table = table.drop_duplicates([*KEYS, *SEEDS], keep="last").drop(columns=[*SEEDS, *LINE])
+    return table.groupby(KEYS, dropna=False).mean().reset_index()
+
+
+def accuracies(root: Path, masks: pd.DataFrame) -> pd.DataFrame:
+    """Return accuracy and its difference to naive by KEYS and rewind epoch `k`.
+
+    `masks` are from `load_masks`. Raises UserError when there is no sparse run.
+    """
+    runs = sparse_runs(root)
+    runs = without_signs_or_fan_in(runs[foreign_mask_dataset(runs).isna()])
+    runs = runs[runs["arm"].isin(["naive", "permuted", "random-permutation"])]
+    keys = runs[["variant", "method", "match_epoch", "tag", *NETWORK]].copy()
+    masks = masks.assign(mask=masks["path"].map(checkpoint.digest)).drop_duplicates("mask")
+    for key in ("method", "tag"):  # of the mask, as those of a run have its settings appended
+        keys[key] = runs["mask"].map(masks.set_index("mask")[key]).fillna(keys[key])
+    keys["method"] = keys["method"].fillna("naive")
+    keys = keys.drop_duplicates().astype({"match_epoch": float})  # None if all are naive
+    names = {"rewind": "k", "mean": "accuracy"}
+    names |= {"difference": "minus naive", "difference_se": "± SE"}
+    table = summary(runs).merge(keys, on=["variant", *NETWORK]).rename(columns=names)
+    return table[[*KEYS, "variant", *names.values()]]
+
+
+def compare_methods(root: Path) -> pd.DataFrame:
+    """Return the whole comparison, a row per value of KEYS and rewind epoch.
+
+    Raises UserError when there is no alignment.
+    """
+    table, masks = measure_alignments(root), overlap.load_masks(root)
     shared = overlap.overlaps(masks)
     shared = overlap.summary(shared[shared["mask_dataset"] == shared["dataset"]])
     shared = shared.rename(columns={"ratio": "overlap/chance"})
-    result = result.merge(shared[[*ROW, "overlap/chance"]], how="left", on=ROW)
+    table = table.merge(shared[[*KEYS, "overlap/chance"]], how="left", on=KEYS)
     try:
-        runs = sparse_runs(root)
-    except UserError:  # none yet
-        return result
-    runs = plain(runs[other_mask(runs).isna()])
-    runs = runs[runs["arm"].isin([NAIVE, "permuted", "random-permutation"])]
-    names = {"rewind": "k", "mean": "accuracy"}
-    names |= {"difference": "minus naive", "difference_se": "± SE"}
-    about = runs[["variant", "method", "match_epoch", "tag", *NETWORK]].copy()
-    made = masks.assign(mask=masks["path"].map(checkpoint.digest)).drop_duplicates("mask")
-    for key in ("method", "tag"):  # of its mask: a run's name its own settings, too
-        about[key] = runs["mask"].map(made.set_index("mask")[key]).fillna(about[key])
-    about["method"] = about["method"].fillna(NAIVE)
-    about = about.drop_duplicates().astype({"match_epoch": float})  # of naive alone it is None
-    accuracy = summary(runs).merge(about, on=["variant", *NETWORK]).rename(columns=names)
-    return result.merge(accuracy[[*ROW, "variant", *names.values()]], how="left", on=ROW)
+        return table.merge(accuracies(root, masks), how="left", on=KEYS)
+    except UserError:  # no sparse run yet
+        return table
 
 
 def main() -> None:
-    root = parse_root(__doc__).parse_args().root
-    found = table(root)
-    for (model, width, dataset), group in found.groupby(NETWORK):
+    root = root_parser(__doc__).parse_args().root
+    table = compare_methods(root)
+    for (model, width, dataset), group in table.groupby(NETWORK):
         print(f"\n{model} x{width:g} on {dataset}")
-        shown = group.drop(columns=NETWORK)
-        print(shown.to_string(index=False, na_rep="-", float_format="{:.3f}".format))
-    save(found, root / "methods.csv")
+        columns = group.drop(columns=NETWORK)
+        print(columns.to_string(index=False, na_rep="-", float_format="{:.3f}".format))
+    save_table(table, root / "methods.csv")
 
 
 if __name__ == "__main__":

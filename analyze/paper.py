@@ -1,4 +1,4 @@
-"""The paper's figures from its own numbers, drawn by our code, and its tables beside ours.
+"""The paper's figures, drawn by our code from its numbers, and its tables beside ours.
 
     python -m analyze.paper figures          # Figures 3 and 5 to 11
     python -m analyze.paper --table 5 R      # Table 5 of the paper beside the runs below R
@@ -14,16 +14,16 @@ from analyze.lib.paper_numbers import TABLES
 from common import cli
 
 
-def draw(folder: Path) -> None:
-    """All figures of accuracies and of lines."""
+def draw_figures(folder: Path) -> None:
+    """Draw and save all figures of accuracies and of lines."""
     for metric in panels.METRICS:
         table = paper_numbers.accuracies(metric)
         for (model, dataset), points in table.groupby(["model", "dataset"]):
             title, name = f"the paper: {model} on {dataset}", f"paper_{{}}_{model}_{dataset}"
             panels.save_accuracy(points, title, metric, folder, name)
     for (model, dataset), points in paper_numbers.lines().groupby(["model", "dataset"]):
-        figure = panels.lines(points, f"the paper: {model} on {dataset}")
-        style.save(figure, points, folder, f"paper_interpolation_{model}_{dataset}")
+        figure = panels.draw_lines(points, f"the paper: {model} on {dataset}")
+        style.save_figure(figure, points, folder, f"paper_interpolation_{model}_{dataset}")
 
 
 def main() -> None:
@@ -32,11 +32,13 @@ def main() -> None:
     parser.add_argument("--table", type=int, choices=TABLES, metavar="N", help="1 or 5 to 16")
     args = parser.parse_args()
     if args.table is None:
-        draw(args.folder)
+        draw_figures(args.folder)
         return
     folder = args.folder / "tables"
-    shown = paper_numbers.save(args.table, paper_numbers.measured(args.folder), folder)
-    print(f"Table {args.table}\n{shown.to_string()}")
+    table = paper_numbers.save_comparison(
+        args.table, paper_numbers.our_results(args.folder), folder
+    )
+    print(f"Table {args.table}\n{table.to_string()}")
     print(f"wrote {folder / f'table_{args.table}'}.csv and .tex")
 
 

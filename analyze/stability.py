@@ -1,13 +1,14 @@
-"""Do two trainings from one start end in one basin (linear mode connectivity, Frankle et al. 2020)?
+"""Whether two trainings from one start end in one basin (Frankle et al. 2020).
 
     python -m analyze.stability runs/quick
 
-The loss barrier, without REPAIR, on the line between two sparse networks, by arm and rewind epoch:
-`orders` of two runs that differ in `train_sparse.py --seed` alone, the order of their batches,
-`basins` from π(LTH) to the permuted network, and `pruned` from what IMP left of the source, naive
-and permuted, to what it left of the target, where both were pruned. With 95% intervals over pairs
-of networks, and Spearman's correlation, over pairs within a cell, of the barrier and what permuting
-gains. Writes figures/stability_*; every curve is kept beside its target.
+The loss barrier, without REPAIR, on the line between two sparse networks, by arm and rewind epoch.
+`orders`: two runs that differ only in `train_sparse.py --seed`, the order of their batches.
+`basins`: from π(LTH) to the permuted network. `pruned`: from the network that IMP made of the
+source, as it is (naive) or permuted, to the one that it made of the target, if both were pruned.
+With 95% intervals over pairs of networks, and Spearman's correlation, over the pairs of a
+cell, of the barrier and the gain of permuting. Writes figures/stability_*; every curve is cached
+beside its target.
 """
 
 import math
@@ -16,12 +17,21 @@ from pathlib import Path
 import pandas as pd
 
 from analyze.lib import lines, networks, panels, style
-from analyze.lib.runs import CELL, NETWORK, SEEDS, by_pair, shared_networks, sparse_runs, with_gains
-from analyze.lib.statistics import paired
+from analyze.lib.runs import (
+    CELL,
+    NETWORK,
+    SEEDS,
+    accuracy_by_pair,
+    shared_networks,
+    sparse_runs,
+    with_gains,
+    with_tag,
+)
+from analyze.lib.statistics import paired_test
 from common import cli, paths
 from common.errors import UserError
 
-ROW = [*CELL, "kind", "variant"]
+KEYS = [*CELL, "kind", "variant"]
 BARRIER = "barrier in test loss (nats)"
 KINDS = {
     "orders": "two orders of batches",
@@ -31,83 +41,86 @@ KINDS = {
 
 
 def orders(runs: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `runs` with the `files` of two runs of other `seed` alone: the first two of each."""
-    ends = runs.sort_values("seed").groupby([*CELL, "variant", *SEEDS])["path"].agg(list)
-    ends = ends[ends.map(len) > 1].reset_index(name="files")
-    files = [[paths.final_file(path) for path in two[:2]] for two in ends["files"]]
-    return ends.assign(files=files, kind="orders")
+    """Return the `files` of the first two runs that differ only in `seed`, a row per such group."""
+    groups = runs.sort_values("seed").groupby([*CELL, "variant", *SEEDS])["path"].agg(list)
+    groups = groups[groups.map(len) > 1].reset_index(name="files")
+    files = [[paths.final_file(path) for path in folders[:2]] for folders in groups["files"]]
+    return groups.assign(files=files, kind="orders")
 
 
 def basins(root: Path) -> pd.DataFrame:
-    """As `orders`: π(LTH) and the permuted network of every cell and pair that has both."""
-    found = networks.triples(root)
-    return lines.along(found, "lth", "permutation", "permuted").assign(kind="basins")
+    """Return the `files` from π(LTH) to the permuted network, a row per cell and pair."""
+    triples = networks.triples(root)
+    return lines.with_files(triples, "lth", "permutation", "permuted").assign(kind="basins")
 
 
 def pruned(root: Path) -> pd.DataFrame:
-    """As `orders`: the networks that IMP left of the source and of the target, at no rewind epoch.
+    """Return the `files` from the source to the target as pruned by IMP, without a rewind epoch.
 
-    Of every permutation that a sparse network used, and without one.
+    A row per permutation that a sparse network used, and a naive row without permutation.
     """
-    key = [*NETWORK, "tag", "sparsity"]
-    imp = networks.imp_networks(root, rounds=False)[[*networks.PRUNED, "file"]]
-    imp = imp.drop_duplicates(networks.PRUNED, keep="last")
-    found = networks.triples(root).drop_duplicates([*key, *SEEDS, "variant"])
+    keys = [*NETWORK, "mask_tag", "sparsity"]
+    imp = networks.imp_networks(root, rounds=False).rename(columns={"tag": "mask_tag"})
+    imp = imp.drop_duplicates([*keys, "seed"], keep="last")[[*keys, "seed", "file"]]
+    table = networks.triples(root).drop_duplicates([*keys, *SEEDS, "variant"])
     for seed, end in zip(SEEDS, ("imp_source", "imp_target")):
-        found = found.merge(imp.rename(columns={"seed": seed, "file": end}), on=[*key, seed])
-    naive = found.drop_duplicates([*key, *SEEDS]).assign(variant="naive")
-    naive = lines.along(naive, "imp_source", "imp_target")
-    permuted = lines.along(found, "imp_source", "permutation", "imp_target")
+        table = table.merge(imp.rename(columns={"seed": seed, "file": end}), on=[*keys, seed])
+    naive = table.drop_duplicates([*keys, *SEEDS])
+    naive = naive.assign(variant=with_tag("naive", naive["mask_tag"]))
+    naive = lines.with_files(naive, "imp_source", "imp_target")
+    permuted = lines.with_files(table, "imp_source", "permutation", "imp_target")
     return pd.concat([naive, permuted]).assign(kind="pruned", rewind=math.nan)
 
 
-def gains(runs: pd.DataFrame, barriers: pd.DataFrame) -> pd.DataFrame:
-    """Spearman's correlation of barrier and gain over naive, a row a cell, kind and variant.
+def correlations(runs: pd.DataFrame, barriers: pd.DataFrame) -> pd.DataFrame:
+    """Return Spearman's correlation of barrier and gain over naive, a row per value of KEYS.
 
-    Of each cell's pairs, at least four; `pairs` counts them.
+    It is over the pairs of a cell, at least four; `pairs` counts them.
     """
-    both = barriers.merge(with_gains(by_pair(runs)), on=[*CELL, *SEEDS, "variant"])
-    both, rows = both[both["arm"] == "permuted"].dropna(subset="gain"), []
-    for key, group in both.groupby(ROW):
+    table = barriers.merge(with_gains(accuracy_by_pair(runs)), on=[*CELL, *SEEDS, "variant"])
+    table, rows = table[table["arm"] == "permuted"].dropna(subset="gain"), []
+    for key, group in table.groupby(KEYS):
         if len(group) >= 4 and group["test"].nunique() > 1:
-            found = group["test"].corr(group["gain"], method="spearman")
-            rows.append(dict(zip(ROW, key)) | {"correlation": found, "pairs": len(group)})
+            correlation = group["test"].corr(group["gain"], method="spearman")
+            rows.append(dict(zip(KEYS, key)) | {"correlation": correlation, "pairs": len(group)})
     return pd.DataFrame(rows)
 
 
 def main() -> None:
-    args = networks.arguments(__doc__, points=11, images=2500)
+    args = networks.parse_args(__doc__, points=11, images=2500)
     runs = sparse_runs(args.root)
-    wanted = orders(runs)
+    rows = orders(runs)
     try:
-        wanted = pd.concat([wanted, basins(args.root), pruned(args.root)])
-    except UserError:  # two orders are enough
-        if wanted.empty:
+        rows = pd.concat([rows, basins(args.root), pruned(args.root)])
+    except UserError:  # orders need no permuted network
+        if rows.empty:
             raise
-    curves = lines.curves(wanted[[*ROW, *SEEDS, "files"]], args)
-    heights = lines.barriers(curves, [*ROW, *SEEDS])
-    heights = heights[~heights["repair"]]
+    curves = lines.measure_curves(rows[[*KEYS, *SEEDS, "files"]], args)
+    barriers = lines.barriers(curves, [*KEYS, *SEEDS])
+    barriers = barriers[~barriers["repair"]]
     rows = [
-        dict(zip(ROW, key))
-        | paired(group["test"], not shared_networks(group))
+        dict(zip(KEYS, key))
+        | paired_test(group["test"], not shared_networks(group))
         | {"std": group["test"].std()}
-        for key, group in heights.groupby(ROW, dropna=False)
+        for key, group in barriers.groupby(KEYS, dropna=False)
     ]
     table = pd.DataFrame(rows).rename(columns={"difference": "mean"})
     column = table["kind"].map(KINDS) + (100 * table["sparsity"]).map(", {:g}%".format)
     table = table.assign(row=BARRIER, column=column, series=table["variant"])
     for (model, width, dataset), group in table.groupby(NETWORK):
         name, title = f"stability_{model}x{width:g}_{dataset}", f"{model} x{width:g} on {dataset}"
-        figure = panels.draw(group, "rewind", style.looks(group["variant"].unique()), title)
-        style.save(figure, group, args.root / "figures", name)
+        figure = panels.draw(
+            group, "rewind", style.variant_styles(group["variant"].unique()), title
+        )
+        style.save_figure(figure, group, args.root / "figures", name)
         print(f"{title}: {BARRIER}, mean and 95% interval over pairs")
-        shown = ["kind", "variant", "sparsity", "rewind"]
-        shown += ["mean", "difference_low", "difference_high", "pairs"]
-        print(group[shown].round(3).to_string(index=False, na_rep="-"))
-    related = gains(runs, heights)
-    if len(related):
+        columns = ["kind", "variant", "sparsity", "rewind"]
+        columns += ["mean", "difference_low", "difference_high", "pairs"]
+        print(group[columns].round(3).to_string(index=False, na_rep="-"))
+    correlation = correlations(runs, barriers)
+    if len(correlation):
         print("Spearman's correlation of barrier and gain, over the pairs of a cell")
-        print(related.drop(columns=NETWORK).round(2).to_string(index=False))
+        print(correlation.drop(columns=NETWORK).round(2).to_string(index=False))
 
 
 if __name__ == "__main__":

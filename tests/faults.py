@@ -320,7 +320,7 @@ REPAIR by rescaling on test images | analyze/lib/lines.py
 +torch.cat([batch for batch, _ in test()])
 
 the barrier is the largest loss | analyze/lib/lines.py
->networks::test_barriers_are_excesses_over_the_line_between_the_ends
+>networks::test_barriers_by_hand
 -(values - line).max(
 +values.max(
 

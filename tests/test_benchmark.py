@@ -1,4 +1,4 @@
-"""The benchmark: a row by hand, and every row at a tiny size."""
+"""analyze.benchmark: a row by hand, and every row at a tiny size."""
 
 import pandas as pd
 import pytest
@@ -10,34 +10,34 @@ from tests.conftest import succeed
 
 
 def test_a_row_by_hand():
-    rates = iter([6.0, 2.0, 1.0, 1.0, 8.0, 2.0])  # ours and the baseline's in turn
+    rates = iter([6.0, 2.0, 1.0, 1.0, 8.0, 2.0])  # ours and the baseline's alternate
     row = benchmark.compare(("name", lambda: next(rates), lambda: next(rates)), 3)
     expected = {"measure": "name", "ours /s": 6, "baseline /s": 2, "ratio": 3, "min": 1, "max": 4}
     assert row == expected
 
 
-def test_a_rate_is_of_the_second_epoch_alone(monkeypatch):
+def test_a_rate_is_that_of_the_second_epoch(monkeypatch):
     clock = [0.0]
 
-    def pretend_to_train(model, data, rates, *, at_epoch, **settings):
+    def fake_train(model, data, rates, *, at_epoch, **settings):
         for epoch, seconds in enumerate((100.0, 2.0), 1):
             clock[0] += seconds
             at_epoch(epoch)
 
-    monkeypatch.setattr(benchmark, "train", pretend_to_train)
+    monkeypatch.setattr(benchmark, "train", fake_train)
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(benchmark, "BATCH", 2)
     data = benchmark.random_images(5, 8, torch.device("cpu"))
     assert benchmark.training_rate([torch.nn.Flatten()], data) == 4 / 2.0
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="wants the GPU hidden")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")
 def test_every_row_on_a_cpu(tmp_path, monkeypatch):
-    def small(name, width, *rest):
-        return build_model(name, 0.25, *rest)
+    def build_small_model(name, width, *arguments):
+        return build_model(name, 0.25, *arguments)
 
-    changed = {"build_model": small, "IMAGES": 64, "SIZE": 8, "STEPS": {"cpu": 1}}
-    for name, value in changed.items():
+    small = {"build_model": build_small_model, "IMAGES": 64, "SIZE": 8, "STEPS": {"cpu": 1}}
+    for name, value in small.items():
         monkeypatch.setattr(benchmark, name, value)
     out = tmp_path / "table.csv"
     text = succeed("analyze.benchmark --repeats 1 --device cpu --out", out)

@@ -1,4 +1,4 @@
-"""The analysis of masks and of matching methods, and what analyses keep."""
+"""The analyses of masks and of matching methods, and the cache of analyses."""
 
 import itertools
 import shutil
@@ -19,15 +19,15 @@ from tests.conftest import align_and_train, call, refused, stage2, stage4, state
 def test_overlap_by_hand():
     mask = {"w": torch.tensor([[True, True, False, False], [True, False, False, False]])}
     reference = {"w": torch.tensor([[True, False, False, True], [True, True, False, False]])}
-    (row,) = overlap.by_layer(mask, reference)
-    # 3 and 4 of 8 are kept, 2 by both; by chance 3 * 4 / 8.
+    (row,) = overlap.layer_overlap(mask, reference)
+    # 3 and 4 of 8 are kept, 2 by both; 3 * 4 / 8 by chance.
     expected = {"layer": "w", "weights": 8, "kept": 3, "kept_reference": 4}
     assert row == expected | {"shared": 2, "chance": 1.5}
 
 
 @pytest.fixture(scope="module")
 def compared(runs, tmp_path_factory):
-    """The pipeline with IMP on both targets, a second method, and matches to early targets."""
+    """The pipeline with IMP on both targets, a second method, and early matching."""
     root = shutil.copytree(runs, tmp_path_factory.mktemp("compared") / "runs")
     for a, b in ((0, 1), (2, 3)):
         succeed(*stage2(root / f"dense/seed{b}", root / f"imp/seed{b}"))
@@ -36,7 +36,7 @@ def compared(runs, tmp_path_factory):
     return root
 
 
-def test_masks_says_what_is_missing(runs, tmp_path):
+def test_masks_reports_missing_runs(runs, tmp_path):
     shutil.copytree(runs / "imp", tmp_path / "imp")
     assert "run prune_imp.py on B" in succeed("analyze.masks", tmp_path)
     refused(call("analyze.masks", tmp_path / "nowhere"), "nowhere")
@@ -47,22 +47,22 @@ def test_masks_says_what_is_missing(runs, tmp_path):
 def test_masks_compares_with_imp_on_the_target(compared):
     assert "ratio" in succeed("analyze.masks", compared)
     table = pd.read_csv(compared / "masks.csv")
-    # A row, layer and method recomputed from the files.
+    # One row is recomputed from the files.
     row = table.query("match_epoch == 1 and sparsity == 0.7 and source_seed == 2").iloc[1]
     files = "align/early/seed2-seed3/mask_0.70.pt", "imp/seed3/mask_0.70.pt"
-    ours, reference = (state(compared / file)["mask"][row["layer"]] for file in files)
-    assert row["shared"] == int((ours & reference).sum()) and row["target_seed"] == 3
+    mask, reference = (state(compared / file)["mask"][row["layer"]] for file in files)
+    assert row["shared"] == int((mask & reference).sum()) and row["target_seed"] == 3
     shares = overlap.summary(table)
     assert len(shares) == 2 * 4 and (shares["pairs"] == 2).all()
     assert set(shares["method"]) == {"naive", "activation", "masked"}
-    # Permuting keeps the sparsity of every layer.
+    # A permutation does not change the sparsity of a layer.
     assert (shares.groupby("sparsity")["chance"].std() < 1e-9).all()
     layers = pd.read_csv(compared / "layer_sparsity.csv").query("sparsity == 0.7")
     kept = layers["weights"] * (1 - layers["layer_sparsity"])
     assert 1 - kept.sum() / layers["weights"].sum() == pytest.approx(0.7, abs=1e-3)
 
 
-def test_methods_puts_everything_beside_each_other(compared):
+def test_methods_are_compared_in_one_table(compared):
     succeed("analyze.interpolation", compared, "--points 3 --images 64 --device cpu")
     succeed("analyze.methods", compared)
     table = pd.read_csv(compared / "methods.csv").query("k == 0")
@@ -81,9 +81,9 @@ def test_methods_puts_everything_beside_each_other(compared):
         assert early["accuracy"] == pytest.approx(accuracies.mean()) and len(accuracies) == 2
 
 
-def test_methods_takes_what_there_is(runs, tmp_path):
-    for part in ("dense", "align"):
-        shutil.copytree(runs / part, tmp_path / part)
+def test_methods_needs_only_alignments(runs, tmp_path):
+    for folder in ("dense", "align"):
+        shutil.copytree(runs / folder, tmp_path / folder)
     succeed("analyze.methods", tmp_path)
     assert "k" not in pd.read_csv(tmp_path / "methods.csv")
     shutil.copytree(runs / "sparse/naive", tmp_path / "sparse/naive")
@@ -92,27 +92,29 @@ def test_methods_takes_what_there_is(runs, tmp_path):
     assert table["accuracy"].notna().tolist() == (table["method"] == "naive").tolist()
 
 
-def test_cosines_are_of_the_masks_that_were_permuted(compared):
+def test_cosines_by_hand(compared):
     runs = networks.alignments(compared)
     runs = runs.query("method == 'activation' and match_epoch == 3 and sparsity == 0.5")
     runs = runs.to_dict("records")
-    rows = [methods.measures(run)[0] for run in runs]
+    rows = [methods.measure_alignment(run)[0] for run in runs]
     mask = state(compared / "imp/seed0/mask_0.50.pt")["mask"]
-    ends = masking.apply(weights(runs[0]["source"]), mask), weights(runs[0]["target"])
-    a, b = (parameters_to_vector(end.values()) for end in ends)
+    states = masking.apply(weights(runs[0]["source"]), mask), weights(runs[0]["target"])
+    a, b = (parameters_to_vector(tensors.values()) for tensors in states)
     assert (rows[0]["sparsity"], rows[0]["method"]) == (0.5, "naive")
-    by_hand = torch.cosine_similarity(a, b, 0).item()
-    assert rows[0]["masked_cosine"] == pytest.approx(by_hand, abs=1e-6)
-    # In the table, a mean over pairs, naive is beside the latest B.
-    found = methods.table(compared).query("method == 'naive' and sparsity == 0.5 and k == 0")
-    assert found["cosine"].item() == pytest.approx(np.mean([row["cosine"] for row in rows]))
+    expected = torch.cosine_similarity(a, b, 0).item()
+    assert rows[0]["masked_cosine"] == pytest.approx(expected, abs=1e-6)
+    # In the table, a mean over pairs, naive is compared with the latest B.
+    table = methods.compare_methods(compared).query(
+        "method == 'naive' and sparsity == 0.5 and k == 0"
+    )
+    assert table["cosine"].item() == pytest.approx(np.mean([row["cosine"] for row in rows]))
 
 
-def test_barriers_are_those_that_interpolation_wrote(compared):
+def test_barriers_are_read_from_the_file_of_interpolation(compared):
     succeed("analyze.interpolation", compared, "--points 3 --images 64 --device cpu")
     barriers = pd.read_csv(compared / "barriers.csv").query("repair")
     lines = barriers.groupby(["method", "match_epoch", "curve"])["test"].mean()
-    rows = methods.table(compared).groupby(["method", "sparsity"])["barrier, REPAIR"]
+    rows = methods.compare_methods(compared).groupby(["method", "sparsity"])["barrier, REPAIR"]
     rows = rows.unique().map(list)
     early, late = (lines["activation", epoch, "aligned"] for epoch in (1, 3))
     assert rows["activation", 0.5] == pytest.approx([early, late])
@@ -121,29 +123,31 @@ def test_barriers_are_those_that_interpolation_wrote(compared):
     assert rows["masked", 0.7] == pytest.approx([masked["test"].mean()])
 
 
-def test_what_is_kept_is_made_again_of_other_files_by_other_code(tmp_path, monkeypatch):
+def test_a_cached_table_is_recomputed_for_other_files_settings_or_code(tmp_path, monkeypatch):
     file, count, digest = tmp_path / "a.pt", itertools.count(1), provenance.code_digest
     file.write_bytes(b"1")
 
     def number(*settings):
-        how = methods.__file__, "line", [file], settings
-        return lines.kept(*how, lambda: pd.DataFrame([next(count)])).iloc[0, 0]
+        key = methods.__file__, "line", [file], settings
+        return lines.cached(*key, lambda: pd.DataFrame([next(count)])).iloc[0, 0]
 
     assert [number(3), number(4), number(3)] == [1, 2, 1]
     file.write_bytes(b"2")
     assert number(3) == 3
-    for made, script in enumerate((methods.__file__, lines.__file__), 4):
-        edited = {script: f"edit {made}"}
-        monkeypatch.setattr(provenance, "code_digest", lambda one: edited.get(one) or digest(one))
-        assert number(3) == number(3) == made
+    for expected, script in enumerate((methods.__file__, lines.__file__), 4):
+        edited = {script: f"edit {expected}"}
+        monkeypatch.setattr(
+            provenance, "code_digest", lambda file: edited.get(file) or digest(file)
+        )
+        assert number(3) == number(3) == expected
 
 
-def test_methods_tells_runs_of_two_settings_apart(runs, tmp_path):
+def test_methods_separates_runs_of_two_settings(runs, tmp_path):
     root = shutil.copytree(runs, tmp_path / "runs")
     for arm, masks in (("naive", "imp/seed0"), ("permuted", "align/activation/seed0-seed1")):
         files = root / "dense/seed1", root / masks, root / f"sparse/{arm}/faster"
         succeed(*stage4(arm, *files, "--lr 0.1"))
-    table = methods.table(root).query("k == 0 and sparsity == 0.5").set_index("variant")
+    table = methods.compare_methods(root).query("k == 0 and sparsity == 0.5").set_index("variant")
     assert {*table.index} == {
         f"{arm} [lr={lr}]" for arm in ("naive", "permuted") for lr in (0.02, 0.1)
     }

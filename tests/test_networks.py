@@ -1,4 +1,4 @@
-"""Analyses that evaluate networks: definitions by hand, and every command on tiny runs."""
+"""Analyses that evaluate networks: definitions by hand, and each command on tiny runs."""
 
 import shutil
 
@@ -27,18 +27,18 @@ CPU = "--device cpu"
 
 
 def test_diversity_by_hand():
-    # Two members, two images: they agree on the first, which adds nothing, not on the second.
+    # Two members and two images: they agree on the first, which adds nothing, not on the second.
     p, q = torch.tensor([[0.8, 0.2], [0.6, 0.4]]), torch.tensor([[0.8, 0.2], [0.1, 0.9]])
-    found = diversity.diversity([p.log(), q.log()], torch.tensor([0, 1]))
-    first, second, middle = (0.6, 0.4), (0.1, 0.9), (0.35, 0.65)  # by the mean it is right
+    row = diversity.diversity([p.log(), q.log()], torch.tensor([0, 1]))
+    first, second, mean = (0.6, 0.4), (0.1, 0.9), (0.35, 0.65)  # the mean is right
     expected = {"members": 2, "mean_acc": 75, "std_acc": 100 * 0.125**0.5, "ensemble_acc": 100}
     expected["disagreement"] = 0.5
     expected["kl"] = (entropy(first, second) + entropy(second, first)) / 2 / 2
-    expected["js"] = (entropy(first, middle) + entropy(second, middle)) / 2 / 2
-    assert found == pytest.approx(expected)
+    expected["js"] = (entropy(first, mean) + entropy(second, mean)) / 2 / 2
+    assert row == pytest.approx(expected)
     three = diversity.diversity([p.log(), q.log(), q.log()], torch.tensor([0, 1]))
     for name in ("disagreement", "js"):  # two of three pairs differ
-        assert three[name] == pytest.approx(found[name] * 2 / 3)
+        assert three[name] == pytest.approx(row[name] * 2 / 3)
 
 
 def test_the_plane_by_hand():
@@ -52,21 +52,21 @@ def test_the_plane_by_hand():
         landscape.plane([corners[0], corners[1], 2 * corners[1] - corners[0]])
 
 
-def test_barriers_are_excesses_over_the_line_between_the_ends():
-    """By hand: over 1.5 nats, and 15%; below the line there is none."""
+def test_barriers_by_hand():
+    """The line has 1.5 nats and 15% in the middle; a curve below it has no barrier."""
     curve = {"alpha": [0, 0.5, 1], "test_loss": [1.0, 4.0, 2.0], "train_loss": [1.0, 1.0, 3.0]}
     curve = pd.DataFrame(curve | {"test_acc": [90.0, 50.0, 80.0], "repair": True, "seed": 0})
-    found = lines.barriers(pd.concat([curve, curve.assign(seed=1, repair=False)]), ["seed"])
-    values = found[["seed", "repair", "test", "train", "error"]].to_numpy().tolist()
+    table = lines.barriers(pd.concat([curve, curve.assign(seed=1, repair=False)]), ["seed"])
+    values = table[["seed", "repair", "test", "train", "error"]].to_numpy().tolist()
     assert values == [[0, True, 2.5, 0, 35], [1, False, 2.5, 0, 35]]
-    curve.loc[1, "test_loss"] = float("nan")  # of a network that diverged
-    found = lines.barriers(curve)[["test", "train"]].iloc[0]
-    assert found.isna().tolist() == [True, False]
+    curve.loc[1, "test_loss"] = float("nan")  # a diverged network
+    row = lines.barriers(curve)[["test", "train"]].iloc[0]
+    assert row.isna().tolist() == [True, False]
 
 
 @pytest.fixture(scope="module")
 def matched_early(runs, tmp_path_factory):
-    """The pipeline with masks that were matched to an early target as well."""
+    """The pipeline with masks that were also matched to an early target."""
     root = shutil.copytree(runs, tmp_path_factory.mktemp("early") / "runs")
     for a, b in ((0, 1), (2, 3)):
         align_and_train(root, a, b, "early", "--target-epoch 1")
@@ -79,9 +79,9 @@ def test_early_matching_by_epoch(matched_early, runs):
     assert {*table.loc["permuted"].index} == {1, 3} and table["count"].max() == 2
     assert table.loc["naive"].index.isna().all()
     cell = "sparsity == 0.7 and rewind == 1"
-    runs_then = finished.sparse_runs(matched_early).query(f"{cell} and match_epoch == 1")
+    early = finished.sparse_runs(matched_early).query(f"{cell} and match_epoch == 1")
     row = table.query(cell).loc[("permuted", 1)]
-    assert row["mean"] == pytest.approx(runs_then["test_acc"].mean()) and len(runs_then) == 2
+    assert row["mean"] == pytest.approx(early["test_acc"].mean()) and len(early) == 2
     refused(call("analyze.early_matching", runs), "--target-epoch")
 
 
@@ -90,36 +90,36 @@ def test_diversity_reads_every_kind_of_network(matched_early):
     table = pd.read_csv(matched_early / "diversity.csv")
     assert set(table["variant"]) == {"dense", "IMP", "LTH", "naive", "permuted", "permuted @1"}
     assert (table["members"] == table["variant"].map({"dense": 4}).fillna(2)).all()
-    # A member's accuracy from its logits is that of its run.
+    # The accuracy of a member by its logits is that of its run.
     cell = "variant == 'naive' and sparsity == 0.7 and rewind == 0"
     runs = finished.sparse_runs(matched_early).query(cell.replace("variant", "arm"))
     assert table.query(cell)["mean_acc"].item() == pytest.approx(runs["test_acc"].mean(), abs=1e-9)
 
 
-def test_imp_barrier_says_of_which_networks_it_is(runs, tmp_path):
-    for part in ("dense", "imp"):
-        shutil.copytree(runs / part, tmp_path / part)
+def test_imp_barrier_names_its_networks(runs, tmp_path):
+    for folder in ("dense", "imp"):
+        shutil.copytree(runs / folder, tmp_path / folder)
     command = "analyze.imp_barrier", tmp_path, "--points 3 --images 64 --device cpu"
     assert "after each of 5 rounds" in succeed(*command)
     table = pd.read_csv(tmp_path / "figures/imp_barrier_mlp_glyphs.csv")
-    reached = [1 - 0.8**number for number in range(1, 6)]
-    assert table["sparsity"].tolist() == pytest.approx(2 * reached, abs=1e-3)
+    sparsities = [1 - 0.8**number for number in range(1, 6)]
+    assert table["sparsity"].tolist() == pytest.approx(2 * sparsities, abs=1e-3)
     assert (table["loss_barrier_count"] == 2).all()
-    again = shutil.copytree(tmp_path / "imp/seed0", tmp_path / "again")
-    refused(call(*command), "again/round_01.pt", "are of the same kind and seeds")
-    shutil.rmtree(again)
-    edit(tmp_path, "imp", keep_rounds=False)  # of which the last round is there
-    assert "at the asked sparsities, not after every round" in succeed(*command)
+    duplicate = shutil.copytree(tmp_path / "imp/seed0", tmp_path / "copy")
+    refused(call(*command), "copy/round_01.pt", "have the same settings and seeds")
+    shutil.rmtree(duplicate)
+    edit(tmp_path, "imp", keep_rounds=False)  # only the last round is kept
+    assert "at the requested sparsities, not after every round" in succeed(*command)
     table = pd.read_csv(tmp_path / "figures/imp_barrier_mlp_glyphs.csv")
     assert table["sparsity"].round(1).tolist() == [0.5, 0.7, 0.5, 0.7]
 
 
 def test_landscape_passes_through_its_three_networks(matched_early):
     command = "analyze.landscape", matched_early, "--grid 3 --images 100 --device cpu"
-    out = succeed(*command)  # of the first pair of a middle cell, matched to B as it ended
+    out = succeed(*command)  # the first pair of a middle cell, matched to the final B
     name = "landscape_mlpx0.03125_glyphs_activation_s0.50_k001_0-1_matched3.csv"
     table = pd.read_csv(matched_early / "figures" / name)
-    assert len(table) == 9 + 3 and table["network"].dropna().tolist() == [*landscape.CORNERS]
+    assert len(table) == 9 + 3 and table["network"].dropna().tolist() == [*landscape.NETWORKS]
     barrier = table.set_index("network")["loss_barrier"].dropna()
     assert barrier.index == ["permuted"] and f"loss barrier {barrier.item():.3f} nats" in out
     assert out.count("loss barrier") == len([*matched_early.rglob("plane_*")]) == 1
@@ -127,33 +127,34 @@ def test_landscape_passes_through_its_three_networks(matched_early):
     refused(call(*command, "--rewind 5"), "no permuted network")
 
 
-def test_a_permuted_network_is_beside_the_permutation_that_made_its_mask(matched_early):
+def test_a_permuted_network_is_joined_with_the_permutation_of_its_mask(matched_early):
     files = networks.triples(matched_early)[["permutation", "permuted"]].to_numpy()
-    early = [["/early/" in str(file) for file in row] for row in files]
+    is_early = [["/early/" in str(file) for file in row] for row in files]
     # Two pairs in four cells, late matches first.
-    assert early == 8 * [[False, False]] + 8 * [[True, True]]
+    assert is_early == 8 * [[False, False]] + 8 * [[True, True]]
 
 
-def test_curves_and_planes_do_not_depend_on_how_many_images_a_device_takes(
+def test_curves_and_planes_do_not_depend_on_the_batch_size_of_the_device(
     matched_early, monkeypatch
 ):
-    monkeypatch.setitem(resident.EVAL_BATCH, "cpu", -1)  # an error where it is used
+    monkeypatch.setitem(resident.EVAL_BATCH, "cpu", -1)  # fails if it is used
     monkeypatch.setattr(landscape, "update_bn", lambda batches, _: [*batches])
     triple = networks.triples(matched_early).iloc[0]
-    table = landscape.measure(triple, 3, 90, load_cached)
+    table = landscape.measure_plane(triple, 3, 90, load_cached)
     files = [triple[name] for name in ("lth", "permutation", "permuted")]
-    barrier = lines.barriers(lines.curve(files, 11, 90, load_cached)).set_index("repair")["test"]
+    curve = lines.measure_curve(files, 11, 90, load_cached)
+    barrier = lines.barriers(curve).set_index("repair")["test"]
     assert table["loss_barrier"].dropna().tolist() == [pytest.approx(barrier[True])]
 
 
-def test_a_curve_a_width_needs_no_sparse_run(runs, tmp_path):
-    for part in ("dense", "align"):
-        shutil.copytree(runs / part, tmp_path / "w1" / part)
+def test_interpolation_of_two_widths_needs_no_sparse_run(runs, tmp_path):
+    for folder in ("dense", "align"):
+        shutil.copytree(runs / folder, tmp_path / "w1" / folder)
     wide, masks = tmp_path / "w2", tmp_path / "masks"
     succeed(*stage1(wide / "dense", "--seed 0 1 --width 0.0625"))
-    ends = wide / "dense/seed0", wide / "dense/seed1"
-    succeed(*stage2(ends[0], masks))
-    succeed(*stage3(*ends, masks, wide / "align"))
+    source, target = wide / "dense/seed0", wide / "dense/seed1"
+    succeed(*stage2(source, masks))
+    succeed(*stage3(source, target, masks, wide / "align"))
     succeed("analyze.interpolation", tmp_path, "--points 3 --images 64", CPU)
     path = tmp_path / "figures/interpolation_activation_mlp_glyphs_k003.csv"
     counts = pd.read_csv(path).groupby(["width", "curve", "repair", "alpha"])["source_seed"]
@@ -164,7 +165,7 @@ def test_an_empty_folder_has_no_ensembles(tmp_path):
     refused(call("analyze.diversity", tmp_path, CPU), "no finished network")
 
 
-def test_a_plane_shows_one_order_of_a_pair(runs, tmp_path):
+def test_a_pair_has_one_triple_for_all_seeds_of_sparse_training(runs, tmp_path):
     root = shutil.copytree(runs, tmp_path / "runs")
     files = root / "dense/seed1", root / "align/activation/seed0-seed1", root / "sparse/again"
     succeed(*stage4("permuted", *files, "--seed 9 --sparsity 0.5 --rewind 1"))

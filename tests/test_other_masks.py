@@ -1,4 +1,4 @@
-"""Masks that need no IMP."""
+"""Baseline masks that need no IMP."""
 
 import pytest
 import torch
@@ -19,37 +19,35 @@ SHAPES = {
 
 
 def test_erk_by_hand():
-    # Sums of dimensions are 12, 20 and 5: those of a hundred weights are shared in that proportion.
-    few = other_masks.densities(SHAPES, 37)
-    assert few == pytest.approx({"conv": 12 / 72, "wide": 20 / 100, "thin": 5 / 6})
-    # At twice as many the thin layer is full, and the two others share the rest.
-    more = other_masks.densities(SHAPES, 70)
-    assert more == pytest.approx({"conv": 24 / 72, "wide": 40 / 100, "thin": 1})
-
-
-def test_random_masks_have_the_densities_asked_for():
+    # The sums of dimensions are 12, 20 and 5: the layers keep 12, 20 and 5 of 37 weights.
     density = other_masks.densities(SHAPES, 37)
-    both = (other_masks.random_scores(SHAPES, density, seed) for seed in (0, 1))
-    one, other = (
-        masking.prune_by_magnitude(scores, masking.dense_mask(scores, [*scores]), 37)
-        for scores in both
-    )
-    assert [int(entry.sum()) for entry in one.values()] == [12, 20, 5]
-    assert not same(one, other)
+    assert density == pytest.approx({"conv": 12 / 72, "wide": 20 / 100, "thin": 5 / 6})
+    # With 70 weights the thin layer is full, and the two others share the other 64.
+    density = other_masks.densities(SHAPES, 70)
+    assert density == pytest.approx({"conv": 24 / 72, "wide": 40 / 100, "thin": 1})
+
+
+def test_random_masks_have_the_requested_densities():
+    density = other_masks.densities(SHAPES, 37)
+    scores = [other_masks.random_scores(SHAPES, density, seed) for seed in (0, 1)]
+    dense = masking.dense_mask(scores[0], [*SHAPES])
+    masks = [masking.prune_by_magnitude(score, dense, 37) for score in scores]
+    assert [int(layer.sum()) for layer in masks[0].values()] == [12, 20, 5]
+    assert not same(*masks)
 
 
 def test_snip_by_hand():
     layer = nn.Linear(2, 2, bias=False)
     layer.weight.data = weight = torch.tensor([[1.0, 2.0], [3.0, -4.0]])
     images, labels = torch.tensor([[2.0, 1.0]]), torch.tensor([0])
-    # The gradient of the logits: softmax minus the label, times the input.
-    logits = (images @ weight.T).softmax(1) - torch.tensor([1.0, 0])
-    found = other_masks.snip(layer, ["weight"], [(images, labels)])["weight"]
-    torch.testing.assert_close(found, (weight * logits.T * images).abs())
+    # The gradient of the logits is softmax minus the one-hot label.
+    gradient = (images @ weight.T).softmax(1) - torch.tensor([1.0, 0])
+    scores = other_masks.snip(layer, ["weight"], [(images, labels)])["weight"]
+    torch.testing.assert_close(scores, (weight * gradient.T * images).abs())
 
 
 @pytest.mark.parametrize("tag", ("erk", "magnitude@1", "snip@1"))
-def test_stage_4_trains_under_such_a_mask_and_tables_name_it(ends, tmp_path, tag):
+def test_stage_4_trains_under_such_a_mask_and_inherits_its_tag(ends, tmp_path, tag):
     kind = tag.partition("@")[0]
     cell, masks, target = "--rewind 1 --sparsity 0.5", tmp_path / "masks", ends[1]
     succeed("analyze.other_masks", target, "--kind", kind, cell, "--out", masks)
@@ -62,15 +60,15 @@ def test_stage_4_trains_under_such_a_mask_and_tables_name_it(ends, tmp_path, tag
         model.load_state_dict(early["state_dict"])
         data = load_data(early["dataset"]).eval_batches("train")
         scores = other_masks.snip(model, [*mask], data)
-    # Whether what is kept is above what is not, over all layers.
+    # Except for erk, all kept weights have higher scores than all pruned weights.
     kept, pruned = (
-        torch.cat([score[mask[name] == which] for name, score in scores.items()])
-        for which in (True, False)
+        torch.cat([score[mask[name] == keep] for name, score in scores.items()])
+        for keep in (True, False)
     )
     assert (kept.min() >= pruned.max() * 0.999) == (kind in ("magnitude", "snip"))
 
 
-def test_what_the_run_has_not_is_refused(ends, tmp_path):
+def test_a_missing_epoch_and_an_existing_mask_are_refused(ends, tmp_path):
     command = "analyze.other_masks", ends[1], "--kind erk --sparsity 0.5"
     refuse((*command, "--rewind 7 --out", tmp_path / "masks"), "epoch")
     assert not (tmp_path / "masks").exists()
@@ -81,9 +79,9 @@ def test_what_the_run_has_not_is_refused(ends, tmp_path):
 
 
 def test_snip_at_the_initialisation_normalises_by_batch():
-    """BatchNorm's own statistics are still zeros and ones there, and say nothing of the data."""
+    """Running statistics of BatchNorm are still zeros and ones there."""
     images, labels = torch.randn(16, 3, 8, 8) * 3 + 1, torch.arange(16) % 10
     model, twin = small_cnn(), small_cnn().train()
     F.cross_entropy(twin(images), labels, reduction="sum").backward()
-    found = other_masks.snip(model, ["0.weight"], [(images, labels)])["0.weight"]
-    assert torch.allclose(found, (twin[0].weight * twin[0].weight.grad).abs())
+    scores = other_masks.snip(model, ["0.weight"], [(images, labels)])["0.weight"]
+    assert torch.allclose(scores, (twin[0].weight * twin[0].weight.grad).abs())

@@ -1,4 +1,4 @@
-"""Run folders and the command line: what is the same experiment, and whose files fit together."""
+"""Run folders and the command line: which calls belong to one experiment."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def test_another_experiment_in_a_folder_is_refused(ends):
     assert snapshot(ends[0]) == before
 
 
-def test_a_flag_that_has_come_since_and_is_not_set_is_no_other_experiment(tmp_path):
+def test_a_new_flag_that_is_not_set_is_no_other_experiment(tmp_path):
     (tmp_path / "arguments.json").write_text(json.dumps({"lr": 0.1, "code": ["a"]}))
     for smoothing in (None, False, 0.0):
         assert not runs.is_finished(tmp_path, {"lr": 0.1, "smoothing": smoothing})
@@ -33,58 +33,58 @@ def test_a_flag_that_has_come_since_and_is_not_set_is_no_other_experiment(tmp_pa
         runs.is_finished(tmp_path, {"lr": None})
 
 
-def test_tags_of_all_inputs_are_joined_each_once():
+def test_tags_of_all_inputs_are_joined_without_duplicates():
     assert cli.joined_tag(None, None) is cli.joined_tag() is None
     assert cli.joined_tag("b", None, "a") == "b+a"
     assert cli.joined_tag("layerwise+wide", "wide", "adamw") == "layerwise+wide+adamw"
 
 
-def test_output_that_nobody_reads_on_ends_without_a_traceback():
-    talks = "from common import cli; cli.run(lambda: print('x\\n' * 100_000))"
-    command = subprocess.Popen(
-        [sys.executable, "-c", talks], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+def test_a_broken_pipe_has_no_traceback():
+    code = "from common import cli; cli.run(lambda: print('x\\n' * 100_000))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    assert command.stdout.readline() == b"x\n"
-    command.stdout.close()
-    assert command.stderr.read() == b"" and command.wait() == 141
+    assert process.stdout.readline() == b"x\n"
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
 
 
 def test_matrix_products_are_fp32_whatever_the_environment_says():
-    command = "import torch; from common.runtime.device import pick_device; pick_device('cpu')"
-    command += "; print(torch.get_float32_matmul_precision())"
+    code = "import torch; from common.runtime.device import pick_device; pick_device('cpu')"
+    code += "; print(torch.get_float32_matmul_precision())"
     container = os.environ | {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
-    how = {"cwd": ROOT, "env": container, "check": True, "capture_output": True, "text": True}
-    assert subprocess.run([sys.executable, "-c", command], **how).stdout == "highest\n"
+    options = {"cwd": ROOT, "env": container, "check": True, "capture_output": True, "text": True}
+    assert subprocess.run([sys.executable, "-c", code], **options).stdout == "highest\n"
 
 
-def test_a_device_computes_fp32_as_fp32_by_cudnn_and_the_same_each_time(monkeypatch):
-    """Set once for all threads, of which another might be amid a step."""
+def test_cudnn_is_deterministic_and_computes_fp32_without_tf32(monkeypatch):
+    """They are set once for all threads, as another thread may be in the middle of a step."""
     cudnn = torch.backends.cudnn
     monkeypatch.setattr(cudnn, "allow_tf32", True)
     monkeypatch.setattr(cudnn, "deterministic", False)
     pick_device("cpu")
-    network, seen = tiny(), []
+    network, flags = tiny(), []
 
-    def look(*_):
-        seen.append((cudnn.enabled, cudnn.deterministic, cudnn.allow_tf32))
+    def record(*_):
+        flags.append((cudnn.enabled, cudnn.deterministic, cudnn.allow_tf32))
 
-    network.register_forward_pre_hook(look)
+    network.register_forward_pre_hook(record)
     evaluate(network, resident().eval_batches())
-    assert set(seen) == {(True, True, False)}
+    assert set(flags) == {(True, True, False)}
 
 
-def test_flags_that_a_method_does_not_use_are_no_part_of_the_experiment(ends, tmp_path):
+def test_flags_that_a_method_does_not_use_are_not_recorded(ends, tmp_path):
     succeed(*stage3(*ends, tmp_path, "--restarts 7"))
     assert "restarts" not in json.loads((tmp_path / "arguments.json").read_text())
     assert "is finished: nothing to do" in succeed(*stage3(*ends, tmp_path, "--restarts 8"))
 
 
-def test_a_smaller_sparsity_later_leaves_the_chain_where_it_is(tmp_path):
+def test_a_smaller_sparsity_does_not_change_the_chain(tmp_path):
     succeed(*stage1(tmp_path / "dense", "--epochs 1 --seed 0"))
-    dense, at_once, later = tmp_path / "dense/seed0", tmp_path / "at-once", tmp_path / "later"
-    succeed(*stage2(dense, at_once, "--sparsity 0.3 0.6 0.7"))
+    dense, together, separate = tmp_path / "dense/seed0", tmp_path / "one", tmp_path / "three"
+    succeed(*stage2(dense, together, "--sparsity 0.3 0.6 0.7"))
     for sparsity in (0.6, 0.3):
-        succeed(*stage2(dense, later, f"--sparsity {sparsity}"))
-    assert [*paths.round_files(later)] == [4]  # 0.8 ** 4 = 0.41, then 0.6
-    succeed(*stage2(dense, later, "--sparsity 0.7"))
-    same_files(at_once, later)
+        succeed(*stage2(dense, separate, f"--sparsity {sparsity}"))
+    assert [*paths.round_files(separate)] == [4]  # 0.8 ** 4 = 0.41, then 0.6
+    succeed(*stage2(dense, separate, "--sparsity 0.7"))
+    same_files(together, separate)

@@ -1,4 +1,4 @@
-"""What is no run of ours below a folder is skipped with a line, by every analysis."""
+"""Every analysis skips files that it cannot use, with one line each."""
 
 import itertools
 import shutil
@@ -18,9 +18,9 @@ FOREIGN = """\
 {"stage": "train_dense", "arguments": {}}
 {"stage": "align_mask", "arguments": {"source_seed": 7}}
 {"stage": "prune_imp"}"""
-NEEDED = "arguments test_acc seconds sparsity rewind target_seed width".split()
-WORDS = "arm model dataset".split()
-CUT = """
+REQUIRED = "arguments test_acc seconds sparsity rewind target_seed width".split()
+STRINGS = "arm model dataset".split()
+TRUNCATED = """
 imp/seed0/sparse_0.70.pt
 imp/seed0/round_01.pt
 imp/seed0/mask_0.70.pt
@@ -31,43 +31,45 @@ align/activation/seed0-seed1/permutation.pt
 
 @pytest.fixture(scope="module")
 def littered(runs, tmp_path_factory):
-    """A part of the pipeline beside folders that are foreign, unfinished or cut off."""
+    """A part of the pipeline, and foreign, invalid, unfinished and truncated files."""
     root = tmp_path_factory.mktemp("littered") / "runs"
-    few = shutil.ignore_patterns("round_0[2-5].pt", "s0.50_k001", "s0.70_k000")
-    shutil.copytree(runs, root, ignore=few)
+    ignore = shutil.ignore_patterns("round_0[2-5].pt", "s0.50_k001", "s0.70_k000")
+    shutil.copytree(runs, root, ignore=ignore)
     for number, text in enumerate(FOREIGN.splitlines()):
         (root / f"foreign{number}").mkdir()
         (root / f"foreign{number}/result.json").write_text(text)
     run = root / "sparse/naive/seed0-seed1/s0.70_k001"
-    for number, (key, value) in enumerate(itertools.product(NEEDED, (None, "x", [], {}))):
-        shutil.copytree(run, root / f"spoilt{number}")
-        edit(root, f"spoilt{number}", **{key: value})
-    for key in WORDS:
-        shutil.copytree(run, root / f"spoilt_{key}")
-        edit(root, f"spoilt_{key}", **{key: []})
+    for number, (key, value) in enumerate(itertools.product(REQUIRED, (None, "x", [], {}))):
+        shutil.copytree(run, root / f"invalid{number}")
+        edit(root, f"invalid{number}", **{key: value})
+    for key in STRINGS:
+        shutil.copytree(run, root / f"invalid_{key}")
+        edit(root, f"invalid_{key}", **{key: []})
     shutil.copytree(run, root / "unfinished")
     (root / "unfinished/result.json").unlink()
-    for path in CUT.split():
+    for path in TRUNCATED.split():
         (root / path).write_bytes((root / path).read_bytes()[:500])
-    (root / "sparse/lth/seed2-seed2/s0.50_k000/final.pt").unlink()  # as of a run that diverged
+    (root / "sparse/lth/seed2-seed2/s0.50_k000/final.pt").unlink()  # as for a diverged run
     return root
 
 
-def test_results_skip_what_is_no_run(littered, runs):
+def test_results_skips_invalid_runs(littered, runs):
     outcome = call("analyze.results", littered)
-    # [] and {} say nothing of a stage.
+    # The first three have no stage, the next two lack values, the others are of other stages.
     assert outcome.code == 0 and all(f"foreign{number}" in outcome.err for number in range(5))
     assert (
-        outcome.err.count("skipped") == outcome.err.count("\n") == 5 + 4 * len(NEEDED) + len(WORDS)
+        outcome.err.count("skipped")
+        == outcome.err.count("\n")
+        == 5 + 4 * len(REQUIRED) + len(STRINGS)
     )
     cells = "sparsity == 0.5 and rewind == 0 or sparsity == 0.7 and rewind == 1"
-    before = finished.sparse_runs(runs).query(cells).reset_index(drop=True)
-    ours = finished.sparse_runs(littered)
-    assert ours.drop(columns="path").equals(before.drop(columns="path"))
+    expected = finished.sparse_runs(runs).query(cells).reset_index(drop=True)
+    table = finished.sparse_runs(littered)
+    assert table.drop(columns="path").equals(expected.drop(columns="path"))
     assert len(finished.dense_runs(littered)) == len(finished.dense_runs(runs))
 
 
-NAMED = {
+SKIPPED = {
     "diversity": "s0.70_k001/final.pt s0.50_k000/final.pt sparse_0.70.pt",
     "imp_barrier --points 3 --images 64": "round_01.pt foreign7",
     "interpolation --points 3 --images 64": "permutation.pt",
@@ -77,18 +79,18 @@ NAMED = {
 }
 
 
-@pytest.mark.parametrize("command", NAMED)
-def test_what_cannot_be_read_is_skipped_with_one_line(littered, command):
+@pytest.mark.parametrize("command", SKIPPED)
+def test_unreadable_files_are_skipped_with_one_line(littered, command):
     name, *flags = command.split()
     outcome = call(f"analyze.{name}", littered, *flags)
     assert outcome.code == 0, outcome.err
     lines = [line for line in outcome.err.splitlines() if line.startswith("skipped")]
-    for file in NAMED[command].split():
+    for file in SKIPPED[command].split():
         assert any(file in line for line in lines), (file, lines)
-    if name == "diversity":  # a set of two that lost one is no set
+    if name == "diversity":  # an ensemble of two that lost a member is skipped
         table = pd.read_csv(littered / "diversity.csv")
         table = table.query("sparsity == 0.7 and rewind == 1")
         assert "LTH" not in set(table["variant"]) and "naive" in set(table["variant"])
-    if name == "interpolation":  # the other pair alone
+    if name == "interpolation":  # only the other pair is left
         table = pd.read_csv(littered / "figures/interpolation_activation_mlp_glyphs_k003.csv")
         assert set(table.loc[table["curve"] == "aligned", "source_seed"]) == {2}

@@ -1,4 +1,4 @@
-"""What analyze.benchmark measures against: standard PyTorch code, and published algorithms."""
+"""Baselines of analyze.benchmark: standard PyTorch code and published algorithms."""
 
 import functools
 from collections.abc import Iterable
@@ -18,44 +18,42 @@ from common.masking import Mask
 from common.runtime.parallel import cores
 
 
-def loader(data: Resident, batch: int, train: bool = True) -> DataLoader:
-    """Batches of the training images, as PIL images with torchvision's transforms.
+def make_loader(data: Resident, batch_size: int, train: bool = True) -> DataLoader:
+    """Return a DataLoader of the training images, as PIL images with torchvision's transforms.
 
-    From a worker a core, at most 8, which stay: their start would weigh much in a short epoch.
+    It has a persistent worker per core, at most 8; starting workers would dominate a short epoch.
     """
     from common.vision import torchvision
 
     transforms, size = torchvision.transforms, data.input_shape[-1]
     images = transforms.functional.center_crop(data.train, size).cpu()
-    pictures = [*zip(map(transforms.ToPILImage(), images), data.train_labels.tolist())]
+    dataset = [*zip(map(transforms.ToPILImage(), images), data.train_labels.tolist())]
     steps = [transforms.RandomCrop(size, data.pad), transforms.RandomHorizontalFlip()] * train
     steps += [transforms.ToTensor(), transforms.Normalize(0.5, 0.25)]
     transform = transforms.Compose(steps)
 
-    def collate(rows: list[tuple[Any, int]]) -> list[Tensor]:
-        return default_collate([(transform(picture), label) for picture, label in rows])
+    def collate(batch: list[tuple[Any, int]]) -> list[Tensor]:
+        return default_collate([(transform(image), label) for image, label in batch])
 
     workers = {"num_workers": min(cores(), 8), "persistent_workers": True}
-    return DataLoader(pictures, batch, train, collate_fn=collate, drop_last=train, **workers)
+    return DataLoader(dataset, batch_size, train, collate_fn=collate, drop_last=train, **workers)
 
 
-def pruned(model: nn.Module, mask: Mask) -> nn.Module:
-    """The network with hooks of torch.nn.utils.prune."""
-    for name, kept in mask.items():
+def add_prune_hooks(model: nn.Module, mask: Mask) -> nn.Module:
+    """Prune the model in place with the hooks of torch.nn.utils.prune, and return it."""
+    for name, layer_mask in mask.items():
         module = model.get_submodule(name.removesuffix(".weight"))
-        prune.custom_from_mask(module, "weight", kept)
+        prune.custom_from_mask(module, "weight", layer_mask)
     return model
 
 
 @torch.backends.cudnn.flags(enabled=True, allow_tf32=True)
-def train_epoch(model: nn.Module, batches: DataLoader, device: torch.device) -> None:
-    """One epoch as research code often has it: fp32 by PyTorch's defaults, NCHW, `.item()` at every
-    step.
-    """
+def train_epoch(model: nn.Module, loader: DataLoader, device: torch.device) -> None:
+    """Train an epoch as typical research code does: default fp32, NCHW, `.item()` every step."""
     optimiser = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4)
     model.train()
     total = 0.0
-    for x, y in batches:
+    for x, y in loader:
         loss = F.cross_entropy(model(x.to(device)), y.to(device))
         optimiser.zero_grad()
         loss.backward()
@@ -67,33 +65,33 @@ def train_epoch(model: nn.Module, batches: DataLoader, device: torch.device) -> 
 def match_layer_by_layer(
     source: nn.Module, target: nn.Module, axes: Axes, batches: Iterable[Tensor]
 ) -> dict[str, Tensor]:
-    """Match axis after axis through ever longer sub-networks, each time over all batches.
+    """Match one axis at a time by the activations of all batches, as published re-basin codes do.
 
-    After each axis the source is permuted by what is known so far, as published re-basin codes do.
+    Each axis runs the sub-network up to it, with the source permuted by the axes matched before.
     """
     original = source.state_dict()
-    ends = [target.state_dict(), original]
+    states = [target.state_dict(), original]
     graph_of = functools.cache(functools.partial(export, target))
     permutation: dict[str, Tensor] = {}
     for axis, (*_, place) in axes.activations.items():
         moments = Moments()
         for images in batches:
-            runs = [graph_of(images.shape).start(end, images) for end in ends]
+            runs = [graph_of(images.shape).start(state, images) for state in states]
             for node, _ in lockstep(runs):
-                if node.name == place.tensor:  # the sub-network up to here
+                if node.name == place.tensor:  # the end of the sub-network
                     moments.add(*(samples(run.env[node], place) for run in runs))
                     break
         permutation[axis] = assign(moments.correlation())
-        ends[1] = permute(original, axes.dims, permutation)
+        states[1] = permute(original, axes.dims, permutation)
     return permutation
 
 
 def match_weights_every_axis(
     source: dict[str, Tensor], target: dict[str, Tensor], axes: Axes, seed: int = 0
 ) -> tuple[dict[str, Tensor], float]:
-    """Algorithm 1 of Ainsworth et al. (2023): every sweep solves every axis anew.
+    """Match weights by Algorithm 1 of Ainsworth et al. (2023), solving every axis in every sweep.
 
-    Knows axes of one block each. Returns the permutation and the objective that it reaches.
+    Supports only axes of one block. Returns the permutation and its objective.
     """
     permutation, names = identity(axes), list(axes.sizes)
     places = axes.places(source)
@@ -101,16 +99,16 @@ def match_weights_every_axis(
     best, improved = objective(source, target), True
     while improved:
         improved = False
-        for position in torch.randperm(len(names), generator=generator).tolist():
-            axis, size = names[position], axes.sizes[names[position]]
-            moved = permute(source, axes.dims, permutation)
+        for index in torch.randperm(len(names), generator=generator).tolist():
+            axis, size = names[index], axes.sizes[names[index]]
+            permuted = permute(source, axes.dims, permutation)
             similarity = torch.zeros(size, size, dtype=torch.float64)
             for place in places[axis]:
-                pair = (target[place.tensor], moved[place.tensor])
-                here, there = (by_channel(one, place).flatten(1) for one in pair)
-                similarity += (here @ there.T).cpu()
+                pair = (target[place.tensor], permuted[place.tensor])
+                rows, columns = (by_channel(weight, place).flatten(1) for weight in pair)
+                similarity += (rows @ columns.T).cpu()
             candidate = permutation | {axis: permutation[axis][assign(similarity)]}
-            reached = objective(permute(source, axes.dims, candidate), target)
-            if reached > best + 1e-7 * abs(best):
-                permutation, best, improved = candidate, reached, True
+            value = objective(permute(source, axes.dims, candidate), target)
+            if value > best + 1e-7 * abs(best):
+                permutation, best, improved = candidate, value, True
     return permutation, best

@@ -1,7 +1,7 @@
-"""The line between two networks in weight space: metrics along it, barriers, REPAIR, kept curves.
+"""The line between two networks in weight space: metrics, barriers, REPAIR, cached curves.
 
-REPAIR undoes the variance collapse of interpolated networks (Jordan et al. 2023). Networks with
-BatchNorm get their statistics recomputed; in others every hidden convolution or linear layer is
+REPAIR undoes the variance collapse of interpolated networks (Jordan et al. 2023). BatchNorm
+statistics are recomputed; in networks without BatchNorm every hidden convolution or linear layer is
 rescaled, channel by channel, to the interpolated mean and standard deviation of the two endpoints.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-from analyze.lib.runs import readable
+from analyze.lib.runs import try_read
 from common import checkpoint, provenance
 from common.align.axes import find_axes
 from common.align.permutation import permute
@@ -28,15 +28,15 @@ from common.masking import layer_weights
 from common.models import build_model
 from common.training import evaluate
 
-BATCH = 250  # images at a time on every device: statistics of BatchNorm are means over batches
+BATCH = 250  # images, on every device: BatchNorm statistics are means over batches
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def barriers(curves: pd.DataFrame, keys: Iterable[str] = ()) -> pd.DataFrame:
-    """A row a curve, which `keys` and `repair` tell apart: its barriers.
+    """Return the barriers of each curve, a row per value of `keys` and `repair`.
 
-    In test loss and training loss in nats, `test` and `train`, and in test error in percent: the
-    largest excess over the line between the two ends (paper, equation 3).
+    A barrier is the largest excess over the line between the two endpoints (paper, equation 3):
+    `test` and `train` in loss (nats), `error` in test error (percent).
     """
     metrics = {"test": curves["test_loss"], "train": curves["train_loss"]}
     metrics["error"] = 100 - curves["test_acc"]
@@ -53,14 +53,14 @@ def barriers(curves: pd.DataFrame, keys: Iterable[str] = ()) -> pd.DataFrame:
 def interpolate(
     source: dict[str, Tensor], target: dict[str, Tensor], alpha: float
 ) -> dict[str, Tensor]:
-    """(1 - alpha) source + alpha target, tensor by tensor; integer buffers are the target's."""
+    """Return (1 - alpha) source + alpha target for each tensor; integer buffers of the target."""
     return {
         name: torch.lerp(source[name], value, alpha) if value.is_floating_point() else value
         for name, value in target.items()
     }
 
 
-def metrics_along(
+def evaluate_line(
     model: nn.Module,
     source: dict[str, Tensor],
     target: dict[str, Tensor],
@@ -68,11 +68,12 @@ def metrics_along(
     test: Callable[[], Batches],
     train: Callable[[], Batches],
 ) -> list[dict[str, Any]]:
-    """Loss in nats and accuracy in percent at every alpha, with and without REPAIR by `train`.
+    """Return loss (nats) and accuracy (percent) at every alpha, with and without REPAIR.
 
-    The two networks have the metrics of their runs. `test` and `train` start over at every call,
-    so that no more than a batch of a large set is in memory; but without BatchNorm REPAIR holds a
-    layer's values for all of `train` (0.5 MB an image of VGG11 at 32 px).
+    The endpoints without REPAIR have the metrics of their runs. `test` and `train` return a new
+    iterator at every call, so that only one batch is in memory. REPAIR uses the images of `train`;
+    without BatchNorm it holds a layer's output for all of them (0.5 MB per image for VGG11 at
+    32 px).
     """
     batch_norm = any(isinstance(module, BATCH_NORMS) for module in model.modules())
     if not batch_norm:
@@ -95,20 +96,20 @@ def metrics_along(
     return rows
 
 
-def build(entry: dict[str, Any], data: Resident | Streamed) -> nn.Module:
-    """The network of a checkpoint, with its weights, where the data are."""
+def load_network(entry: dict[str, Any], data: Resident | Streamed) -> nn.Module:
+    """Build the network of a loaded checkpoint with its weights, on the device of the data."""
     model = build_model(**entry["model"])
     model.load_state_dict(entry["state_dict"])
     return model.to(data.device, memory_format=torch.channels_last)
 
 
-def kept(
-    script: str, kind: str, files: list[Path], settings: tuple, make: Callable
+def cached(
+    script: str, kind: str, files: list[Path], settings: tuple, compute: Callable
 ) -> pd.DataFrame:
-    """The table that `make` computes of `files`, or that an earlier call left beside the last one.
+    """Return the table that `compute` makes from `files`, cached as a CSV beside the last file.
 
-    Its name has the digests of the code of `script` and of this file, and of all `files`, and the
-    settings. Raises UserError when a file is missing.
+    The name of the cache has the settings and the digests of `files` and of the code of `script`
+    and this module. Raises UserError when a file is missing.
     """
     for file in files:
         if not file.is_file():
@@ -117,22 +118,22 @@ def kept(
     parts = kind, files[-1].stem, *(digest[:8] for digest in digests), *settings
     path = files[-1].with_name("_".join(map(str, parts)) + ".csv")
     if not path.is_file():
-        checkpoint.save_text(make().to_csv(index=False), path)
+        checkpoint.save_text(compute().to_csv(index=False), path)
     return pd.read_csv(path)
 
 
-def curve(files: list[Path], points: int, images: int, read: Callable) -> pd.DataFrame:
-    """The curve from source to target, kept or else measured on all test images.
+def measure_curve(files: list[Path], points: int, images: int, load_data: Callable) -> pd.DataFrame:
+    """Return the metrics on the line from source to target, on all test images; cached.
 
-    `files` hold the source, a permutation of it where there is one, and the target; `images` of
-    the training set are for REPAIR.
+    `files` are the source, its permutation, if there is one, and the target. REPAIR uses `images`
+    training images.
     """
 
-    def make() -> pd.DataFrame:
-        ends = files[0], files[-1]
-        source, target = (checkpoint.load(file, checkpoint.WEIGHTS) for file in ends)
-        data = read(target["dataset"])
-        model = build(target, data)
+    def compute() -> pd.DataFrame:
+        endpoints = files[0], files[-1]
+        source, target = (checkpoint.load(file, checkpoint.WEIGHTS) for file in endpoints)
+        data = load_data(target["dataset"])
+        model = load_network(target, data)
         state = source["state_dict"]
         for file in files[1:-1]:
             permutation = checkpoint.load(file, ("permutation",))["permutation"]
@@ -140,56 +141,56 @@ def curve(files: list[Path], points: int, images: int, read: Callable) -> pd.Dat
 
         alphas, test = np.linspace(0, 1, points), partial(data.eval_batches, "test", BATCH)
         train = partial(data.eval_batches, "train", BATCH, images)
-        rows = metrics_along(model, state, target["state_dict"], alphas, test, train)
+        rows = evaluate_line(model, state, target["state_dict"], alphas, test, train)
         return pd.DataFrame(rows).assign(images=images)
 
-    return kept(__file__, "line", files, (points, images), make)
+    return cached(__file__, "line", files, (points, images), compute)
 
 
-def along(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
-    """The rows of `table` with the `files` of a line, for `curve`, from some of its columns."""
+def with_files(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """Add `files`, a list of the paths in `columns`, to each row, for `measure_curve`."""
     return table.assign(files=table[[*columns]].to_numpy().tolist())
 
 
-def curves(lines: pd.DataFrame, args: argparse.Namespace) -> pd.DataFrame:
-    """The curves of all `lines`, a row each: its `files` for `curve`, and what to say of it.
+def measure_curves(lines: pd.DataFrame, args: argparse.Namespace) -> pd.DataFrame:
+    """Measure the curves of all `lines`; the other columns are copied to every point of a curve.
 
-    `args` are from `networks.arguments`. A line that cannot be read is skipped with one line;
-    raises UserError when none is left.
+    A row of `lines` has `files` for `measure_curve`; `args` are from `networks.parse_args`. Prints
+    one line for files that cannot be read and skips them. Raises UserError when no curve is left.
     """
-    found = []
+    curves = []
     for line in tqdm(lines.to_dict("records"), "lines", unit="line", disable=None):
-        measured = readable(curve, line.pop("files"), args.points, args.images, args.read)
-        if measured is not None:
-            found.append(measured.assign(**line))
-    if not found:
+        curve = try_read(measure_curve, line.pop("files"), args.points, args.images, args.load_data)
+        if curve is not None:
+            curves.append(curve.assign(**line))
+    if not curves:
         raise UserError(f"no line below {args.root} could be measured (see above)")
-    return pd.concat(found, ignore_index=True)
+    return pd.concat(curves, ignore_index=True)
 
 
 @torch.no_grad()
 def rescale(
     model: nn.Module, images: Tensor, goal: dict[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """The mean and standard deviation, over images and places, of every hidden layer's output.
+    """Return mean and std, over images and positions, of the output of every hidden layer.
 
-    By layer, (2, channels). With a `goal` they are brought to it, layer after layer, folded into
-    weights and biases; a channel without variance is only shifted. Raises ValueError for a hidden
-    layer without bias.
+    The statistics are (2, channels) tensors by layer name. With a `goal` of the same form, each
+    layer in turn is rescaled to it by changing weights and bias; a channel without variance is only
+    shifted. Raises ValueError for a hidden layer without bias.
     """
-    measured = {}
+    statistics = {}
 
-    def fold(layer: nn.Module, _: object, output: Tensor) -> Tensor | None:
+    def hook(layer: nn.Module, _: object, output: Tensor) -> Tensor | None:
         rows = output.movedim(1, -1).flatten(0, -2)
-        deviation, mean = torch.std_mean(rows, 0, correction=0)
-        measured[names[layer]] = torch.stack([mean, deviation])
+        std, mean = torch.std_mean(rows, 0, correction=0)
+        statistics[names[layer]] = torch.stack([mean, std])
         if goal is None or names[layer] not in goal:
             return None
-        wanted_mean, wanted = goal[names[layer]]
-        scale = torch.where(deviation > 0, wanted / deviation, 1.0)
-        shift = wanted_mean - mean * scale
+        goal_mean, goal_std = goal[names[layer]]
+        scale = torch.where(std > 0, goal_std / std, 1.0)
+        shift = goal_mean - mean * scale
         if layer.bias is None:
-            raise ValueError(f"{names[layer]} has no bias to fold the mean into")
+            raise ValueError(f"{names[layer]} has no bias to absorb the shift of the mean")
         layer.weight.mul_(scale.view(-1, *[1] * (layer.weight.dim() - 1)))
         layer.bias.mul_(scale).add_(shift)
         shape = (-1, *[1] * (output.dim() - 2))
@@ -197,9 +198,9 @@ def rescale(
 
     layers = [name.removesuffix(".weight") for name in layer_weights(model)]
     names = {model.get_submodule(name): name for name in layers}
-    hooks = [layer.register_forward_hook(fold) for layer in names]
+    handles = [layer.register_forward_hook(hook) for layer in names]
     model.eval()(images)
-    for hook in hooks:
-        hook.remove()
-    measured.popitem()  # of the output
-    return measured
+    for handle in handles:
+        handle.remove()
+    statistics.popitem()  # the output layer
+    return statistics

@@ -1,4 +1,4 @@
-"""Finding the networks and permutations below a folder."""
+"""Find the networks and permutations below a folder."""
 
 import argparse
 from collections.abc import Iterator
@@ -11,122 +11,128 @@ from analyze.lib.runs import (
     CELL,
     NETWORK,
     SEEDS,
-    dense_files,
+    dense_checkpoints,
     find_results,
-    parse_root,
-    plain,
-    readable,
-    skipped,
+    root_parser,
     sparse_runs,
+    try_read,
+    warn_skipped,
+    without_signs_or_fan_in,
 )
 from common import checkpoint, cli, masking, paths
 from common.data import load_cached
 from common.errors import UserError
 from common.runtime.device import pick_device
 
-PRUNED = [*NETWORK, "tag", "seed", "sparsity"]
-ALIGNED = ["method", "match_epoch", *SEEDS]
+IMP = [*NETWORK, "tag", "seed", "sparsity"]
+ALIGNMENT = ["method", "match_epoch", *SEEDS]
 FLAGS = {
-    "points": {"type": cli.number(int, 3), "help": "of a line"},
-    "grid": {"type": cli.number(int, 3), "help": "points a side of the plane"},
-    "images": {"type": cli.positive, "help": "of the training set for activation statistics"},
-    "width": {"type": float, "help": "of the cell"},
-    "sparsity": {"type": float, "help": "of the cell"},
-    "rewind": {"type": int, "help": "of the cell"},
-    "all": {"action": "store_true", "help": "every pair of every cell, not one alone"},
+    "points": {"type": cli.number(int, 3), "help": "points per line"},
+    "grid": {"type": cli.number(int, 3), "help": "points per side of the plane"},
+    "images": {"type": cli.positive, "help": "training images for activation statistics"},
+    "width": {"type": float, "help": "width of the cell"},
+    "sparsity": {"type": float, "help": "sparsity of the cell"},
+    "rewind": {"type": int, "help": "rewind epoch of the cell"},
+    "all": {"action": "store_true", "help": "every pair of every cell, not only one"},
 }
 
 
-def arguments(doc: str, **defaults: Any) -> argparse.Namespace:
-    """The command line of an analysis that evaluates networks: `root`, some of FLAGS, and `read`,
-    where `read(description)` opens a data set.
+def parse_args(doc: str, **defaults: Any) -> argparse.Namespace:
+    """Parse the command line of an analysis that evaluates networks.
+
+    Arguments are `root` and those of FLAGS that `defaults` names. `load_data(description)` of the
+    result opens a data set.
     """
-    parser = parse_root(doc)
+    parser = root_parser(doc)
     for name, default in defaults.items():
-        how = FLAGS[name] | {"default": default}
-        how["help"] += " (default: %(default)s)" * (default is not None)
-        parser.add_argument(f"--{name}", **how)
+        options = FLAGS[name] | {"default": default}
+        options["help"] += " (default: %(default)s)" * (default is not None)
+        parser.add_argument(f"--{name}", **options)
     cli.add_device(parser)
     cli.add_data(parser)
     args = parser.parse_args()
     device = pick_device(args.device)
-    args.read = lambda dataset: load_cached(dataset, args.data_dir, device, args.workers)
+    args.load_data = lambda dataset: load_cached(dataset, args.data_dir, device, args.workers)
     return args
 
 
-def with_dense(root: Path, stage: str, *roles: str) -> Iterator[dict[str, Any]]:
-    """What is known of every finished run of a stage below `root`: its `path`, network and tag, how
-    it was aligned, and by role the files of the dense weights that it names by digest.
+def runs_with_dense(root: Path, stage: str, *roles: str) -> Iterator[dict[str, Any]]:
+    """Yield every finished run of a stage below `root` with the files of its dense networks.
 
-    One whose dense networks are not below `root` is skipped, as are networks trained elsewhere.
+    A run has its `path`, network, seed and tag, the columns ALIGNMENT, `keep_rounds` and, under
+    each of `roles`, the dense checkpoint that its arguments name by digest. Prints one line for a
+    run whose dense networks are not below `root` and skips it; skips networks trained elsewhere.
     """
-    dense = dense_files(root)
+    dense = dense_checkpoints(root)
     for run in find_results(root, stage):
         arguments = run.get("arguments", {})
         if arguments.get("model_fn"):
-            continue  # trained elsewhere: its module is not known here
+            continue  # trained elsewhere: its module cannot be built here
         files = {role: dense.get(arguments.get(role)) for role in roles}
         if missing := [role for role, file in files.items() if file is None]:
-            skipped(f"{run['path']}: its {missing[0]} network is not below {root}")
+            warn_skipped(f"{run['path']}: its {missing[0]} network is not below {root}")
             continue
         trained = checkpoint.load_json(files[roles[-1]].with_name("result.json"))["arguments"]
-        about = {key: trained[key] for key in (*NETWORK, "seed")} | {"path": run["path"]}
-        about["tag"] = arguments.get("tag") or trained.get("tag") or ""
-        yield files | about | {key: arguments.get(key) for key in (*ALIGNED, "keep_rounds")}
+        row = {key: trained[key] for key in (*NETWORK, "seed")} | {"path": run["path"]}
+        row["tag"] = arguments.get("tag") or trained.get("tag") or ""
+        yield files | row | {key: arguments.get(key) for key in (*ALIGNMENT, "keep_rounds")}
 
 
 def imp_networks(root: Path, rounds: bool) -> pd.DataFrame:
-    """The networks that IMP pruned below `root`: PRUNED, its file and the dense one, `rounds`.
+    """Return the networks that IMP pruned below `root`: columns IMP, `dense`, `file`, `rounds`.
 
-    At the asked sparsities, or with `rounds` after each round of the chains that kept them. One
-    that cannot be read is skipped.
+    With `rounds` they are those after each round, where these were kept, or else those at the
+    requested sparsities. Prints one line for a file that cannot be read and skips it.
     """
-    found = []
-    for about in with_dense(root, "prune_imp", "dense"):
-        kept = rounds and about.get("keep_rounds") and paths.round_files(about["path"])
-        for sparsity, path in (kept or paths.imp_files(about["path"])).items():
-            if entry := readable(checkpoint.load, path, ("mask", *checkpoint.WEIGHTS)):
-                reached = masking.sparsity(entry["mask"]) if kept else sparsity
-                found.append(about | {"file": path, "sparsity": reached, "rounds": bool(kept)})
-    found = pd.DataFrame(found, columns=[*PRUNED, "dense", "file", "rounds"])
-    # An empty table has none of its own.
-    return found.astype({"width": float, "sparsity": float, "seed": int})
+    rows = []
+    for run in runs_with_dense(root, "prune_imp", "dense"):
+        round_files = rounds and run.get("keep_rounds") and paths.round_files(run["path"])
+        for sparsity, path in (round_files or paths.imp_files(run["path"])).items():
+            if entry := try_read(checkpoint.load, path, ("mask", *checkpoint.WEIGHTS)):
+                reached = masking.sparsity(entry["mask"]) if round_files else sparsity
+                rows.append(run | {"file": path, "sparsity": reached, "rounds": bool(round_files)})
+    table = pd.DataFrame(rows, columns=[*IMP, "dense", "file", "rounds"])
+    # An empty table has no dtypes to infer.
+    return table.astype({"width": float, "sparsity": float, "seed": int})
 
 
 def alignments(root: Path) -> pd.DataFrame:
-    """Every mask that was permuted below `root`, a row each: how, and the files.
+    """Return a row per permuted mask below `root`.
 
-    Raises UserError when there is none.
+    Its files are `permutation`, `mask`, `source` and `target`. Raises UserError when there is none.
     """
-    found = []
-    for about in with_dense(root, "align_mask", "source", "target"):
-        for mask in paths.mask_files(about["path"]):
-            path = paths.permutation_file(about["path"], mask.name)  # of this mask alone
+    rows = []
+    for run in runs_with_dense(root, "align_mask", "source", "target"):
+        for mask in paths.mask_files(run["path"]):
+            path = paths.permutation_file(run["path"], mask.name)  # for this mask only
             if not path.is_file():
-                path = paths.permutation_file(about["path"])
-            about |= {"permutation": path, "mask": mask, "sparsity": paths.sparsity_of(mask)}
-            found.append(about.copy())
-    if not found:
+                path = paths.permutation_file(run["path"])
+            run |= {"permutation": path, "mask": mask, "sparsity": paths.sparsity_of(mask)}
+            rows.append(run.copy())
+    if not rows:
         raise UserError(f"no finished alignment below {root}: run align_mask.py first")
-    return pd.DataFrame(found)
+    return pd.DataFrame(rows)
 
 
 def triples(root: Path) -> pd.DataFrame:
-    """Files that belong together: of an lth, a permuted, a dense network, a permutation.
+    """Return the files of LTH, permuted and dense source network with the permutation of the mask.
 
-    A row a cell and pair of seeds, late matches first.
+    A row per cell and pair of seeds, late matches first, has them as `lth`, `permuted`, `dense` and
+    `permutation`. The tag of the mask is `mask_tag`: unlike that of the run it has no settings.
+    Raises UserError when there is no such row.
     """
-    runs, key = plain(sparse_runs(root)), [*CELL, "source_seed", "tag"]
-    lth = runs.loc[runs["arm"] == "lth", [*key, "path"]].drop_duplicates(key)
-    pairs = runs[runs["arm"] == "permuted"].merge(lth, on=key, suffixes=("", "_lth"))
+    runs, keys = without_signs_or_fan_in(sparse_runs(root)), [*CELL, "source_seed", "tag"]
+    lth = runs.loc[runs["arm"] == "lth", [*keys, "path"]].drop_duplicates(keys)
+    pairs = runs[runs["arm"] == "permuted"].merge(lth, on=keys, suffixes=("", "_lth"))
     if pairs.empty:
-        missing = f"no permuted network with LTH's beside it below {root}"
-        raise UserError(f"{missing}: run train_sparse.py for both")
-    masks = alignments(root)[["mask", "permutation", "source"]]
-    masks = masks.rename(columns={"source": "dense"})
-    masks["mask"] = masks["mask"].map(checkpoint.digest)  # as sparse runs name it
-    found = pairs.merge(masks.drop_duplicates("mask", keep="last"), on="mask")
-    found["lth"] = found["path_lth"].map(paths.final_file)
-    found["permuted"] = found["path"].map(paths.final_file)
-    found = found.drop_duplicates([*CELL, *SEEDS, "variant"])  # of one order
-    return found.sort_values("match_epoch", ascending=False, kind="stable", ignore_index=True)
+        raise UserError(
+            f"no permuted network beside LTH below {root}: run train_sparse.py for both"
+        )
+    masks = alignments(root)[["mask", "permutation", "source", "tag"]]
+    masks = masks.rename(columns={"source": "dense", "tag": "mask_tag"})
+    masks["mask"] = masks["mask"].map(checkpoint.digest)  # sparse runs record the digest
+    table = pairs.merge(masks.drop_duplicates("mask", keep="last"), on="mask")
+    table["lth"] = table["path_lth"].map(paths.final_file)
+    table["permuted"] = table["path"].map(paths.final_file)
+    table = table.drop_duplicates([*CELL, *SEEDS, "variant"])  # of several --seed
+    return table.sort_values("match_epoch", ascending=False, kind="stable", ignore_index=True)

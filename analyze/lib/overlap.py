@@ -1,11 +1,11 @@
-"""All masks below a folder, and how much they have in common."""
+"""Read all masks below a folder and count the weights that they share."""
 
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from analyze.lib.runs import NETWORK, SEEDS, find_results, readable, refuse_repeats
+from analyze.lib.runs import NETWORK, SEEDS, check_unique, find_results, try_read
 from common import checkpoint, paths
 from common.errors import UserError
 from common.masking import Mask
@@ -15,63 +15,68 @@ MASK = [*PAIR, "method", "match_epoch"]
 COUNTS = ["layer", "weights", "kept", "kept_reference", "shared", "chance"]
 
 
-def load_all(root: Path) -> pd.DataFrame:
-    """All masks below `root`, a row each, with the file's content as `entry`.
+def load_masks(root: Path) -> pd.DataFrame:
+    """Load all masks below `root`, a row per mask: MASK, the file's content as `entry`, and `path`.
 
-    Target, method and match epoch are None as pruned. Raises UserError when there is none.
+    Target, method and match epoch are None for masks as pruned. Raises UserError when there is no
+    mask.
     """
     rows = []
     for run in [*find_results(root, "prune_imp"), *find_results(root, "align_mask")]:
         for path in paths.mask_files(run["path"]):
-            if (entry := readable(checkpoint.load, path, checkpoint.MASKS)) is None:
+            if (entry := try_read(checkpoint.load, path, checkpoint.MASKS)) is None:
                 continue
             model, dataset = entry["model"], (entry["dataset"] or {}).get("name")
-            about = {"model": model["name"], "width": model.get("width"), "dataset": dataset}
-            about["mask_dataset"] = entry.get("mask_dataset") or dataset
-            about["match_epoch"] = entry["match_epoch"] if entry["method"] else None
-            about |= {"tag": entry.get("tag") or "", "sparsity": paths.sparsity_of(path)}
+            row = {"model": model["name"], "width": model.get("width"), "dataset": dataset}
+            row["mask_dataset"] = entry.get("mask_dataset") or dataset
+            row["match_epoch"] = entry["match_epoch"] if entry["method"] else None
+            row |= {"tag": entry.get("tag") or "", "sparsity": paths.sparsity_of(path)}
             rows.append(
-                {key: entry.get(key) for key in MASK} | about | {"entry": entry, "path": path}
+                {key: entry.get(key) for key in MASK} | row | {"entry": entry, "path": path}
             )
     if not rows:
         raise UserError(f"no masks below {root}: run prune_imp.py first")
     masks = pd.DataFrame(rows)
-    refuse_repeats(masks, MASK)
+    check_unique(masks, MASK)
     return masks
 
 
-def by_layer(mask: Mask, reference: Mask) -> list[dict[str, Any]]:
-    """A row a layer: weights, those that each mask keeps, both keep, both keep by chance."""
+def layer_overlap(mask: Mask, reference: Mask) -> list[dict[str, Any]]:
+    """Return COUNTS of each layer: its weights, and how many each mask and both masks keep.
+
+    `chance` is how many two random masks of these sparsities both keep on average.
+    """
     rows = []
-    for name, entry in mask.items():
-        kept, wanted = int(entry.sum()), int(reference[name].sum())
-        shared, chance = int((entry & reference[name]).sum()), kept * wanted / entry.numel()
-        rows.append(dict(zip(COUNTS, (name, entry.numel(), kept, wanted, shared, chance))))
+    for name, layer in mask.items():
+        kept, kept_reference = int(layer.sum()), int(reference[name].sum())
+        shared, chance = int((layer & reference[name]).sum()), kept * kept_reference / layer.numel()
+        rows.append(dict(zip(COUNTS, (name, layer.numel(), kept, kept_reference, shared, chance))))
     return rows
 
 
 def overlaps(masks: pd.DataFrame) -> pd.DataFrame:
-    """A row a layer and mask of another network, where the target was pruned too.
+    """Return MASK and COUNTS, a row per layer, for source masks against IMP's mask of the target.
 
-    The method naive is the mask of the source, not permuted.
+    Method naive is the source's mask before it is permuted. Targets that were not pruned have no
+    rows.
     """
     columns = [*NETWORK, "tag", "sparsity", "source_seed", "entry"]
     pruned = masks.loc[masks["method"].isna(), columns]
     references = pruned.rename(columns={"source_seed": "target_seed", "entry": "reference"})
     permuted = masks[masks["method"].notna()].merge(references)
-    own = pruned.rename(columns={"dataset": "mask_dataset"})
-    naive = permuted.drop(columns="entry").merge(own).drop_duplicates(PAIR)
+    unpermuted = pruned.rename(columns={"dataset": "mask_dataset"})
+    naive = permuted.drop(columns="entry").merge(unpermuted).drop_duplicates(PAIR)
     naive = naive.assign(method="naive", match_epoch=float("nan"))
     rows = []
-    for run in [*permuted.to_dict("records"), *naive.to_dict("records")]:
-        about = {key: run[key] for key in MASK}
-        layers = by_layer(run["entry"]["mask"], run["reference"]["mask"])
-        rows += [about | layer for layer in layers]
+    for row in [*permuted.to_dict("records"), *naive.to_dict("records")]:
+        keys = {key: row[key] for key in MASK}
+        layers = layer_overlap(row["entry"]["mask"], row["reference"]["mask"])
+        rows += [keys | layer for layer in layers]
     return pd.DataFrame(rows, columns=[*MASK, *COUNTS])
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Shared and chance in percent of the reference's kept weights: means over pairs."""
+    """Average `overlaps` over pairs: shared and chance in percent of the reference's weights."""
     sums = table.groupby(MASK, dropna=False)[["kept_reference", "shared", "chance"]].sum()
     share = 100 * sums[["shared", "chance"]].div(sums["kept_reference"], axis=0)
     share["ratio"] = share["shared"] / share["chance"]

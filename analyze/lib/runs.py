@@ -1,4 +1,4 @@
-"""Finding the finished runs below a folder, and reading them into tables."""
+"""Find the finished runs below a folder and read them into tables."""
 
 import argparse
 import json
@@ -18,158 +18,157 @@ COLUMNS = """tag code precision epochs arm signs fan_in model width dataset mask
 NETWORK = ["model", "width", "dataset"]
 CELL = [*NETWORK, "sparsity", "rewind"]
 SEEDS = ["source_seed", "target_seed"]
-KIND = ["arm", "tag", "mask_dataset", "signs", "fan_in", "variant"]
+VARIANT = ["arm", "tag", "mask_dataset", "signs", "fan_in", "variant"]
 RUN = ["arm", "signs", "fan_in", "mask_dataset", "method", "match_epoch", *SEEDS, "seed", "tag"]
-NEEDED = [*CELL, "arm", *SEEDS, "seed", "epochs", "test_acc", "seconds", "sparsity_total"]
-WHOLE = {"rewind", *SEEDS, "seed", "epochs"}
-WORDS = (
+REQUIRED = [*CELL, "arm", *SEEDS, "seed", "epochs", "test_acc", "seconds", "sparsity_total"]
+INTEGERS = {"rewind", *SEEDS, "seed", "epochs"}
+STRINGS = (
     "tag code precision arm model dataset mask_dataset method mask_code mask path variant".split()
 )
-# What else stands among the arguments of a stage: all others are settings, one that is added, too.
-NO_SETTINGS = {*CELL[:-1], *RUN, "save_epochs", "keep_rounds", "data_dir", "dense"}
-NO_SETTINGS |= {"source", "target", "weights", "mask", "model_fn", "arguments.rewind"}
-PARTS = ("arguments", "dense", "imp", "align")  # of a result: they hold settings
+# Every argument of a stage that is not listed here is a setting, including those added later.
+NOT_SETTINGS = {*CELL[:-1], *RUN, "save_epochs", "keep_rounds", "data_dir", "dense"}
+NOT_SETTINGS |= {"source", "target", "weights", "mask", "model_fn", "arguments.rewind"}
+SECTIONS = ("arguments", "dense", "imp", "align")  # of result.json that hold settings
 
 
 def find_results(root: Path, stage: str) -> list[dict[str, Any]]:
-    """Read the result.json of every finished run of `stage` below `root`, each with its folder as
-    `path`.
+    """Read the result.json of every finished run of `stage` below `root`, in path order.
 
-    In path order. A file that cannot be read is skipped with one line. Raises UserError when
-    `root` is no folder.
+    Each result has the folder of its run as `path`. Prints one line for a file that cannot be read
+    and skips it. Raises UserError when `root` is not a folder.
     """
     if not root.is_dir():
         raise UserError(f"no such folder: {root}")
-    found = []
+    results = []
     for path in sorted(root.rglob("result.json")):
         try:
             result = json.loads(path.read_text())
             if result["stage"] == stage:
-                found.append(result | {"path": path.parent})
+                results.append(result | {"path": path.parent})
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            skipped(f"{path}: {type(error).__name__} {error}")
-    return found
+            warn_skipped(f"{path}: {type(error).__name__} {error}")
+    return results
 
 
-def read_runs(root: Path, stage: str, needed: list[str]) -> pd.DataFrame:
-    """A row a finished run of `stage` below `root`: COLUMNS and `mask`, of arguments and results.
+def read_runs(root: Path, stage: str, required: list[str]) -> pd.DataFrame:
+    """Read the finished runs of `stage` below `root`: a row per run, with COLUMNS and `mask`.
 
-    The precision asked for stands in the arguments, the one that was used over it. A run that lacks
-    what is needed is skipped with one line.
+    Values come from the arguments and, with precedence, from the results, so that `precision` is
+    the one that was used. Prints one line for a run that lacks a required value and skips it.
     """
-    found = pd.json_normalize(find_results(root, stage))
-    asked = found.filter(regex=r"^arguments\.").rename(columns=lambda key: key.partition(".")[2])
-    runs = found.combine_first(asked)
+    results = pd.json_normalize(find_results(root, stage))
+    args = results.filter(regex=r"^arguments\.").rename(columns=lambda key: key.partition(".")[2])
+    runs = results.combine_first(args)
     runs = runs.reindex(columns=[*dict.fromkeys([*COLUMNS, "mask", "checksum", *runs])])
     used = {"arguments.precision": runs["precision"], "arguments.checksum": runs["checksum"]}
     runs = runs.assign(**used, dense_epochs=runs.get("dense.epochs"))
-    numbers = [key for key in COLUMNS if key not in WORDS]
-    runs[numbers] = runs[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
-    runs[WORDS] = runs[WORDS].map(lambda value: None if isinstance(value, list) else value)
-    lacking = runs[needed].isna()
-    for path, lacks in zip(runs["path"], lacking.to_numpy()):
-        if lacks.any():
-            skipped(path, f"its result.json lacks {', '.join(lacking.columns[lacks])}")
-    runs = runs[~lacking.any(axis=1)]
-    runs = runs.astype(dict.fromkeys(WORDS, object) | dict.fromkeys(WHOLE & {*needed}, int))
+    numeric = [key for key in COLUMNS if key not in STRINGS]
+    runs[numeric] = runs[numeric].apply(pd.to_numeric, errors="coerce").astype(float)
+    runs[STRINGS] = runs[STRINGS].map(lambda value: None if isinstance(value, list) else value)
+    missing = runs[required].isna()
+    for path, is_missing in zip(runs["path"], missing.to_numpy()):
+        if is_missing.any():
+            warn_skipped(path, f"its result.json lacks {', '.join(missing.columns[is_missing])}")
+    runs = runs[~missing.any(axis=1)]
+    runs = runs.astype(dict.fromkeys(STRINGS, object) | dict.fromkeys(INTEGERS & {*required}, int))
     return with_settings(runs)[[*COLUMNS, "mask"]]
 
 
-def readable(read: Callable[..., Any], *arguments: Any) -> Any:
-    """What `read` returns, or None, with one line, where it cannot read a file."""
+def try_read(read: Callable[..., Any], *arguments: Any) -> Any:
+    """Return `read(*arguments)`, or print one line and return None if it raises UserError."""
     try:
         return read(*arguments)
     except UserError as error:
-        skipped(error)
+        warn_skipped(error)
 
 
-def skipped(*why: object) -> None:
-    print("skipped", *why, file=sys.stderr)
+def warn_skipped(*reason: object) -> None:
+    print("skipped", *reason, file=sys.stderr)
 
 
 def sparse_runs(root: Path) -> pd.DataFrame:
-    """All finished sparse runs below `root`, a row a run: COLUMNS and `mask`; percent.
+    """Return all finished sparse runs below `root`, a row per run: COLUMNS and `mask`.
 
-    Raises UserError when there is none, and when runs repeat others.
+    Accuracies are in percent. Raises UserError when there is no run, and when two runs differ in
+    nothing that identifies a run.
     """
-    runs = read_runs(root, "train_sparse", NEEDED)
+    runs = read_runs(root, "train_sparse", REQUIRED)
     if runs.empty:
         raise UserError(f"no finished sparse run below {root}: run train_sparse.py first")
     runs[["signs", "fan_in"]] = runs[["signs", "fan_in"]].eq(True)
     runs["code"] = runs["code"].fillna("unknown")
     runs["mask_dataset"] = runs["mask_dataset"].fillna(runs["dataset"])
     runs["method"] = runs["method"].where(runs["arm"].isin(["permuted", "random-permutation"]))
-    runs["variant"] = variants(runs)
+    runs["variant"] = variant_names(runs)
     runs = runs.sort_values([*CELL, *RUN], ignore_index=True)
-    refuse_repeats(runs, [*CELL, *RUN])
+    check_unique(runs, [*CELL, *RUN])
     return runs
 
 
-def refuse_repeats(table: pd.DataFrame, keys: list[str], file: str = "path") -> None:
-    """Raise UserError where rows of a table agree in all keys: which of them counts?"""
+def check_unique(table: pd.DataFrame, keys: list[str], file: str = "path") -> None:
+    """Raise UserError, naming two files, if rows of `table` agree in all `keys`."""
     files = table.groupby(keys, dropna=False, sort=False)[file].agg(list)
-    repeated = files[files.map(len) > 1]
-    if len(repeated):
-        one, other, *_ = repeated.iloc[0]
+    duplicates = files[files.map(len) > 1]
+    if len(duplicates):
+        first, second, *_ = duplicates.iloc[0]
         raise UserError(
-            f"{one} and {other} are of the same kind and seeds ({len(repeated)} such groups in "
-            "all): keep experiments in folders apart, or run one again with a --tag"
+            f"{first} and {second} have the same settings and seeds ({len(duplicates)} such groups "
+            "in all): keep experiments in separate folders, or rerun one with --tag"
         )
 
 
 def dense_runs(root: Path) -> pd.DataFrame:
-    """All finished dense runs below `root`: those of COLUMNS that they have; variant is dense."""
-    needed = [*NETWORK, "seed", "epochs", "test_acc"]
-    runs = read_runs(root, "train_dense", needed)
+    """Return all finished dense runs below `root`: COLUMNS, as far as they apply; variant dense."""
+    runs = read_runs(root, "train_dense", [*NETWORK, "seed", "epochs", "test_acc"])
     return runs.assign(variant=with_tag("dense", runs["tag"]))
 
 
 def with_settings(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs, with the settings in which runs of a network and tag differ in their tag, and those
-    of the alignment, which naive has not, in their method.
+    """Add the settings in which runs of the same network and tag differ to their tag.
 
-    So runs of two settings stand in columns of their own, and no mean is of both.
+    Settings of the alignment, which naive runs lack, are added to the method instead. Runs with
+    different settings then have columns of their own in a table and are never averaged.
     """
     runs = runs.assign(tag=runs["tag"].fillna(""))
-    alike = [runs[key] for key in (*NETWORK, "tag")]
-    groups = dict.fromkeys(PARTS, alike) | {"align": [*alike, runs["method"]]}
-    for key in runs.filter(regex=rf"^({'|'.join(PARTS)})\."):
-        part, name = key.split(".", 1)
-        if {key, name} & NO_SETTINGS:
+    keys = [runs[key] for key in (*NETWORK, "tag")]
+    groups = dict.fromkeys(SECTIONS, keys) | {"align": [*keys, runs["method"]]}
+    for key in runs.filter(regex=rf"^({'|'.join(SECTIONS)})\."):
+        section, name = key.split(".", 1)
+        if {key, name} & NOT_SETTINGS:
             continue
-        told = runs.filter(like=f"{part}.").notna().any(axis=1)  # older results tell less
-        values = runs[key].map(text_of, na_action="ignore").astype(object).fillna("None")
-        mixed = values.where(told).groupby(groups[part]).transform("nunique") > 1
-        if mixed.any():
+        has_section = runs.filter(like=f"{section}.").notna().any(axis=1)  # not in older results
+        values = runs[key].map(format_setting, na_action="ignore").astype(object).fillna("None")
+        differs = values.where(has_section).groupby(groups[section]).transform("nunique") > 1
+        if differs.any():
             label = key.removeprefix("arguments.").removeprefix("align.").replace(".", " ")
-            place = "method" if part == "align" else "tag"
-            runs[place] += (f" {label}=" + values).where(mixed & told, "")
+            column = "method" if section == "align" else "tag"
+            runs[column] += (f" {label}=" + values).where(differs & has_section, "")
     return runs.assign(tag=runs["tag"].str.strip())
 
 
-def text_of(setting: Any) -> str:
-    """A whole number is a float where not all runs have it."""
-    return f"{setting:.12g}" if isinstance(setting, float) else str(setting)
+def format_setting(value: Any) -> str:
+    """Format a setting; integers without a decimal point, as missing values make them floats."""
+    return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
-def dense_files(root: Path) -> dict[str, Path]:
-    """The weights that dense runs below `root` kept, by their digest, which later stages record."""
-    kept = (path for run in dense_runs(root)["path"] for path in run.glob("epoch_*.pt"))
-    return {checkpoint.digest(path): path for path in kept}
+def dense_checkpoints(root: Path) -> dict[str, Path]:
+    """Return the checkpoints of dense runs below `root` by the digest that later stages record."""
+    files = (path for run in dense_runs(root)["path"] for path in run.glob("epoch_*.pt"))
+    return {checkpoint.digest(path): path for path in files}
 
 
 def with_tag(name: Any, tag: pd.Series) -> pd.Series:
-    """What tables and figures call runs: `name`, one or one a run, and the tag."""
+    """Append tags in brackets to `name`, a string or a series."""
     return name + (" [" + tag + "]").where(tag != "", "")
 
 
-def variants(runs: pd.DataFrame) -> pd.Series:
-    """What tables and figures call each run: its arm, and what is unusual about it."""
+def variant_names(runs: pd.DataFrame) -> pd.Series:
+    """Return the name of each run in tables and figures: its arm and every non-default option."""
     early = runs["match_epoch"].mask(runs["match_epoch"] == runs["dense_epochs"])  # Table 15
     parts = {
         " ({})": runs["method"].mask(runs["method"].isin(["activation", "random"])),
         " @{:g}": early,
-        " [{} mask]": other_mask(runs),
+        " [{} mask]": foreign_mask_dataset(runs),
         " + signs": runs["signs"].where(runs["signs"]),
         " + fan-in": runs["fan_in"].where(runs["fan_in"]),
     }
@@ -179,95 +178,102 @@ def variants(runs: pd.DataFrame) -> pd.Series:
     return with_tag(name, runs["tag"])
 
 
-def other_mask(runs: pd.DataFrame) -> pd.Series:
-    """The data set of each run's mask where it is another than the run's."""
+def foreign_mask_dataset(runs: pd.DataFrame) -> pd.Series:
+    """Return the data set of each run's mask, or NaN where it is the data set of the run."""
     return runs["mask_dataset"].where(runs["mask_dataset"] != runs["dataset"])
 
 
-def plain(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs without signs and rescaling."""
+def without_signs_or_fan_in(runs: pd.DataFrame) -> pd.DataFrame:
+    """Drop the runs with transferred signs or fan-in rescaling."""
     return runs[~runs["signs"] & ~runs["fan_in"]]
 
 
-def of_one_network(runs: pd.DataFrame) -> pd.Series:
-    """Whether a run has the weights and the mask of one network, as LTH has."""
-    return (runs["source_seed"] == runs["target_seed"]) & other_mask(runs).isna()
+def has_own_mask(runs: pd.DataFrame) -> pd.Series:
+    """Return whether each run's weights and mask are from the same network, as for LTH."""
+    return (runs["source_seed"] == runs["target_seed"]) & foreign_mask_dataset(runs).isna()
 
 
-def by_pair(runs: pd.DataFrame) -> pd.DataFrame:
-    """The accuracy of every variant by cell and pair of seeds (source, target), a row each.
+def accuracy_by_pair(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the accuracy of every variant, a row per cell and pair of seeds (source, target).
 
-    LTH and other runs of one network stand beside every pair with that source; imp-target beside
-    that target.
+    LTH, and every other run with its own mask, is repeated for all pairs with that source;
+    imp-target for all pairs with that target.
     """
-    single, of_target = of_one_network(runs), runs["arm"] == "imp-target"
-    pairs = runs.loc[~single, [*CELL, *SEEDS]].drop_duplicates()
-    parts = [runs[~single]]
-    for key, other, alone in ((*SEEDS, ~of_target), (*SEEDS[::-1], of_target)):
-        parts.append(runs[single & alone].drop(columns=other).merge(pairs, on=[*CELL, key]))
-    return pd.concat(parts).groupby([*CELL, *SEEDS, *KIND], as_index=False)["test_acc"].mean()
+    own_mask, of_target = has_own_mask(runs), runs["arm"] == "imp-target"
+    pairs = runs.loc[~own_mask, [*CELL, *SEEDS]].drop_duplicates()
+    parts = [runs[~own_mask]]
+    for seed, other, chosen in ((*SEEDS, ~of_target), (*SEEDS[::-1], of_target)):
+        parts.append(runs[own_mask & chosen].drop(columns=other).merge(pairs, on=[*CELL, seed]))
+    return pd.concat(parts).groupby([*CELL, *SEEDS, *VARIANT], as_index=False)["test_acc"].mean()
 
 
 def with_gains(pairs: pd.DataFrame, against: str | None = None) -> pd.DataFrame:
-    """Rows of `by_pair` with their `gain` over naive in points, and the `gap` from naive to LTH.
+    """Add `gain`, over naive in points, and `gap`, LTH minus naive, to rows of `accuracy_by_pair`.
 
-    In the same cell, of the same pair, tag and data set of the mask. The gain is over the variant
-    `against`, where one is given, and there is no gap then.
+    Naive and LTH are those of the same cell, pair, tag and data set of the mask. With `against`,
+    gains are over that variant instead, and the gap is missing.
     """
-    alike = [*CELL, *SEEDS, "tag", "mask_dataset"]
-    naive, lth = (plain(pairs[pairs["arm"] == arm]) for arm in ("naive", "lth"))
+    keys = [*CELL, *SEEDS, "tag", "mask_dataset"]
+    naive, lth = (without_signs_or_fan_in(pairs[pairs["arm"] == arm]) for arm in ("naive", "lth"))
     if against:
-        naive, alike, lth = pairs[pairs["variant"] == against], [*CELL, *SEEDS], lth[:0]
+        naive, keys, lth = pairs[pairs["variant"] == against], [*CELL, *SEEDS], lth[:0]
     naive = naive.rename(columns={"test_acc": "naive", "variant": "baseline"})
     lth = lth.rename(columns={"test_acc": "lth"})
-    found = pairs.merge(naive[[*alike, "naive", "baseline"]], "left", alike)
-    found = found.merge(lth[[*alike, "lth"]], "left", alike)
-    gain = (found["test_acc"] - found["naive"]).where(found["variant"] != found["baseline"])
-    return found.assign(gain=gain, gap=found["lth"] - found["naive"])
+    table = pairs.merge(naive[[*keys, "naive", "baseline"]], "left", keys)
+    table = table.merge(lth[[*keys, "lth"]], "left", keys)
+    gain = (table["test_acc"] - table["naive"]).where(table["variant"] != table["baseline"])
+    return table.assign(gain=gain, gap=table["lth"] - table["naive"])
 
 
 def shared_networks(pairs: pd.DataFrame) -> list[int]:
-    """The seeds of networks that several pairs share, by columns source_seed and target_seed."""
-    different = pairs[SEEDS].drop_duplicates()
-    of_one = different["source_seed"] == different["target_seed"]
-    seeds = pd.concat([different["source_seed"], different.loc[~of_one, "target_seed"]])
+    """Return the seeds that occur in several pairs (columns source_seed and target_seed)."""
+    unique = pairs[SEEDS].drop_duplicates()
+    same_seed = unique["source_seed"] == unique["target_seed"]
+    seeds = pd.concat([unique["source_seed"], unique.loc[~same_seed, "target_seed"]])
     return sorted(seeds[seeds.duplicated()].unique())
 
 
-def remarks(runs: pd.DataFrame) -> list[str]:
-    """Lines for below a table of `runs`: pairs that share networks, other layers pruned, other
-    code, divergence.
+def caveats(runs: pd.DataFrame) -> list[str]:
+    """Return the lines to print below a table of `runs`.
+
+    They name pairs that share networks, sparsities over different layers, different code and
+    diverged runs.
     """
-    lines, lost = [], runs[runs["diverged"].notna()]
-    if shared := shared_networks(runs[~of_one_network(runs)]):
+    lines, diverged = [], runs[runs["diverged"].notna()]
+    if shared := shared_networks(runs[~has_own_mask(runs)]):
         seeds = ", ".join(map(str, shared))
         lines.append(f"pairs share networks (seed {seeds}) and are not independent: no intervals")
     for sparsity, cell in runs.groupby("sparsity"):
-        of_all = cell.groupby(cell["sparsity_total"].map("{:.1%}".format))["variant"].unique()
-        if len(of_all) > 1:
-            shares = (f"{share} ({', '.join(names)})" for share, names in of_all.items())
+        totals = cell.groupby(cell["sparsity_total"].map("{:.1%}".format))["variant"].unique()
+        if len(totals) > 1:
+            parts = (f"{total} ({', '.join(names)})" for total, names in totals.items())
             lines.append(
-                f"at {sparsity:g} other layers are pruned, of all weights {', '.join(shares)}"
+                f"at {sparsity:g} other layers are pruned, of all weights {', '.join(parts)}"
             )
-    for key, what in (("code", "these runs were made"), ("mask_code", "their masks were pruned")):
-        known = runs[key].fillna("unknown")
-        if known.groupby(runs["tag"]).nunique().max() > 1:  # an edit is other code by intent
-            groups = runs.groupby(known, sort=False)["variant"].unique()
-            codes = (f"{code} ({', '.join(names)})" for code, names in groups.items())
-            lines.append(f"{what} by different code: {', '.join(codes)}")
-    if len(lost):
-        names = ", ".join(f"{run.path} in epoch {run.diverged:.0f}" for run in lost.itertuples())
-        lines.append(f"{len(lost)} of {len(runs)} runs diverged, and count as they ended: {names}")
+    for key, text in (("code", "these runs were made"), ("mask_code", "their masks were pruned")):
+        codes = runs[key].fillna("unknown")
+        if codes.groupby(runs["tag"]).nunique().max() > 1:  # a tag marks an intended edit
+            groups = runs.groupby(codes, sort=False)["variant"].unique()
+            parts = (f"{code} ({', '.join(names)})" for code, names in groups.items())
+            lines.append(f"{text} by different code: {', '.join(parts)}")
+    if len(diverged):
+        names = ", ".join(
+            f"{run.path} in epoch {run.diverged:.0f}" for run in diverged.itertuples()
+        )
+        lines.append(
+            f"{len(diverged)} of {len(runs)} runs diverged, and count as they ended: {names}"
+        )
     return lines
 
 
-def save(table: pd.DataFrame, path: Path) -> None:
-    """Write a table as CSV, and say so."""
+def save_table(table: pd.DataFrame, path: Path) -> None:
+    """Write a table as CSV and print its path."""
     checkpoint.save_text(table.to_csv(index=False), path)
     print(f"wrote {path}")
 
 
-def parse_root(doc: str) -> argparse.ArgumentParser:
+def root_parser(doc: str) -> argparse.ArgumentParser:
+    """Return a parser of the argument `root`, the folder of runs, described by `doc`."""
     parser = cli.Parser(doc)
     parser.add_argument("root", type=Path, help="folder of runs")
     return parser
