@@ -100,8 +100,7 @@ case $mode in -*) echo "$help"; exit ;; esac
 case $TAG in
   dense | imp | align | sparse) refuse "TAG='$TAG' is the folder of a stage: choose another" ;;
 esac
-[ -z "$SPREAD" ] || [ "$PARALLEL" = 1 ] ||
-  refuse "SPREAD='$SPREAD' excludes PARALLEL='$PARALLEL': choose one"
+[ -z "$SPREAD" ] || [ "$PARALLEL" = 1 ] || refuse "SPREAD='$SPREAD' excludes PARALLEL='$PARALLEL': choose one"
 [ "$preset" != test ] || summary="the tests run in two halves; each prints its output at its end"
 echo "$summary" >&2
 python=python3 packages=$(sed -n 's/^\([a-z]\{1,\}\).*/\1/p' requirements.txt)
@@ -117,8 +116,7 @@ fi
 launcher=$python data="--data-dir '$DATA_DIR'" tag=${TAG:+--tag $TAG} parallel=""
 [ "$PARALLEL" = 1 ] || parallel="--parallel $PARALLEL"
 case ${SPREAD:+torchrun}$LAUNCH in
-  torchrun)
-    launcher+=" -m torch.distributed.run --standalone --nproc-per-node $SPREAD" ;;
+  torchrun) launcher+=" -m torch.distributed.run --standalone --nproc-per-node $SPREAD" ;;
   torchrunslurm) # a torchrun on each node of the task; the first node hosts the rendezvous
     launcher="srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit $launcher"
     launcher+=" -m torch.distributed.run --nnodes \$SLURM_NNODES"
@@ -133,8 +131,7 @@ dense() { # data set, seeds
 }
 prune() { # "of", seeds
   echo "$launcher prune_imp.py --dense$(printf " '$root/dense/seed%s'" "${@:2}")" \
-    "--sparsity $SPARSITY $data --out$(printf " '$tag_root/imp/seed%s'" "${@:2}")" \
-    "$IMP_FLAGS $tag $parallel"
+    "--sparsity $SPARSITY $data --out$(printf " '$tag_root/imp/seed%s'" "${@:2}")" "$IMP_FLAGS $tag $parallel"
 }
 align() { # method
   echo "$python align_mask.py --source '$root/dense/seed$source'" \
@@ -233,19 +230,16 @@ case $mode$LAUNCH in
   dry*) echo "$lines"; exit ;;
   status*) python3 -m analyze.status <<< "$lines"; exit ;;
   slurm)
-    queue=$(squeue --me --noheader --format="%A %k" 2>&1) ||
-      refuse "LAUNCH='slurm': ${queue##*$'\n'}"
+    queue=$(squeue --me --noheader --format="%A %k" 2>&1) || refuse "LAUNCH='slurm': ${queue##*$'\n'}"
     job=$(awk -v comment="$PWD $OUT" '
       { job = $1; sub("[0-9]* ", "") }
       $0 == comment { print job }' <<< "$queue")
-    [ -z "$job" ] ||
-      refuse "OUT='$OUT' has jobs in the queue ($(echo $job)): wait for them, or scancel them"
+    [ -z "$job" ] || refuse "OUT='$OUT' has jobs in the queue ($(echo $job)): wait for them, or scancel them"
     lines=$(python3 -m analyze.status --missing <<< "$lines")
     mkdir -p "$OUT/slurm" ;;
   *) # a call fails on a run that another call is training
     if [ "$preset" != test ] && command -v flock > /dev/null; then
-      mkdir -p "$OUT" 2> /dev/null && [ -w "$OUT" ] ||
-        refuse "cannot write OUT='$OUT': choose another"
+      mkdir -p "$OUT" 2> /dev/null && [ -w "$OUT" ] || refuse "cannot write OUT='$OUT': choose another"
       exec 9> "$OUT/.lock"
       # flock exits with 1 if the lock is taken, with another code on file systems without locks.
       flock -n 9 || [ $? != 1 ] || refuse "OUT='$OUT' is in use by another call of run_all.sh"
