@@ -69,10 +69,8 @@ def main() -> None:
     header = {"source_seed": source["seed"], "target_seed": target["seed"]}
     header |= {"method": "-".join([args.method, *changed]), "match_epoch": target["epoch"]}
     unused = [flag for flag, methods in USED_BY.items() if args.method not in methods]
-    arguments = cli.experiment_arguments(
-        args, "masks", "target_epoch", "batch_size", *options, *unused
-    )
-    arguments |= digests | header
+    excluded = ("masks", "target_epoch", "batch_size", *options, *unused)
+    arguments = cli.experiment_arguments(args, *excluded) | digests | header
     arguments["data_dir"] = args.data_dir if args.dataset == "folder" else None
     finished, missing = runs.is_finished(args.out, arguments), inputs.unpermuted(masks, args.out)
     if finished and not missing:

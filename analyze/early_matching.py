@@ -26,13 +26,14 @@ from analyze.lib.statistics import format_mean
 from common import cli
 from common.errors import UserError
 
-KEYS = [*CELL, "tag", "arm", "match_epoch"]
+KEYS = [*CELL, "tag", "arm", "method", "match_epoch"]
 
 
 def select_runs(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the runs that Table 15 compares: LTH, naive, and permuted by activation matching."""
     runs = without_signs_or_fan_in(runs[foreign_mask_dataset(runs).isna()])
-    by_activation = (runs["arm"] == "permuted") & (runs["method"] == "activation")
+    method = runs["method"].str.split().str[0]  # without settings of the alignment
+    by_activation = (runs["arm"] == "permuted") & (method == "activation")
     return runs[by_activation | runs["arm"].isin(["lth", "naive"])]
 
 
@@ -43,10 +44,12 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     """
     table = runs.groupby(KEYS, dropna=False)["test_acc"].agg(["mean", "std", "count"])
     table = table.reset_index()
-    if not (table.groupby(KEYS[:-2])["match_epoch"].nunique() > 1).any():
+    if not (table.groupby(KEYS[:-1], dropna=False)["match_epoch"].nunique() > 1).any():
         message = "no permuted runs matched at two epochs of the target"
         raise UserError(f"{message}: align with --target-epoch and train them")
-    return table.assign(variant=with_tag(table["arm"].replace("lth", "LTH"), table["tag"]))
+    settings = table["method"].str.removeprefix("activation").fillna("")
+    arm = table["arm"].replace("lth", "LTH") + settings
+    return table.assign(variant=with_tag(arm, table["tag"]))
 
 
 def main() -> None:

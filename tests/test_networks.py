@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import entropy
 
-from analyze import diversity, landscape
+from analyze import diversity, early_matching, landscape
 from analyze.lib import lines, networks
 from analyze.lib import runs as finished
 from common.data import load_cached, resident
@@ -83,6 +83,14 @@ def test_early_matching_by_epoch(matched_early, runs):
     row = table.query(cell).loc[("permuted", 1)]
     assert row["mean"] == pytest.approx(early["test_acc"].mean()) and len(early) == 2
     refused(call("analyze.early_matching", runs), "--target-epoch")
+
+
+def test_early_matching_keeps_settings_of_the_alignment_apart(matched_early):
+    runs = finished.sparse_runs(matched_early)
+    other = runs[runs["arm"] == "permuted"].assign(method="activation match images=9")
+    table = early_matching.summarise(early_matching.select_runs(pd.concat([runs, other])))
+    assert {*table["variant"]} == {"LTH", "naive", "permuted", "permuted match images=9"}
+    assert table["count"].max() == 2
 
 
 def test_diversity_reads_every_kind_of_network(matched_early):
