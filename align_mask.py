@@ -7,7 +7,7 @@ Methods: `activation` (the paper's: correlation of activations on training image
 product of the weights), `masked` (weight matching of the pruned source, a permutation per sparsity,
 started from activation matching), and the controls `random` and `identity`. The script raises when
 the permuted source does not compute the same function. Writes permutation.pt (for `masked` one per
-sparsity) and the permuted masks with their signs. Called again, it permutes masks that are new.
+sparsity) and the permuted masks with their signs. Run again, it permutes new masks.
 """
 
 import argparse
@@ -98,8 +98,8 @@ def main() -> None:
             permutation = matching.match_weights_best(w_a, w_b, axes, args.restarts, args.seed)
         elif args.method == "masked":
             mask = {name: entry for name, entry in mask.items() if name in w_a}
-            weights, (start, _) = masking.apply(w_a, mask), match_activations()
-            permutation, _ = matching.match_weights(weights, w_b, axes, start, args.seed)
+            weights, (initial, _) = masking.apply(w_a, mask), match_activations()
+            permutation, _ = matching.match_weights(weights, w_b, axes, initial, args.seed)
         elif args.method == "random":  # a different one for every pair
             pair = zlib.crc32(f"{source['seed']} {target['seed']}".encode())
             permutation = random_permutation(axes, derived_seed(args.seed, pair))

@@ -58,10 +58,10 @@ def main() -> None:
         dense = checkpoint.load_dense(folder)
         rewound = checkpoint.load_dense(folder, args.rewind) if args.rewind is not None else None
         defaults = dense["result"]["arguments"] if rewound else None
-        settings = cli.hyperparameters(args, "imp", dense["dataset"]["name"], defaults)
-        if rewound and args.rewind >= settings["epochs"]:
-            raise UserError(f"--rewind {args.rewind} is not below the {settings['epochs']} epochs")
-        arguments = cli.experiment_arguments(args, "sparsity") | settings
+        hyperparameters = cli.hyperparameters(args, "imp", dense["dataset"]["name"], defaults)
+        if rewound and args.rewind >= (epochs := hyperparameters["epochs"]):
+            raise UserError(f"--rewind {args.rewind} is not below the {epochs} epochs")
+        arguments = cli.experiment_arguments(args, "sparsity") | hyperparameters
         arguments |= {"dense": dense["sha256"], "tag": cli.joined_tag(dense.get("tag"), args.tag)}
         missing = [s for s in sorted({*args.sparsity}) if not paths.mask_file(out, s).is_file()]
         if runs.is_finished(out, arguments):
@@ -71,7 +71,7 @@ def main() -> None:
             if code := runs.other_code(out, __file__):
                 raise UserError(f"{out} was made by {code}: choose another --out, and a --tag")
         data = load_cached(dense["dataset"], args.data_dir, device, args.workers)
-        data.steps(settings["batch_size"])  # raises UserError if there are too few images
+        data.steps(hyperparameters["batch_size"])  # raises UserError if there are too few images
         names, weights = masking.prunable(build_model(**dense["model"])), dense["state_dict"]
         start = {key: dense[key] for key in checkpoint.WEIGHTS}
         start |= {"mask": masking.dense_mask(weights, names), "round": 0, "rows": []}
@@ -141,7 +141,7 @@ def prune_chain(
     unique_rows = {row["kept"]: row for rows in (*histories, chain["rows"]) for row in rows}
     rows = [unique_rows[kept] for kept in sorted(unique_rows, reverse=True)]
     if not arguments["keep_rounds"]:
-        # Higher sparsities of a later call start from the last round.
+        # A later run to higher sparsities starts from the last round.
         checkpoint.remove([*paths.round_files(out).values()][:-1])
     runs.finish(out, "prune_imp", arguments, rows, data.device, stamp, **extra)
 

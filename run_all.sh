@@ -33,7 +33,7 @@ SOURCE_DATASET word  $name       a value of train_dense.py --dataset, for the so
 MODEL          word  $name       a value of train_dense.py --model
 OUT            line  [^'%]+      a folder for the results, without ' and % in its name
 DATA_DIR       line  [^'%]+      the folder of the data sets, without ' and % in its name
-PARALLEL       word  auto|$int   auto or an integer: networks at a time per device (GPU: unmeasured)
+PARALLEL       word  auto|$int   auto or an integer: networks in parallel per device (GPU: unmeasured)
 SPREAD         word  |$int       an integer: GPUs per network; otherwise each GPU has own commands
 LAUNCH         word  |slurm      slurm: an array job per stage, a task per command
 SBATCH         word  .*          flags of sbatch, e.g. --gres=gpu:1 --time=12:00:00"
@@ -237,12 +237,12 @@ case $mode$LAUNCH in
     [ -z "$job" ] || refuse "OUT='$OUT' has jobs in the queue ($(echo $job)): wait for them, or scancel them"
     lines=$(python3 -m analyze.status --missing <<< "$lines")
     mkdir -p "$OUT/slurm" ;;
-  *) # a call fails on a run that another call is training
+  *) # a stage fails on a run that another process is training
     if [ "$preset" != test ] && command -v flock > /dev/null; then
       mkdir -p "$OUT" 2> /dev/null && [ -w "$OUT" ] || refuse "cannot write OUT='$OUT': choose another"
       exec 9> "$OUT/.lock"
       # flock exits with 1 if the lock is taken, with another code on file systems without locks.
-      flock -n 9 || [ $? != 1 ] || refuse "OUT='$OUT' is in use by another call of run_all.sh"
+      flock -n 9 || [ $? != 1 ] || refuse "OUT='$OUT' is in use by another run_all.sh"
     fi ;;
 esac
 for stage in $stages; do

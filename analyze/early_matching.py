@@ -1,4 +1,4 @@
-"""How early in its training a target can be matched to (Table 15).
+"""How early in its training the target can be matched (Table 15).
 
     python -m analyze.early_matching runs/mine
 

@@ -6,7 +6,7 @@ For every alignment below the folder: loss and accuracy of (1 - alpha) A + alpha
 (1 - alpha) π(A) + alpha B, with and without REPAIR, on the test set and on REPAIR's training
 images. The barrier is the largest excess of the loss over the line between the losses of the
 endpoints (paper, equation 3); its mean over pairs is in the legend. Writes figures/interpolation_*,
-barriers.csv and, as a cache for the next call, line_*.csv beside B's weights.
+barriers.csv and, as a cache, line_*.csv beside B's weights.
 """
 
 import pandas as pd

@@ -39,7 +39,7 @@ TEXT = json.loads((LIB / "report.json").read_text())
 ANALYSES = TEXT["analyses"]
 STAGES = ("train_dense", "prune_imp", "align_mask", "train_sparse")
 SETTINGS = (
-    # Not files, and not the precision asked for, as the one that was used follows.
+    # Not files, and not the requested precision, as the one that was used follows.
     r"^arguments\.(?!(source|target|dense|weights|mask|precision)$)"
     r"|^(precision|device|threads|processes|code|commit)$|^versions\.|^finished$"
 )
@@ -174,7 +174,7 @@ def build_report(root: Path, options: dict[str, Any]) -> list[str]:
         raise UserError(f"no finished run below {root}: run the stages first")
     names, missing, sections = options["only"] or [*ANALYSES], {}, []
     for name, texts in ANALYSES.items():
-        reason, start = "not asked for", time.monotonic()
+        reason, start = "not requested", time.monotonic()
         if name in names:
             print(f"{name:<16}", end="", flush=True)
             reason, blocks = section(name, root, options)

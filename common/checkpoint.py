@@ -200,8 +200,8 @@ def load_dense(folder: Path, epoch: int | None = None) -> dict[str, Any]:
     epoch = last_epoch if epoch is None else epoch
     kept, path = recorded_digests(folder, result), paths.epoch_file(folder, epoch)
     if str(epoch) not in kept:
-        saved = f"it has {', '.join(kept) or 'none'} (see train_dense.py --save-epochs)"
-        raise UserError(f"{folder} kept no weights after epoch {epoch}: {saved}")
+        saved = f"it saved {', '.join(kept) or 'none'} (see train_dense.py --save-epochs)"
+        raise UserError(f"{folder} has no weights after epoch {epoch}: {saved}")
     dense = load(path, WEIGHTS) | {"result": result, "kept": kept, "sha256": digest(path)}
     if dense["sha256"] != kept[str(epoch)]:
         raise UserError(f"{path} was changed after the run: train it again in another --out")
@@ -223,5 +223,5 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def digest(path: Path) -> str:
-    """Return the first 16 hex digits of a file's SHA-256, by which later calls recognise it."""
+    """Return the first 16 hex digits of a file's SHA-256, by which later stages recognise it."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

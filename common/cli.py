@@ -17,7 +17,7 @@ from common.runtime import distributed
 from common.runtime.device import pick_precision
 from common.training import SCHEDULES
 
-# The paper's hyper-parameters (appendix A.1 to A.3): (small images, ImageNet).
+# The paper's hyperparameters (appendix A.1 to A.3): (small images, ImageNet).
 ALL_STAGES = {
     "schedule": ("cosine", "step"),
     "warmup": (0, 5),
@@ -131,9 +131,9 @@ def add_training(parser: argparse.ArgumentParser, stage: str) -> None:
     precisions = "default: bf16 if the hardware is fast at it, else fp32"
     add("--precision", choices=("fp32", "bf16"), help=precisions)
     add("--compile", action="store_true", help="use torch.compile (takes a minute at the start)")
-    side_by_side = "train N runs side by side: on a CPU as processes of one thread each, on a GPU "
-    side_by_side += "in one process (default: one run after the other, with all threads)"
-    add("--parallel", type=_parallel, metavar="auto|N", help=side_by_side)
+    text = "train N runs in parallel: on a CPU as processes of one thread each, on a GPU in one "
+    text += "process (default: one run after the other, with all threads)"
+    add("--parallel", type=_parallel, metavar="auto|N", help=text)
     text = "minutes between saves of the state within an epoch (default: 10)"
     add("--checkpoint-minutes", type=number(float, 0), default=10, metavar="M", help=text)
     add_tag(parser)
@@ -142,7 +142,7 @@ def add_training(parser: argparse.ArgumentParser, stage: str) -> None:
 def hyperparameters(
     args: argparse.Namespace, stage: str, dataset: str, defaults: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return the hyper-parameters of a stage: the flags, else `defaults`, else the paper's."""
+    """Return the hyperparameters of a stage: the flags, else `defaults`, else the paper's."""
     values = {}
     for name, paper in PAPER[stage].items():
         value = getattr(args, name)

@@ -24,6 +24,6 @@ def explain(error: BaseException) -> str | None:
     out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))  # CUDA, NumPy
     if out_of_memory or "can't allocate memory" in str(error):  # torch on the CPU
         details = ". ".join(str(error).rpartition("Allocator: ")[2].split(". ")[:2])
-        fix = "use smaller batches, a smaller width or fewer runs side by side"
+        fix = "use smaller batches, a smaller width or fewer runs in parallel"
         return f"out of memory: {fix} ({details or 'Python'})"
     return None

@@ -149,7 +149,7 @@ def finish(
     result["command"] = shlex.join(["python", *sys.argv])
     checkpoint.save_json(result, folder / "result.json")
     _unlock(folder)
-    # Last, so that a kill before this point does not train the run again.
+    # Last, so that after a kill before this point the run is not trained again.
     checkpoint.remove([folder / "resume.pt"])
 
 

@@ -228,7 +228,7 @@ def small_cnn(seed=0):
         return nn.Sequential(*features, nn.Flatten(), nn.Linear(4, 10))
 
 
-def save_pictures(root, size=(12, 12), **counts):
+def save_images(root, size=(12, 12), **counts):
     """Write random images of (height, width) px to class folders cat and dog of each split."""
     generator = np.random.default_rng(0)
     for split, count in counts.items():

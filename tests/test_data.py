@@ -11,7 +11,7 @@ from common.data import Resident, Streamed, balanced_indices, derived_seed, fold
 from common.data.glyphs import read_glyphs
 from common.errors import UserError
 from common.vision import torchvision
-from tests.conftest import save_pictures
+from tests.conftest import save_images
 
 CPU = torch.device("cpu")
 
@@ -94,11 +94,11 @@ def test_balanced_indices_are_reproducible_and_equally_many_per_class():
         assert {*labels[indices[-15:]].tolist()} == {0, 1, 2}  # shuffled
 
 
-def test_limited_evaluation_batches_mix_the_classes(pictures):
+def test_limited_evaluation_batches_mix_the_classes(image_folder):
     """Files are sorted by class; in batches of one class, BatchNorm statistics would be biased."""
-    subset = load(pictures, limit_train=8)  # keeps the order, as training shuffles
+    subset = load(image_folder, limit_train=8)  # keeps the order, as training shuffles
     assert subset.train_labels.tolist() == [0] * 4 + [1] * 4
-    for data in (load(pictures), Streamed(pictures, CPU, 0)):
+    for data in (load(image_folder), Streamed(image_folder, CPU, 0)):
         for limit in (8, 100):
             batches = [set(labels.tolist()) for _, labels in data.eval_batches("train", 4, limit)]
             assert batches == [{0, 1}] * min(limit // 4, 3)
@@ -118,13 +118,13 @@ def test_glyphs_are_the_same_from_the_same_seed_and_not_flipped():
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    save_pictures(tmp_path, train=6, val=3)
+def image_folder(tmp_path):
+    save_images(tmp_path, train=6, val=3)
     return tmp_path
 
 
-def test_folder_reads_pixels_labels_and_statistics(pictures):
-    data, paths = load(pictures, image_size=None), sorted(pictures.glob("train/*/*"))
+def test_folder_reads_pixels_labels_and_statistics(image_folder):
+    data, paths = load(image_folder, image_size=None), sorted(image_folder.glob("train/*/*"))
     expected = np.stack([Image.open(path) for path in paths]).transpose(0, 3, 1, 2)
     assert np.array_equal(data.train[:, :, 1:-1, 1:-1], expected)
     assert data.train[:, :, 0].eq(0).all() and data.flip  # zero padding
@@ -136,41 +136,41 @@ def test_folder_reads_pixels_labels_and_statistics(pictures):
         assert data.description[statistic] == pytest.approx(by_hand.tolist())
 
 
-def test_folder_reports_ignored_files(pictures, capsys):
+def test_folder_reports_ignored_files(image_folder, capsys):
     for name in ("a.gif", "notes.txt", ".hidden.txt"):
-        (pictures / "train/cat" / name).write_text("")
-    assert len(load(pictures).train) == 12
+        (image_folder / "train/cat" / name).write_text("")
+    assert len(load(image_folder).train) == 12
     assert "ignored 2 files of " in capsys.readouterr().out
 
 
-def test_folder_caches_decoded_images_and_detects_changes(pictures, monkeypatch):
-    picture = pictures / "train/cat/0.png"
-    Image.new("RGB", (12, 12), "red").save(picture)
-    first = load(pictures)
+def test_folder_caches_decoded_images_and_detects_changes(image_folder, monkeypatch):
+    image_file = image_folder / "train/cat/0.png"
+    Image.new("RGB", (12, 12), "red").save(image_file)
+    first = load(image_folder)
     with monkeypatch.context() as patch:
         patch.setattr(folder, "read_image", lambda _: pytest.fail("decoded again"))
-        assert torch.equal(first.train, load(pictures).train)
-    Image.new("RGB", (12, 12), "lime").save(picture)  # as many bytes as before
-    os.utime(picture, (0, 0))
-    changed = load(pictures)
+        assert torch.equal(first.train, load(image_folder).train)
+    Image.new("RGB", (12, 12), "lime").save(image_file)  # as many bytes as before
+    os.utime(image_file, (0, 0))
+    changed = load(image_folder)
     assert changed.train[0, 1, 1:-1, 1:-1].eq(255).all()
-    cache = pictures / ".decoded-8.pt"
+    cache = image_folder / ".decoded-8.pt"
     cache.write_bytes(cache.read_bytes()[:100])  # a truncated cache is replaced
-    assert torch.equal(load(pictures).train, changed.train)
-    Image.new("RGB", (20, 20)).save(picture)  # another file size
+    assert torch.equal(load(image_folder).train, changed.train)
+    Image.new("RGB", (20, 20)).save(image_file)  # another file size
     with pytest.raises(UserError, match="checksum differs"):
-        load_data(first.description | {"data_dir": "elsewhere"}, str(pictures))
+        load_data(first.description | {"data_dir": "elsewhere"}, str(image_folder))
 
 
-def test_folder_refuses_bad_images_and_classes(pictures):
+def test_folder_refuses_bad_images_and_classes(image_folder):
     def refused(message, size=8):
         with pytest.raises(UserError, match=message):
-            load(pictures, image_size=size)
+            load(image_folder, image_size=size)
 
-    cat, emu = pictures / "train/cat", pictures / "train/emu"
+    cat, emu = image_folder / "train/cat", image_folder / "train/emu"
     Image.new("RGB", (20, 10)).save(cat / "0.png")
     refused("image-size", None)
-    assert load(pictures).input_shape == (3, 8, 8)
+    assert load(image_folder).input_shape == (3, 8, 8)
     Image.fromarray(np.full((12, 12), 3000, np.uint16)).save(cat / "2.png")
     refused(r"cat/2\.png has more than 8 bits")
     (cat / "1.png").write_bytes(b"no image")
@@ -183,15 +183,15 @@ def test_folder_refuses_bad_images_and_classes(pictures):
     refused("differ: emu")
 
 
-def test_imagenet_evaluates_on_val_instead_of_the_unlabelled_test(pictures):
-    (pictures / "test").mkdir()
-    Image.new("RGB", (12, 12)).save(pictures / "test/0.png")
-    (first, _), *_ = Streamed(pictures, CPU, 0).eval_sets["test"].samples
-    assert first == str(pictures / "val/cat/0.png")
+def test_imagenet_evaluates_on_val_instead_of_the_unlabelled_test(image_folder):
+    (image_folder / "test").mkdir()
+    Image.new("RGB", (12, 12)).save(image_folder / "test/0.png")
+    (first, _), *_ = Streamed(image_folder, CPU, 0).eval_sets["test"].samples
+    assert first == str(image_folder / "val/cat/0.png")
 
 
-def test_imagenet_batches_do_not_depend_on_the_workers(pictures):
-    without_workers, with_workers = (Streamed(pictures, CPU, workers) for workers in (0, 2))
+def test_imagenet_batches_do_not_depend_on_the_workers(image_folder):
+    without_workers, with_workers = (Streamed(image_folder, CPU, workers) for workers in (0, 2))
     batches = epoch(without_workers, 0, 1, batch_size=5)
     assert len(batches) == 2 and batches[0][0].shape == (5, 3, 224, 224)  # 2 of 12 are dropped
     assert equal(batches, epoch(with_workers, 0, 1, batch_size=5))
@@ -200,7 +200,7 @@ def test_imagenet_batches_do_not_depend_on_the_workers(pictures):
     without_workers.train_set.transform = without_workers.eval_sets["test"].transform
     assert not equal(*(epoch(without_workers, 0, number, batch_size=12) for number in (1, 2)))
     with pytest.raises(UserError, match="imagenet"):
-        load(pictures, "imagenet", 224, limit_train=3)
+        load(image_folder, "imagenet", 224, limit_train=3)
 
 
 @pytest.mark.parametrize("name, flip", [("cifar10", True), ("cifar100", True), ("svhn", False)])

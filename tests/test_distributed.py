@@ -26,7 +26,7 @@ from tests.conftest import (
     refuse,
     result,
     same_files,
-    save_pictures,
+    save_images,
     stage1,
     stage2,
     stage3,
@@ -55,7 +55,7 @@ def on_each_rank(monkeypatch, world_size, function):
 
 def test_evaluation_sees_every_image_once(monkeypatch, tmp_path):
     """Also with a short last batch, and when the batches are not divisible among the ranks."""
-    save_pictures(tmp_path, train=6, val=1)
+    save_images(tmp_path, train=6, val=1)
     for data, count in ((resident(count=14, pad=1), 14), (Streamed(tmp_path, CPU, 0), 12)):
         ranks = on_each_rank(monkeypatch, 3, partial(data.eval_batches, "train", 4))
         batches = [images for rank in ranks for images, _ in rank]
@@ -193,7 +193,7 @@ def two_ranks(tmp_path_factory):
     error.
     """
     root, file = tmp_path_factory.mktemp("two_ranks"), "file"
-    save_pictures(root / "data", train=9, val=7)
+    save_images(root / "data", train=9, val=7)
     (root / file).touch()
     with socket.socket() as free:
         free.bind(("localhost", 0))

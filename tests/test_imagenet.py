@@ -25,7 +25,7 @@ from tests.conftest import (
     refuse,
     result,
     same_files,
-    save_pictures,
+    save_images,
     stage2,
     stage3,
     stage4,
@@ -41,7 +41,7 @@ MLP = "--model mlp --width 0.015625"
 def jpegs(tmp_path_factory):
     """JPEGs of various sizes: RGB, greyscale and CMYK in turn, with an EXIF rotation."""
     root = tmp_path_factory.mktemp("jpegs")
-    save_pictures(root / "data", (4, 4), train=9, val=7)
+    save_images(root / "data", (4, 4), train=9, val=7)
     for path in root.rglob("*.png"):
         number, exif = int(path.stem), Image.Exif()
         exif[ExifTags.Base.Orientation] = 6
@@ -53,7 +53,7 @@ def jpegs(tmp_path_factory):
 
 
 def test_all_stages_run_with_resnet50(tmp_path):
-    save_pictures(tmp_path / "data", (30, 40), train=2, val=2)
+    save_images(tmp_path / "data", (30, 40), train=2, val=2)
     source, target = (tmp_path / f"dense/seed{seed}" for seed in (0, 1))
     imp, aligned, flags = tmp_path / "imp", tmp_path / "align", f"{JPEGS} --sparsity 0.2"
     succeed(*imagenet1(tmp_path, tmp_path / "dense", "--epochs 1 --seed 0 1"))
@@ -81,7 +81,7 @@ def test_images_equal_torchvisions_imagefolder(jpegs):
 
 
 def test_each_image_of_an_epoch_has_its_own_random_crop(tmp_path):
-    save_pictures(tmp_path / "data", (30, 40), train=3, val=1)
+    save_images(tmp_path / "data", (30, 40), train=3, val=1)
     first, *others = (tmp_path / "data/train").rglob("*.png")
     for path in others:
         shutil.copy(first, path)

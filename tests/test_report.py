@@ -222,7 +222,7 @@ def test_the_report_runs_only_the_requested_analyses(root, in_process):
     out = succeed("analyze.report", root, "--only results masks")
     page, text = read_report(root)
     assert "interpolation " not in out
-    assert "The line from A to B (Figure 3) : not asked for" in text
+    assert "The line from A to B (Figure 3) : not requested" in text
     assert 'href="summary.csv"' in page and "masks.csv" not in page
     refused(call("analyze.report", root, "--only nothing"), "nothing")
     shutil.rmtree(root / "sparse")

@@ -215,7 +215,7 @@ def test_a_second_call_with_the_same_out_is_refused(tmp_path):
     with open(tmp_path / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         outcome = run_all(OUT=str(tmp_path))
-    assert outcome.code == 2 and "is in use by another call" in outcome.err.splitlines()[-1]
+    assert outcome.code == 2 and "is in use by another run_all.sh" in outcome.err.splitlines()[-1]
 
 
 def finish(folder, seconds, ended, **arguments):

@@ -18,7 +18,7 @@ from tests.conftest import (
     refuse,
     result,
     same,
-    save_pictures,
+    save_images,
     sgd,
     stage2,
     stage3,
@@ -91,7 +91,7 @@ def test_no_stage_sees_the_batches_of_another():
 
 def test_imp_with_rewinding_trains_from_epoch_k_on_the_dense_schedule(runs, tmp_path):
     flags = "--sparsity 0.2 --rewind 1 --device cpu --precision fp32"
-    # The batch size and other hyper-parameters are the dense run's.
+    # The batch size and other hyperparameters are the dense run's.
     succeed("prune_imp", flags, f"--dense {runs}/dense/seed0 --out {tmp_path}")
     pruned = state(tmp_path / "sparse_0.20.pt")
     assert same(pruned["mask"], state(runs / "imp/seed0/round_01.pt")["mask"])
@@ -189,7 +189,7 @@ def test_the_seed_of_stage_4_changes_the_data_order(runs, ends, tmp_path):
 
 def test_imagenet_trains_in_a_new_process(tmp_path):
     """With a CPU-only torch, every import of torchvision must go through common/vision.py."""
-    save_pictures(tmp_path / "data", (30, 40), train=2, val=1)
+    save_images(tmp_path / "data", (30, 40), train=2, val=1)
     command = imagenet1(tmp_path, tmp_path, "--model mlp --width 0.015625")
     script, *flags = words(*command)
     arguments = [sys.executable, ROOT / f"{script}.py", *flags]

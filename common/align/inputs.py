@@ -47,7 +47,7 @@ def add_matching(parser: argparse.ArgumentParser) -> None:
 
 def add_external(parser: argparse.ArgumentParser) -> None:
     """The flags for networks trained elsewhere."""
-    group = parser.add_argument_group("networks trained elsewhere: --source, --target: state dicts")
+    group = parser.add_argument_group("networks trained elsewhere, as state dicts")
     add = group.add_argument
     add("--model-fn", metavar="M:F", help="function F() of module M that builds the network")
     add(

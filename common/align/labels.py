@@ -381,7 +381,7 @@ RULES = {
     }.items()
     for name in names.split()
 }
-# Beside those that PyTorch tags as pointwise.
+# In addition to those that PyTorch tags as pointwise.
 POINTWISE = (
     "instance_norm group_norm layer_norm rms_norm softmax log_softmax pad alias detach log_sigmoid "
     "hardswish hardtanh hardsigmoid relu6 leaky_relu elu selu celu mish masked_fill"

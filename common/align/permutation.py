@@ -1,5 +1,5 @@
-"""Permutation axes of a network, which are channels that move together, and permuting weights,
-masks and signs along them.
+"""The permutation axes of a network, which are channels that move together, and the permutation of
+weights, masks and signs along them.
 
 common/align/axes.py derives the axes of a network from its graph.
 """

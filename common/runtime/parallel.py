@@ -30,7 +30,7 @@ Data = Resident | Streamed
 
 
 def run_all(runs: dict[str, Run], parallel: str | None, width: float, data: Data) -> None:
-    """Call each of `runs` (folder -> function), sequentially or as `--parallel` asks.
+    """Call each of `runs` (folder -> function), sequentially or as `--parallel` says.
 
     Raises UserError for `--parallel` under torchrun, and what `run_in_parallel` raises.
     """
