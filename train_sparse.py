@@ -124,8 +124,8 @@ def main() -> None:
         extra["precision"] = options["precision"]
         extra |= {key: mask_info.get(key) for key in ("imp", "align")}
         extra["mask_code"] = mask_info.get("mask_code", mask_info.get("code"))
-        provenance = {"precision": dense["result"]["precision"], "checksum": dataset["checksum"]}
-        extra["dense"] = dense_arguments | provenance
+        extra["dense"] = dense_arguments | {"precision": dense["result"]["precision"]}
+        extra["dense"]["checksum"] = dataset["checksum"]
         runs.finish(folder, "train_sparse", arguments, rows, device, stamp, **extra)
 
     jobs = {str(job[0]): partial(run, *job) for job in pending}

@@ -18,7 +18,7 @@ from common import cli, paths
 
 MATCH = ["tag", "method", "sparsity", "match_epoch"]
 CURVE = ["width", "curve", "repair"]
-ROW = [*NETWORK, *MATCH, *SEEDS, "permutation", "curve"]  # of barriers.csv, beside repair
+ROW = [*NETWORK, *MATCH, *SEEDS, "permutation", "curve"]  # of barriers.csv, with repair
 
 
 def main() -> None:

@@ -156,9 +156,10 @@ def main() -> None:
 
 
 def print_status() -> None:
-    """Print the progress of the commands on standard input, or with --missing those to run.
+    """Print the progress of the commands on standard input, or with --missing those still to run.
 
-    These have unfinished runs or runs with other settings, or are not of a stage.
+    These are the commands with a run that is unfinished or has other settings, and all that are not
+    of a stage.
     """
     masks_by_folder: dict[Path, list[str]] = {}
     commands = {line: planned_runs(line, masks_by_folder) for line in sys.stdin}

@@ -107,7 +107,7 @@ def train(
     """Train `model` in place, one epoch per learning rate in `rates`; return a row per epoch.
 
     `make_optimiser(parameters)` returns a torch.optim optimiser; its learning rate is set here.
-    `augment(images, generator)` transforms a batch of cropped, mirrored and normalised images and
+    `augment(images, generator)` transforms a batch of cropped, flipped and normalised images and
     keeps its shape; the generator is on their device and seeded by seed, epoch and step.
     `loss_fn(logits, labels)` returns the mean of a batch; evaluation always uses cross-entropy.
     Epochs count from `first_epoch`; `at_epoch(k)` is called after k epochs.

@@ -126,7 +126,7 @@ def triples(root: Path) -> pd.DataFrame:
     pairs = runs[runs["arm"] == "permuted"].merge(lth, on=keys, suffixes=("", "_lth"))
     if pairs.empty:
         raise UserError(
-            f"no permuted network beside LTH below {root}: run train_sparse.py for both"
+            f"no permuted network with an LTH network below {root}: run train_sparse.py for both"
         )
     masks = alignments(root)[["mask", "permutation", "source", "tag"]]
     masks = masks.rename(columns={"source": "dense", "tag": "mask_tag"})

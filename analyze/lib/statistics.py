@@ -124,7 +124,7 @@ def findings(table: pd.DataFrame) -> list[str]:
     for (model, width, dataset), rows in table.groupby(NETWORK):
         rows = rows[(rows["arm"] == "permuted") & rows["difference"].notna()]
         rows = rows.sort_values("sparsity", na_position="first", kind="stable")
-        text = "no permuted mask stands beside an unpermuted one yet"
+        text = "no permuted mask can be compared with an unpermuted one yet"
         for row in rows.head(1).itertuples():
             text, end = "whether permuting the mask helps cannot be told from these runs", ""
             bounds = format_interval(row.difference_low, row.difference_high)

@@ -9,9 +9,9 @@ vector: channels that were created together, with consecutive numbers.
 label: an int64 tensor of the shape of a value that gives the channel at every index. It is expanded
     (stride 0) along dimensions that the channel does not depend on; the others are its own. A
     weight has one label for each dimension. Operators that move the entries of a value move those
-    of its labels alike. Along a dimension of a value that no label has, the order is fixed.
-tie: two channels are the same, because an operator adds or multiplies their values. Its tag tells
-    kinds of ties apart: exchanging channels must take ties to ties with the same tag.
+    of its labels in the same way. Along a dimension that no label has, a value has a fixed order.
+tie: two channels are the same, because an operator adds or multiplies their values. Its tag
+    distinguishes kinds of ties: exchanging channels must take ties to ties with the same tag.
 block: a channel that stands for a set of channels whose order an operator ignores, as it does
     within a group of a convolution or of GroupNorm, or within an attention head.
 pin: a channel must stay where it is, for a reason.
@@ -103,7 +103,7 @@ class LabelMode(TorchDispatchMode):
         out = op(*args, **kwargs)
         arguments = dict(zip((arg.name for arg in op._schema.arguments), args), **kwargs, name=name)
         inputs, outputs = tensors(arguments), tensors(out)
-        # An operator that uses a part of a vector tells these channels from the others.
+        # An operator that uses a part of a vector distinguishes its channels from the others.
         tag = len(self.ties)
         for label in itertools.chain(*map(labels, inputs)):
             if label.numel() and not self.is_whole(label):
