@@ -123,12 +123,12 @@ masks of another network are accepted | common/masking.py
 +if any(False for
 
 a chain continues from dense weights | prune_imp.py
->stages::test_imp_prunes_20_percent_a_round_and_branches_off_to_each_sparsity
+>stages::test_imp_prunes_20_percent_per_round_and_branches_off_to_each_sparsity
 -{"state_dict": cpu_state(model), "mask": mask, "round": number}
 +{"state_dict": weights, "mask": mask, "round": number}
 
 signs of the initial weights | prune_imp.py
->stages::test_imp_prunes_20_percent_a_round_and_branches_off_to_each_sparsity
+>stages::test_imp_prunes_20_percent_per_round_and_branches_off_to_each_sparsity
 -masking.signs(weights, names)
 +masking.signs(checkpoint.load_dense(folder, 0)["state_dict"], names)
 
@@ -143,7 +143,7 @@ rewinding starts at the first learning rate | prune_imp.py
 +rates[: len(rates) - (rewind or 0)]
 
 rounds repeat a data order | prune_imp.py
->stages::test_imp_prunes_20_percent_a_round_and_branches_off_to_each_sparsity
+>stages::test_imp_prunes_20_percent_per_round_and_branches_off_to_each_sparsity
 -start["epoch"] + chain["round"] * epochs
 +start["epoch"]
 

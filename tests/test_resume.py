@@ -1,4 +1,4 @@
-"""Stages that are called again, and interrupted stages; kills at random: test_kills.py."""
+"""Stages that are run again, and interrupted stages; kills at random: test_kills.py."""
 
 import contextlib
 import json
@@ -55,7 +55,7 @@ def kill_when(printed, *command):
     assert process.exitcode == -signal.SIGKILL
 
 
-def test_a_finished_stage_does_nothing_when_called_again(runs, tmp_path):
+def test_a_finished_stage_does_nothing_when_run_again(runs, tmp_path):
     root = shutil.copytree(runs, tmp_path / "copy")
     source, target, masks = root / "dense/seed0", root / "dense/seed1", root / "imp/seed0"
     before = snapshot(root)

@@ -211,7 +211,7 @@ def test_the_script_may_be_edited_while_it_runs(tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("flock"), reason="needs flock")
-def test_a_second_call_with_the_same_out_is_refused(tmp_path):
+def test_a_second_run_with_the_same_out_is_refused(tmp_path):
     with open(tmp_path / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         outcome = run_all(OUT=str(tmp_path))

@@ -107,7 +107,7 @@ def has_slurm():
 
 
 @pytest.mark.skipif(not has_slurm(), reason="needs a running SLURM")
-def test_the_experiment_runs_on_slurm_and_a_second_call_resumes_it(tmp_path):
+def test_the_experiment_runs_on_slurm_and_a_second_run_resumes_it(tmp_path):
     slurm_variables = {key: os.environ[key] for key in os.environ if key.startswith("SLURM_")}
 
     def submit():

@@ -59,7 +59,7 @@ def test_dense_runs_save_the_initialisation_the_requested_epochs_and_the_last(ru
     assert result(folder)["test_acc"] == pytest.approx(log["test_acc"].iloc[-1])
 
 
-def test_imp_prunes_20_percent_a_round_and_branches_off_to_each_sparsity(runs):
+def test_imp_prunes_20_percent_per_round_and_branches_off_to_each_sparsity(runs):
     folder, dense = runs / "imp/seed0", state(runs / "dense/seed0/epoch_0003.pt")
     chain = [3744, 2995, 2396, 1917, 1534, 1227]  # minus 20% each, rounded
     log = pd.read_csv(folder / "log.csv")
