@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     add("--out", type=Path, required=True, help="output folder; each run goes to its seed<N>/")
     cli.add_training(parser, "dense")
     cli.add_device(parser)
-    cli.add_data(parser, "where the data set is, or is downloaded to (default: data)")
+    cli.add_data(parser, "folder of the data set, or for its download (default: data)")
     args = parser.parse_args()
     vars(args).update(cli.hyperparameters(args, "dense", args.dataset))
     requested = args.save_epochs or []

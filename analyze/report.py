@@ -219,7 +219,7 @@ def main() -> None:
     add("--grid", type=at_least_3, help="points per side of the plane (default: landscape's)")
     add("--images", type=cli.positive, help="for REPAIR and the plane (default: of each analysis)")
     cli.add_device(parser)
-    add("--data-dir", help="if not where stage 1 found the data set")
+    add("--data-dir", help="folder of the data set (default: as in stage 1)")
     args = parser.parse_args()
     blocks = build_report(args.root, vars(args) | {"paper": True})
     template = string.Template((LIB / "report.html").read_text())

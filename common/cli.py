@@ -183,7 +183,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data(
-    parser: argparse.ArgumentParser, text: str = "data set (default: where stage 1 found it)"
+    parser: argparse.ArgumentParser, text: str = "folder of the data set (default: as in stage 1)"
 ) -> None:
     parser.add_argument("--data-dir", help=text)
     workers = "processes that read imagenet (default: %(default)s)"

@@ -46,7 +46,7 @@ def parse_args(doc: str, **defaults: Any) -> argparse.Namespace:
     parser = root_parser(doc)
     for name, default in defaults.items():
         options = FLAGS[name] | {"default": default}
-        options["help"] += " (default: %(default)s)" * (default is not None)
+        options["help"] += " (default: %(default)s)" * (default not in (None, False))
         parser.add_argument(f"--{name}", **options)
     cli.add_device(parser)
     cli.add_data(parser)
