@@ -41,6 +41,7 @@ def render(runs: pd.DataFrame, against: str | None = None) -> str:
     """
     table, lines = summary(runs, against), []
     for network, rows in table.groupby(NETWORK):
+        of_network = runs[(runs[NETWORK] == list(network)).all(axis=1)]
         model, width, dataset = network
         lines += [f"{model} x{width:g} on {dataset}", ""]
         lines += ["test accuracy in percent, mean ± sample standard deviation"]
@@ -49,11 +50,13 @@ def render(runs: pd.DataFrame, against: str | None = None) -> str:
         if len(differences):
             tests = differences["p"].count()
             heading = TESTED if tests else DIFFERENCE
+            if of_network["tag"].nunique() > 1:
+                heading = heading.replace("naive", "naive of the same tag", 1)
             if against:
                 heading = AGAINST.format(against)
             lines += ["", heading, _grid(differences, _difference)]
             lines += [STARS.format(tests)] if tests else []
-        lines += caveats(runs[(runs[NETWORK] == list(network)).all(axis=1)])
+        lines += caveats(of_network)
         if rows["count"].max() == 1:
             lines += ["one pair only: there is no spread to tell an effect from chance"]
         lines += [""]

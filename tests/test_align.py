@@ -117,6 +117,13 @@ def test_user_supplied_networks(supplied, tmp_path, method):
     refuse((*command, change), "another experiment", change.split()[0][2:].replace("-", "_"))
 
 
+def test_a_pruned_source_is_matched_as_masked_and_says_so(supplied, tmp_path):
+    pruned = supplied / "my_a_pruned.pt"
+    assert "is pruned" not in succeed(*align(supplied, tmp_path / "dense"))
+    command = align(supplied, tmp_path / "masked", "--source", pruned)
+    assert f"{pruned} is pruned" in succeed(*command)
+
+
 def test_half_precision_weights_are_matched_like_their_fp32_values(supplied, tmp_path):
     permutations = []
     for dtype in (torch.half, torch.float):

@@ -152,6 +152,8 @@ def test_a_tagged_variant_is_compared_with_the_naive_runs_of_its_tag():
     columns, table = ["difference", "gap_closed"], summary(untagged + tagged)
     assert table.loc["permuted [adamw]", columns].tolist() == [4, 25]
     assert table.loc["permuted", columns].tolist() == [5, 25] and len(table) == 6
+    assert "minus naive of the same tag, in points" in render(untagged + tagged)
+    assert "of the same tag" not in render(untagged)
     without_naive = untagged + tagged[2:]
     assert summary(without_naive).loc["permuted [adamw]", columns].isna().all()
     against = statistics.summary(frame(without_naive), "naive").set_index("variant")

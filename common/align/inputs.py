@@ -184,7 +184,9 @@ def load_weights(path: Path, name: str, model: nn.Module, input_shape: list[int]
     For a network pruned by torch.nn.utils.prune, the weights are the masked ones. Raises UserError
     when they do not fit `model`, which the function `name` built.
     """
-    weights, _ = _read(path)
+    weights, mask = _read(path)
+    if mask:
+        print(f"{path} is pruned: its masked weights are matched")
     weights = {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
     check_fits(weights, model, path, name)
     if not all(value.isfinite().all() for value in weights.values()):
