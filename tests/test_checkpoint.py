@@ -110,7 +110,7 @@ def test_the_files_of_a_run_that_recorded_no_digests_are_trusted(runs, tmp_path)
     kept = result.pop("kept")
     (run / "result.json").write_text(json.dumps(result))
     assert checkpoint.load_dense(run, 1)["kept"] == kept
-    with pytest.raises(UserError, match=r"no weights after epoch 2: it has 0, 1, 3 \(see"):
+    with pytest.raises(UserError, match=r"no weights after epoch 2: it saved 0, 1, 3 \(see"):
         checkpoint.load_dense(run, 2)
 
 
