@@ -47,8 +47,8 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     if not (table.groupby(KEYS[:-1], dropna=False)["match_epoch"].nunique() > 1).any():
         message = "no permuted runs matched at two epochs of the target"
         raise UserError(f"{message}: align with --target-epoch and train them")
-    settings = table["method"].str.removeprefix("activation").fillna("")
-    arm = table["arm"].replace("lth", "LTH") + settings
+    with_settings = table["method"].mask(table["method"] == "activation")
+    arm = table["arm"].replace("lth", "LTH") + (" (" + with_settings + ")").fillna("")
     return table.assign(variant=with_tag(arm, table["tag"]))
 
 

@@ -87,9 +87,9 @@ def test_early_matching_by_epoch(matched_early, runs):
 
 def test_early_matching_keeps_settings_of_the_alignment_apart(matched_early):
     runs = finished.sparse_runs(matched_early)
-    other = runs[runs["arm"] == "permuted"].assign(method="activation match images=9")
+    other = runs[runs["arm"] == "permuted"].assign(method="activation restarts=9")
     table = early_matching.summarise(early_matching.select_runs(pd.concat([runs, other])))
-    assert {*table["variant"]} == {"LTH", "naive", "permuted", "permuted match images=9"}
+    assert {*table["variant"]} == {"LTH", "naive", "permuted", "permuted (activation restarts=9)"}
     assert table["count"].max() == 2
 
 
