@@ -13,6 +13,8 @@ LABELS = {
     "sparsity": "sparsity (%)",
     "rewind": "rewind epoch k",
     "match_epoch": "epoch of B that A is matched to",
+    "width": "width",
+    "T": "epochs of dense training T",
 }
 METRICS = {
     "test_acc": ("accuracy", "test accuracy (%)"),
@@ -29,10 +31,11 @@ def draw(
     """Draw a grid of panels, and in each a curve per `series`: `mean`, with a band of `std`.
 
     `points` has columns `row` (the y label of a row of panels), `column` (the title of a panel),
-    `series`, `mean`, `std` and `x`. `styles` has the line style of each series, and its label if
-    that is not its name. A point without `x` becomes a horizontal line, one without `column` is
-    drawn in all columns, and a style without a line gets error bars instead of a band. Rows are in
-    the order of `points`, columns are sorted by `order`, a column of `points`.
+    `series`, `mean`, `x`, and `std`, or `low` and `high` for a band from one to the other. `styles`
+    has the line style of each series, and its label if that is not its name. A point without `x`
+    becomes a horizontal line, one without `column` is drawn in all columns, and a style without a
+    line gets error bars instead of a band. Rows are in the order of `points`, columns are sorted by
+    `order`, a column of `points`.
     """
     rows = points["row"].dropna().unique()
     columns = points.sort_values(order, kind="stable")["column"].dropna().unique()
@@ -50,15 +53,18 @@ def draw(
             for level in curve.loc[curve[x].isna(), "mean"]:
                 axis.axhline(level, **line_style)
             curve = curve.dropna(subset=x)
-            mean, std = curve["mean"], curve["std"].fillna(0)
+            mean, std = curve["mean"], curve.get("std", 0)
+            low, high = curve.get("low", mean - std), curve.get("high", mean + std)
+            low, high = low.fillna(mean), high.fillna(mean)
             if len(curve):
                 axis.plot(curve[x], mean, **line_style)
                 color = {"color": line_style["color"]}
                 if len(curve) == 1 or not line_style["linestyle"]:  # a band would join the points
-                    axis.errorbar(curve[x], mean, std, linestyle="", capsize=3, **color)
+                    error = mean - low, high - mean
+                    axis.errorbar(curve[x], mean, error, linestyle="", capsize=3, **color)
                 else:
-                    band = (curve[x], mean - std, mean + std)
-                    axis.fill_between(*band, alpha=0.15, linewidth=0, **color)
+                    edge = {"linewidth": 0.5, "linestyle": line_style["linestyle"]}
+                    axis.fill_between(curve[x], low, high, alpha=0.2, **edge, **color)
         axis.set(title=column, xlabel=LABELS[x], ylabel=row)
         axis.label_outer()
         if len(ticks) <= MAX_TICKS:
