@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,16 @@ def find_results(root: Path, stage: str) -> list[dict[str, Any]]:
     return results
 
 
-def read_runs(root: Path, stage: str, required: list[str]) -> pd.DataFrame:
-    """Read the finished runs of `stage` below `root`: a row per run, with COLUMNS and `mask`.
+def read_runs(
+    roots: Sequence[Path], stage: str, required: list[str], **comparison: Any
+) -> pd.DataFrame:
+    """Read the finished runs of `stage` below `roots`: a row per run, with COLUMNS and `mask`.
 
     Values come from the arguments and, with precedence, from the results, so that `precision` is
-    the one that was used. Prints one line for a run that lacks a required value and skips it.
+    the one that was used. `comparison` is passed on to `with_settings`. Prints one line for a run
+    that lacks a required value and skips it.
     """
-    results = pd.json_normalize(find_results(root, stage))
+    results = pd.json_normalize([result for root in roots for result in find_results(root, stage)])
     args = results.filter(regex=r"^arguments\.").rename(columns=lambda key: key.partition(".")[2])
     runs = results.combine_first(args)
     runs = runs.reindex(columns=[*dict.fromkeys([*COLUMNS, "mask", "checksum", *runs])])
@@ -71,7 +74,7 @@ def read_runs(root: Path, stage: str, required: list[str]) -> pd.DataFrame:
             warn_skipped(path, f"its result.json lacks {', '.join(missing.columns[is_missing])}")
     runs = runs[~missing.any(axis=1)]
     runs = runs.astype(dict.fromkeys(STRINGS, object) | dict.fromkeys(INTEGERS & {*required}, int))
-    return with_settings(runs)[[*COLUMNS, "mask"]]
+    return with_settings(runs, **comparison)[[*COLUMNS, "mask"]]
 
 
 def try_read(read: Callable[..., Any], *arguments: Any) -> Any:
@@ -86,22 +89,23 @@ def warn_skipped(*reason: object) -> None:
     print("skipped", *reason, file=sys.stderr)
 
 
-def sparse_runs(root: Path) -> pd.DataFrame:
-    """Return all finished sparse runs below `root`, a row per run: COLUMNS and `mask`.
+def sparse_runs(*roots: Path, **comparison: Any) -> pd.DataFrame:
+    """Return all finished sparse runs below `roots`, a row per run: COLUMNS and `mask`.
 
-    Accuracies are in percent. Raises UserError when there is no run, and when two runs differ in
-    nothing that identifies a run.
+    Accuracies are in percent. `comparison` is passed on to `with_settings`. Raises UserError when
+    there is no run, and when two runs differ in nothing that identifies a run.
     """
-    runs = read_runs(root, "train_sparse", REQUIRED)
+    runs = read_runs(roots, "train_sparse", REQUIRED, **comparison)
     if runs.empty:
-        raise UserError(f"no finished sparse run below {root}: run train_sparse.py first")
+        folders = ", ".join(map(str, roots))
+        raise UserError(f"no finished sparse run below {folders}: run train_sparse.py first")
     runs[["signs", "fan_in"]] = runs[["signs", "fan_in"]].eq(True)
     runs["code"] = runs["code"].fillna("unknown")
     runs["mask_dataset"] = runs["mask_dataset"].fillna(runs["dataset"])
     runs["method"] = runs["method"].where(runs["arm"].isin(["permuted", "random-permutation"]))
     runs["variant"] = variant_names(runs)
     runs = runs.sort_values([*CELL, *RUN], ignore_index=True)
-    check_unique(runs, [*CELL, *RUN])
+    check_unique(runs, [*CELL, *RUN, "dense_epochs"])
     return runs
 
 
@@ -119,22 +123,25 @@ def check_unique(table: pd.DataFrame, keys: list[str], file: str = "path") -> No
 
 def dense_runs(root: Path) -> pd.DataFrame:
     """Return all finished dense runs below `root`: COLUMNS, as far as they apply; variant dense."""
-    runs = read_runs(root, "train_dense", [*NETWORK, "seed", "epochs", "test_acc"])
+    runs = read_runs([root], "train_dense", [*NETWORK, "seed", "epochs", "test_acc"])
     return runs.assign(variant=with_tag("dense", runs["tag"]))
 
 
-def with_settings(runs: pd.DataFrame) -> pd.DataFrame:
-    """Add the settings in which runs of the same network and tag differ to their tag.
+def with_settings(
+    runs: pd.DataFrame, group: list[str] = NETWORK, ignored: Iterable[str] = ()
+) -> pd.DataFrame:
+    """Add the settings in which runs of the same tag and `group` differ to their tag.
 
     Settings of the alignment, which naive runs lack, are added to the method instead. Runs with
-    different settings then have columns of their own in a table and are never averaged.
+    different settings then have columns of their own in a table and are never averaged. Settings
+    with a name in `ignored` may differ.
     """
     runs = runs.assign(tag=runs["tag"].fillna(""))
-    keys = [runs[key] for key in (*NETWORK, "tag")]
+    keys = [runs[key] for key in (*group, "tag")]
     groups = dict.fromkeys(SECTIONS, keys) | {"align": [*keys, runs["method"]]}
     for key in runs.filter(regex=rf"^({'|'.join(SECTIONS)})\."):
         section, name = key.split(".", 1)
-        if {key, name} & NOT_SETTINGS:
+        if {key, name} & {*NOT_SETTINGS, *ignored}:
             continue
         has_section = runs.filter(like=f"{section}.").notna().any(axis=1)  # not in older results
         values = runs[key].map(format_setting, na_action="ignore").astype(object).fillna("None")
