@@ -99,23 +99,20 @@ def main() -> None:
     barriers = lines.barriers(curves, [*KEYS, *SEEDS])
     barriers = barriers[~barriers["repair"]]
     rows = [
-        dict(zip(KEYS, key))
-        | paired_test(group["test"], not shared_networks(group))
-        | {"std": group["test"].std()}
+        dict(zip(KEYS, key)) | paired_test(group["test"], not shared_networks(group))
         for key, group in barriers.groupby(KEYS, dropna=False)
     ]
-    table = pd.DataFrame(rows).rename(columns={"difference": "mean"})
+    names = {"difference": "mean", "difference_low": "low", "difference_high": "high"}
+    table = pd.DataFrame(rows).rename(columns=names)
     column = table["kind"].map(KINDS) + (100 * table["sparsity"]).map(", {:g}%".format)
     table = table.assign(row=BARRIER, column=column, series=table["variant"])
     for (model, width, dataset), group in table.groupby(NETWORK):
         name, title = f"stability_{model}x{width:g}_{dataset}", f"{model} x{width:g} on {dataset}"
-        figure = panels.draw(
-            group, "rewind", style.variant_styles(group["variant"].unique()), title
-        )
+        styles = style.variant_styles(group["variant"].unique())
+        figure = panels.draw(group, "rewind", styles, f"{title}, 95% intervals")
         style.save_figure(figure, group, args.root / "figures", name)
         print(f"{title}: {BARRIER}, mean and 95% interval over pairs")
-        columns = ["kind", "variant", "sparsity", "rewind"]
-        columns += ["mean", "difference_low", "difference_high", "pairs"]
+        columns = ["kind", "variant", "sparsity", "rewind", "mean", "low", "high", "pairs"]
         print(group[columns].round(3).to_string(index=False, na_rep="-"))
     correlation = correlations(runs, barriers)
     if len(correlation):
