@@ -29,7 +29,8 @@ from common.data import derived_seed
 from common.runtime.device import pick_device
 
 METHODS = ("activation", "weight", "masked", "random", "identity")
-USED_BY = {"match_images": ("activation", "masked"), "restarts": ("weight",)}
+USED_BY = dict.fromkeys(("match_images", *inputs.OPTIONS), ("activation", "masked"))
+USED_BY["restarts"] = ("weight",)
 
 
 def parse_args() -> argparse.Namespace:
@@ -49,7 +50,7 @@ def parse_args() -> argparse.Namespace:
     cli.add_device(parser)
     cli.add_data(parser)
     args = parser.parse_args()
-    inputs.check_flags(parser, args, needs_images=args.method in USED_BY["match_images"])
+    inputs.check_flags(parser, args, USED_BY)
     return args
 
 

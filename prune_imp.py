@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
     add, several = parser.add_argument, {"nargs": "+", "required": True}
     add("--dense", type=Path, help="finished dense runs, one IMP chain each", **several)
     add("--sparsity", type=cli.fraction, metavar="S", help="of the pruned layers", **several)
-    add("--rewind", type=cli.natural, metavar="K", help="rewind to epoch K after each pruning")
+    add("--rewind", type=cli.natural, metavar="K", help="train from epoch K, as the dense run did")
     add("--one-shot", action="store_true", help="prune to each sparsity in a single round")
     add("--keep-rounds", action="store_true", help="keep round_NN.pt, the network after each round")
     add("--out", type=Path, help="folders for the masks, one for each of --dense", **several)

@@ -1,4 +1,4 @@
-"""One file with all figures and tables that the runs below a folder allow.
+"""One file with the figures and tables that the runs below a folder allow.
 
     python -m analyze.report runs/quick
     python -m analyze.report runs/quick --only results accuracy masks     # only fast ones

@@ -66,6 +66,7 @@ align_mask --source other/seed0 --target other/seed1 | another network of seed 0
 align_mask --masks one-shot --out align/activation/seed0-seed1 | a permutation of another mask
 align_mask --target-epoch 2 | no weights after epoch 2
 align_mask --method weight --match-on pre | --match-on
+align_mask --method masked --restarts 9 | --restarts
 align_mask --dataset glyphs | --model-fn
 train_sparse --arm lth | lth contradicts | seed 0
 train_sparse --weights dense/seed0 | naive contradicts

@@ -58,13 +58,15 @@ def add_external(parser: argparse.ArgumentParser) -> None:
 
 
 def check_flags(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, needs_images: bool
+    parser: argparse.ArgumentParser, args: argparse.Namespace, used_by: dict[str, tuple[str, ...]]
 ) -> None:
-    """Exit with an error when flags are missing or do not go together."""
-    options = {name: getattr(args, name) for name in OPTIONS}
-    if not needs_images and (options != OPTIONS or args.match_images):
-        flags = "--match-on, --statistic, --stream or --match-images"
-        parser.error(f"--method {args.method} takes no {flags}")
+    """Exit with an error when flags are missing or do not go together.
+
+    `used_by` names the methods that use a flag.
+    """
+    for flag, methods in used_by.items():
+        if args.method not in methods and getattr(args, flag) != parser.get_default(flag):
+            parser.error(f"--method {args.method} takes no --{flag.replace('_', '-')}")
     if args.model_fn and args.target_epoch is not None:
         parser.error("--target-epoch is for dense runs, not for --model-fn's state dicts")
     if args.model_fn is None and (args.dataset or args.image_size or args.input_shape):
@@ -75,7 +77,7 @@ def check_flags(
         )
     if args.model_fn is None and args.masks is None:
         parser.error("--masks is needed: the masks folder of the source, from prune_imp.py")
-    if args.model_fn and needs_images and args.dataset is None:
+    if args.model_fn and args.method in used_by["match_images"] and args.dataset is None:
         parser.error(f"--method {args.method} needs images: name them with --dataset")
 
 
