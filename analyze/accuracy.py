@@ -31,7 +31,8 @@ def main() -> None:
     runs, dense = sparse_runs(args.root), dense_runs(args.root)
     for (model, dataset), group in runs.groupby(["model", "dataset"]):
         pairs = len(group.loc[~has_own_mask(group), SEEDS].drop_duplicates())
-        title, name = f"{model} on {dataset}, pairs of networks: {pairs}", f"{{}}_{model}_{dataset}"
+        title = f"{model} on {dataset}, up to {pairs} pairs of networks"
+        name = f"{{}}_{model}_{dataset}"
         levels = dense[(dense["model"] == model) & (dense["dataset"] == dataset)]
         for metric in panels.METRICS:
             if group[metric].isna().all():

@@ -11,7 +11,6 @@ unordered pairs), in nats (Fort et al. 2020; Evci et al. 2022). All are measured
 set in fp32. Writes diversity.csv.
 """
 
-import contextlib
 import itertools
 import math
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from analyze.lib.runs import (
     SEEDS,
     check_unique,
     dense_runs,
+    find_results,
     save_table,
     sparse_runs,
     try_read,
@@ -70,18 +70,17 @@ def diversity(logits: list[Tensor], labels: Tensor) -> dict[str, float]:
 
 
 def find_networks(root: Path) -> pd.DataFrame:
-    """Return all finished networks below `root`: columns ENSEMBLE, `seed` and `file`."""
+    """Return all finished networks below `root`: ENSEMBLE, `source_seed`, `seed` and `file`."""
     dense = dense_runs(root).assign(sparsity=0.0)
     dense["file"] = list(map(paths.epoch_file, dense["path"], dense["epochs"]))
     imp = imp_networks(root, rounds=False)
     parts = [dense, imp.assign(variant=with_tag("IMP", imp["tag"]))]
-    with contextlib.suppress(UserError):  # no sparse run yet
-        sparse = sparse_runs(root)
+    if find_results(root, "train_sparse") and (sparse := try_read(sparse_runs, root)) is not None:
         seeds = sparse[[*SEEDS, "seed"]].astype(str).agg("-".join, axis=1)
         parts.append(sparse.assign(seed=seeds, file=sparse["path"].map(paths.final_file)))
     if not (parts := [part for part in parts if len(part)]):
         raise UserError(f"no finished network below {root}: run the stages first")
-    networks = pd.concat(parts).reindex(columns=[*ENSEMBLE, "seed", "file"])
+    networks = pd.concat(parts).reindex(columns=[*ENSEMBLE, "source_seed", "seed", "file"])
     check_unique(networks, [*ENSEMBLE, "seed"], "file")
     return networks
 
@@ -116,7 +115,8 @@ def compare_members(networks: pd.DataFrame, load_data: Callable) -> pd.DataFrame
 
 def main() -> None:
     args = parse_args(__doc__)
-    table, root = compare_members(find_networks(args.root), args.load_data), args.root
+    root, networks = args.root, find_networks(args.root)
+    table = compare_members(networks, args.load_data)
     if table.empty:
         raise UserError(f"no two finished networks of the same kind below {root}: train more seeds")
     save_table(table, root / "diversity.csv")
@@ -124,6 +124,8 @@ def main() -> None:
         print(f"\n{model} x{width:g} on {dataset}: accuracy in percent, KL and JS in nats")
         columns = group.drop(columns=NETWORK)
         print(columns.to_string(index=False, na_rep="", float_format="{:.3f}".format))
+    if networks.groupby(ENSEMBLE)["source_seed"].nunique().max() > 1:
+        print("members have different sources; in the paper's Table 1 they share one (ENSEMBLE=N)")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     table = runs.groupby(KEYS, dropna=False)["test_acc"].agg(["mean", "std", "count"])
     table = table.reset_index()
     if not (table.groupby(KEYS[:-1], dropna=False)["match_epoch"].nunique() > 1).any():
-        message = "no permuted runs matched at two epochs of the target"
+        message = "no permuted runs matched by activations at two epochs of the target"
         raise UserError(f"{message}: align with --target-epoch and train them")
     with_settings = table["method"].mask(table["method"] == "activation")
     arm = table["arm"].replace("lth", "LTH") + (" (" + with_settings + ")").fillna("")

@@ -42,7 +42,10 @@ def main() -> None:
     args = parse_args(__doc__, points=11, images=10_000)
     networks = imp_networks(args.root, rounds=True)
     if networks.empty:
-        raise UserError(f"no IMP chain below {args.root}: run prune_imp.py --keep-rounds")
+        raise UserError(
+            f"no IMP chain with its dense network below {args.root}: run prune_imp.py "
+            "--keep-rounds, or pass a folder that has it, too"
+        )
     check_unique(networks, IMP, "file")
     keys = [*IMP, "rounds"]
     files = lines.with_files(networks, "dense", "file")[[*keys, "files"]]
@@ -55,7 +58,8 @@ def main() -> None:
         points = points.reset_index()
         seeds, rounds = group["seed"].nunique(), group["rounds"].all()
         count = group.groupby("width")["sparsity"].nunique().max()
-        title = f"dense network to IMP's, {model} on {dataset}, {seeds} seed{'s' * (seeds != 1)}\n"
+        title = f"dense network to IMP's, {model} on {dataset}" + f" [{tag}]" * bool(tag)
+        title += f", {seeds} seed{'s' * (seeds != 1)}\n"
         requested = "at the requested sparsities, not after every round"
         title += f"after each of {count} rounds" if rounds else requested
         figure = plot(points, title, joined=rounds and count >= MIN_ROUNDS)

@@ -14,7 +14,7 @@ import pandas as pd
 from analyze.lib import lines, panels, style
 from analyze.lib.networks import alignments, parse_args
 from analyze.lib.runs import NETWORK, SEEDS, save_table
-from common import cli, paths
+from common import checkpoint, cli, paths
 
 MATCH = ["tag", "method", "sparsity", "match_epoch"]
 CURVE = ["width", "curve", "repair"]
@@ -28,7 +28,7 @@ def main() -> None:
     naive = lines.with_files(runs, "source", "target").assign(curve="naive")
     aligned = lines.with_files(runs, "source", "permutation", "target").assign(curve="aligned")
     both = pd.concat([naive, aligned]).sort_index(kind="stable")
-    both["permutation"] = [path.relative_to(args.root) for path in both["permutation"]]
+    both["permutation"] = both["permutation"].map(checkpoint.digest)
     curves = lines.measure_curves(both[[*ROW, "files"]], args)
     save_table(lines.barriers(curves, ROW), args.root / "barriers.csv")
     for key, group in curves.groupby(["model", "dataset", *MATCH], dropna=False):

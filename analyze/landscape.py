@@ -37,7 +37,7 @@ NETWORKS = {"lth": ("π(LTH)", "o"), "permuted": ("permuted", "^"), "dense": ("�
 METRICS = {"test_loss": "test loss (nats)", "test_error": "0-1 loss (%)"}
 NAME = "landscape_{model}x{width:g}_{dataset}_{method}_s{s}_k{rewind:03d}"
 NAME += "_{source_seed}-{target_seed}_matched{match_epoch:.0f}"
-TITLE = "{model} x{width:g} on {dataset}, sparsity {s}, k = {rewind}, "
+TITLE = "{model} x{width:g} on {dataset}, {variant}, sparsity {s}, k = {rewind}, "
 TITLE += "seeds {source_seed} and {target_seed}\n"
 TITLE += "loss barrier {barrier:.3f} nats from π(LTH) to permuted, with REPAIR"
 

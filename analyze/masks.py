@@ -12,11 +12,14 @@ import pandas as pd
 from analyze.lib.overlap import MASK, load_masks, overlaps, summary
 from analyze.lib.runs import NETWORK, root_parser, save_table
 from common import cli
+from common.errors import UserError
 
 
 def main() -> None:
     root = root_parser(__doc__).parse_args().root
     masks, rows = load_masks(root), []
+    if masks["method"].notna().all():
+        raise UserError(f"only permuted masks below {root}: pass a folder with prune_imp.py's, too")
     for run in masks[masks["method"].isna()].to_dict("records"):
         for name, mask in run["entry"]["mask"].items():
             sparsity = 1 - int(mask.sum()) / mask.numel()
@@ -29,7 +32,7 @@ def main() -> None:
     print((100 * groups["layer_sparsity"].mean()).unstack("sparsity").round(1).to_string())
     table = overlaps(masks)
     if table.empty:
-        print("no target below this folder was pruned: run prune_imp.py on B to see masks overlap")
+        print("no IMP mask of a target, with the tag of a permuted mask: run prune_imp.py on B")
         return
     save_table(table, root / "masks.csv")
     print("\nweights kept by IMP in B that the mask of A keeps too, in percent; ratio: over chance")

@@ -77,7 +77,7 @@ def measure_alignments(root: Path) -> pd.DataFrame:
     if (root / "barriers.csv").is_file():
         barriers = pd.read_csv(root / "barriers.csv").pivot(index=LINE, columns="repair")["test"]
         barriers = barriers.rename(columns={False: "barrier", True: "barrier, REPAIR"})
-        table["permutation"] = [str(path.relative_to(root)) for path in table["permutation"]]
+        table["permutation"] = table["permutation"].map(checkpoint.digest)
         table = table.join(barriers, on=LINE)
     # Every alignment of a pair has a naive row: keep the one with the latest B.
     table = table.drop_duplicates([*KEYS, *SEEDS], keep="last").drop(columns=[*SEEDS, *LINE])
@@ -92,6 +92,8 @@ def accuracies(root: Path, masks: pd.DataFrame) -> pd.DataFrame:
     runs = sparse_runs(root)
     runs = without_signs_or_fan_in(runs[foreign_mask_dataset(runs).isna()])
     runs = runs[runs["arm"].isin(["naive", "permuted", "random-permutation"])]
+    if runs.empty:
+        raise UserError(f"no naive or permuted run below {root} with a mask of its own data set")
     keys = runs[["variant", "method", "match_epoch", "tag", *NETWORK]].copy()
     masks = masks.assign(mask=masks["path"].map(checkpoint.digest)).drop_duplicates("mask")
     for key in ("method", "tag"):  # of the mask, as those of a run have its settings appended
@@ -114,10 +116,8 @@ def compare_methods(root: Path) -> pd.DataFrame:
     shared = overlap.summary(shared[shared["mask_dataset"] == shared["dataset"]])
     shared = shared.rename(columns={"ratio": "overlap/chance"})
     table = table.merge(shared[[*KEYS, "overlap/chance"]], how="left", on=KEYS)
-    try:
-        return table.merge(accuracies(root, masks), how="left", on=KEYS)
-    except UserError:  # no sparse run yet
-        return table
+    accuracy = try_read(accuracies, root, masks)  # no sparse run yet, or two that clash
+    return table if accuracy is None else table.merge(accuracy, how="left", on=KEYS)
 
 
 def main() -> None:

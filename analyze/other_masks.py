@@ -86,7 +86,9 @@ def main() -> None:
         data = load_data(dense["dataset"], args.data_dir, workers=args.workers)
         scores = snip(model, names, data.eval_batches("train", limit=SNIP_IMAGES))
     for sparsity in args.sparsity:
-        keep = masking.keep_count(masking.numel(weights), sparsity)
+        keep = masking.keep_count(total := masking.numel(weights), sparsity)
+        if not 0 < keep < total:
+            raise UserError(f"--sparsity {sparsity} keeps all or none of the {total} weights")
         if args.kind == "erk":
             scores = random_scores(shapes, densities(shapes, keep), dense["seed"])
             tag = "erk"

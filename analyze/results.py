@@ -56,6 +56,9 @@ def render(runs: pd.DataFrame, against: str | None = None) -> str:
                 heading = AGAINST.format(against)
             lines += ["", heading, _grid(differences, _difference)]
             lines += [STARS.format(tests)] if tests else []
+            if differences["pairs"].nunique() > 1:
+                fewest, most = differences["pairs"].min(), differences["pairs"].max()
+                lines += [f"these are over {fewest} to {most} pairs of networks (see summary.csv)"]
         lines += caveats(of_network)
         if rows["count"].max() == 1:
             lines += ["one pair only: there is no spread to tell an effect from chance"]

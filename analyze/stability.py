@@ -24,6 +24,7 @@ from analyze.lib.runs import (
     accuracy_by_pair,
     shared_networks,
     sparse_runs,
+    warn_skipped,
     with_gains,
     with_tag,
 )
@@ -92,9 +93,10 @@ def main() -> None:
     rows = orders(runs)
     try:
         rows = pd.concat([rows, basins(args.root), pruned(args.root)])
-    except UserError:  # orders need no permuted network
+    except UserError as error:  # orders need no permuted network
         if rows.empty:
             raise
+        warn_skipped(error)
     curves = lines.measure_curves(rows[[*KEYS, *SEEDS, "files"]], args)
     barriers = lines.barriers(curves, [*KEYS, *SEEDS])
     barriers = barriers[~barriers["repair"]]

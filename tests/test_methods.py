@@ -13,7 +13,23 @@ from analyze import methods
 from analyze.lib import lines, networks, overlap
 from analyze.lib.runs import sparse_runs
 from common import masking, provenance
-from tests.conftest import align_and_train, call, refused, stage2, stage4, state, succeed, weights
+from tests.conftest import (
+    align_and_train,
+    call,
+    edit,
+    refused,
+    stage2,
+    stage3,
+    stage4,
+    state,
+    succeed,
+    weights,
+)
+
+
+def align(root, a, b, name, flags):
+    files = root / f"dense/seed{a}", root / f"dense/seed{b}", root / f"imp/seed{a}"
+    succeed(*stage3(*files, root / f"align/{name}/seed{a}-seed{b}", flags))
 
 
 def test_overlap_by_hand():
@@ -81,6 +97,28 @@ def test_methods_are_compared_in_one_table(compared):
         assert early["accuracy"] == pytest.approx(accuracies.mean()) and len(accuracies) == 2
 
 
+def test_barriers_of_an_earlier_permutation_are_left_out(runs, tmp_path):
+    root = shutil.copytree(runs, tmp_path / "runs")
+    succeed("analyze.interpolation", root, "--points 3 --images 64 --device cpu")
+    table = methods.compare_methods(root).query("method == 'activation'")
+    assert table["barrier"].notna().all()
+    for pair in ((0, 1), (2, 3)):
+        shutil.rmtree(root / "align/activation/seed{}-seed{}".format(*pair))
+        align(root, *pair, "activation", "--match-images 64")
+    table = methods.compare_methods(root).query("method == 'activation'")
+    assert len(table) and table["barrier"].isna().all()
+
+
+def test_alignments_and_masks_of_other_settings_are_kept_apart(runs, tmp_path):
+    root = shutil.copytree(runs, tmp_path / "runs")
+    align(root, 0, 1, "fewer", "--match-images 64")
+    names = {f"activation match_images={count}" for count in ("64", "None")}
+    assert {*networks.alignments(root)["method"]} == names
+    assert {*overlap.load_masks(root)["method"].dropna()} == names
+    succeed(*stage2(root / "dense/seed0", root / "imp/faster", "--lr 0.05"))
+    assert {*networks.imp_networks(root, rounds=False)["tag"]} == {"imp lr=0.01", "imp lr=0.05"}
+
+
 def test_methods_needs_only_alignments(runs, tmp_path):
     for folder in ("dense", "align"):
         shutil.copytree(runs / folder, tmp_path / folder)
@@ -90,6 +128,10 @@ def test_methods_needs_only_alignments(runs, tmp_path):
     succeed("analyze.methods", tmp_path)
     table = pd.read_csv(tmp_path / "methods.csv")
     assert table["accuracy"].notna().tolist() == (table["method"] == "naive").tolist()
+    edit(tmp_path, "naive", mask_dataset="other")
+    outcome = call("analyze.methods", tmp_path)
+    assert "with a mask of its own data set" in outcome.err and "activation" in outcome.out
+    refused(call("analyze.masks", tmp_path / "align"), "only permuted masks")
 
 
 def test_cosines_by_hand(compared):

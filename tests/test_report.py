@@ -204,7 +204,7 @@ def test_the_report_has_every_section_or_its_reason_to_be_missing(root, in_proce
     assert unescape(first) == finding and "pairs of networks: 2" in finding
     # (p + w / 2 ± sqrt(w p (1 - p) + w² / 4)) / (1 + w) for p = 0.5 and w = 1.96² / 60.
     assert "lies between 37.7% and 62.3%" in text and "One test image is 1.7 points" in text
-    assert "Early matching (Table 15) : no permuted runs matched at two epochs" in text
+    assert "Early matching (Table 15) : no permuted runs matched by activations at two" in text
     assert '<img alt="accuracy_rewind_mlp_glyphs"' in page
     assert page.count("data:image/png;base64,") >= 4 and "<svg" in page and "<script" not in page
     assert not re.search(r"\bnan\b|NaN|\bNone\b", re.sub('base64,[^"]*', "", page))

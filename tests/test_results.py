@@ -15,14 +15,8 @@ from tests.conftest import call, edit, refused, result, succeed
 
 PAIRS = ((0, 1), (2, 3), (4, 5))
 DEFAULTS = {"model": "m", "width": 1.0, "dataset": "d", "mask_dataset": "d", "sparsity": 0.9}
-DEFAULTS |= {
-    "rewind": 0,
-    "match_epoch": math.nan,
-    "method": "activation",
-    "signs": False,
-    "tag": "",
-}
-DEFAULTS |= {"fan_in": False, "code": "abc", "mask_code": "m", "dense_epochs": 200}
+DEFAULTS |= {"rewind": 0, "match_epoch": math.nan, "method": "activation", "signs": False}
+DEFAULTS |= {"fan_in": False, "code": "abc", "mask_code": "m", "dense_epochs": 200, "tag": ""}
 DEFAULTS |= {"diverged": None, "path": "somewhere", "sparsity_total": 0.9}
 
 
@@ -173,10 +167,24 @@ def test_overall_averages_each_pair_over_the_cells_that_have_every_arm():
         row = table.loc["permuted", ["difference", "difference_se"]]
         assert row.tolist() == pytest.approx([11, 3**-0.5])  # of 10, 12 and 11
         assert "(permuted, all; pairs of networks: 3)" in render(rows + extra).replace("\n", " ")
+    # A pair that is not in every cell yet is left out.
+    later = make_grid() + make_grid(PAIRS[:2], gains=(11, 14), rewind=1)
+    table = statistics.summary(frame(later)).query("sparsity.isna()").set_index("variant")
+    assert table.loc["permuted", ["difference", "pairs"]].tolist() == [11, 2]
+    assert "over 2 to 3 pairs" in render(later) and "over 2" not in render(make_grid())
     wide = rows + [row | {"width": 4.0, "dense_epochs": 20} for row in rows]
     assert statistics.summary(frame(wide)).query("sparsity.isna()")["width"].tolist() == (
         3 * [1] + 3 * [4]
     )
+
+
+def test_the_finding_is_about_the_permutation_alone():
+    other = make_grid(gains=(30, 30, 31), signs=True) + make_grid(
+        gains=(0, 1, 0), method="identity"
+    )
+    text = statistics.findings(statistics.summary(frame(make_grid(gains=(-3, -1, 1)) + other)))
+    assert "cannot be told" in text[0] and "-1.0 points" in text[0]
+    assert "no permuted mask" in render(other)
 
 
 def test_differences_to_another_variant():
@@ -207,7 +215,8 @@ def test_tables_note_runs_by_different_code():
 
 def test_tables_note_a_sparsity_over_different_layers():
     rows = make_rows("lth 0 0 90, naive 0 1 70")
-    assert "of all weights" not in render(rows)
+    wide = [row | {"width": 4.0, "sparsity_total": 0.7} for row in rows]
+    assert finished.caveats(frame(rows + wide)) == []
     text = render(rows + make_rows("lth 2 2 60", tag="t", sparsity_total=0.512))
     assert "at 0.9 other layers are pruned, of all weights 51.2% (LTH [t]), 90.0% (LTH," in text
 
@@ -224,7 +233,8 @@ def test_pairs_that_share_a_network_have_no_interval_and_a_note(pairs):
     text = render(make_grid(pairs))
     assert "share networks" in text and "cannot be told from these runs: +10.0 points" in text
     assert not any(word in text for word in ("*", "[", "95%", "Holm", "80%"))
-    assert "share networks" not in render(make_grid())
+    other = make_grid(((0, 3), (2, 5), (4, 1)), tag="t")
+    assert "share networks" not in render(make_grid() + other)
 
 
 @pytest.mark.parametrize(
@@ -295,6 +305,13 @@ def test_alignment_settings_are_added_to_the_method_and_compared_with_the_same_n
     assert runs["tag"].eq("").all()
     expected = {f"permuted (weight restarts={count})": gain for count, gain in ((5, 11), (2, 12))}
     assert differences(summary(runs)) == expected | {"permuted": 10}
+
+
+@pytest.mark.parametrize("value, tags", [(False, {""}), (True, {"mixup=False", "mixup=True"})])
+def test_a_flag_that_was_added_later_was_off_before(value, tags):
+    settings = [{"arguments.seed": 0}, {"arguments.mixup": value}]
+    rows = [make_rows("lth 0 0 90", **entry)[0] for entry in settings]
+    assert {*finished.with_settings(frame(rows))["tag"]} == tags
 
 
 def test_another_data_dir_is_no_other_setting():

@@ -12,11 +12,13 @@ from analyze.lib.runs import (
     NETWORK,
     SEEDS,
     dense_checkpoints,
+    dense_runs,
     find_results,
     root_parser,
     sparse_runs,
     try_read,
     warn_skipped,
+    with_settings,
     without_signs_or_fan_in,
 )
 from common import checkpoint, cli, masking, paths
@@ -63,7 +65,7 @@ def runs_with_dense(root: Path, stage: str, *roles: str) -> Iterator[dict[str, A
     each of `roles`, the dense checkpoint that its arguments name by digest. Prints one line for a
     run whose dense networks are not below `root` and skips it; skips networks trained elsewhere.
     """
-    dense = dense_checkpoints(root)
+    dense, tags = dense_checkpoints(root), dense_runs(root).set_index("path")["tag"]
     for run in find_results(root, stage):
         arguments = run.get("arguments", {})
         if arguments.get("model_fn"):
@@ -74,8 +76,10 @@ def runs_with_dense(root: Path, stage: str, *roles: str) -> Iterator[dict[str, A
             continue
         trained = checkpoint.load_json(files[roles[-1]].with_name("result.json"))["arguments"]
         row = {key: trained[key] for key in (*NETWORK, "seed")} | {"path": run["path"]}
-        row["tag"] = arguments.get("tag") or trained.get("tag") or ""
-        yield files | row | {key: arguments.get(key) for key in (*ALIGNMENT, "keep_rounds")}
+        row["tag"] = arguments.get("tag") or tags[files[roles[-1]].parent]
+        row |= {key: arguments.get(key) for key in (*ALIGNMENT, "keep_rounds")}
+        section = "align" if stage == "align_mask" else "imp"
+        yield files | row | {f"{section}.{key}": value for key, value in arguments.items()}
 
 
 def imp_networks(root: Path, rounds: bool) -> pd.DataFrame:
@@ -91,9 +95,10 @@ def imp_networks(root: Path, rounds: bool) -> pd.DataFrame:
             if entry := try_read(checkpoint.load, path, ("mask", *checkpoint.WEIGHTS)):
                 reached = masking.sparsity(entry["mask"]) if round_files else sparsity
                 rows.append(run | {"file": path, "sparsity": reached, "rounds": bool(round_files)})
-    table = pd.DataFrame(rows, columns=[*IMP, "dense", "file", "rounds"])
+    columns = [*IMP, "dense", "file", "rounds"]
+    table = with_settings(pd.DataFrame(rows)) if rows else pd.DataFrame(columns=columns)
     # An empty table has no dtypes to infer.
-    return table.astype({"width": float, "sparsity": float, "seed": int})
+    return table[columns].astype({"width": float, "sparsity": float, "seed": int})
 
 
 def alignments(root: Path) -> pd.DataFrame:
@@ -110,8 +115,11 @@ def alignments(root: Path) -> pd.DataFrame:
             run |= {"permutation": path, "mask": mask, "sparsity": paths.sparsity_of(mask)}
             rows.append(run.copy())
     if not rows:
-        raise UserError(f"no finished alignment below {root}: run align_mask.py first")
-    return pd.DataFrame(rows)
+        raise UserError(
+            f"no finished alignment with its dense networks below {root}: run align_mask.py, or "
+            "pass a folder that has them, too"
+        )
+    return with_settings(pd.DataFrame(rows))
 
 
 def triples(root: Path) -> pd.DataFrame:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from analyze.lib.runs import NETWORK, SEEDS, check_unique, find_results, try_read
+from analyze.lib.runs import NETWORK, SEEDS, check_unique, find_results, try_read, with_settings
 from common import checkpoint, paths
 from common.errors import UserError
 from common.masking import Mask
@@ -31,12 +31,13 @@ def load_masks(root: Path) -> pd.DataFrame:
             row["mask_dataset"] = entry.get("mask_dataset") or dataset
             row["match_epoch"] = entry["match_epoch"] if entry["method"] else None
             row |= {"tag": entry.get("tag") or "", "sparsity": paths.sparsity_of(path)}
+            row |= {f"align.{key}": value for key, value in (entry.get("align") or {}).items()}
             rows.append(
                 {key: entry.get(key) for key in MASK} | row | {"entry": entry, "path": path}
             )
     if not rows:
         raise UserError(f"no masks below {root}: run prune_imp.py first")
-    masks = pd.DataFrame(rows)
+    masks = with_settings(pd.DataFrame(rows))
     check_unique(masks, MASK)
     return masks
 

@@ -144,7 +144,8 @@ def with_settings(
         if {key, name} & {*NOT_SETTINGS, *ignored}:
             continue
         has_section = runs.filter(like=f"{section}.").notna().any(axis=1)  # not in older results
-        values = runs[key].map(format_setting, na_action="ignore").astype(object).fillna("None")
+        unset = "False" if runs[key].map(type).eq(bool).any() else "None"  # a flag added later
+        values = runs[key].map(format_setting, na_action="ignore").astype(object).fillna(unset)
         differs = values.where(has_section).groupby(groups[section]).transform("nunique") > 1
         if differs.any():
             label = key.removeprefix("arguments.").removeprefix("align.").replace(".", " ")
@@ -247,10 +248,11 @@ def caveats(runs: pd.DataFrame) -> list[str]:
     diverged runs.
     """
     lines, diverged = [], runs[runs["diverged"].notna()]
-    if shared := shared_networks(runs[~has_own_mask(runs)]):
-        seeds = ", ".join(map(str, shared))
+    compared = runs[~has_own_mask(runs)].groupby([*CELL, "variant"])
+    if shared := {seed for _, pairs in compared for seed in shared_networks(pairs)}:
+        seeds = ", ".join(map(str, sorted(shared)))
         lines.append(f"pairs share networks (seed {seeds}) and are not independent: no intervals")
-    for sparsity, cell in runs.groupby("sparsity"):
+    for (*_, sparsity), cell in runs.groupby([*NETWORK, "sparsity"]):
         totals = cell.groupby(cell["sparsity_total"].map("{:.1%}".format))["variant"].unique()
         if len(totals) > 1:
             parts = (f"{total} ({', '.join(names)})" for total, names in totals.items())

@@ -91,7 +91,8 @@ def mean_over_cells(pairs: pd.DataFrame) -> pd.DataFrame:
     variant_cells = rows.groupby([*NETWORK, "variant"])["cell"].transform("nunique")
     rows = rows[(cells > 1) & (variant_cells == cells)]
     variants = rows.groupby(NETWORK)["variant"].transform("nunique")
-    complete = rows.groupby([*CELL, *SEEDS])["variant"].transform("nunique") == variants
+    sizes = rows.groupby([*NETWORK, *SEEDS])["variant"].transform("size")
+    complete = sizes == variants * cells[rows.index]
     return rows[complete].groupby([*NETWORK, *SEEDS, *VARIANT], as_index=False)["test_acc"].mean()
 
 
@@ -122,7 +123,8 @@ def findings(table: pd.DataFrame) -> list[str]:
     """Return a sentence per network on whether permuting the mask helps, from rows of `summary`."""
     sentences = []
     for (model, width, dataset), rows in table.groupby(NETWORK):
-        rows = rows[(rows["arm"] == "permuted") & rows["difference"].notna()]
+        other = rows["variant"].str.contains(r" \+ |\(identity")  # not of the permutation alone
+        rows = rows[(rows["arm"] == "permuted") & ~other & rows["difference"].notna()]
         rows = rows.sort_values("sparsity", na_position="first", kind="stable")
         text = "no permuted mask can be compared with an unpermuted one yet"
         for row in rows.head(1).itertuples():
