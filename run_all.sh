@@ -21,8 +21,8 @@ controls='shuffled|random-permutation|imp-target|signs' methods='activation|weig
 method="($methods)(@(0|$int))?|identity"
 settings="
 PAIRS          words 0|$int      integers: pair p has source seed 2p and target seed 2p+1
-WIDTHS         words $number     numbers, e.g. 0.5 or 4: each width has its folder, OUT/w<width>
-SPARSITY       words $fraction   numbers between 0 and 1, e.g. 0.9: fractions of weights to prune
+WIDTHS         words $number     numbers, e.g. 0.5 or 4, not 4.0: each width has its folder, OUT/w<width>
+SPARSITY       words $fraction   numbers between 0 and 1, e.g. 0.9, not 0.90: fractions of weights to prune
 REWIND         words 0|$int      integers: rewind epochs, from which sparse training starts
 METHODS        words |$method    any of $methods|identity; weight@9 matches B at epoch 9
 CONTROLS       words |$controls  control arms, any of $controls

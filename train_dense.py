@@ -32,7 +32,8 @@ def parse_args() -> argparse.Namespace:
     add("--model", choices=MODELS, default="resnet20", help="default: %(default)s")
     add("--width", type=cli.positive_float, default=1, help="multiplies all channel counts")
     add("--seed", type=cli.natural, nargs="+", default=[0], help="one network each (default: 0)")
-    add("--save-epochs", type=cli.natural, nargs="+", metavar="K", help="added to the paper's")
+    several = {"nargs": "+", "action": "extend"}  # run_all.sh gives the flag, and so may its user
+    add("--save-epochs", type=cli.natural, metavar="K", help="added to the paper's", **several)
     add("--out", type=Path, required=True, help="output folder; each run goes to its seed<N>/")
     cli.add_training(parser, "dense")
     cli.add_device(parser)

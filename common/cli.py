@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from common import provenance
 from common.errors import UserError, explain
 from common.runtime import distributed
 from common.runtime.device import pick_precision
@@ -54,6 +55,8 @@ def run(main: Callable[[], None], torchrun: bool = False) -> None:
     try:
         if distributed.WORLD_SIZE > 1 and not torchrun:
             raise UserError("this script is a single process: start it without torchrun")
+        if torchrun:  # before a long run, during which somebody may edit the code
+            provenance.stamp(main.__globals__["__file__"])
         silence = contextlib.redirect_stdout(io.StringIO())
         with silence if distributed.RANK else contextlib.nullcontext():
             main()
@@ -110,9 +113,9 @@ fraction = number(float, above=0, below=1)
 
 HYPERPARAMETERS = {  # type and help
     "epochs": (positive, "training epochs, in stage 2 per round"),
-    "lr": (positive_float, "peak learning rate"),
+    "lr": (positive_float, "learning rate, which the schedule scales"),
     "schedule": (str, "learning rate per epoch: cosine to 0, or divided by 10 every 30 epochs"),
-    "warmup": (natural, "epochs of linear warm-up, of which the last uses --lr"),
+    "warmup": (natural, "epochs over which the schedule is scaled up linearly"),
     "weight_decay": (number(float, 0), "L2 penalty"),
     "batch_size": (positive, "images per step"),
     "momentum": (number(float, 0, below=1), "of SGD"),

@@ -115,6 +115,8 @@ def test_glyphs_are_the_same_from_the_same_seed_and_not_flipped():
     assert load_data(from_checkpoint).description == from_checkpoint
     with pytest.raises(UserError, match="checksum differs"):
         load_data(loaded.description | {"checksum": "another"})
+    with pytest.raises(UserError, match="images differs"):
+        load_data(loaded.description | {"images": {"train": 99, "test": 200}})
 
 
 @pytest.fixture

@@ -8,11 +8,21 @@ import sys
 import pytest
 import torch
 
-from common import cli, paths, runs
+from common import cli, paths, provenance, runs
 from common.errors import UserError
 from common.runtime.device import pick_device
 from common.training import evaluate
-from tests.conftest import ROOT, refuse, same_files, snapshot, stage1, stage2, stage3, succeed
+from tests.conftest import (
+    ROOT,
+    refuse,
+    result,
+    same_files,
+    snapshot,
+    stage1,
+    stage2,
+    stage3,
+    succeed,
+)
 from tests.test_data import resident
 from tests.test_training import tiny
 
@@ -71,6 +81,18 @@ def test_cudnn_is_deterministic_and_computes_fp32_without_tf32(monkeypatch):
     network.register_forward_pre_hook(record)
     evaluate(network, resident().eval_batches())
     assert set(flags) == {(True, True, False)}
+
+
+def test_the_code_is_identified_before_a_run_during_which_somebody_may_edit_it(monkeypatch):
+    scripts = []
+    monkeypatch.setattr(provenance, "stamp", scripts.append)
+    cli.run(lambda: scripts.append("main"), torchrun=True)
+    assert scripts == [__file__, "main"]
+
+
+def test_save_epochs_add_up(tmp_path):
+    succeed(*stage1(tmp_path, "--seed 0 --save-epochs 2"))  # after --save-epochs 1
+    assert result(tmp_path / "seed0")["arguments"]["save_epochs"] == [0, 1, 2, 3]
 
 
 def test_flags_that_a_method_does_not_use_are_not_recorded(ends, tmp_path):

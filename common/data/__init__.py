@@ -70,7 +70,7 @@ def load_data(
     else:
         location = {"data_dir": None if name == "glyphs" else data_dir}
         data = make_resident(spec | location, *SMALL_IMAGES[name](data_dir, size), device)
-    for key in ("class_names", "checksum"):
+    for key in ("images", "class_names", "checksum"):
         if key in spec and spec[key] != data.description[key]:
             raise UserError(
                 f"{name} in {data_dir} is not the data of the checkpoint: its {key} differs"

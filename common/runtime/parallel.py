@@ -81,7 +81,7 @@ def run_in_parallel(runs: dict[str, Run], count: int, device: torch.device) -> N
         names = ", ".join(bugs or failed)
         summary = f"{len(failed)} of {len(runs)} runs failed ({names})"
         kind = RuntimeError if bugs else UserError
-        raise kind(f"{summary}: see above, then run the same command again")
+        raise kind(f"{summary}: see above")
 
 
 def _in_processes(runs: dict[str, Run], count: int, device: torch.device) -> dict[str, int]:
