@@ -17,6 +17,7 @@ from torch import nn
 
 from common import checkpoint, cli, paths, runs
 from common.data import DATASETS, load_data, stage_seed
+from common.errors import UserError
 from common.models import MODELS, build_model
 from common.runtime.device import pick_device
 from common.runtime.parallel import run_all
@@ -81,6 +82,8 @@ def main() -> None:
     model_config["input_shape"] = list(data.input_shape)
 
     def run(folder: Path, arguments: dict[str, Any]) -> None:
+        if runs.is_finished(folder, arguments):  # by another command, meanwhile
+            return runs.print_finished(folder, __file__)
         seed = arguments["seed"]
         model = build_model(**model_config, seed=seed)
         stamp = runs.claim(folder, arguments, __file__)
@@ -92,7 +95,11 @@ def main() -> None:
                 weights = metadata | {"epoch": epoch, "state_dict": cpu_state(model)}
                 checkpoint.save(weights, paths.epoch_file(folder, epoch))
 
-        if not (folder / "resume.pt").is_file():  # a resumed run has saved its initialisation
+        if (folder / "resume.pt").is_file():  # a resumed run has saved its initialisation
+            began = checkpoint.load(paths.epoch_file(folder, 0), ("dataset",))["dataset"]
+            if any(began[key] != data.description[key] for key in ("images", "checksum")):
+                raise UserError(f"{folder} began with other data: restore them, or remove it")
+        else:
             save_weights(0)
         rows = train(
             model,

@@ -92,6 +92,8 @@ def main() -> None:
     optimiser = partial(torch.optim.SGD, lr=0.0, momentum=momentum, weight_decay=decay, fused=True)
 
     def run(folder: Path, arguments: dict[str, Any], start: dict, mask_info: dict) -> None:
+        if runs.is_finished(folder, arguments):  # by another command, meanwhile
+            return runs.print_finished(folder, __file__)
         rewind, model = arguments["rewind"], build_model(**model_config, seed=dense["seed"])
         weights = start_weights(start["state_dict"], mask_info, args.signs, args.fan_in)
         model.load_state_dict(weights)

@@ -87,10 +87,16 @@ def claim(folder: Path, arguments: dict[str, Any], script: str) -> dict[str, Any
 
     Removes temporary files of killed processes, and prints a line if an interrupted run resumes
     under other code. Returns what the run's files record: `code`, all digests joined by +, and
-    `commit`. Raises UserError when another process is working in the folder.
+    `commit`. Raises UserError when another process is working in the folder, or has used it for
+    another experiment.
     """
     folder = Path(folder)
     _lock(folder)
+    try:
+        is_finished(folder, arguments)  # raises if another command has used the folder meanwhile
+    except UserError:
+        _unlock(folder)
+        raise
     checkpoint.remove(folder.glob(".*.tmp"))
     stamp = provenance.stamp(script)
     codes = recorded_arguments(folder).get("code", [])

@@ -2,18 +2,24 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from common import cli, paths, provenance, runs
+import train_dense
+from common import checkpoint, cli, paths, provenance, runs
 from common.errors import UserError
+from common.runs import claim
 from common.runtime.device import pick_device
-from common.training import evaluate
+from common.training import evaluate, train
 from tests.conftest import (
     ROOT,
+    call,
+    ending_at,
+    interrupt,
     refuse,
     result,
     same_files,
@@ -21,6 +27,7 @@ from tests.conftest import (
     stage1,
     stage2,
     stage3,
+    state,
     succeed,
 )
 from tests.test_data import resident
@@ -93,6 +100,32 @@ def test_the_code_is_identified_before_a_run_during_which_somebody_may_edit_it(m
 def test_save_epochs_add_up(tmp_path):
     succeed(*stage1(tmp_path, "--seed 0 --save-epochs 2"))  # after --save-epochs 1
     assert result(tmp_path / "seed0")["arguments"]["save_epochs"] == [0, 1, 2, 3]
+
+
+def test_a_run_that_another_command_has_finished_meanwhile_stays(runs, tmp_path, monkeypatch):
+    def train_beside_another_command(*args, **flags):
+        shutil.copytree(runs / "dense/seed1", tmp_path / "seed1")
+        return train(*args, **flags)
+
+    monkeypatch.setattr(train_dense, "train", train_beside_another_command)
+    assert "seed1 is finished: nothing to do" in succeed(*stage1(tmp_path, "--seed 0 1"))
+    before, other = snapshot(tmp_path / "seed1"), {"seed": 1, "lr": 0.5}
+    with pytest.raises(UserError, match="another experiment"):
+        claim(tmp_path / "seed1", other, "train_dense.py")
+    assert snapshot(tmp_path / "seed1") == before
+
+
+def test_a_dense_run_resumes_on_the_data_with_which_it_began(tmp_path):
+    command = stage1(tmp_path, "--seed 0 --checkpoint-minutes 0")
+    with pytest.raises(InterruptedError), ending_at(1, 1, interrupt):
+        call(*command)
+    file = tmp_path / "seed0/epoch_0000.pt"
+    began = state(file)
+    for key, value in (("checksum", "other"), ("images", {"train": 1, "test": 1})):
+        checkpoint.save(began | {"dataset": began["dataset"] | {key: value}}, file)
+        refuse(command, "seed0 began with other data")
+    checkpoint.save(began, file)
+    succeed(*command)
 
 
 def test_flags_that_a_method_does_not_use_are_not_recorded(ends, tmp_path):
