@@ -3,7 +3,6 @@
 With a world size of 2: tests/test_distributed.py.
 """
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -89,17 +88,6 @@ def test_each_image_of_an_epoch_has_its_own_random_crop(tmp_path):
     data = Streamed(tmp_path / "data", torch.device("cpu"), 0)
     ((images, _),) = data.train_batches(6, seed=0, epoch=0)
     assert len(images.sum((1, 2, 3)).unique()) == 6
-
-
-@forks
-def test_a_signal_to_all_processes_of_a_job_leaves_the_workers_to_their_step(jpegs):
-    data = Streamed(jpegs / "data", torch.device("cpu"), 2)
-    batches, count = data.train_batches(2, seed=0, epoch=0), 0
-    for _ in batches:
-        for worker in multiprocessing.active_children():
-            os.kill(worker.pid, signal.SIGTERM)
-        count += 1
-    assert count == data.steps(2) > 4
 
 
 def test_a_corrupt_jpeg_is_named_in_the_error(jpegs, tmp_path):

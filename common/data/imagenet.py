@@ -2,7 +2,6 @@
 
 import copy
 import os
-import signal
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,6 @@ class Streamed:
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # other threads may use the global one
-            worker_init_fn=_ignore_sigterm,
         )
         try:
             for images, labels in loader:
@@ -97,11 +95,6 @@ class Streamed:
         except UserError as error:  # from a worker: a traceback whose last line is the message
             line = str(error).strip().splitlines()[-1]
             raise UserError(line.rpartition("UserError: ")[2]) from None
-
-
-def _ignore_sigterm(worker: int) -> None:
-    """SLURM signals the workers, too, but training needs them to finish its step."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _Seeded(torch.utils.data.Dataset):
