@@ -82,8 +82,8 @@ def mean_over_cells(pairs: pd.DataFrame) -> pd.DataFrame:
     """Average the accuracy of each pair and variant over the cells of a network.
 
     `pairs` are rows of `with_gains`. Only networks with several cells that compare something have
-    rows, and only variants that are in all of these cells. A pair is averaged over the cells in
-    which it has all of these variants.
+    rows, and only variants that are in all of these cells. Only pairs that have all of these
+    variants in all of these cells count.
     """
     rows = pairs[pairs.groupby(CELL)["gain"].transform("count") > 0].copy()
     rows["cell"] = rows.groupby(CELL).ngroup()
