@@ -29,7 +29,7 @@ from common.data import derived_seed
 from common.runtime.device import pick_device
 
 METHODS = ("activation", "weight", "masked", "random", "identity")
-USED_BY = dict.fromkeys(("match_images", *inputs.OPTIONS), ("activation", "masked"))
+USED_BY = dict.fromkeys(("match_images", "batch_size", *inputs.OPTIONS), ("activation", "masked"))
 USED_BY["restarts"] = ("weight",)
 
 
@@ -81,7 +81,7 @@ def main() -> None:
     for network, entry in zip(networks, (source, target)):
         network.to(device).load_state_dict(entry["state_dict"])
     axes = inputs.free_axes(networks[0], source["model"]["input_shape"])
-    states = source["state_dict"], target["state_dict"]
+    states = [entry["state_dict"] for entry in (source, target)]
     w_a, w_b = ({name: state[name].to(device) for name in axes.weights} for state in states)
 
     @functools.cache
@@ -121,6 +121,7 @@ def main() -> None:
         origin["matching"] = provenance.code_digest(__file__, "common/align")
         result = inputs.load_permutation(path, origin) or match(mask["mask"])
         permuted = permute(source["state_dict"], axes.dims, result["permutation"])
+        inputs.check_fixed_buffers(networks, permuted)
         difference = check_same_function(networks[0], source["state_dict"], permuted, sample)
         runs.claim(args.out, arguments, __file__)
         if not path.is_file():
@@ -135,7 +136,6 @@ def main() -> None:
             changes[part] = permute(mask[part], axes.dims, result["permutation"])
         checkpoint.save(mask | changes, args.out / name)
         print(f"wrote {args.out / name}")
-
     runs.claim(args.out, arguments, __file__)  # also when only result.json was missing
     saved = {path.stem: checkpoint.load(path) for path in paths.permutation_files(args.out)}
     rows = [{"permutation": name} | row for name, entry in saved.items() for row in entry["rows"]]

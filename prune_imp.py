@@ -74,8 +74,16 @@ def main() -> None:
         data.steps(hyperparameters["batch_size"])  # raises UserError if there are too few images
         names, weights = masking.prunable(build_model(**dense["model"])), dense["state_dict"]
         start = {key: dense[key] for key in checkpoint.WEIGHTS}
-        start |= {"mask": masking.dense_mask(weights, names), "round": 0, "rows": []}
-        start |= {"signs": masking.signs(weights, names), "tag": arguments["tag"]}
+        start |= {
+            "mask": masking.dense_mask(weights, names),
+            "signs": masking.signs(weights, names),
+        }
+        start |= {
+            "round": 0,
+            "rows": [],
+            "tag": arguments["tag"],
+            "precision": options["precision"],
+        }
         jobs[str(out)] = partial(
             prune_chain, start, rewound, missing, out, arguments, data, options
         )
@@ -94,8 +102,8 @@ def prune_chain(
 ) -> None:
     """Prune and train for all rounds, and write a mask for each sparsity.
 
-    `start` is the dense checkpoint plus the initial mask, signs, round and log rows. Each round
-    trains the weights that it prunes or, if given, those of the `rewound` checkpoint.
+    `start` is the dense checkpoint plus the initial mask, signs, round and log rows, and the
+    precision. Each round trains the weights that it prunes or, if given, the `rewound` ones.
     """
     total = masking.numel(start["mask"])
     rounds = masking.plan_rounds(total, sparsities, 1 if arguments["one_shot"] else PRUNE_FRACTION)

@@ -67,6 +67,7 @@ case ${ENSEMBLE:+ensemble-}$preset in
     [ -n "${REWIND+set}" ] || wide_rewind="0 10 25 50 100" ;;
 esac
 # Table 1
+[ -z "${ENSEMBLE:+${PAIRS+set}}" ] || refuse "ENSEMBLE='$ENSEMBLE' has its own seeds: leave out PAIRS"
 [ -z "${ENSEMBLE-}" ] || default WIDTHS=1 SPARSITY=0.9 REWIND=25 OUT="runs/$preset-ensemble"
 case $preset in
   svhn) default SOURCE_DATASET=cifar10 ;;
@@ -82,9 +83,9 @@ gpu_count=$(wc -w <<< "$gpus")
 default OUT="runs/$preset" DATA_DIR=data PARALLEL=1 SOURCE_DATASET="$DATASET"
 summary="run_all.sh $preset:" help=$(sed -n '2,/^[^#]/s/^# \{0,1\}//p' run_all.sh)
 while read -r name kind pattern meaning; do
-  value=${!name-} separator="" singular=${name%S}
-  [ "$singular" = "$name" ] || [ -z "${!singular+set}" ] ||
-    refuse "$singular='${!singular}': the setting is called $name"
+  value=${!name-} separator="" other=${name%S}
+  [ "$other" != "$name" ] || [ "$kind" != words ] || other=${name/%Y/IE}S
+  [ "$other" = "$name" ] || [ -z "${!other+set}" ] || refuse "$other='${!other}': the setting is called $name"
   case $kind in
     word) value=$(echo $value) ;;
     words) # without repetitions
@@ -162,10 +163,11 @@ commands() { # of all stages, in any order
     case $width in 8 | 16) rewind=${wide_rewind:-$REWIND} ;; esac
     while read -r source target; do
       pair=seed$source-seed$target order=${ENSEMBLE:+$((target - 1))} member=${ENSEMBLE:+$target}
+      [ "$order" != "$source" ] || order="" # the default
       if [ "$SOURCE_DATASET" = "$DATASET" ]; then
         arm lth "$source" "imp/seed$source" "lth/seed$source-seed$source${order:+/order$order}" \
           "${order:+--seed $order}"
-        member=$order # the ensemble of pruned networks includes the source
+        member=${member:+$((target - 1))} # the ensemble of pruned networks includes the source
       fi
       networks+=("$SOURCE_DATASET $source" "$DATASET $target")
       pruned+=("of $source" "of ${member:-$source}")
@@ -216,19 +218,28 @@ run() ( # the commands of a stage: one at a time on each GPU; on a CPU they shar
     if [ -n "${slot-}" ]; then set -- $GPUS; shift "$slot"; export CUDA_VISIBLE_DEVICES=$1; fi
     eval "$0" || exit 255' || exit 2
 )
-submit() { # a stage and its commands: an array job, which starts after the job before has ended
-  local name=${1%.py} count; count=$(wc -l <<< "$2")
-  job=$(awk 'BEGIN { print "#!/bin/bash\ncase $SLURM_ARRAY_TASK_ID in" }
-    { print NR ") exec", $0, ";;" }
-    END { print "esac" }' <<< "$2" |
-    sbatch --parsable --requeue --open-mode=append --job-name="$name" $SBATCH \
-      --comment="$PWD $OUT" --output="$OUT/slurm/%x_%A_%a.log" --array="1-$count" \
-      ${job:+--dependency=afterany:$job})
-  echo "$name: $count tasks, job $job"
+submit() { # a stage and its commands: array jobs, as large as SLURM allows by default, which start
+  # after the jobs of the stage before have ended
+  local name=${1%.py} jobs="" job tasks
+  while mapfile -t -n 1000 tasks && [ ${#tasks[@]} -gt 0 ]; do
+    job=$(printf '%s\n' "${tasks[@]}" | awk 'BEGIN { print "#!/bin/bash\ncase $SLURM_ARRAY_TASK_ID in" }
+      { print NR ") exec", $0, ";;" }
+      END { print "esac" }' |
+      sbatch --parsable --requeue --open-mode=append --job-name="$name" $SBATCH \
+        --comment="$PWD $OUT" --output="$OUT/slurm/%x_%A_%a.log" --array="1-${#tasks[@]}" \
+        ${previous:+--dependency=afterany$previous})
+    jobs+=:$job
+    echo "$name: ${#tasks[@]} tasks, job $job"
+  done <<< "$2"
+  previous=$jobs
 }
 case $mode$LAUNCH in
   dry*) echo "$lines"; exit ;;
   status*) python3 -m analyze.status <<< "$lines"; exit ;;
+esac
+[ "$preset" = test ] || { mkdir -p "$OUT" 2> /dev/null && [ -w "$OUT" ]; } ||
+  refuse "cannot write OUT='$OUT': choose another"
+case $LAUNCH in
   slurm)
     queue=$(squeue --me --noheader --format="%A %k" 2>&1) || refuse "LAUNCH='slurm': ${queue##*$'\n'}"
     job=$(awk -v comment="$PWD $OUT" '
@@ -239,7 +250,6 @@ case $mode$LAUNCH in
     mkdir -p "$OUT/slurm" ;;
   *) # a stage fails on a run that another process is training
     if [ "$preset" != test ] && command -v flock > /dev/null; then
-      mkdir -p "$OUT" 2> /dev/null && [ -w "$OUT" ] || refuse "cannot write OUT='$OUT': choose another"
       exec 9> "$OUT/.lock"
       # flock exits with 1 if the lock is taken, with another code on file systems without locks.
       flock -n 9 || [ $? != 1 ] || refuse "OUT='$OUT' is in use by another run_all.sh"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common import checkpoint, cli, paths, runs
+from common import checkpoint, cli, masking, paths, runs
 from common.data import DATASETS, load_data, stage_seed
 from common.errors import UserError
 from common.models import MODELS, build_model
@@ -86,6 +86,7 @@ def main() -> None:
             return runs.print_finished(folder, __file__)
         seed = arguments["seed"]
         model = build_model(**model_config, seed=seed)
+        masking.prunable(model)  # raises UserError if stage 2 cannot prune it
         stamp = runs.claim(folder, arguments, __file__)
         metadata = {"model": model_config, "dataset": data.description, "seed": seed} | stamp
         metadata["tag"] = args.tag

@@ -229,6 +229,8 @@ def main() -> None:
     add("--out", type=Path, help="also write the table as CSV, after every row")
     cli.add_device(parser)
     args = parser.parse_args()
+    if args.widths and "training" not in args.only:
+        parser.error("--widths are those of training: add it to --only")
     device = pick_device(args.device)
     name, precision = provenance.environment(device)["device"], pick_precision(None, device)
     environment = f"{torch.get_num_threads()} threads, torch {torch.__version__}, {precision}"

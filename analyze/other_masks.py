@@ -85,10 +85,9 @@ def main() -> None:
     if args.kind == "snip":
         data = load_data(dense["dataset"], args.data_dir, workers=args.workers)
         scores = snip(model, names, data.eval_batches("train", limit=SNIP_IMAGES))
-    for sparsity in args.sparsity:
-        keep = masking.keep_count(total := masking.numel(weights), sparsity)
-        if not 0 < keep < total:
-            raise UserError(f"--sparsity {sparsity} keeps all or none of the {total} weights")
+    total = masking.numel(weights)
+    counts = {sparsity: masking.keep_count(total, sparsity) for sparsity in args.sparsity}
+    for sparsity, keep in counts.items():
         if args.kind == "erk":
             scores = random_scores(shapes, densities(shapes, keep), dense["seed"])
             tag = "erk"

@@ -39,6 +39,8 @@ def main() -> None:
         args.table, paper_numbers.our_results(args.folder), folder
     )
     print(f"Table {args.table}\n{table.to_string()}")
+    if other := paper_numbers.other_settings(args.folder):
+        print(f"ours have {other}")
     print(f"wrote {folder / f'table_{args.table}'}.csv and .tex")
 
 

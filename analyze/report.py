@@ -113,18 +113,20 @@ def section(name: str, root: Path, options: dict[str, Any]) -> tuple[str, list[s
     return "", blocks + [block("link", path, path) for path in tables]
 
 
-def paper_tables(root: Path) -> list[str]:
+def paper_tables(root: Path, ensembles: bool) -> list[str]:
     """Return blocks of the paper's tables that have cells in common with the runs below `root`."""
-    blocks, ours = [], paper_numbers.our_results(root)
+    blocks, ours = [], paper_numbers.our_results(root, ensembles)
     for number in paper_numbers.TABLES:
         with contextlib.suppress(UserError):
             comparison = paper_numbers.save_comparison(number, ours, root / "tables")
             file = f"tables/table_{number}"
             blocks += [block("h3", f"Table {number}"), table(comparison)]
             blocks += [block("link", "CSV", f"{file}.csv"), block("link", "LaTeX", f"{file}.tex")]
-    text = "Mean ± sample standard deviation, and ours minus the paper's."
+    text = "Mean ± sample standard deviation, and ours minus the paper's. "
+    text += f"Ours have {other}." if (other := paper_numbers.other_settings(root)) else ""
     if not blocks:
-        text = "No table of the paper has these networks, data sets, sparsities and rewind epochs."
+        text = "No table of the paper has these networks, data sets, sparsities, rewind epochs and "
+        text += "methods (runs of several settings have others, as naive [lr=0.5])."
     return [heading("The paper's tables beside ours"), block("p", text), *blocks]
 
 
@@ -148,7 +150,8 @@ def settings(stages: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
 
 def dataset_facts(dense: list[dict[str, Any]]) -> Iterable[str]:
     """Yield a sentence per data set: its images, and the accuracy difference that they resolve."""
-    for run in {run["arguments"]["dataset"]: run for run in dense if "images" in run}.values():
+    runs = [run for run in dense if "images" in run]
+    for run in {(run["arguments"]["dataset"], str(run["images"])): run for run in runs}.values():
         count, accuracy = run["images"]["test"], run["test_acc"]
         test = binomtest(round(count * accuracy / 100), count)
         low, high = test.proportion_ci(method="wilson")
@@ -183,7 +186,8 @@ def build_report(root: Path, options: dict[str, Any]) -> list[str]:
         if reason:
             missing[texts["title"]] = reason
     try:
-        opening, sections = findings(summary(sparse_runs(root))), sections + paper_tables(root)
+        opening = findings(summary(sparse_runs(root)))
+        sections += paper_tables(root, ANALYSES["diversity"]["title"] not in missing)
     except UserError as error:
         opening = [str(error)]
     opening += dataset_facts(stages.get("train_dense", []))

@@ -134,13 +134,14 @@ def main() -> None:
     text = render(runs)
     checkpoint.save_text(text + "\n", root / "table.txt")
     print(f"{text}\nwrote {root / 'table.txt'}")
-    for subject, key, script in (
-        ("runs", "code", "train_sparse.py"),
-        ("runs' masks", "mask_code", "prune_imp.py"),
+    for subject, key, scripts in (
+        ("runs", "code", ["train_sparse.py"]),
+        ("runs' masks", "mask_code", ["prune_imp.py", "analyze/other_masks.py"]),
     ):
-        old = ~runs[key].dropna().str.endswith(code_digest(ROOT / script))
+        current = tuple(code_digest(ROOT / script) for script in scripts)
+        old = ~runs[key].dropna().str.endswith(current)
         if old.any():
-            print(f"{old.sum()} {subject} are by other code than {script} and common/ are now")
+            print(f"{old.sum()} {subject} are by other code than {scripts[0]} and common/ are now")
     save_table(runs[COLUMNS].astype(integers), root / "results.csv")
     save_table(table := summary(runs), root / "summary.csv")
     differences = table[table["difference"].notna() & table["sparsity"].notna()]

@@ -28,14 +28,14 @@ STAGES = {
 }
 # Flags that select runs, paths and speed; all others are settings of a run.
 NOT_SETTINGS = """--seed --sparsity --save-epochs --dense --source --target --weights --masks --out
-    --data-dir --device --workers --parallel --compile --checkpoint-minutes""".split()
+    --data-dir --device --workers --parallel --checkpoint-minutes""".split()
 
 
 class Run(NamedTuple):
     stage: str
     group: Path  # the folder of its dense networks, whose runs have the same cost per epoch
     epochs: float  # to train; NaN before a dense network has finished
-    files: list[Path]  # result.json and masks, which exist when the run has finished
+    files: list[Path]  # result.json, weights, masks: they exist when the run has finished
     settings: dict[str, list[str]]  # flags and their values
 
     def finished(self) -> bool:
@@ -88,6 +88,7 @@ def planned_runs(command: str, masks_by_folder: dict[Path, list[str]]) -> list[R
     epochs, rewinds = [*map(float, flags["--epochs"])], [*map(int, flags["--rewind"])]
     names = []
     if stage == "dense":
+        names = [paths.epoch_file(Path(), int(epoch)).name for epoch in flags["--save-epochs"]]
         costs = {paths.dense_folder(out[0], seed): dense_epochs for seed in flags["--seed"]}
     elif stage == "imp":
         rounds = len(sparsities)

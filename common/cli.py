@@ -14,7 +14,7 @@ import torch
 
 from common import provenance
 from common.errors import UserError, explain
-from common.runtime import distributed
+from common.runtime import distributed, resume
 from common.runtime.device import pick_precision
 from common.training import SCHEDULES
 
@@ -65,15 +65,15 @@ def run(main: Callable[[], None], torchrun: bool = False) -> None:
     except BrokenPipeError:  # as when piped into `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if resume.was_stopped(error):
+            print(f"{script}: stopped; run the same command again to resume", file=sys.stderr)
+            sys.exit(130)
         distributed.let_rank_zero_print_first()
         if (message := explain(error)) is None:
             raise
         print(f"{script}: error: {message}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{script}: stopped; run the same command again to resume", file=sys.stderr)
-        sys.exit(130)
 
 
 # ---------------------------------------------------------------- types
@@ -84,7 +84,8 @@ def number(
 ) -> Callable[[str], Any]:
     """Return an argparse type for an int or float in a range."""
     limits = {"at least": minimum, "above": above, "below": below}
-    bounds = " and ".join(f"{name} {end:g}" for name, end in limits.items() if abs(end) < inf)
+    bounds = [f"{name} {end:g}" for name, end in limits.items() if abs(end) < inf]
+    bounds = " and ".join(bounds if number_type is int or below < inf else [*bounds, "finite"])
 
     def parse(text: str) -> Any:
         try:
@@ -198,6 +199,5 @@ def experiment_arguments(args: argparse.Namespace, *inputs: str) -> dict[str, An
 
     Excludes `inputs`, and the flags that only say where and how fast it runs.
     """
-    excluded = (*inputs, "out", "device", "data_dir", "workers", "parallel", "compile")
-    excluded += ("checkpoint_minutes",)
+    excluded = (*inputs, "out", "device", "data_dir", "workers", "parallel", "checkpoint_minutes")
     return {name: value for name, value in vars(args).items() if name not in excluded}

@@ -28,9 +28,16 @@ def layer_weights(model: nn.Module) -> list[str]:
 
 
 def prunable(model: nn.Module) -> list[str]:
-    """Names of the weights to prune: all layers but shortcuts, as in the authors' code."""
-    names = layer_weights(model)
-    return [name for name in names if not SHORTCUTS & {name, *name.split(".")}]
+    """Names of the weights to prune: all layers but shortcuts, as in the authors' code.
+
+    Raises UserError for a layer whose weight is computed, as by weight_norm, or has two names.
+    """
+    names = [name for name in layer_weights(model) if not SHORTCUTS & {name, *name.split(".")}]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in names:
+        if [id(p) for p in parameters.values()].count(id(parameters.get(name))) != 1:
+            raise UserError(f"{name} cannot be pruned: it is not a parameter with a single name")
+    return names
 
 
 def dense_mask(weights: dict[str, Tensor], names: list[str]) -> Mask:
@@ -54,14 +61,22 @@ def sparsity(mask: Mask) -> float:
 
 
 def sparsity_total(mask: Mask, model: nn.Module) -> float:
-    """Pruned share of all convolution and linear weights of `model`, in [0, 1]."""
-    layers = (module for module in model.modules() if isinstance(module, LAYERS))
-    return (numel(mask) - num_kept(mask)) / sum(layer.weight.numel() for layer in layers)
+    """Pruned share of all convolution and linear weights of `model`, and others in the mask."""
+    layers = [item for item in model.named_modules() if isinstance(item[1], LAYERS)]
+    sizes = {f"{name}.weight": layer.weight.numel() for name, layer in layers}
+    sizes |= {name: layer_mask.numel() for name, layer_mask in mask.items()}
+    return (numel(mask) - num_kept(mask)) / sum(sizes.values())
 
 
 def keep_count(total: int, sparsity: float) -> int:
-    """Number of weights out of `total` to keep at a sparsity in [0, 1), rounded."""
-    return round(total * (1 - sparsity))
+    """Number of weights out of `total` to keep at a sparsity in [0, 1), rounded.
+
+    Raises UserError for all or none.
+    """
+    count = round(total * (1 - sparsity))
+    if not 0 < count < total:
+        raise UserError(f"--sparsity {sparsity} keeps all or none of the {total} weights")
+    return count
 
 
 class Round(NamedTuple):
@@ -80,9 +95,6 @@ def plan_rounds(total: int, sparsities: list[float], fraction: float) -> list[Ro
     exact count. Raises UserError for a sparsity that keeps all or none of the `total` weights.
     """
     counts = {sparsity: keep_count(total, sparsity) for sparsity in sparsities}
-    for sparsity, count in counts.items():
-        if not 0 < count < total:
-            raise UserError(f"--sparsity {sparsity} keeps all or none of the {total} weights")
     rounds, number, remaining = [], 0, total
     while remaining > min(counts.values(), default=total):
         number, previous = number + 1, remaining
@@ -275,17 +287,24 @@ def load_all(folder: Path, dense: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def load_latest_round(folder: Path, start: dict[str, Any], before: int) -> dict[str, Any]:
     """Read the network of the last round below `before` in `folder`; return `start` if none.
 
-    Raises UserError when the file is from another chain or round.
+    Raises UserError when the file is from another chain or round, or of another precision.
     """
     earlier = [path for number, path in paths.round_files(folder).items() if number < before]
     if not earlier:
         return start
     path = earlier[-1]
-    chain = checkpoint.load(path, (*checkpoint.WEIGHTS, "round", "rows", "mask", "signs"))
+    chain = checkpoint.load(
+        path, (*checkpoint.WEIGHTS, "round", "rows", "mask", "signs", "precision")
+    )
     check_info(chain, start, path)
     check_source(chain, start, path)
     if path != paths.round_file(folder, chain["round"]):
         raise UserError(f"{path} holds round {chain['round']}: remove it")
+    if chain["precision"] != start["precision"]:
+        raise UserError(
+            f"{path} was trained in {chain['precision']} and not {start['precision']}: go back to "
+            "that with --precision, or choose another --out"
+        )
     return chain
 
 

@@ -53,7 +53,7 @@ def stamp(script: str) -> dict[str, Any]:
 def environment(device: torch.device) -> dict[str, Any]:
     """What else can change a result: device, number of threads and processes, versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    packages = ("torch", "torchvision", "numpy", "scipy")
+    packages = ("torch", "torchvision", "numpy", "scipy", "pillow", "matplotlib")
     versions = {package: metadata.version(package) for package in packages}
     return {
         "device": f"{device.type}: {name}",

@@ -108,7 +108,8 @@ def train(
 
     `make_optimiser(parameters)` returns a torch.optim optimiser; its learning rate is set here.
     `augment(images, generator)` transforms a batch of cropped, flipped and normalised images and
-    keeps its shape; the generator is on their device and seeded by seed, epoch and step.
+    keeps its shape; the generator is on their device and seeded by seed, epoch, step and
+    rank.
     `loss_fn(logits, labels)` returns the mean of a batch; evaluation always uses cross-entropy.
     Epochs count from `first_epoch`; `at_epoch(k)` is called after k epochs.
     With a mask, pruned weights are zero before and after every step, which every epoch checks.
@@ -172,7 +173,7 @@ def train(
                 batches = data.train_batches(batch_size, *start)
             for step, batch in enumerate(batches, resume.step + 1):
                 if augment:
-                    generator.manual_seed(derived_seed(seed, epoch, step))
+                    generator.manual_seed(derived_seed(seed, epoch, step, distributed.RANK))
                 train_step(*batch)
                 bar.update(batch_size)
                 resume.save_or_stop(step)

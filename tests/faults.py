@@ -114,8 +114,8 @@ the shuffled mask is the mask | common/masking.py
 
 a sparsity is missed by one weight | common/masking.py
 >masking::test_keep_count_meets_the_sparsity_to_one_weight
--return round(total * (1 - sparsity))
-+return int(total * (1 - sparsity)) + 1
+-count = round(total * (1 - sparsity))
++count = int(total * (1 - sparsity)) + 1
 
 masks of another network are accepted | common/masking.py
 >refusals::test_later_stages_refuse

@@ -24,7 +24,9 @@ GPU = torch.device("cuda", 0)  # the device that programs see
 INTERNAL = torch.device("meta")  # the device that torch sees: autograd works, without memory
 aten = torch.ops.aten
 COPIES = (aten.copy_, aten._to_copy)
-SYNCHRONISING = (aten._local_scalar_dense, aten.equal, aten.nonzero)
+SYNCHRONISING = (aten._local_scalar_dense, aten.equal, aten.nonzero, aten.masked_select)
+SYNCHRONISING += (aten.bincount, aten._unique2, aten.repeat_interleave)
+INDEXING = (aten.index, aten.index_put, aten.index_put_)  # by bools, they count these
 
 
 class GpuTensor(Tensor):
@@ -92,7 +94,8 @@ class Kernels(TorchDispatchMode):
         if packet in COPIES:
             synchronises = bool(on_cpu) or device != INTERNAL
         else:
-            synchronises = packet in SYNCHRONISING
+            by_bools = any(value.dtype == torch.bool for value in _tensors(args[1:2], {}))
+            synchronises = packet in SYNCHRONISING or packet in INDEXING and by_bools
             changed = _changed(function, args, kwargs)
             if any(value.dim() for value in on_cpu) or not all(value.is_cuda for value in changed):
                 raise RuntimeError(f"Expected all tensors to be on the same device, in {function}")

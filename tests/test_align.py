@@ -11,7 +11,7 @@ from torch.nn.utils import prune
 from common import masking
 from common.align.axes import find_axes
 from common.align.permutation import permute
-from tests.conftest import refuse, result, same, stage3, stage4, state, succeed, weights
+from tests.conftest import refuse, result, same, stage3, stage4, start, state, succeed, weights
 
 VARIANTS = {
     "activation-mean": "--stream mean",
@@ -54,6 +54,7 @@ def test_a_tag_is_appended_to_the_inputs_and_the_code_of_the_mask_is_kept(ends, 
 # ---------------------------------------------------------------- user-supplied networks
 
 MODULE = """
+import torch
 from torch import nn
 
 
@@ -69,6 +70,31 @@ class Net(nn.Module):
 
 def parallel():
     return nn.DataParallel(Net())
+
+
+shared = Net()
+
+
+def one():
+    return shared
+
+
+def broken():
+    raise ValueError("a bug")
+
+
+class Encoded(nn.Module):
+    def __init__(self, persistent=True):
+        super().__init__()
+        self.stem, self.head, self.fixed = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.register_buffer("encoding", torch.arange(8.0), persistent)
+
+    def forward(self, x):
+        return self.fixed(self.head((self.stem(x) + self.encoding).relu()).relu())
+
+
+def not_persistent():
+    return Encoded(persistent=False)
 """
 
 
@@ -115,6 +141,30 @@ def test_user_supplied_networks(supplied, tmp_path, method):
     assert metadata.items() <= permuted.items()
     change = "--input-shape 3 24 24" if method == "weight" else "--match-images 100"
     refuse((*command, change), "another experiment", change.split()[0][2:].replace("-", "_"))
+
+
+def test_a_buffer_that_both_networks_share_is_not_permuted(supplied, tmp_path):
+    """Such as an encoding of positions: only B's own remains, so π(A) would be no symmetry of B."""
+    import my_nets
+
+    for name in "ab":
+        network = my_nets.not_persistent()
+        torch.save(network.state_dict(), tmp_path / f"{name}.pt")
+        torch.save(network.state_dict() | {"encoding": network.encoding}, tmp_path / f"{name}2.pt")
+    torch.save({"mask": {"head.weight": torch.rand(8, 8) > 0.5}}, tmp_path / "mask_0.50.pt")
+    flags = "--method weight --input-shape 4 --model-fn"
+    ends = (tmp_path / f"{name}.pt" for name in "ab")
+    out = succeed(*stage3(*ends, tmp_path, tmp_path / "o"), flags, "my_nets:not_persistent")
+    assert "stem: 8 channels stay in place" in out and "fixed: 2 channels" not in out
+    ends = (tmp_path / f"{name}2.pt" for name in "ab")
+    command = *stage3(*ends, tmp_path, tmp_path / "o2"), flags, "my_nets:Encoded"
+    refuse(command, "encoding is the same in source and target", "persistent=False")
+    assert not (tmp_path / "o2").exists()
+
+
+def test_a_bug_in_the_function_that_builds_the_network_shows_its_traceback(supplied, tmp_path):
+    with pytest.raises(ValueError, match="a bug"):
+        start(*align(supplied, tmp_path / "o", "--model-fn my_nets:broken"))
 
 
 def test_a_pruned_source_is_matched_as_masked_and_says_so(supplied, tmp_path):
@@ -168,7 +218,11 @@ REFUSED = """\
 --target-epoch 1 | --target-epoch
 --match-images 9 | --match-images
 --model-fn nowhere | nowhere
---model-fn math:pi | math:pi
+--model-fn math:pi | math:pi is a float
+--model-fn my_nets:one | must build a new network
+--source {supplied}/my_b.pt | the same network
+--masks {permuted} | permuted already
+--batch-size 9 | --batch-size
 --model-fn builtins:dict | returned a dict
 --source {broken}/list.pt | list.pt is not a state dict
 --source {broken}/saved.pt | saved.pt is not a state dict | it holds model, epoch
@@ -189,7 +243,10 @@ def test_user_supplied_networks_that_do_not_fit_are_refused(supplied, tmp_path):
         ("mask_0.50", {"mask": {}}),
     ):
         torch.save(content, tmp_path / f"{name}.pt")
-    for line in REFUSED.format(supplied=supplied, broken=tmp_path).splitlines():
+    permuted = tmp_path / "permuted"
+    succeed(*align(supplied, permuted))
+    folders = {"supplied": supplied, "broken": tmp_path, "permuted": permuted}
+    for line in REFUSED.format(**folders).splitlines():
         flags, *words = line.split(" | ")
         refuse(align(supplied, tmp_path / "o", flags), *words)
     assert not (tmp_path / "o").exists()

@@ -324,6 +324,25 @@ def test_activations_before_and_after_the_nonlinearity():
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.parametrize("more", [[], [nn.Dropout()], [Network(lambda net, x: x.clone())]])
+def test_activations_after_the_last_pooling_are_not_matched(more):
+    """An operator that copies its input computes nothing: the stream is matched before pooling."""
+    body = [nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), *more]
+    model = nn.Sequential(conv(3, 8, 1), *body, nn.Linear(8, 2))
+    (place,) = find_axes(model, (3, 8, 8)).activations["0"]
+    assert place.tensor == "relu"
+
+
+def test_activations_ahead_of_a_slice_assignment():
+    def halves(net, x):
+        joined = x.new_zeros(len(x), 16, 8, 8)
+        joined[:, :8], joined[:, 8:] = x, -x
+        return joined
+
+    axes = find_axes(wrap([nn.ReLU(), Network(halves), conv(16, 6, 1)]), (3, 8, 8))
+    assert axes.activations["conv"][0].tensor == "relu"
+
+
 def test_activations_of_padded_channels_are_taken_after_padding():
     model = wrap([nn.ReLU(), Network(lambda net, x: F.pad(x, (0, 0, 0, 0, 1, 2))), conv(11, 6, 1)])
     axes = find_axes(model, (3, 8, 8))

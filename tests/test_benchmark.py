@@ -6,7 +6,7 @@ import torch
 
 from analyze import benchmark
 from common.models import build_model
-from tests.conftest import succeed
+from tests.conftest import refuse, succeed
 
 
 def test_a_row_by_hand():
@@ -29,6 +29,10 @@ def test_a_rate_is_that_of_the_second_epoch(monkeypatch):
     monkeypatch.setattr(benchmark, "BATCH", 2)
     data = benchmark.random_images(5, 8, torch.device("cpu"))
     assert benchmark.training_rate([torch.nn.Flatten()], data) == 4 / 2.0
+
+
+def test_widths_without_training_are_refused():
+    refuse("analyze.benchmark --only line --widths 4".split(), "add it to --only")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without GPU")

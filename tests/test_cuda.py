@@ -25,6 +25,7 @@ from tests.conftest import (
     small_cnn,
     small_resnet,
     stage1,
+    succeed,
     weights,
     words,
 )
@@ -103,6 +104,13 @@ def test_other_optimisers_train_with_or_without_a_graph(captures, optimiser):
         train_fn(model, data_of(), [2**-7] * 2, **settings)
         states.append(cpu_state(model))
     assert distance(*states) < 1e-3 and bool(captures) == (optimiser is torch.optim.AdamW)
+
+
+def test_nesterov_momentum_is_captured(captures, capfd):
+    """SGD that is not fused by default reads its learning rate on the host."""
+    nesterov = partial(torch.optim.SGD, lr=0.0, momentum=0.9, nesterov=True)
+    train(tiny(), data_of(), RATES[:2], folder=None, **SETTINGS | {"make_optimiser": nesterov})
+    assert captures and "slower" not in capfd.readouterr().err
 
 
 def test_the_host_never_synchronises_within_an_epoch(monkeypatch):
@@ -186,12 +194,19 @@ def test_threads_warm_up_and_capture_one_at_a_time():
     assert acquired == [True] * 2 * (graph.EAGER_STEPS + 1)
 
 
+TWO_GPUS = "--model resnet20 --width 0.25"
+
+
+def test_the_flags_of_the_test_on_two_gpus_are_valid(tmp_path):
+    succeed(*stage1(tmp_path, TWO_GPUS, "--epochs 1 --save-epochs 0"))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_train_the_same_network_as_one(tmp_path):
     """With BatchNorm, which uses statistics of the global batch."""
     launch = "-m torch.distributed.run --standalone --nproc-per-node"
     for count in (1, 2):
-        script, *flags = words(*stage1(tmp_path / str(count), "--model resnet20 --device cuda"))
+        script, *flags = words(*stage1(tmp_path / str(count), f"{TWO_GPUS} --device cuda"))
         command = [sys.executable, *words(launch, count), f"{script}.py", *flags]
         subprocess.run(command, cwd=ROOT, check=True)
     one, two = (weights(tmp_path / count / "seed0/epoch_0003.pt") for count in "12")

@@ -113,7 +113,7 @@ def test_glyphs_are_the_same_from_the_same_seed_and_not_flipped():
     assert len(loaded.train) == 100 and not loaded.flip
     from_checkpoint = loaded.description | {"mean": [0.5] * 3}
     assert load_data(from_checkpoint).description == from_checkpoint
-    with pytest.raises(UserError, match="checksum differs"):
+    with pytest.raises(UserError, match="checksum differs: use the versions of Pillow"):
         load_data(loaded.description | {"checksum": "another"})
     with pytest.raises(UserError, match="images differs"):
         load_data(loaded.description | {"images": {"train": 99, "test": 200}})
@@ -160,7 +160,7 @@ def test_folder_caches_decoded_images_and_detects_changes(image_folder, monkeypa
     cache.write_bytes(cache.read_bytes()[:100])  # a truncated cache is replaced
     assert torch.equal(load(image_folder).train, changed.train)
     Image.new("RGB", (20, 20)).save(image_file)  # another file size
-    with pytest.raises(UserError, match="checksum differs"):
+    with pytest.raises(UserError, match="checksum differs: pass the --data-dir"):
         load_data(first.description | {"data_dir": "elsewhere"}, str(image_folder))
 
 

@@ -3,9 +3,12 @@
 With a world size of 2: tests/test_distributed.py.
 """
 
+import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import time
 
 import pandas as pd
 import pytest
@@ -97,6 +100,32 @@ def test_a_corrupt_jpeg_is_named_in_the_error(jpegs, tmp_path):
     corrupt.write_bytes(corrupt.read_bytes()[:-200])
     command = imagenet1(tmp_path, tmp_path / "dense", MLP, "--batch-size 9 --workers 2")
     refuse(command, f"{corrupt} cannot be read as an image")
+
+
+@forks
+@pytest.mark.parametrize("to_group, step", [(True, 2), (False, 1)])
+def test_sigterm_to_all_processes_stops_the_run(jpegs, tmp_path, capfd, to_group, step):
+    """Sent to the process group, as by torchrun, it does not end the data workers. Sent to every
+    process, as by SLURM, it does: none is left to load the next step, and the last save is resumed.
+    """
+
+    def end_all():
+        pids = [worker.pid for worker in multiprocessing.active_children()]
+        targets = [-os.getpid()] if to_group else [os.getpid(), *pids]
+        subprocess.run(["kill", "-TERM", "--", *map(str, targets)])
+        time.sleep(2)  # until PyTorch notices
+
+    def child():
+        os.setsid()
+        start(*command)
+
+    command = imagenet1(jpegs, tmp_path / "dense", MLP, "--checkpoint-minutes 0 --workers 2")
+    with ending_at(0, 1, end_all):
+        process = fork(child)
+        process.join()
+    assert process.exitcode == 130
+    assert "Traceback" not in (err := capfd.readouterr().err) and "again to resume" in err
+    assert f"resumes after {step} steps" in succeed(*command)
 
 
 @forks

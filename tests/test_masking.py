@@ -1,5 +1,7 @@
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from common import masking
 from common.errors import UserError
@@ -42,7 +44,7 @@ def test_a_pruning_function_that_breaks_its_contract_is_named(prune, message):
 
 
 def test_keep_count_meets_the_sparsity_to_one_weight():
-    for total in (7, 268_336):
+    for total in (70, 268_336):
         for sparsity in (0.8, 0.9, 0.95, 0.97):
             assert abs(total * (1 - sparsity) - masking.keep_count(total, sparsity)) <= 0.5
 
@@ -62,6 +64,21 @@ def test_sparsity_total_counts_the_shortcuts():
     empty = {name: ~layer_mask for name, layer_mask in full.items()}
     assert masking.sparsity(empty) == 1
     assert masking.sparsity_total(empty, model) == pytest.approx(268_336 / 291_376)
+
+
+def test_total_sparsity_counts_all_that_the_mask_covers():
+    """Also what is no convolution or linear layer."""
+    model = nn.MultiheadAttention(4, 1)
+    mask = {"in_proj_weight": torch.zeros(12, 4, dtype=torch.bool)}
+    assert masking.sparsity_total(mask, model) == 48 / (48 + 16)
+
+
+@pytest.mark.parametrize("layers", ["normed", "shared"])
+def test_layers_that_cannot_be_pruned_are_named(layers):
+    shared = nn.Linear(4, 4)
+    last = weight_norm(nn.Linear(4, 2)) if layers == "normed" else nn.Sequential(shared)
+    with pytest.raises(UserError, match=r"[01].weight cannot be pruned"):
+        masking.prunable(nn.Sequential(shared, last))
 
 
 def test_apply_signs_fan_in_by_hand():

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import itertools
 from itertools import permutations
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from analyze.lib import baselines
 from analyze.lib.baselines import match_layer_by_layer, match_weights_every_axis
 from common.align.axes import find_axes
 from common.align.matching import (
@@ -188,6 +190,20 @@ def test_weight_matching_is_as_good_as_solving_every_axis_in_every_sweep(name, w
         assert history[-1] >= baseline * (1 - 1e-6) and baseline > history[0]
 
 
+def test_the_baseline_permutes_only_the_weights_of_an_axis(monkeypatch):
+    """As the published code does; otherwise it would be slower than that."""
+    *models, axes = two_seeds("mlp", 0.25, 8)
+    calls = []
+
+    def count(tensors, *arguments):
+        calls.append(len(tensors))
+        return permute(tensors, *arguments)
+
+    monkeypatch.setattr(baselines, "permute", count)
+    match_weights_every_axis(*matched_weights(axes, *models), axes)
+    assert set(calls[:-1]) == {2, 3} and calls[-1] == len(axes.weights)
+
+
 # ---------------------------------------------------------------- grouped convolutions, GroupNorm
 
 
@@ -248,6 +264,31 @@ def test_a_planted_permutation_of_grouped_channels_is_recovered():
     states = matched_weights(axes, source, target)
     assert same(match_weights_best(*states, axes, restarts=5), expected)
     assert all(never_decreases(match_weights(*states, axes, seed=seed)[1]) for seed in range(5))
+
+
+def test_restarts_keep_the_best_objective():
+    *models, axes = two_seeds("mlp", 1 / 16, 8)
+    states = matched_weights(axes, *models)
+
+    def objectives(restarts):
+        starts = [None, *(random_permutation(axes, seed) for seed in range(1, restarts))]
+        runs = (match_weights(*states, axes, start, seed) for seed, start in enumerate(starts))
+        return [history[-1] for _, history in runs]
+
+    expected = objectives(5)
+    assert expected[0] < max(expected) > expected[-1]
+    best = match_weights_best(*states, axes, restarts=5)
+    assert objective(permute(states[0], axes.dims, best), states[1]) == pytest.approx(max(expected))
+
+
+def test_an_axis_without_activations_stays_in_place_and_is_listed():
+    *models, axes = two_seeds("mlp", 1 / 16, 8)
+    first, *others = axes.sizes
+    without = dataclasses.replace(axes, activations=axes.activations | {first: []})
+    permutation, rows = match_activations(*models, without, [torch.randn(64, 3, 8, 8)])
+    assert permutation[first].tolist() == [*range(axes.sizes[first])]
+    assert [row["axis"] for row in rows] == [first, *others]
+    assert "after" not in rows[0] and all(row["moved"] and row["after"] for row in rows[1:])
 
 
 # ---------------------------------------------------------------- options of activation matching

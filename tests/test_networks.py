@@ -98,6 +98,7 @@ def test_diversity_reads_every_kind_of_network(matched_early):
     table = pd.read_csv(matched_early / "diversity.csv")
     assert set(table["variant"]) == {"dense", "IMP", "LTH", "naive", "permuted", "permuted @1"}
     assert (table["members"] == table["variant"].map({"dense": 4}).fillna(2)).all()
+    assert (table["sources"] == table["variant"].map({"dense": 0, "IMP": 0}).fillna(2)).all()
     # The accuracy of a member by its logits is that of its run.
     cell = "variant == 'naive' and sparsity == 0.7 and rewind == 0"
     runs = finished.sparse_runs(matched_early).query(cell.replace("variant", "arm"))

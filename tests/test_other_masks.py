@@ -53,6 +53,7 @@ def test_stage_4_trains_under_such_a_mask_and_inherits_its_tag(ends, tmp_path, t
     succeed("analyze.other_masks", target, "--kind", kind, cell, "--out", masks)
     succeed(*stage4("imp-target", target, masks, tmp_path / "sparse", cell))
     assert result(tmp_path / "sparse/s0.50_k001")["arguments"]["tag"] == tag
+    assert "by other code" not in succeed("analyze.results", tmp_path / "sparse")
     early, mask = checkpoint.load_dense(target, 1), state(masks / "mask_0.50.pt")["mask"]
     scores = {name: early["state_dict"][name].abs() for name in mask}
     if kind == "snip":
@@ -71,6 +72,7 @@ def test_stage_4_trains_under_such_a_mask_and_inherits_its_tag(ends, tmp_path, t
 def test_a_missing_epoch_and_an_existing_mask_are_refused(ends, tmp_path):
     command = "analyze.other_masks", ends[1], "--kind erk --sparsity 0.5"
     refuse((*command, "--rewind 7 --out", tmp_path / "masks"), "epoch")
+    refuse((*command, "0.99999 --rewind 1 --out", tmp_path / "masks"), "keeps all or none")
     assert not (tmp_path / "masks").exists()
     mask = ends[2] / "mask_0.50.pt"  # of IMP
     before = mask.read_bytes()

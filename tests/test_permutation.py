@@ -42,3 +42,17 @@ def test_a_network_that_creates_constants_is_compared_in_float64():
     assert torch.get_default_dtype() == torch.float32
     with pytest.raises(RuntimeError, match="another function"):
         check_same_function(model, state, state | {"bias": state["bias"].flip(0)}, images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_outputs_of_any_kind_from_code_of_any_precision_are_compared(dtype):
+    class Fixed(nn.Linear):
+        def forward(self, x):
+            kernel = torch.eye(3, dtype=torch.float32 if dtype == torch.float32 else x.dtype)
+            return {"logits": super().forward(x @ kernel), "aux": None}, 1.5
+
+    model = Fixed(3, 2)
+    state, images = model.state_dict(), torch.randn(4, 3)
+    assert check_same_function(model, state, state, images) == 0
+    with pytest.raises(RuntimeError, match="another function"):
+        check_same_function(model, state, state | {"bias": state["bias"].flip(0)}, images)

@@ -161,6 +161,30 @@ def test_tables_of_the_paper_beside_ours_as_text_csv_and_latex(root, in_process)
     assert r"\toprule" in latex and r"80\% & LTH & ours & 90.00 $\pm$ 0.00" in latex
 
 
+def test_a_comparison_names_the_settings_and_variants_that_are_not_the_papers(root, in_process):
+    move_to_paper_cells(root, "resnet20", "cifar10", (0, 20), test_acc=90.0)
+    text = succeed("analyze.paper", "--table 5", root)
+    assert "train_dense epochs 3 (200)" in text and "limit_train 256 (all)" in text
+    assert "prune_imp epochs 1 (50)" in text and "weight_decay" not in text
+    succeed("analyze.report", root, "--only results")
+    assert "train_dense epochs 3 (200)" in read_report(root)[1]
+    edit(root / "sparse/lth/seed0-seed0", "s0.50_k000", lr=0.7)
+    refused(call("analyze.paper", "--table 5", root), "none of the variants", "naive [lr=0.02]")
+
+
+def test_table_1_has_five_networks_of_one_source_and_is_never_stale(root, in_process):
+    move_to_paper_cells(root, "resnet20", "cifar10", (10, 25), test_acc=90.0)
+    cell = {"model": "resnet20", "width": 1, "dataset": "cifar10", "sparsity": 0.9, "rewind": 25}
+    row = cell | {"variant": "naive", "js": 0.1}
+    for members, sources, found in ((5, 1, True), (2, 1, False), (5, 2, False)):
+        table = pd.DataFrame([row | {"members": members, "sources": sources}])
+        table.to_csv(root / "diversity.csv", index=False)
+        assert (call("analyze.paper", "--table 1", root).code == 0) == found
+    table.assign(sources=1).to_csv(root / "diversity.csv", index=False)
+    succeed("analyze.report", root, "--only results")
+    assert "Table 1<" not in read_report(root)[0]
+
+
 ENSEMBLES = """\
 variant sparsity rewind metric mean
 IMP 0.9 - mean_acc 1
@@ -231,6 +255,13 @@ def test_the_report_runs_only_the_requested_analyses(root, in_process):
     assert "no finished sparse run below" in read_report(root)[1]
     (root / "empty").mkdir()
     refused(call("analyze.report", root / "empty"), "no finished run")
+
+
+def test_each_size_of_a_data_set_is_stated():
+    arguments, images = {"dataset": "svhn"}, {"train": 9, "test": 4}
+    run = {"arguments": arguments, "test_acc": 50.0, "classes": 2, "images": images}
+    facts = [*report.dataset_facts([run, run, run | {"images": images | {"train": 5}}])]
+    assert [fact.split()[1] for fact in facts] == ["9", "5"]
 
 
 def test_every_kind_of_run_is_explained_in_the_report():

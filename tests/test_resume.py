@@ -13,8 +13,9 @@ import types
 import pandas as pd
 import pytest
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
-from common import models
+from common import checkpoint, models
 from common.runtime import resume
 from tests.conftest import (
     ending_at,
@@ -75,6 +76,7 @@ def test_a_finished_stage_does_nothing_when_run_again(runs, tmp_path):
     assert "s0.50_k001  epoch   3/3" in out and "s0.50_k000  epoch" not in out
     same_files(root, runs)
     refuse((*dense, "--save-epochs 1 2"), "save_epochs")
+    refuse((*dense, "--compile"), "compile is False there and True here")
     out = succeed(*dense, "--seed 0 4")
     assert "seed0 is finished" in out and "seed 4  epoch   3/3" in out
 
@@ -95,6 +97,10 @@ def test_masks_do_not_depend_on_the_order_in_which_sparsities_are_requested(runs
     succeed(*command, "--sparsity 0.3")
     kill_when("round  5", *command, "--sparsity", 0.7)
     assert (out / "round_04.pt").exists() and not (out / "mask_0.70.pt").exists()
+    chain = state(out / "round_04.pt")
+    checkpoint.save(chain | {"precision": "bf16"}, out / "round_04.pt")
+    refuse((*command, "--sparsity 0.7"), "round_04.pt was trained in bf16 and not fp32")
+    checkpoint.save(chain, out / "round_04.pt")
     # A higher sparsity resumes from the latest round; a lower one repeats the chain.
     assert "round  1" not in succeed(*command, "--sparsity 0.7")
     before = (out / "mask_0.70.pt").stat().st_mtime_ns
@@ -132,6 +138,15 @@ def test_a_resumed_run_keeps_its_initialisation(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "initialise", lambda model: model)
     succeed(*stage1(tmp_path))
     assert snapshot(tmp_path)[initialisation] == before[initialisation]
+
+
+def test_a_network_that_cannot_be_pruned_is_refused_before_training(tmp_path, monkeypatch):
+    def build(*_):
+        return nn.Sequential(nn.Flatten(), weight_norm(nn.Linear(192, 10)))
+
+    monkeypatch.setitem(models.MODELS, "mlp", build)
+    refuse(stage1(tmp_path / "dense"), "1.weight cannot be pruned")
+    assert not (tmp_path / "dense").exists()
 
 
 @pytest.mark.parametrize("parallel", [False, True])

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from analyze import status
+from common import paths
 from tests.conftest import ROOT, Outcome, call, refuse, refused
 
 STAGES = ("train_dense.py", "prune_imp.py", "align_mask.py", "train_sparse.py")
@@ -178,7 +179,9 @@ def test_unknown_presets_and_arguments_are_refused():
         refused(run_all(*arguments.split(), DRY_RUN="1"), f"'{arguments.split()[-1]}'")
     settings = parse_settings("DRY_RUN=1 SPREAD=2 PARALLEL=auto")
     refused(run_all("quick", **settings), "SPREAD='2' excludes PARALLEL='auto'")
-    refused(run_all("quick", PAIR="0", DRY_RUN="1"), "PAIR='0': the setting is called PAIRS")
+    for name, setting in (("PAIR", "PAIRS"), ("REWINDS", "REWIND"), ("SPARSITIES", "SPARSITY")):
+        refused(run_all("quick", **{name: "0"}), f"{name}='0': the setting is called {setting}")
+    refused(run_all("quick", ENSEMBLE="2", PAIRS="0"), "ENSEMBLE='2' has its own seeds")
     refused(run_all("status", "test"), "the tests have no status")
 
 
@@ -226,6 +229,11 @@ def finish(folder, seconds, ended, **arguments):
     os.utime(path, (ended, ended))
 
 
+def save_epochs(folder, *epochs):
+    for epoch in epochs:
+        paths.epoch_file(folder, epoch).touch()
+
+
 def status_of(root, **settings):
     defaults = parse_settings("PAIRS=0 WIDTHS=1 REWIND='0 4' SPARSITY='0.5 0.9' METHODS=")
     outcome = run_all("status", "cifar10", OUT=str(root), **(defaults | settings))
@@ -254,8 +262,11 @@ def test_status_shows_what_has_run_and_estimates_the_remaining_time(tmp_path):
     w1 = tmp_path / "w1"
     assert status_of(tmp_path) == NOTHING
     finish(w1 / "dense/seed0", 1000, 1000, epochs=10)
+    assert status_of(tmp_path).startswith("dense   0 of 2")  # weights to rewind to are missing
+    save_epochs(w1 / "dense/seed0", 0, 4)
     assert status_of(tmp_path) == ONE_NETWORK
     finish(w1 / "dense/seed1", 1000, 1000, epochs=10)  # at the same time as the other
+    save_epochs(w1 / "dense/seed1", 0, 4)
     assert "sparse  0 of 8, 53 min left\n" in status_of(tmp_path)
     finish(w1 / "imp/seed0", 600, 2000)
     assert "imp     0 of 1, 8 h 20 min left\n" in status_of(tmp_path)  # a sparsity is missing

@@ -11,7 +11,14 @@ import time
 import pytest
 
 from tests.conftest import ROOT
-from tests.test_run_all import dry_run, fake_command, parse_flags, parse_settings, run_all
+from tests.test_run_all import (
+    dry_run,
+    fake_command,
+    parse_flags,
+    parse_settings,
+    run_all,
+    save_epochs,
+)
 
 SETTINGS = parse_settings("LAUNCH=slurm PAIRS=0 SPARSITY='0.5 0.8' SBATCH=--gres=gpu:1")
 NAMES = ["train_dense", "prune_imp", "align_mask", "train_sparse", "analyze.results"]
@@ -46,13 +53,37 @@ def test_each_stage_is_an_array_job_that_depends_on_the_previous_one(tmp_path, c
     assert [parse_flags(words)["--sparsity"] for words in arms] == ["0.5", "0.8"] * 3
 
 
+def test_a_stage_of_many_tasks_is_several_array_jobs(tmp_path, cluster):
+    """SLURM allows 1,001 tasks a job by default."""
+    pairs = " ".join(map(str, range(200)))
+    path = fake_command(tmp_path, "sbatch", f"cat > /dev/null; echo $* >> {tmp_path}/jobs; echo 7")
+    settings = cluster | {"PATH": path, "PAIRS": pairs, "METHODS": "", "SPARSITY": "0.5 0.6 0.7"}
+    outcome = run_all("quick", **settings)
+    assert outcome.code == 0, outcome.err
+    stage4 = [line for line in outcome.out.splitlines() if line.startswith("train_sparse")]
+    assert stage4 == ["train_sparse: 1000 tasks, job 7", "train_sparse: 200 tasks, job 7"]
+    jobs = (tmp_path / "jobs").read_text().splitlines()
+    assert "--array=1-200 " in jobs[3] and "afterany:7:7" in jobs[4]
+    assert "afterany:7:7" not in jobs[3]
+
+
+def test_an_unwritable_folder_is_refused_before_anything_is_submitted(tmp_path, cluster):
+    (tmp_path / "file").touch()
+    outcome = run_all("quick", **cluster | {"OUT": f"{tmp_path}/file/runs"})
+    assert outcome.code == 2 and "cannot write OUT=" in outcome.err.splitlines()[-1]
+    assert not (tmp_path / "jobs").exists()
+
+
 def test_only_missing_runs_are_submitted_and_none_twice(tmp_path, cluster):
     finished = tmp_path / "runs/w1/dense/seed1/result.json"
     finished.parent.mkdir(parents=True)
     finished.write_text('{"seconds": 1, "arguments": {"epochs": 9}}')
+    save_epochs(finished.parent, 3, 6)
     run_all("quick", **cluster)
     log = (tmp_path / "log").read_text()
     assert "--seed 0 " in log and "--seed 1 " not in log
+    assert run_all("quick", **cluster | {"REWIND": "3 6 9"}).code == 0
+    assert "--seed 1 " in (tmp_path / "log").read_text()  # to be refused: epoch 9 was not saved
     (tmp_path / "queue").write_text(f"7 {tmp_path} elsewhere\n")
     assert run_all("quick", **cluster).code == 0
     (tmp_path / "queue").write_text(f"7 {ROOT} {cluster['OUT']}\n")
@@ -66,6 +97,7 @@ def test_runs_with_other_flags_are_submitted_so_that_the_stage_refuses_them(tmp_
     (words,) = (words for words in dry_run("quick", **cluster) if "--seed 1 " in " ".join(words))
     result = {"seconds": 1, "arguments": {"epochs": 9}}
     finished.write_text(json.dumps(result | {"command": " ".join(["python", *words[1:]])}))
+    save_epochs(finished.parent, 3, 6)
     flags = parse_flags(words)
     same_flags = f"--image-size {flags['--image-size']} --batch-size {flags['--batch-size']}"
     same_flags += f" --epochs {flags['--epochs']}"

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from common import checkpoint, masking
+from common import checkpoint, masking, training
 from common.errors import UserError
 from common.models import build_model
-from common.runtime import resume
+from common.runtime import distributed, resume
 from common.training import SCHEDULES, evaluate, learning_rates, train
 from tests.conftest import distance, ending_at, interrupt, same, sgd, small_resnet, state
 from tests.test_data import resident
@@ -161,6 +161,20 @@ def test_augmentation_that_changes_the_shape_is_named():
 
     with pytest.raises(ValueError, match="shrink made"):
         train(tiny(), resident(), [0.1], folder=None, augment=shrink, **SETTINGS)
+
+
+def test_each_process_draws_its_own_augmentation(monkeypatch):
+    draws = []
+
+    def augment(images, generator):
+        draws.append(float(torch.rand((), generator=generator)))
+        return images
+
+    for rank in (0, 1):
+        patched = types.SimpleNamespace(**vars(distributed) | {"RANK": rank})
+        monkeypatch.setattr(training, "distributed", patched)
+        train(tiny(), resident(), [0.1], folder=None, augment=augment, **SETTINGS)
+    assert len({*draws}) == len(draws) == 2
 
 
 def test_a_compiled_network_trains_as_the_plain_one(monkeypatch):

@@ -91,24 +91,25 @@ def match_weights_every_axis(
 ) -> tuple[dict[str, Tensor], float]:
     """Match weights by Algorithm 1 of Ainsworth et al. (2023), solving every axis in every sweep.
 
-    Supports only axes of one block. Returns the permutation and its objective.
+    Like the authors' code, it permutes only the weights of the axis. Supports only axes of one
+    block. Returns the permutation and its objective.
     """
     permutation, names = identity(axes), list(axes.sizes)
     places = axes.places(source)
     generator = torch.Generator().manual_seed(seed)
-    best, improved = objective(source, target), True
+    improved = True
     while improved:
         improved = False
         for index in torch.randperm(len(names), generator=generator).tolist():
             axis, size = names[index], axes.sizes[names[index]]
-            permuted = permute(source, axes.dims, permutation)
+            tensors = {place.tensor: source[place.tensor] for place in places[axis]}
+            permuted = permute(tensors, axes.dims, permutation)
             similarity = torch.zeros(size, size, dtype=torch.float64)
             for place in places[axis]:
                 pair = (target[place.tensor], permuted[place.tensor])
                 rows, columns = (by_channel(weight, place).flatten(1) for weight in pair)
                 similarity += (rows @ columns.T).cpu()
-            candidate = permutation | {axis: permutation[axis][assign(similarity)]}
-            value = objective(permute(source, axes.dims, candidate), target)
-            if value > best + 1e-7 * abs(best):
-                permutation, best, improved = candidate, value, True
-    return permutation, best
+            order, before = assign(similarity), similarity.trace()
+            if similarity[torch.arange(size), order].sum() > before + 1e-7 * abs(before):
+                permutation[axis], improved = permutation[axis][order], True
+    return permutation, objective(permute(source, axes.dims, permutation), target)

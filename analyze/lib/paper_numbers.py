@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from analyze.lib.runs import CELL, NETWORK, sparse_runs
+from analyze.lib.runs import CELL, NETWORK, find_results, sparse_runs
 from analyze.lib.statistics import format_mean
 from common import checkpoint
+from common.cli import PAPER, paper_value
 from common.errors import UserError
 
 TABLES = (1, *range(5, 17))
@@ -46,17 +47,38 @@ def lines() -> pd.DataFrame:
     return table[[*NETWORK, "alpha", "curve", "repair", "test_loss"]]
 
 
-def our_results(root: Path) -> pd.DataFrame:
+def our_results(root: Path, ensembles: bool = True) -> pd.DataFrame:
     """Return mean and std by KEYS of the runs below `root`, in the metrics of the paper's tables.
 
-    Those of Table 1 are read from diversity.csv, which analyze.diversity writes.
+    With `ensembles`, those of Table 1 are read from diversity.csv, which analyze.diversity writes:
+    of five networks and, for sparse ones, one source.
     """
     runs = sparse_runs(root).melt([*CELL, "variant"], ["test_acc", "test_top5"], "metric")
     parts = [runs.groupby(KEYS)["value"].agg(["mean", "std"]).dropna(subset="mean").reset_index()]
-    if (root / "diversity.csv").is_file():
-        ensembles = pd.read_csv(root / "diversity.csv")
-        parts.append(ensembles.melt([*CELL, "variant"], ENSEMBLE_METRICS, "metric", "mean"))
+    if ensembles and (root / "diversity.csv").is_file():
+        columns = [*CELL, "variant", "members", "sources", *ENSEMBLE_METRICS]
+        table = pd.read_csv(root / "diversity.csv").reindex(columns=columns)
+        table = table[table["members"].eq(5) & table["sources"].le(1)]
+        parts.append(table.melt([*CELL, "variant"], ENSEMBLE_METRICS, "metric", "mean"))
     return pd.concat(parts)
+
+
+def other_settings(root: Path) -> str:
+    """Name the settings in which runs below `root` differ from the paper's; "" if there is none."""
+    stages = ("train_dense", "prune_imp", "train_sparse")
+    results = [find_results(root, stage) for stage in stages]
+    datasets = {run["arguments"].get("dataset") for run in results[0]}
+    dataset = "imagenet" if "imagenet" in datasets else "small images"
+    differences = []
+    for stage, runs, paper in zip(stages, results, PAPER.values()):
+        expected = {name: paper_value(values, dataset) for name, values in paper.items()}
+        expected |= {"image_size": None, "limit_train": None}
+        for name, value in expected.items():
+            others = {run["arguments"].get(name) for run in runs} - {value}
+            if others:
+                ours, paper_text = ", ".join(map(str, others)), "all" if value is None else value
+                differences.append(f"{stage} {name} {ours} ({paper_text})")
+    return "not the paper's settings (in brackets): " * bool(differences) + "; ".join(differences)
 
 
 def compare(number: int, ours: pd.DataFrame) -> pd.DataFrame:
@@ -106,6 +128,8 @@ def save_comparison(number: int, ours: pd.DataFrame, folder: Path) -> pd.DataFra
     comparison = compare(number, ours)
     if comparison.empty:
         cells = read_tables(str(number))[CELL].dropna(axis=1)
+        if len(others := cells.merge(ours)["variant"].unique()):
+            raise UserError(f"Table {number} has none of the variants {', '.join(others)}")
         needed = (f"{key} {', '.join(map(str, cells[key].unique()))}" for key in cells)
         raise UserError(f"no run for Table {number}, which has {'; '.join(needed)}")
     table = layout(comparison)

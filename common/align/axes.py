@@ -36,6 +36,9 @@ from common.align.labels import (
 )
 from common.align.permutation import Axes, BlockGroup, Place
 
+COPIES = "clone contiguous to type_as _to_copy alias detach dropout feature_dropout alpha_dropout"
+COPIES = {getattr(torch.ops.aten, name) for name in COPIES.split()}
+
 
 def find_axes(model: nn.Module, input_shape: tuple[int, ...]) -> Axes:
     """Derive the axes of `model` for inputs of `input_shape` (without the batch dimension).
@@ -74,13 +77,24 @@ def find_axes(model: nn.Module, input_shape: tuple[int, ...]) -> Axes:
     dims = {name: find_places(name, propagation.parameters.get(in_graph[name])) for name in state}
     weights = tuple(name for name in state if in_graph[name] in propagation.weights)
     activations: dict[str, list[Place]] = {name: [] for name in names}
+    computed: set[fx.Node] = set()
     for node, value in propagation.values.items():
-        computed = is_pointwise(node) or node in propagation.matmuls
-        if computed and not all(map(is_pointwise, node.users)):
+        if (
+            node in propagation.matmuls
+            or is_pointwise(node)
+            and (not copies_input(node) or node.all_input_nodes[0] in computed)
+        ):
+            computed.add(node)
+        if node in computed and not all(map(is_pointwise, node.users)):
             for place in find_places(node.name, value):
                 activations[place.axis].append(place)
     pre_activation = find_pre_activations(propagation.values)
     return Axes(dims, sizes, groups, activations, pre_activation, pinned, weights)
+
+
+def copies_input(node: fx.Node) -> bool:
+    """Whether a node's values are those of its input, in evaluation mode."""
+    return getattr(node.target, "overloadpacket", None) in COPIES
 
 
 def find_pre_activations(values: dict[fx.Node, Tensor]) -> dict[str, str]:

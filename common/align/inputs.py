@@ -122,6 +122,8 @@ def load_external(
     source's file.
     """
     networks, images = [build(model_fn), build(model_fn)], None
+    if networks[0] is networks[1]:
+        raise UserError(f"--model-fn {model_fn} must build a new network in every call")
     if dataset:
         entry = {"name": dataset, "image_size": image_size}
         images = load_data(entry, data_dir, device, workers)
@@ -130,17 +132,40 @@ def load_external(
         load_weights(path, model_fn, network, shape)
         for path, network in zip((source_file, target_file), networks)
     )
+    if source["sha256"] == target["sha256"]:
+        raise UserError(f"source and target are the same network: {source_file} and {target_file}")
     masks = load_masks(masks_path or source_file, source, networks[0])
     return source, target, masks, networks, lambda: images
 
 
 def free_axes(network: nn.Module, input_shape: list[int]) -> Axes:
-    """The axes of a network; raises UserError, with the reasons, when it has none."""
+    """The axes of a network; raises UserError, with the reasons, when it has none.
+
+    Prints which of its channels stay in place, except for the outputs.
+    """
     axes = find_axes(network, input_shape)
     if not axes.sizes:
         reasons = "; ".join(f"{axis}: {reason}" for axis, (_, reason) in axes.pinned.items())
         raise UserError(f"nothing in this network can be permuted ({reasons})")
+    for axis, (channels, reason) in axes.pinned.items():
+        if not reason.endswith("is the output"):
+            print(f"{axis}: {channels} channels stay in place: {reason}")
     return axes
+
+
+def check_fixed_buffers(networks: list[nn.Module], permuted: dict[str, Tensor]) -> None:
+    """Raise UserError if `permuted` moves a buffer that both networks share, as a position encoding.
+
+    The target keeps its own, so that it would not be a symmetry of the target's weights.
+    """
+    target = dict(networks[1].named_buffers())
+    for name, buffer in networks[0].named_buffers():
+        is_fixed = name in permuted and torch.equal(buffer, target[name])
+        if is_fixed and not torch.equal(buffer, permuted[name].to(buffer)):
+            raise UserError(
+                f"{name} is the same in source and target, but its channels would be permuted: "
+                "register this buffer with persistent=False, then they stay in place"
+            )
 
 
 def build(name: str) -> nn.Module:
@@ -152,10 +177,13 @@ def build(name: str) -> nn.Module:
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        network = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
         advice = "write it as package.module:function"
         raise UserError(f"--model-fn {name}: {error}; {advice}") from error
+    if not callable(make):
+        raise UserError(f"--model-fn {name} is a {type(make).__name__}, not a function")
+    network = make()
     kind = type(network).__name__
     if not isinstance(network, nn.Module):
         raise UserError(f"--model-fn {name} returned a {kind}, not a torch.nn.Module")
@@ -206,7 +234,11 @@ def load_masks(path: Path, source: Entry, model: nn.Module) -> dict[str, Entry]:
     """
     if path.is_dir():
         files = paths.mask_files(path)
-        loaded = {file: checkpoint.load(file, ("mask",))["mask"] for file in files}
+        entries = {file: checkpoint.load(file, ("mask",)) for file in files}
+        for file, entry in entries.items():
+            if entry.get("target_seed") is not None:
+                raise UserError(f"{file} is permuted already: pass the masks of the source")
+        loaded = {file: entry["mask"] for file, entry in entries.items()}
     else:
         loaded = {path: mask} if (mask := _read(path)[1]) else {}
     if not loaded:

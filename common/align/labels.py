@@ -394,4 +394,5 @@ def is_pointwise(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     name = node.target.overloadpacket.__name__.rstrip("_")
-    return name in POINTWISE or torch.Tag.pointwise in node.target.tags
+    # copy_ is the slice assignment x[a:b] = y, which may put y's channels elsewhere.
+    return name != "copy" and (name in POINTWISE or torch.Tag.pointwise in node.target.tags)

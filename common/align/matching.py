@@ -193,15 +193,17 @@ def match_activations(
     the target.
 
     `options` are those of `similarities`. Returns the permutation and a row per axis: its channels,
-    how many move, and the mean similarity of matched channels before and after.
+    how many move, and, if it has activations, the mean similarity of matched channels before and
+    after.
     """
     matrices = similarities(source, target, axes, batches, **options)
     permutation = {}
     for names, blocks in axes.groups:
-        if matrices.keys() >= set(names):  # the axes inside attention have no activations
+        if matrices.keys() >= set(names):
             permutation |= zip(names, assign_blocks([matrices[axis] for axis in names], [], blocks))
+    permutation = identity(axes) | permutation  # an axis without activations stays in place
     rows = describe(permutation)
-    for row in rows:
+    for row in [row for row in rows if row["axis"] in matrices]:
         matrix, index = matrices[row["axis"]], permutation[row["axis"]]
         row["before"] = float(matrix.diagonal().mean())
         row["after"] = matched_sum(matrix, index) / len(index)

@@ -72,8 +72,11 @@ def load_data(
         data = make_resident(spec | location, *SMALL_IMAGES[name](data_dir, size), device)
     for key in ("images", "class_names", "checksum"):
         if key in spec and spec[key] != data.description[key]:
+            fix = "pass the --data-dir of stage 1"
+            if name == "glyphs":
+                fix = "use the versions of Pillow and matplotlib of stage 1 (see its result.json)"
             raise UserError(
-                f"{name} in {data_dir} is not the data of the checkpoint: its {key} differs"
+                f"{name} in {data_dir} is not the data of the checkpoint, its {key} differs: {fix}"
             )
     return data
 

@@ -87,6 +87,7 @@ class Streamed:
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # other threads may use the global one
+            worker_init_fn=_leave_process_group,
         )
         try:
             for images, labels in loader:
@@ -95,6 +96,11 @@ class Streamed:
         except UserError as error:  # from a worker: a traceback whose last line is the message
             line = str(error).strip().splitlines()[-1]
             raise UserError(line.rpartition("UserError: ")[2]) from None
+
+
+def _leave_process_group(_: int) -> None:
+    """Let a signal to the process group, as torchrun's SIGTERM, not end the worker before its run."""
+    os.setpgrp()
 
 
 class _Seeded(torch.utils.data.Dataset):

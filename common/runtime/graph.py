@@ -21,12 +21,16 @@ def make_capturable(optimiser: torch.optim.Optimizer, device: torch.device) -> b
     Its learning rate and step count become tensors on the device, which the graph reads.
     """
     groups = optimiser.param_groups
-    if not isinstance(optimiser, torch.optim.SGD) and any("capturable" not in g for g in groups):
+    is_sgd = isinstance(optimiser, torch.optim.SGD)
+    if not is_sgd and any("capturable" not in group for group in groups):
         return False
     for group in groups:
         group["lr"] = torch.zeros((), device=device)
-        if "capturable" in group:
+        if is_sgd:  # its other implementations read the learning rate on the host
+            group["fused"], group["foreach"] = True, False
+        else:
             group["capturable"] = True
+    optimiser._warned_capturable_if_run_uncaptured = True  # the first steps are, deliberately
     return True
 
 

@@ -153,11 +153,11 @@ def _exit_code(name: str, run: Run) -> int:
             run()
         finally:
             sys.stdout.flush()
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:
         return BROKEN_PIPE
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if resume.was_stopped(error):
+            return 130
         line = explain(error)
         message = f"{name}: error: {line}" if line else f"{name}:\n{traceback.format_exc()}"
         print(message, file=sys.stderr)

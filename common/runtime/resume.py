@@ -41,6 +41,12 @@ def stop_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def was_stopped(error: BaseException) -> bool:
+    """Whether a signal ended the run: also by ending its data workers, without which no step ends."""
+    workers_ended = stop_requested.is_set() and "DataLoader worker" in str(error)
+    return workers_ended or isinstance(error, KeyboardInterrupt)
+
+
 def until_stopped(batches: Iterator[Any]) -> Iterator[Any]:
     """Yield `batches`, at least one, until a signal comes, which discards the evaluation."""
     for batch in batches:
