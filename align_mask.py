@@ -72,6 +72,7 @@ def main() -> None:
     unused = [flag for flag, methods in USED_BY.items() if args.method not in methods]
     excluded = ("masks", "target_epoch", "batch_size", *options, *unused)
     arguments = cli.experiment_arguments(args, *excluded) | digests | header
+    arguments["tag"] = cli.joined_tag(*(mask.get("tag") for mask in masks.values()), args.tag)
     arguments["data_dir"] = args.data_dir if args.dataset == "folder" else None
     finished, missing = runs.is_finished(args.out, arguments), inputs.unpermuted(masks, args.out)
     if finished and not missing:
@@ -81,8 +82,7 @@ def main() -> None:
     for network, entry in zip(networks, (source, target)):
         network.to(device).load_state_dict(entry["state_dict"])
     axes = inputs.free_axes(networks[0], source["model"]["input_shape"])
-    states = [entry["state_dict"] for entry in (source, target)]
-    w_a, w_b = ({name: state[name].to(device) for name in axes.weights} for state in states)
+    w_a, w_b = ({name: network.state_dict()[name] for name in axes.weights} for network in networks)
 
     @functools.cache
     def match_activations() -> tuple[dict[str, Tensor], list[dict[str, Any]]]:

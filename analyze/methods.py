@@ -61,21 +61,26 @@ def measure_alignment(run: dict[str, Any]) -> list[dict[str, Any]]:
     entry = checkpoint.load(run["mask"], checkpoint.MASKS)
     permuted = permute(a, axes.dims, permutation)
     unpermuted_mask = permute(entry["mask"], axes.dims, inverse(permutation))
-    row = {key: run[key] for key in (*KEYS, *SEEDS, "permutation")}
-    row["tag"] = entry.get("tag") or ""
+    row = {key: run[key] for key in (*KEYS, *SEEDS, "permutation", "mask")}
     naive = row | {"method": "naive", "match_epoch": None, "curve": "naive"}
     naive |= cosines(a, unpermuted_mask, b)
     return [naive, row | {"curve": "aligned"} | cosines(permuted, entry["mask"], b)]
 
 
-def measure_alignments(root: Path) -> pd.DataFrame:
-    """Return cosines and barriers by KEYS, means over pairs. Raises UserError if there are none."""
+def measure_alignments(root: Path, masks: pd.DataFrame) -> pd.DataFrame:
+    """Return cosines and barriers by KEYS, means over pairs. Raises UserError if there are none.
+
+    `masks` are from `load_masks`, whose tags name the settings of their chains.
+    """
     runs = alignments(root).sort_values("match_epoch", kind="stable").to_dict("records")
     table = pd.DataFrame([row for run in runs for row in try_read(measure_alignment, run) or []])
     if table.empty:
         raise UserError(f"no alignment below {root} can be read: run align_mask.py again")
+    table["tag"] = table.pop("mask").map(masks.set_index("path")["tag"])
     if (root / "barriers.csv").is_file():
-        barriers = pd.read_csv(root / "barriers.csv").pivot(index=LINE, columns="repair")["test"]
+        # Alignments of several tags may have the same permutation.
+        barriers = pd.read_csv(root / "barriers.csv").drop_duplicates([*LINE, "repair"])
+        barriers = barriers.pivot(index=LINE, columns="repair")["test"]
         barriers = barriers.rename(columns={False: "barrier", True: "barrier, REPAIR"})
         table["permutation"] = table["permutation"].map(checkpoint.digest)
         table = table.join(barriers, on=LINE)
@@ -111,7 +116,8 @@ def compare_methods(root: Path) -> pd.DataFrame:
 
     Raises UserError when there is no alignment.
     """
-    table, masks = measure_alignments(root), overlap.load_masks(root)
+    masks = overlap.load_masks(root)
+    table = measure_alignments(root, masks)
     shared = overlap.overlaps(masks)
     shared = overlap.summary(shared[shared["mask_dataset"] == shared["dataset"]])
     shared = shared.rename(columns={"ratio": "overlap/chance"})

@@ -29,7 +29,7 @@ def mask_file(folder: Path, sparsity: float) -> Path:
 
 
 def mask_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("mask_*.pt"))
+    return [*_numbered_files(folder, "mask", float).values()]
 
 
 def imp_file(folder: Path, sparsity: float) -> Path:

@@ -9,9 +9,22 @@ from torch import nn
 from torch.nn.utils import prune
 
 from common import masking
+from common.align import inputs
 from common.align.axes import find_axes
 from common.align.permutation import permute
-from tests.conftest import refuse, result, same, stage3, stage4, start, state, succeed, weights
+from common.data import load_data
+from tests.conftest import (
+    refuse,
+    result,
+    same,
+    stage2,
+    stage3,
+    stage4,
+    start,
+    state,
+    succeed,
+    weights,
+)
 
 VARIANTS = {
     "activation-mean": "--stream mean",
@@ -49,6 +62,16 @@ def test_a_tag_is_appended_to_the_inputs_and_the_code_of_the_mask_is_kept(ends, 
         run = result(tmp_path / f"{tag}/s0.50_k001")
         assert run["arguments"]["tag"] == joined
         assert run["mask_code"] == state(ends[2] / "mask_0.50.pt")["code"]
+    succeed(*stage2(ends[0], tmp_path / "imp", "--sparsity 0.5 --tag pruned"))
+    succeed(*stage3(*ends[:2], tmp_path / "imp", tmp_path / "inherits", "--method identity"))
+    assert result(tmp_path / "inherits")["arguments"]["tag"] == "pruned"
+
+
+def test_all_training_images_are_matched_by_default():
+    data = load_data({"name": "glyphs", "image_size": 8, "limit_train": 100})
+    images = torch.cat([*inputs.matched_images(data, None, 30)])
+    assert torch.equal(images, torch.cat([batch for batch, _ in data.eval_batches("train")]))
+    assert len(torch.cat([*inputs.matched_images(data, 20, 30)])) == 20
 
 
 # ---------------------------------------------------------------- user-supplied networks

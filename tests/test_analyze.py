@@ -57,12 +57,14 @@ def test_repair_at_the_endpoints_changes_nothing_and_interpolation_meets_them(na
 
     def evaluate(test):
         loaders = partial(iter, [(test, labels[20:])]), partial(iter, [(images, labels)])
-        rows = evaluate_line(model, source, source | perturbed, (0.0, 0.5), *loaders)
+        rows = evaluate_line(model, source, source | perturbed, (0.0, 0.5, 1.0), *loaders)
         return pd.DataFrame(rows).set_index(["alpha", "repair"])
 
     table = evaluate(images[:20])
     loss = table["test_loss"]
     assert loss[0.0, True] == pytest.approx(loss[0.0, False], rel=1e-4)
     assert loss[0.5, True] != pytest.approx(loss[0.5, False], rel=1e-4)
+    if name == "mlp":  # the target's BatchNorm statistics are the source's
+        assert loss[1.0, True] == pytest.approx(loss[1.0, False], rel=1e-4)
     # REPAIR uses only training images.
     assert evaluate(torch.randn(20, 3, 8, 8))["train_loss"].equals(table["train_loss"])

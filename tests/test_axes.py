@@ -336,7 +336,7 @@ def test_activations_after_the_last_pooling_are_not_matched(more):
 def test_activations_ahead_of_a_slice_assignment():
     def halves(net, x):
         joined = x.new_zeros(len(x), 16, 8, 8)
-        joined[:, :8], joined[:, 8:] = x, -x
+        joined[:, :8], joined[:, 8:] = x, x
         return joined
 
     axes = find_axes(wrap([nn.ReLU(), Network(halves), conv(16, 6, 1)]), (3, 8, 8))

@@ -201,7 +201,7 @@ def test_the_baseline_permutes_only_the_weights_of_an_axis(monkeypatch):
 
     monkeypatch.setattr(baselines, "permute", count)
     match_weights_every_axis(*matched_weights(axes, *models), axes)
-    assert set(calls[:-1]) == {2, 3} and calls[-1] == len(axes.weights)
+    assert max(calls[:-1]) < calls[-1] == len(axes.weights)
 
 
 # ---------------------------------------------------------------- grouped convolutions, GroupNorm

@@ -116,7 +116,21 @@ def test_alignments_and_masks_of_other_settings_are_kept_apart(runs, tmp_path):
     assert {*networks.alignments(root)["method"]} == names
     assert {*overlap.load_masks(root)["method"].dropna()} == names
     succeed(*stage2(root / "dense/seed0", root / "imp/faster", "--lr 0.05"))
-    assert {*networks.imp_networks(root, rounds=False)["tag"]} == {"imp lr=0.01", "imp lr=0.05"}
+    tags = {"imp lr=0.01", "imp lr=0.05"}
+    assert {*networks.imp_networks(root, rounds=False)["tag"]} == tags
+    assert {*overlap.load_masks(root)["tag"]} == tags
+    ends, masks = (root / "dense/seed0", root / "dense/seed1"), root / "imp/faster"
+    succeed(*stage3(*ends, masks, root / "align/faster/seed0-seed1"))
+    table = methods.measure_alignments(root, overlap.load_masks(root))
+    assert {*table["tag"]} == tags
+
+
+def test_alignments_of_two_tags_with_one_permutation_are_compared(runs, tmp_path):
+    root = shutil.copytree(runs, tmp_path / "runs")
+    align(root, 0, 1, "tagged", "--tag t")
+    succeed("analyze.interpolation", root, "--points 3 --images 64 --device cpu")
+    succeed("analyze.methods", root)
+    assert {"", "t"} == {*pd.read_csv(root / "methods.csv")["tag"].fillna("")}
 
 
 def test_methods_needs_only_alignments(runs, tmp_path):

@@ -10,7 +10,11 @@ from scipy.stats import entropy
 from analyze import diversity, early_matching, landscape
 from analyze.lib import lines, networks
 from analyze.lib import runs as finished
+from common import checkpoint
+from common.align.axes import find_axes
+from common.align.permutation import permute, random_permutation
 from common.data import load_cached, resident
+from common.models import build_model
 from tests.conftest import (
     align_and_train,
     call,
@@ -20,7 +24,9 @@ from tests.conftest import (
     stage2,
     stage3,
     stage4,
+    state,
     succeed,
+    weights,
 )
 
 CPU = "--device cpu"
@@ -147,13 +153,40 @@ def test_curves_and_planes_do_not_depend_on_the_batch_size_of_the_device(
     matched_early, monkeypatch
 ):
     monkeypatch.setitem(resident.EVAL_BATCH, "cpu", -1)  # fails if it is used
-    monkeypatch.setattr(landscape, "update_bn", lambda batches, _: [*batches])
+    updates = []
+    monkeypatch.setattr(landscape, "update_bn", lambda batches, _: updates.append([*batches]))
     triple = networks.triples(matched_early).iloc[0]
     table = landscape.measure_plane(triple, 3, 90, load_cached)
     files = [triple[name] for name in ("lth", "permutation", "permuted")]
     curve = lines.measure_curve(files, 11, 90, load_cached)
     barrier = lines.barriers(curve).set_index("repair")["test"]
     assert table["loss_barrier"].dropna().tolist() == [pytest.approx(barrier[True])]
+    assert len(updates) == 3 * 3 and updates[0]  # the statistics at every point
+    # The first direction is from π(LTH) to permuted.
+    permutation = state(triple["permutation"])["permutation"]
+    dims = find_axes(build_model(**state(triple["lth"])["model"]), (3, 8, 8)).dims
+    ends = permute(weights(triple["lth"]), dims, permutation), weights(triple["permuted"])
+    distance = torch.cat([(a - b).flatten() for a, b in zip(*map(dict.values, ends))]).norm()
+    x = table.dropna(subset="network").set_index("network")["x"]
+    assert x["permuted"] - x["lth"] == pytest.approx(float(distance), rel=1e-5)
+
+
+def test_the_source_is_permuted_on_its_line(runs, tmp_path):
+    """The line from π(A) to itself has one loss; that from A to π(A) has not."""
+    source = state(runs / "dense/seed0/epoch_0003.pt")
+    axes = find_axes(build_model(**source["model"]), (3, 8, 8))
+    permutation = random_permutation(axes, 0)
+    permuted = permute(source["state_dict"], axes.dims, permutation)
+    for name, content in (
+        ("source", source),
+        ("permutation", {"permutation": permutation}),
+        ("target", source | {"state_dict": permuted}),
+    ):
+        checkpoint.save(content, tmp_path / f"{name}.pt")
+    files = [tmp_path / f"{name}.pt" for name in ("source", "permutation", "target")]
+    for line, constant in ((files, True), (files[::2], False)):
+        loss = lines.measure_curve(line, 3, 64, load_cached).query("not repair")["test_loss"]
+        assert (loss.max() - loss.min() < 1e-4) == constant
 
 
 def test_interpolation_of_two_widths_needs_no_sparse_run(runs, tmp_path):

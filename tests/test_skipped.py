@@ -49,6 +49,8 @@ def littered(runs, tmp_path_factory):
     (root / "unfinished/result.json").unlink()
     for path in TRUNCATED.split():
         (root / path).write_bytes((root / path).read_bytes()[:500])
+    for folder in ("imp/seed0", "align/activation/seed0-seed1"):
+        (root / folder / "mask_0.50 (copy).pt").write_bytes(b"")
     (root / "sparse/lth/seed2-seed2/s0.50_k000/final.pt").unlink()  # as for a diverged run
     return root
 

@@ -1,15 +1,17 @@
 """What each stage writes when called through its command line, at a tiny budget."""
 
+import shutil
 import subprocess
 import sys
 
 import pandas as pd
 import pytest
 
-from common import masking
+from common import data, masking
 from common.align.axes import find_axes
+from common.align.matching import match_weights
 from common.align.permutation import permute
-from common.data import load_data, stage_seed
+from common.data import glyphs, load_data, stage_seed
 from common.models import build_model
 from common.training import learning_rates, train
 from tests.conftest import (
@@ -20,6 +22,7 @@ from tests.conftest import (
     same,
     save_images,
     sgd,
+    stage1,
     stage2,
     stage3,
     stage4,
@@ -33,12 +36,12 @@ ALIGNED = "align/activation/seed0-seed1"
 RATES = learning_rates("cosine", 0.08, 3)  # of the dense runs
 
 
-def train_by_hand(start, epoch, stage, rates, mask=None, seed=0):
+def train_by_hand(start, epoch, stage, rates, mask=None, seed=0, optimiser=sgd(0.9, 5e-4)):
     """Return the weights that a stage should get when it trains from a checkpoint and an epoch."""
     model, data = build_model(**start["model"]), load_data(start["dataset"])
     model.load_state_dict(masking.apply(start["state_dict"], mask or {}))
     settings = {"name": "by hand", "folder": None, "batch_size": 64, "precision": "fp32"}
-    settings |= {"make_optimiser": sgd(0.9, 5e-4), "seed": stage_seed(seed, stage)}
+    settings |= {"make_optimiser": optimiser, "seed": stage_seed(seed, stage)}
     train(model, data, rates, first_epoch=epoch, mask=mask, **settings)
     return model.state_dict()
 
@@ -85,6 +88,25 @@ def test_imp_prunes_20_percent_per_round_and_branches_off_to_each_sparsity(runs)
         assert same(network["state_dict"], train_by_hand(before, 2 + number, "imp", [0.01], mask))
 
 
+def test_rounds_of_several_epochs_continue_the_count_of_epochs(runs, tmp_path):
+    flags = "--epochs 2 --sparsity 0.3 --keep-rounds"
+    succeed(*stage2(runs / "dense/seed0", tmp_path, flags))
+    first, second = (state(tmp_path / name) for name in ("round_01.pt", "sparse_0.30.pt"))
+    rates = learning_rates("cosine", 0.01, 2)
+    expected = train_by_hand(first, 3 + 2, "imp", rates, second["mask"])
+    assert same(second["state_dict"], expected)
+
+
+def test_hyperparameters_of_stage_4_are_those_of_the_flags(runs, ends, tmp_path):
+    flags = "--sparsity 0.5 --rewind 1 --epochs 5 --warmup 2 --schedule step --lr 0.03"
+    flags += " --weight-decay 0 --momentum 0.5"
+    succeed(*stage4("naive", *ends[1:], tmp_path, flags))
+    mask, start = state(ends[2] / "mask_0.50.pt")["mask"], state(ends[1] / "epoch_0001.pt")
+    rates = [0.015, 0.03, 0.03, 0.03]
+    expected = train_by_hand(start, 1, "sparse", rates, mask, seed=1, optimiser=sgd(0.5, 0))
+    assert same(weights(tmp_path / "s0.50_k001/final.pt"), expected)
+
+
 def test_no_stage_sees_the_batches_of_another():
     assert len({stage_seed(0, stage) for stage in ("dense", "imp", "sparse")}) == 3
 
@@ -125,6 +147,12 @@ def test_every_method_permutes_masks_and_signs_by_the_saved_permutation(runs, en
     assert len({*objectives["identity"]}) == 1
     # The pruned source has another inner product with the target than the dense one.
     assert objectives["masked"][0] != objectives["weight"][0]
+    # Mask-aware matching starts from activation matching.
+    dense = (state(folder / "epoch_0003.pt")["state_dict"] for folder in ends[:2])
+    w_a, w_b = ({name: network[name] for name in axes.weights} for network in dense)
+    initial = state(runs / ALIGNED / "permutation.pt")["permutation"]
+    expected, _ = match_weights(masking.apply(w_a, before["mask"]), w_b, axes, initial)
+    assert same(state(aligned / "masked/permutation_0.70.pt")["permutation"], expected)
     log = pd.read_csv(runs / ALIGNED / "log.csv", dtype={"axis": str})
     assert log["axis"].tolist() == list(axes.sizes)
     assert (log["after"] > log["before"]).all() and log["moved"].sum() > 0
@@ -161,6 +189,9 @@ def test_control_arms_train_the_right_weights_under_the_right_mask(ends, aligned
     mask, shuffled = mask_info["mask"], state(tmp_path / f"shuffled/{cell}/final.pt")["mask"]
     assert not same(mask, shuffled)
     assert all(kept.sum() == shuffled[name].sum() for name, kept in mask.items())
+    for arm, file in (("random-permutation", aligned / "random"), ("imp-target", imp)):
+        trained = state(tmp_path / arm / cell / "final.pt")["mask"]
+        assert same(trained, state(file / "mask_0.70.pt")["mask"])
     expected = {"signs": True, "fan_in": True, "mask_dataset": "glyphs"}
     assert expected.items() <= result(tmp_path / "naive" / cell)["arguments"].items()
     start, rates = state(target / "epoch_0000.pt"), learning_rates("cosine", 0.02, 3)
@@ -176,6 +207,25 @@ def test_early_matching_uses_the_targets_early_weights(runs, ends, tmp_path):
     late = state(runs / ALIGNED / "permutation.pt")["permutation"]
     early = state(tmp_path / "permutation.pt")
     assert early["match_epoch"] == 1 and not same(early["permutation"], late)
+
+
+def test_masks_of_another_data_set_go_through_all_stages(runs, tmp_path, monkeypatch):
+    """Table 16: the source is trained and pruned on another data set, here other glyphs."""
+    other = glyphs.read_glyphs(8, seed=1)
+    monkeypatch.setitem(data.SMALL_IMAGES, "svhn", lambda data_dir, image_size: other)
+    source, target = (tmp_path / f"dense/seed{seed}" for seed in (0, 1))
+    shutil.copytree(runs / "dense/seed1", target)
+    imp, aligned = tmp_path / "imp/seed0", tmp_path / "align/activation/seed0-seed1"
+    succeed(*stage1(tmp_path / "dense", "--dataset svhn"))
+    succeed(*stage2(source, imp))
+    succeed(*stage3(source, target, imp, aligned))
+    for arm, masks in (("naive", imp), ("permuted", aligned)):
+        succeed(*stage4(arm, target, masks, tmp_path / arm, "--sparsity 0.5 --rewind 1"))
+    succeed("analyze.results", tmp_path)
+    rows = pd.read_csv(tmp_path / "results.csv")
+    assert {*zip(rows["dataset"], rows["mask_dataset"])} == {("glyphs", "svhn")}
+    assert rows["variant"].tolist() == ["naive [svhn mask]", "permuted [svhn mask]"]
+    succeed("analyze.interpolation", tmp_path, "--points 3 --images 64 --device cpu")
 
 
 def test_the_seed_of_stage_4_changes_the_data_order(runs, ends, tmp_path):

@@ -31,7 +31,9 @@ def load_masks(root: Path) -> pd.DataFrame:
             row["mask_dataset"] = entry.get("mask_dataset") or dataset
             row["match_epoch"] = entry["match_epoch"] if entry["method"] else None
             row |= {"tag": entry.get("tag") or "", "sparsity": paths.sparsity_of(path)}
-            row |= {f"align.{key}": value for key, value in (entry.get("align") or {}).items()}
+            for section in ("imp", "align"):
+                settings = entry.get(section) or {}
+                row |= {f"{section}.{key}": value for key, value in settings.items()}
             rows.append(
                 {key: entry.get(key) for key in MASK} | row | {"entry": entry, "path": path}
             )

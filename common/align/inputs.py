@@ -233,7 +233,7 @@ def load_masks(path: Path, source: Entry, model: nn.Module) -> dict[str, Entry]:
     torch.nn.utils.prune. Raises UserError when there is no mask, or one does not fit.
     """
     if path.is_dir():
-        files = paths.mask_files(path)
+        files = sorted(path.glob("mask_*.pt"))  # the part after mask_ is free
         entries = {file: checkpoint.load(file, ("mask",)) for file in files}
         for file, entry in entries.items():
             if entry.get("target_seed") is not None:
