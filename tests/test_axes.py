@@ -335,7 +335,7 @@ def test_activations_after_the_last_pooling_are_not_matched(more):
 
 def test_activations_ahead_of_a_slice_assignment():
     def halves(net, x):
-        joined = x.new_zeros(len(x), 16, 8, 8)
+        joined = torch.zeros(len(x), 16, 8, 8)
         joined[:, :8], joined[:, 8:] = x, x
         return joined
 
