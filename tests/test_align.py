@@ -167,7 +167,7 @@ def test_user_supplied_networks(supplied, tmp_path, method):
 
 
 def test_a_buffer_that_both_networks_share_is_not_permuted(supplied, tmp_path):
-    """Such as an encoding of positions: only B's own remains, so π(A) would be no symmetry of B."""
+    """Such as an encoding of positions, of which B keeps its own."""
     import my_nets
 
     for name in "ab":

@@ -154,9 +154,9 @@ def free_axes(network: nn.Module, input_shape: list[int]) -> Axes:
 
 
 def check_fixed_buffers(networks: list[nn.Module], permuted: dict[str, Tensor]) -> None:
-    """Raise UserError if `permuted` moves a buffer that both networks share, as a position encoding.
+    """Raise UserError if `permuted` moves a buffer that both networks share.
 
-    The target keeps its own, so that it would not be a symmetry of the target's weights.
+    The target keeps its own, as of an encoding of positions, so π would not be a symmetry of it.
     """
     target = dict(networks[1].named_buffers())
     for name, buffer in networks[0].named_buffers():

@@ -229,45 +229,17 @@ def objective(source: dict[str, Tensor], target: dict[str, Tensor]) -> float:
     )
 
 
-class Products:
-    """The (target channels, source channels) inner products of an axis, summed over its places.
-
-    Updated incrementally: only what has changed in the source since the last update is multiplied.
+def products(
+    size: int, places: list[Place], target: dict[str, Tensor], source: dict[str, Tensor]
+) -> Tensor:
+    """The (target channels, source channels) inner products of an axis of `size` channels, summed
+    over `places`.
     """
-
-    def __init__(self, channels: int) -> None:
-        self.total = torch.zeros(channels, channels, dtype=torch.float64)  # on the CPU
-        # The source at each place, at the last update.
-        self.seen: dict[tuple[str, int], Tensor] = {}
-
-    def update(
-        self, places: list[Place], target: dict[str, Tensor], source: dict[str, Tensor]
-    ) -> Tensor:
-        """The products with the current source."""
-        change = None
-        for place in places:
-            new, old = source[place.tensor], self.seen.get(place[:2])
-            if new is old:
-                continue
-            self.seen[place[:2]], fixed = new, target[place.tensor]
-            if old is not None:
-                # Late sweeps move few of the channels along the other dimension.
-                if new.dim() > 1 and place.groups == 1:
-                    other = int(place.dim == 0)
-                    changed = (new != old).movedim(other, 0).flatten(1).any(1).nonzero().flatten()
-                    new, old, fixed = (x.index_select(other, changed) for x in (new, old, fixed))
-                new = new - old
-            fixed, new = (by_channel(x, place).flatten(1) for x in (fixed, new))
-            change = fixed @ new.T if change is None else change.addmm_(fixed, new.T)
-        if change is not None:
-            self.total += change.cpu()
-        return self.total
-
-    def move(self, order: Tensor, source: dict[str, Tensor]) -> None:
-        """Permute the products by `order`, by which this axis of `source` has just moved."""
-        changed = (order != torch.arange(len(order))).nonzero().flatten()
-        self.total[:, changed] = self.total[:, order[changed]]
-        self.seen = {(tensor, dim): source[tensor] for tensor, dim in self.seen}
+    total = torch.zeros(size, size, dtype=torch.float64)
+    for place in places:
+        fixed, moving = (by_channel(x[place.tensor], place).flatten(1) for x in (target, source))
+        total += (fixed @ moving.T).cpu()
+    return total
 
 
 def match_weights(
@@ -289,7 +261,6 @@ def match_weights(
     places = axes.places(source)
     tensors = {axis: {place.tensor for place in along} for axis, along in places.items()}
     groups = {axis: group for group in axes.groups for axis in group.axes}
-    products = {axis: Products(size) for axis, size in axes.sizes.items()}
     generator = torch.Generator().manual_seed(seed)
     names, history = list(axes.sizes), [objective(permuted, target)]
     stale = set(names)  # axes with a tensor that has changed since they were last optimal
@@ -300,12 +271,10 @@ def match_weights(
         occurrences = [place.tensor for member in members for place in places[member]]
         current = {name: permuted[name] for name in occurrences}
         independent = len(occurrences) == len(current)
-        if not independent:
-            products.update({member: Products(axes.sizes[member]) for member in members})
         matrices, counted = [], set()  # a tensor along which several members lie counts once
         for member in members:
             remaining = [place for place in places[member] if place.tensor not in counted]
-            matrices.append(products[member].update(remaining, target, permuted))
+            matrices.append(products(axes.sizes[member], remaining, target, permuted))
             counted.update(tensors[member])
         if independent:
             before = sum(float(matrix.trace()) for matrix in matrices)
@@ -325,7 +294,6 @@ def match_weights(
                 permuted.update(permute(current, axes.dims, steps))
                 for member, step in steps.items():
                     permutation[member] = permutation[member][step]
-                    products[member].move(step, permuted)
                 stale.update(name for name in names if tensors[name] & current.keys())
                 if independent:
                     stale.discard(axis)  # the assignment was exact

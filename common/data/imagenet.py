@@ -99,7 +99,7 @@ class Streamed:
 
 
 def _leave_process_group(_: int) -> None:
-    """Let a signal to the process group, as torchrun's SIGTERM, not end the worker before its run."""
+    """Shield a worker from a signal to the group, as torchrun's SIGTERM: its run stops it."""
     os.setpgrp()
 
 

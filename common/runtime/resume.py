@@ -42,7 +42,7 @@ def stop_on_signals() -> Iterator[None]:
 
 
 def was_stopped(error: BaseException) -> bool:
-    """Whether a signal ended the run: also by ending its data workers, without which no step ends."""
+    """Whether a signal ended the run, perhaps by ending its data workers."""
     workers_ended = stop_requested.is_set() and "DataLoader worker" in str(error)
     return workers_ended or isinstance(error, KeyboardInterrupt)
 
