@@ -29,7 +29,7 @@ from common.data import derived_seed
 from common.runtime.device import pick_device
 
 METHODS = ("activation", "weight", "masked", "random", "identity")
-USED_BY = dict.fromkeys(("match_images", "batch_size", *inputs.OPTIONS), ("activation", "masked"))
+USED_BY = dict.fromkeys(("match_images", *inputs.OPTIONS), ("activation", "masked"))
 USED_BY["restarts"] = ("weight",)
 
 
@@ -72,7 +72,6 @@ def main() -> None:
     unused = [flag for flag, methods in USED_BY.items() if args.method not in methods]
     excluded = ("masks", "target_epoch", "batch_size", *options, *unused)
     arguments = cli.experiment_arguments(args, *excluded) | digests | header
-    arguments["tag"] = cli.joined_tag(*(mask.get("tag") for mask in masks.values()), args.tag)
     arguments["data_dir"] = args.data_dir if args.dataset == "folder" else None
     finished, missing = runs.is_finished(args.out, arguments), inputs.unpermuted(masks, args.out)
     if finished and not missing:
@@ -143,7 +142,8 @@ def main() -> None:
     earlier = checkpoint.load_json(record)["seconds"] if record.is_file() else 0
     extra = {"objective": {name: entry["objective"] for name, entry in saved.items()}}
     extra["seconds"] = earlier + time.perf_counter() - start
-    runs.finish(args.out, "align_mask", arguments, rows, device, stamp, **extra)
+    tag = cli.joined_tag(*(mask.get("tag") for mask in masks.values()), args.tag)
+    runs.finish(args.out, "align_mask", arguments | {"tag": tag}, rows, device, stamp, **extra)
 
 
 if __name__ == "__main__":

@@ -163,7 +163,8 @@ commands() { # of all stages, in any order
     case $width in 8 | 16) rewind=${wide_rewind:-$REWIND} ;; esac
     while read -r source target; do
       pair=seed$source-seed$target order=${ENSEMBLE:+$((target - 1))} member=${ENSEMBLE:+$target}
-      [ "$order" != "$source" ] || order="" # the default
+      # The first order is the default one; earlier versions had it in a folder of its own.
+      [ "$order" != "$source" ] || [ -d "$tag_root/sparse/lth/seed0-seed0/order0" ] || order=""
       if [ "$SOURCE_DATASET" = "$DATASET" ]; then
         arm lth "$source" "imp/seed$source" "lth/seed$source-seed$source${order:+/order$order}" \
           "${order:+--seed $order}"

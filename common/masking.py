@@ -293,9 +293,8 @@ def load_latest_round(folder: Path, start: dict[str, Any], before: int) -> dict[
     if not earlier:
         return start
     path = earlier[-1]
-    chain = checkpoint.load(
-        path, (*checkpoint.WEIGHTS, "round", "rows", "mask", "signs", "precision")
-    )
+    chain = checkpoint.load(path, (*checkpoint.WEIGHTS, "round", "rows", "mask", "signs"))
+    chain = {"precision": start["precision"]} | chain  # earlier versions did not record it
     check_info(chain, start, path)
     check_source(chain, start, path)
     if path != paths.round_file(folder, chain["round"]):

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import PIL
 import torch
 
 from common.runtime import distributed
@@ -53,8 +54,9 @@ def stamp(script: str) -> dict[str, Any]:
 def environment(device: torch.device) -> dict[str, Any]:
     """What else can change a result: device, number of threads and processes, versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    packages = ("torch", "torchvision", "numpy", "scipy", "pillow", "matplotlib")
+    packages = ("torch", "torchvision", "numpy", "scipy", "matplotlib")
     versions = {package: metadata.version(package) for package in packages}
+    versions["pillow"] = PIL.__version__  # also if it is pillow-simd
     return {
         "device": f"{device.type}: {name}",
         "threads": torch.get_num_threads(),

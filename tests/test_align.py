@@ -102,6 +102,10 @@ def one():
     return shared
 
 
+def needs(width):
+    return Net()
+
+
 def broken():
     raise ValueError("a bug")
 
@@ -114,6 +118,11 @@ class Encoded(nn.Module):
 
     def forward(self, x):
         return self.fixed(self.head((self.stem(x) + self.encoding).relu()).relu())
+
+
+def normed():
+    layers = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 1)
+    return nn.Sequential(*layers)
 
 
 def not_persistent():
@@ -174,6 +183,9 @@ def test_a_buffer_that_both_networks_share_is_not_permuted(supplied, tmp_path):
         network = my_nets.not_persistent()
         torch.save(network.state_dict(), tmp_path / f"{name}.pt")
         torch.save(network.state_dict() | {"encoding": network.encoding}, tmp_path / f"{name}2.pt")
+        network = my_nets.normed()
+        network[1].running_mean = torch.arange(6.0)
+        torch.save(network.state_dict(), tmp_path / f"{name}3.pt")
     torch.save({"mask": {"head.weight": torch.rand(8, 8) > 0.5}}, tmp_path / "mask_0.50.pt")
     flags = "--method weight --input-shape 4 --model-fn"
     ends = (tmp_path / f"{name}.pt" for name in "ab")
@@ -183,6 +195,14 @@ def test_a_buffer_that_both_networks_share_is_not_permuted(supplied, tmp_path):
     command = *stage3(*ends, tmp_path, tmp_path / "o2"), flags, "my_nets:Encoded"
     refuse(command, "encoding is the same in source and target", "persistent=False")
     assert not (tmp_path / "o2").exists()
+    # Statistics of a BatchNorm that was frozen are equal, too, and move.
+    (tmp_path / "masks").mkdir()
+    torch.save(
+        {"mask": {"0.weight": torch.rand(6, 3, 3, 3) > 0.5}}, tmp_path / "masks/mask_0.50.pt"
+    )
+    ends = (tmp_path / f"{name}3.pt" for name in "ab")
+    command = *stage3(*ends, tmp_path / "masks", tmp_path / "o3"), "--method random"
+    succeed(*command, "--model-fn my_nets:normed --input-shape 3 8 8")
 
 
 def test_a_bug_in_the_function_that_builds_the_network_shows_its_traceback(supplied, tmp_path):
@@ -245,7 +265,8 @@ REFUSED = """\
 --model-fn my_nets:one | must build a new network
 --source {supplied}/my_b.pt | the same network
 --masks {permuted} | permuted already
---batch-size 9 | --batch-size
+--model-fn ./my_nets.py:Net | package.module:function
+--model-fn my_nets:needs | missing a required argument
 --model-fn builtins:dict | returned a dict
 --source {broken}/list.pt | list.pt is not a state dict
 --source {broken}/saved.pt | saved.pt is not a state dict | it holds model, epoch

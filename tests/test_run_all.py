@@ -71,6 +71,16 @@ def test_a_dry_run_prints_the_commands_in_order(case):
     assert lines == expected
 
 
+def test_the_first_order_of_an_ensemble_stays_where_it_is(tmp_path):
+    """Earlier versions trained it in a folder of its own."""
+    folder = tmp_path / "w1/sparse/lth/seed0-seed0"
+    for name in ("", "/order0"):
+        commands = dry_run("quick", ENSEMBLE="2", OUT=str(tmp_path))
+        outs = [parse_flags(words)["--out"] for words in commands if "--arm lth" in " ".join(words)]
+        assert outs == [f"{folder}{name}", f"{folder}/order1"]
+        (folder / "order0").mkdir(parents=True, exist_ok=True)
+
+
 PRESETS = (
     "quick glyphs mlp",
     "cifar100 cifar100 resnet20",

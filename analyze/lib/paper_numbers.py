@@ -51,14 +51,15 @@ def our_results(root: Path, ensembles: bool = True) -> pd.DataFrame:
     """Return mean and std by KEYS of the runs below `root`, in the metrics of the paper's tables.
 
     With `ensembles`, those of Table 1 are read from diversity.csv, which analyze.diversity writes:
-    of five networks and, for sparse ones, one source.
+    of five sparse networks, whose masks have one source, and of all dense ones.
     """
     runs = sparse_runs(root).melt([*CELL, "variant"], ["test_acc", "test_top5"], "metric")
     parts = [runs.groupby(KEYS)["value"].agg(["mean", "std"]).dropna(subset="mean").reset_index()]
     if ensembles and (root / "diversity.csv").is_file():
         columns = [*CELL, "variant", "members", "sources", *ENSEMBLE_METRICS]
         table = pd.read_csv(root / "diversity.csv").reindex(columns=columns)
-        table = table[table["members"].eq(5) & table["sources"].le(1)]
+        of_one_source = table["members"].eq(5) & table["sources"].le(1)
+        table = table[of_one_source | table["variant"].eq("dense")]
         parts.append(table.melt([*CELL, "variant"], ENSEMBLE_METRICS, "metric", "mean"))
     return pd.concat(parts)
 
@@ -67,16 +68,15 @@ def other_settings(root: Path) -> str:
     """Name the settings in which runs below `root` differ from the paper's; "" if there is none."""
     stages = ("train_dense", "prune_imp", "train_sparse")
     results = [find_results(root, stage) for stage in stages]
-    datasets = {run["arguments"].get("dataset") for run in results[0]}
+    arguments = [[run.get("arguments", {}) for run in runs] for runs in results]
+    datasets = {run.get("dataset") for runs in arguments for run in runs}
     dataset = "imagenet" if "imagenet" in datasets else "small images"
     differences = []
-    for stage, runs, paper in zip(stages, results, PAPER.values()):
+    for stage, runs, paper in zip(stages, arguments, PAPER.values()):
         expected = {name: paper_value(values, dataset) for name, values in paper.items()}
-        expected |= {"image_size": None, "limit_train": None}
-        for name, value in expected.items():
-            others = {run["arguments"].get(name) for run in runs} - {value}
-            if others:
-                ours, paper_text = ", ".join(map(str, others)), "all" if value is None else value
+        for name, value in (expected | {"image_size": None, "limit_train": None}).items():
+            if others := {run.get(name, value) for run in runs} - {value}:
+                ours, paper_text = ", ".join(map(str, others)), "none" if value is None else value
                 differences.append(f"{stage} {name} {ours} ({paper_text})")
     return "not the paper's settings (in brackets): " * bool(differences) + "; ".join(differences)
 
@@ -128,6 +128,9 @@ def save_comparison(number: int, ours: pd.DataFrame, folder: Path) -> pd.DataFra
     comparison = compare(number, ours)
     if comparison.empty:
         cells = read_tables(str(number))[CELL].dropna(axis=1)
+        if number == 1:
+            ensembles = "ensembles of five networks: ENSEMBLE=5, then python -m analyze.diversity"
+            raise UserError(f"Table 1 needs {ensembles}")
         if len(others := cells.merge(ours)["variant"].unique()):
             raise UserError(f"Table {number} has none of the variants {', '.join(others)}")
         needed = (f"{key} {', '.join(map(str, cells[key].unique()))}" for key in cells)

@@ -1,8 +1,10 @@
 """The inputs of stage 3: runs of stages 1 and 2, or networks trained elsewhere with their masks."""
 
 import argparse
+import contextlib
 import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from common import checkpoint, cli, masking, paths
 from common.align.axes import find_axes
@@ -158,13 +161,16 @@ def check_fixed_buffers(networks: list[nn.Module], permuted: dict[str, Tensor]) 
 
     The target keeps its own, as of an encoding of positions, so π would not be a symmetry of it.
     """
-    target = dict(networks[1].named_buffers())
+    target, modules = dict(networks[1].named_buffers()), dict(networks[0].named_modules())
     for name, buffer in networks[0].named_buffers():
-        is_fixed = name in permuted and torch.equal(buffer, target[name])
-        if is_fixed and not torch.equal(buffer, permuted[name].to(buffer)):
+        is_learned = isinstance(modules[name.rpartition(".")[0]], _BatchNorm)
+        if is_learned or name not in permuted or not torch.equal(buffer, target[name]):
+            continue
+        if not torch.equal(buffer, permuted[name].to(buffer)):
             raise UserError(
                 f"{name} is the same in source and target, but its channels would be permuted: "
-                "register this buffer with persistent=False, then they stay in place"
+                "register this buffer with persistent=False and delete it from the files, then "
+                "they stay in place"
             )
 
 
@@ -178,11 +184,16 @@ def build(name: str) -> nn.Module:
         sys.path.insert(0, "")
     try:
         make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         advice = "write it as package.module:function"
         raise UserError(f"--model-fn {name}: {error}; {advice}") from error
     if not callable(make):
         raise UserError(f"--model-fn {name} is a {type(make).__name__}, not a function")
+    try:
+        with contextlib.suppress(ValueError):  # as a built-in one has no signature
+            inspect.signature(make).bind()
+    except TypeError as error:
+        raise UserError(f"--model-fn {name} is called without arguments: {error}") from error
     network = make()
     kind = type(network).__name__
     if not isinstance(network, nn.Module):
