@@ -74,16 +74,8 @@ def main() -> None:
         data.steps(hyperparameters["batch_size"])  # raises UserError if there are too few images
         names, weights = masking.prunable(build_model(**dense["model"])), dense["state_dict"]
         start = {key: dense[key] for key in checkpoint.WEIGHTS}
-        start |= {
-            "mask": masking.dense_mask(weights, names),
-            "signs": masking.signs(weights, names),
-        }
-        start |= {
-            "round": 0,
-            "rows": [],
-            "tag": arguments["tag"],
-            "precision": options["precision"],
-        }
+        start |= {"mask": masking.dense_mask(weights, names), "round": 0, "rows": []}
+        start |= {"signs": masking.signs(weights, names), "tag": arguments["tag"]}
         jobs[str(out)] = partial(
             prune_chain, start, rewound, missing, out, arguments, data, options
         )
@@ -102,8 +94,8 @@ def prune_chain(
 ) -> None:
     """Prune and train for all rounds, and write a mask for each sparsity.
 
-    `start` is the dense checkpoint plus the initial mask, signs, round and log rows, and the
-    precision. Each round trains the weights that it prunes or, if given, the `rewound` ones.
+    `start` is the dense checkpoint plus the initial mask, signs, round and log rows. Each round
+    trains the weights that it prunes or, if given, those of the `rewound` checkpoint.
     """
     total = masking.numel(start["mask"])
     rounds = masking.plan_rounds(total, sparsities, 1 if arguments["one_shot"] else PRUNE_FRACTION)
@@ -111,8 +103,8 @@ def prune_chain(
     rates = learning_rates(arguments["schedule"], arguments["lr"], epochs, arguments["warmup"])
     momentum, decay = arguments["momentum"], arguments["weight_decay"]
     optimiser = partial(torch.optim.SGD, lr=0.0, momentum=momentum, weight_decay=decay, fused=True)
-    first_branch = min((r.number for r in rounds if r.sparsity), default=inf)
-    chain = masking.load_latest_round(out, start, first_branch)
+    branch_at = min((r.number for r in rounds if r.sparsity), default=inf)
+    chain = masking.load_latest_round(out, start | {"precision": options["precision"]}, branch_at)
     stamp, extra = runs.claim(out, arguments, __file__), {"precision": options["precision"]}
     for number, keep, sparsity in [r for r in rounds if r.number > chain["round"]]:
         weights = chain["state_dict"]
