@@ -40,7 +40,7 @@ def main() -> None:
     )
     print(f"Table {args.table}\n{table.to_string()}")
     if other := paper_numbers.other_settings(args.folder):
-        print(f"ours have {other}")
+        print(f"our settings that differ from the paper's (in brackets): {other}")
     print(f"wrote {folder / f'table_{args.table}'}.csv and .tex")
 
 

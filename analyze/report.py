@@ -123,7 +123,8 @@ def paper_tables(root: Path, ensembles: bool) -> list[str]:
             blocks += [block("h3", f"Table {number}"), table(comparison)]
             blocks += [block("link", "CSV", f"{file}.csv"), block("link", "LaTeX", f"{file}.tex")]
     text = "Mean ± sample standard deviation, and ours minus the paper's. "
-    text += f"Ours have {other}." if (other := paper_numbers.other_settings(root)) else ""
+    if other := paper_numbers.other_settings(root):
+        text += f"Our settings that differ from the paper's (in brackets): {other}."
     if not blocks:
         text = "No table of the paper has these networks, data sets, sparsities, rewind epochs and "
         text += "methods (runs of several settings have others, as naive [lr=0.5])."

@@ -65,7 +65,7 @@ def our_results(root: Path, ensembles: bool = True) -> pd.DataFrame:
 
 
 def other_settings(root: Path) -> str:
-    """Name the settings in which runs below `root` differ from the paper's; "" if there is none."""
+    """The settings of runs below `root` that are not the paper's, with its own in brackets."""
     stages = ("train_dense", "prune_imp", "train_sparse")
     results = [find_results(root, stage) for stage in stages]
     arguments = [[run.get("arguments", {}) for run in runs] for runs in results]
@@ -78,7 +78,7 @@ def other_settings(root: Path) -> str:
             if others := {run.get(name, value) for run in runs} - {value}:
                 ours, paper_text = ", ".join(map(str, others)), "none" if value is None else value
                 differences.append(f"{stage} {name} {ours} ({paper_text})")
-    return "not the paper's settings (in brackets): " * bool(differences) + "; ".join(differences)
+    return "; ".join(differences)
 
 
 def compare(number: int, ours: pd.DataFrame) -> pd.DataFrame:
